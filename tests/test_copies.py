@@ -1,0 +1,103 @@
+"""Edited copies: each edit does what its name says, on every mode and shape, without chance."""
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter
+
+from timm_multigrain.demo.copies import COPY_TRANSFORMS, make_copies, to_rgb
+from timm_multigrain.demo.pictures import draw_picture
+
+NAMES = ['crop', 'jpeg', 'rotate', 'blur', 'colour', 'mirror', 'text', 'strong']
+
+
+@pytest.fixture(scope='module')
+def picture():
+    return draw_picture('fish', 112, np.random.default_rng(0))
+
+
+def pixels(image):
+    return np.asarray(image, dtype=np.float64)
+
+
+def test_names_and_determinism(picture):
+    before = pixels(picture)
+    copies = make_copies(picture)
+    assert list(COPY_TRANSFORMS) == list(copies) == NAMES
+    again = make_copies(picture.copy())
+    for name, copy in copies.items():
+        assert copy.mode == 'RGB'
+        assert np.array_equal(pixels(copy), pixels(again[name]))
+        assert copy.size != picture.size or not np.array_equal(pixels(copy), before)
+    assert np.array_equal(pixels(picture), before)
+    assert list(make_copies(picture, ['text', 'crop'])) == ['text', 'crop']
+    assert make_copies(picture, []) == {}
+    with pytest.raises(ValueError, match=r"\['sepia'\]"):
+        make_copies(picture, ['crop', 'sepia'])
+
+
+@pytest.mark.parametrize('size', [(112, 112), (640, 401), (97, 300)])
+def test_crop_keeps_half_of_the_area(size):
+    x, y = np.meshgrid(np.arange(size[0]) % 256, np.arange(size[1]) % 256)
+    image = Image.fromarray(np.stack([x, y, x], -1).astype(np.uint8))
+    copy = make_copies(image, ['crop'])['crop']
+    assert 0.48 < copy.width * copy.height / (image.width * image.height) <= 0.5
+    left, top = copy.getpixel((0, 0))[:2]
+    expected = image.crop((left, top, left + copy.width, top + copy.height))
+    assert left and top and np.array_equal(pixels(copy), pixels(expected))
+
+
+def test_jpeg_is_quality_8(picture):
+    buffer = io.BytesIO()
+    picture.save(buffer, 'JPEG', quality=8)
+    assert np.array_equal(pixels(make_copies(picture)['jpeg']), pixels(Image.open(buffer)))
+
+
+@pytest.mark.parametrize('size', [(112, 112), (97, 131), (400, 30), (30, 400), (63, 200), (500, 375)])
+def test_rotate_has_no_empty_corner(size):
+    copy = make_copies(Image.new('RGB', size, 'white'))['rotate']
+    assert pixels(copy).min() == 255
+    turned = pixels(Image.new('L', size, 'white').rotate(15, Image.BICUBIC, expand=True)) > 254
+    width, height = copy.width + 6, copy.height + 6
+    left, top = (turned.shape[1] - width) // 2, (turned.shape[0] - height) // 2
+    assert not turned[top:top + height, left:left + width].all()  # nothing much larger would do
+
+
+def test_rotate_turns_by_15_degrees():
+    image = Image.new('L', (201, 201))
+    image.paste(255, (100, 0, 101, 201))
+    copy = pixels(make_copies(image)['rotate'])[..., 0]
+    y, x = np.nonzero(copy > 120)
+    assert abs(np.degrees(np.arctan(np.polyfit(y, x, 1)[0]))) == pytest.approx(15, abs=0.5)
+
+
+def test_blur_colour_mirror_text(picture):
+    copies = make_copies(picture)
+    assert np.array_equal(pixels(copies['blur']), pixels(picture.filter(ImageFilter.GaussianBlur(2.24))))
+    assert np.array_equal(pixels(copies['mirror']), pixels(picture)[:, ::-1])
+    assert pixels(copies['colour']).mean() < 0.85 * pixels(picture).mean()
+    assert np.ptp(pixels(copies['colour']), axis=2).mean() < 0.6 * np.ptp(pixels(picture), axis=2).mean()
+    assert np.array_equal(pixels(copies['text'])[:84], pixels(picture)[:84])
+    band = pixels(copies['text'])[84:]
+    assert (band == 20).mean() > 0.5 and (band > 200).mean() > 0.03
+
+
+@pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'I', 'F', 'I;16'])
+def test_any_mode_and_size(mode):
+    for size in ((1, 1), (1, 3000), (3000, 1), (2, 3), (800, 20)):
+        for copy in make_copies(Image.new(mode, size)).values():
+            assert copy.mode == 'RGB' and min(copy.size) >= 1
+
+
+def test_to_rgb_values():
+    transparent = Image.new('RGBA', (2, 1), (200, 0, 0, 255))
+    transparent.putpixel((1, 0), (200, 0, 0, 0))
+    assert np.asarray(to_rgb(transparent)).tolist() == [[[200, 0, 0], [255, 255, 255]]]
+    indexed = Image.new('P', (1, 1))
+    indexed.putpalette([10, 20, 30])
+    assert to_rgb(indexed).getpixel((0, 0)) == (10, 20, 30)
+    indexed.info['transparency'] = 0
+    assert to_rgb(indexed).getpixel((0, 0)) == (255, 255, 255)
+    deep = Image.fromarray(np.array([[0, 0x8000, 0xffff]], dtype=np.uint16))
+    assert np.asarray(to_rgb(deep))[0, :, 0].tolist() == [0, 128, 255]
+    assert to_rgb(Image.new('CMYK', (1, 1), (0, 255, 255, 0))).getpixel((0, 0)) == (255, 0, 0)

@@ -1,0 +1,296 @@
+"""InstanceDataset: decoding once gives, bit for bit, what as many separate reads give."""
+import pickle
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data import create_transform as timm_transform
+from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torchvision.datasets import ImageFolder, VisionDataset
+from torchvision.transforms import Compose, PILToTensor
+
+from timm_multigrain.data import InstanceDataset, create_transform
+
+INDICES = [2, 2, 2, 0, 0, 5, 2, 2, 7, 7, 7, 7]
+
+
+def draw_from_all(image):
+    """A transform that takes numbers from the generators of torch, Python and numpy."""
+    array = np.asarray(image, dtype=np.float64)
+    return torch.tensor(array * random.random() + np.random.rand() + torch.rand(1, dtype=torch.float64).item())  # noqa: NPY002
+
+
+def spoil_in_place(image):
+    """A transform that draws into the image it is given."""
+    ImageDraw.Draw(image).rectangle((0, 0, random.randrange(30), 30), fill=(255, 0, 0))
+    return PILToTensor()(image)
+
+
+def noisy_class(target):
+    return target if random.random() < 0.5 else random.randrange(100, 200)
+
+
+class Joint:
+    """A torchvision-style joint transform of image and target."""
+
+    def __call__(self, image, target):
+        return draw_from_all(image), target + random.randrange(100)
+
+
+class Pairs(VisionDataset):
+    """A torchvision dataset that uses `transforms` only, as OxfordIIITPet does."""
+
+    def __init__(self, root, **kwargs):
+        super().__init__(root, **kwargs)
+        self.files = sorted(Path(root).rglob('*.jpg'))
+
+    def __getitem__(self, index):
+        image, target = Image.open(self.files[index]).convert('RGB'), index % 3
+        return self.transforms(image, target) if self.transforms else (image, target)
+
+    def __len__(self):
+        return len(self.files)
+
+
+class Plain(Dataset):
+    """A dataset without any transform attribute, or one that does more than calling it."""
+
+    def __init__(self, root, **attributes):
+        self.files = sorted(Path(root).rglob('*.jpg'))
+        self.reads = 0
+        vars(self).update(attributes)
+
+    def __getitem__(self, index):
+        self.reads += 1
+        image = Image.open(self.files[index]).convert('RGB')
+        transform = getattr(self, 'transform', draw_from_all)
+        return transform(image) * 2 - 1, np.int64(index % 3)
+
+    def __len__(self):
+        return len(self.files)
+
+
+class Views(Plain):
+    """Two augmentations as one image."""
+
+    def __getitem__(self, index):
+        image = Image.open(self.files[index]).convert('RGB')
+        return torch.stack([self.transform(image), self.transform(image)]), index % 3
+
+
+@pytest.fixture
+def root(tmp_path):
+    generator = np.random.default_rng(0)
+    for label in range(3):
+        (tmp_path / f'class{label}').mkdir()
+        for i in range(4):
+            pixels = generator.integers(0, 256, (40, 50 + i, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / f'class{label}' / f'{i}.jpg')
+    return tmp_path
+
+
+def seed():
+    random.seed(1)
+    np.random.seed(2)  # noqa: NPY002
+    torch.manual_seed(3)
+
+
+def states():
+    return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
+
+
+def assert_same_as_separate_reads(make, indices=INDICES):
+    dataset = make()
+    seed()
+    expected = [dataset[i] for i in indices]
+    after = states()
+    seed()
+    samples = InstanceDataset(make()).__getitems__(indices)
+    assert states() == after
+    for i, (image, target), (expected_image, expected_class) in zip(indices, samples, expected, strict=True):
+        assert np.array_equal(np.asarray(image), np.asarray(expected_image))
+        assert target.dtype == torch.int64
+        assert target.tolist() == [expected_class, i]
+
+
+MAKERS = {
+    'timm': lambda root: ImageDataset(str(root), transform=draw_from_all),
+    'timm, any mode': lambda root: ImageDataset(str(root), input_img_mode=None, transform=draw_from_all),
+    'timm, in place': lambda root: ImageDataset(str(root), transform=spoil_in_place),
+    'timm, bytes': lambda root: ImageDataset(
+        str(root), load_bytes=True, transform=lambda data: torch.rand(3) + len(data)),
+    'timm, augmented': lambda root: ImageDataset(str(root), transform=timm_transform(
+        32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.5)),
+    'timm, target': lambda root: ImageDataset(str(root), transform=draw_from_all, target_transform=noisy_class),
+    'timm, no transform': lambda root: ImageDataset(str(root)),
+    'folder': lambda root: ImageFolder(root, transform=draw_from_all),
+    'folder, in place': lambda root: ImageFolder(root, transform=spoil_in_place),
+    'folder, target': lambda root: ImageFolder(root, transform=draw_from_all, target_transform=noisy_class),
+    'folder, only target': lambda root: ImageFolder(root, target_transform=noisy_class),
+    'folder, full': lambda root: ImageFolder(root, transform=create_transform(32)),
+    'folder, autoaugment': lambda root: ImageFolder(root, transform=create_transform(32, 'autoaugment')),
+    'transforms, standard': lambda root: Pairs(root, transform=draw_from_all, target_transform=noisy_class),
+    'transforms, joint': lambda root: Pairs(root, transforms=Joint()),
+    'subset': lambda root: Subset(ImageFolder(root, transform=draw_from_all), list(range(11, -1, -1))),
+    'no transform attribute': Plain,
+    'more than the transform': lambda root: Plain(root, transform=draw_from_all),
+    'two views': lambda root: Views(root, transform=draw_from_all),
+}
+
+
+@pytest.mark.parametrize('name', MAKERS)
+def test_same_as_separate_reads(root, name):
+    assert_same_as_separate_reads(lambda: MAKERS[name](root))
+
+
+def test_same_as_separate_reads_of_photographs(shared_data):
+    files = shared_data / 'classes' / 'val'
+    for transform in (create_transform(96), timm_transform(96, is_training=True, auto_augment='original')):
+        assert_same_as_separate_reads(lambda: ImageFolder(files, transform=transform), [7, 7, 7, 300, 300, 300, 7])  # noqa: B023
+
+
+@pytest.mark.parametrize('name', [
+    'timm', 'timm, in place', 'timm, target', 'folder', 'folder, target', 'transforms, standard', 'transforms, joint',
+    'subset'])
+def test_decodes_once(root, name, monkeypatch):
+    opened, open_image = [], Image.open
+    monkeypatch.setattr(Image, 'open', lambda file, *args, **kwargs: opened.append(file) or open_image(file))
+    InstanceDataset(MAKERS[name](root)).__getitems__(INDICES)
+    assert len(opened) == 5
+
+
+def test_separate_reads_where_the_dataset_does_more(root):
+    dataset = Plain(root)
+    InstanceDataset(dataset).__getitems__(INDICES)
+    assert dataset.reads == len(INDICES)
+
+
+def test_dataset_is_as_before_afterwards(root):
+    dataset = ImageDataset(str(root), transform=draw_from_all, target_transform=noisy_class)
+    before = dict(vars(dataset))
+    InstanceDataset(dataset).__getitems__([0, 0])
+    assert vars(dataset) == before
+    dataset.transform = before['transform'] = lambda image: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        InstanceDataset(dataset).__getitems__([0, 0])
+    assert vars(dataset) == before
+
+
+def test_targets_collate(root):
+    dataset = InstanceDataset(ImageFolder(root, transform=create_transform(32)))
+    images, targets = next(iter(DataLoader(dataset, sampler=[4, 4, 4, 11], batch_size=4)))
+    assert images.shape == (4, 3, 32, 32)
+    assert targets.dtype == torch.int64
+    assert targets.tolist() == [[1, 4], [1, 4], [1, 4], [2, 11]]
+    assert dataset[-1][1].tolist() == [2, 11]
+    with pytest.raises(IndexError):
+        dataset[12]
+
+
+@pytest.mark.parametrize('label', [3, True, np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor(3).byte()])
+def test_class_forms(label):
+    assert InstanceDataset([(torch.zeros(1), label)])[0][1].tolist() == [int(label), 0]
+
+
+@pytest.mark.parametrize('label', [3.0, np.float32(3), torch.tensor(3.0), torch.tensor([0, 1]), [0, 1], np.ones(1, int),
+                                   torch.ones(1, dtype=torch.long), None, 'cat', {'a': 1}])
+def test_targets_that_are_no_class(label):
+    with pytest.raises(ValueError, match=r'target of image 0 .* one integer class'):
+        InstanceDataset([(torch.zeros(1), label)]).__getitems__([0, 0])
+
+
+@pytest.mark.parametrize('sample', [torch.zeros(3), (1, 2, 3), {'image': 1, 'label': 2}])
+def test_samples_that_are_no_pair(sample):
+    with pytest.raises(ValueError, match=r'no \(image, class\) pair'):
+        InstanceDataset([sample])[0]
+
+
+def test_iterable_datasets_are_refused():
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([])
+
+    for dataset in (Stream(), IterableImageDataset('', reader=[]), iter([])):
+        with pytest.raises(ValueError, match='give a map-style dataset'):
+            InstanceDataset(dataset)
+
+
+def test_attributes_forward(root):
+    folder = ImageFolder(root)
+    dataset = InstanceDataset(folder)
+    dataset.transform = draw_from_all
+    assert folder.transform is draw_from_all is dataset.transform
+    assert dataset.class_to_idx == folder.class_to_idx
+    assert not hasattr(dataset, 'set_epoch')
+    assert len(dataset) == 12
+    timm_dataset = create_dataset('', str(root))
+    wrapped = InstanceDataset(timm_dataset)
+    assert wrapped.reader is timm_dataset.reader
+    assert wrapped.filename(5) == timm_dataset.filename(5) == 'class1/1.jpg'
+    assert InstanceDataset(wrapped).dataset is timm_dataset
+
+
+def test_transform_set_later_reaches_transforms(root):
+    def set_transform(dataset):
+        dataset.transform = draw_from_all
+        return dataset
+
+    seed()
+    expected = [draw_from_all(Pairs(root)[i][0]) for i in INDICES]
+    for pairs in (Pairs(root), Pairs(root, transform=spoil_in_place)):
+        seed()
+        images = [image for image, _ in set_transform(InstanceDataset(pairs)).__getitems__(INDICES)]
+        assert all(torch.equal(a, b) for a, b in zip(images, expected, strict=True))
+    joint = set_transform(InstanceDataset(Pairs(root, transforms=Joint())))
+    assert isinstance(joint.transforms, Joint)
+
+
+@pytest.mark.parametrize('kind', [ImageDataset, ImageFolder])
+@pytest.mark.parametrize('damage', ['truncated', 'text', 'empty', 'missing'])
+def test_broken_image_is_named(root, kind, damage):
+    dataset = InstanceDataset(kind(str(root), transform=PILToTensor()))
+    file = root / 'class1' / '1.jpg'
+    content = file.read_bytes()
+    file.write_bytes({'truncated': content[:len(content) // 2], 'text': b'hello', 'empty': b'', 'missing': b''}[damage])
+    if damage == 'missing':
+        file.unlink()
+    for read in (lambda: dataset[5], lambda: dataset.__getitems__([5, 5, 5]), lambda: Subset(dataset, [5])[0],
+                 lambda: InstanceDataset(Subset(dataset.dataset, [1, 5]))[1]):
+        with pytest.raises(RuntimeError, match=r'image \d \(.*class1/1.jpg\) cannot be read: .*; replace') as error:
+            read()
+        assert isinstance(error.value.__cause__, OSError)
+    assert dataset[6][1].tolist() == [1, 6]
+
+
+def test_only_image_is_broken(tmp_path):
+    (tmp_path / 'a').mkdir()
+    (tmp_path / 'a' / 'only.jpg').write_bytes(b'no image')
+    with pytest.raises(RuntimeError, match=r'image 0 \(.*only.jpg\)'):
+        InstanceDataset(ImageDataset(str(tmp_path)))[0]
+
+
+def test_broken_image_in_a_worker(root):
+    (root / 'class0' / '0.jpg').write_bytes(b'no image')
+    loader = DataLoader(InstanceDataset(ImageDataset(str(root), transform=PILToTensor())), num_workers=1)
+    with pytest.raises(RuntimeError, match=r'image 0 \(.*class0/0.jpg\) cannot be read'):
+        next(iter(loader))
+
+
+def test_pickles(root):
+    for make in (ImageDataset, ImageFolder):
+        dataset = InstanceDataset(make(str(root), transform=create_transform(32)))
+        copied = pickle.loads(pickle.dumps(dataset))
+        assert len(copied) == 12
+        assert isinstance(copied.transform, Compose)
+        assert copied[3][1].tolist() == [0, 3]
+
+
+def test_tensor_dataset():
+    dataset = InstanceDataset(TensorDataset(torch.arange(6.0).view(3, 2), torch.tensor([4, 5, 6])))
+    image, target = dataset.__getitems__([1, 1])[1]
+    assert image.tolist() == [2, 3]
+    assert target.tolist() == [5, 1]

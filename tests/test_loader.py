@@ -1,0 +1,251 @@
+"""create_loader: timm's own loader, with repeats and instance ids."""
+import random
+
+import numpy as np
+import pytest
+import timm.data
+import timm.data.loader as timm_loader
+import torch
+import torch.distributed as dist
+from PIL import Image
+from timm.data import FastCollateMixup, ImageDataset
+from torch.utils.data import IterableDataset, Subset, default_collate
+from torchvision.datasets import ImageFolder
+
+from timm_multigrain.data import InstanceDataset, RepeatedAugSampler, create_loader
+
+CPU = torch.device('cpu')
+
+
+@pytest.fixture(scope='module')
+def root(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    generator = np.random.default_rng(0)
+    for label in range(4):
+        (root / str(label)).mkdir()
+        for i in range(10):
+            pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(root / str(label) / f'{i}.jpg')
+    return str(root)
+
+
+def loader_of(root, batch_size=12, **kwargs):
+    kwargs = {'device': CPU, 'num_workers': 0, **kwargs}
+    return create_loader(ImageDataset(root), (3, 32, 32), batch_size, **kwargs)
+
+
+def order(length, epoch=0, repeats=3, **kwargs):
+    sampler = RepeatedAugSampler(length, repeats, **kwargs)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def ids(loader):
+    return torch.cat([targets for _, targets in loader])[:, 1].tolist()
+
+
+@pytest.mark.parametrize('use_prefetcher', [True, False])
+@pytest.mark.parametrize('num_workers', [0, 1, 2])
+def test_batches(root, use_prefetcher, num_workers):
+    loader = loader_of(root, use_prefetcher=use_prefetcher, num_workers=num_workers)
+    assert isinstance(loader, timm_loader.PrefetchLoader) == use_prefetcher
+    assert len(loader) == 40 // 12
+    batches = list(loader)
+    assert len(batches) == 3
+    for images, targets in batches:
+        assert images.shape == (12, 3, 32, 32)
+        assert images.dtype == torch.float32
+        assert targets.shape == (12, 2)
+        assert targets.dtype == torch.int64
+        assert torch.equal(targets[:, 0], targets[:, 1] // 10)
+        assert torch.equal(targets[::3], targets[1::3])
+        assert torch.equal(targets[::3], targets[2::3])
+        for i in range(0, 12, 3):
+            assert not torch.equal(images[i], images[i + 1])
+    assert torch.cat([t for _, t in batches])[:, 1].tolist() == order(40)[:36]
+    # nobody calls set_epoch: the next epoch all the same
+    assert ids(loader) == order(40, epoch=1)[:36]
+    loader.sampler.set_epoch(7)
+    assert ids(loader) == order(40, epoch=7)[:36]
+
+
+@pytest.mark.parametrize('use_prefetcher', [True, False])
+def test_images_are_those_of_timm(root, use_prefetcher):
+    options = {'auto_augment': 'rand-m7-mstd0.5', 'color_jitter': 0.2, 'use_prefetcher': use_prefetcher, 'device': CPU}
+    loader = loader_of(root, **options)
+    reference = ImageDataset(root)
+    timm.data.create_loader(reference, (3, 32, 32), 12, is_training=True, num_workers=0, **options)
+    assert repr(loader.dataset.transform) == repr(reference.transform)
+
+    def seed():
+        random.seed(0)
+        np.random.seed(0)  # noqa: NPY002
+        torch.manual_seed(0)
+
+    base = loader.loader if use_prefetcher else loader
+    batches = iter(base)
+    seed()
+    images, targets = next(batches)
+    seed()
+    expected = [reference[i] for i in order(40)[:12]]
+    collate = timm_loader.fast_collate if use_prefetcher else default_collate
+    expected_images, expected_classes = collate(expected)
+    assert images.dtype == (torch.uint8 if use_prefetcher else torch.float32)
+    assert torch.equal(images, expected_images)
+    assert torch.equal(targets[:, 0], expected_classes)
+
+
+@pytest.mark.parametrize('options', [
+    {}, {'no_aug': True}, {'scale': (0.3, 1), 'ratio': (1, 1), 'hflip': 0, 'vflip': 0.5}, {'re_prob': 0.3},
+    {'auto_augment': 'augmix-m5-w4-d2'}, {'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bicubic'},
+    {'train_crop_mode': 'rkrc', 'grayscale_prob': 0.1, 'gaussian_blur_prob': 0.1}])
+@pytest.mark.parametrize('use_prefetcher', [True, False])
+def test_transforms_are_those_of_timm(root, options, use_prefetcher):
+    reference = ImageDataset(root)
+    options = {**options, 'use_prefetcher': use_prefetcher, 'device': CPU, 'num_workers': 0}
+    expected = timm.data.create_loader(reference, 32, 12, is_training=True, **options)
+    loader = create_loader(ImageDataset(root), 32, 12, **options)
+    assert repr(loader.dataset.transform) == repr(reference.transform)
+    if use_prefetcher:
+        assert (loader.random_erasing is None) == (expected.random_erasing is None)
+    assert next(iter(loader))[0].shape == (12, 3, 32, 32)
+
+
+def test_options_of_the_sampler(root):
+    loader = loader_of(root, num_repeats=2, epoch_len_factor=2.5, shuffle=False, seed=4)
+    assert ids(loader) == order(40, repeats=2, epoch_len_factor=2.5, shuffle=False)[:96]
+    assert ids(loader_of(root, seed=4)) == order(40, seed=4)[:36]
+    assert ids(loader_of(root, num_repeats=1)) == order(40, repeats=1)[:36]
+
+
+@pytest.mark.parametrize('num_workers', [0, 1])
+def test_multi_epochs_loader(root, num_workers):
+    loader = loader_of(root, use_multi_epochs_loader=True, num_workers=num_workers)
+    assert len(loader) == 3
+    assert [ids(loader) for _ in range(3)] == [order(40, epoch=i)[:36] for i in range(3)]
+
+
+def test_persistent_workers(root):
+    loader = loader_of(root, num_workers=1, persistent_workers=True)
+    assert [ids(loader) for _ in range(3)] == [order(40, epoch=i)[:36] for i in range(3)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_start_methods(root, method):
+    loader = loader_of(root, num_workers=1)
+    loader.loader.multiprocessing_context = method
+    assert ids(loader) == order(40)[:36]
+
+
+def test_scheduled_sizes(root):
+    loader = loader_of(root, input_size_choices=[32, 48], batch_size_choices=[12, 6])
+    sizes = set()
+    for images, targets in loader:
+        sizes.add(images.shape[-1])
+        assert images.shape[0] == len(targets) == {32: 12, 48: 6}[images.shape[-1]]
+        assert torch.equal(targets[:, 0], targets[:, 1] // 10)
+        assert torch.equal(targets[::3], targets[2::3])
+    assert sizes <= {32, 48}
+
+
+@pytest.mark.parametrize('dataset', [ImageFolder, lambda root: InstanceDataset(ImageFolder(root))])
+def test_other_datasets(root, dataset):
+    loader = create_loader(dataset(root), 32, 12, device=CPU, num_workers=0)
+    assert isinstance(loader.dataset, InstanceDataset)
+    assert isinstance(loader.dataset.dataset, ImageFolder)
+    assert ids(loader) == order(40)[:36]
+
+
+def test_own_collate_sees_classes(root):
+    seen = []
+
+    def collate(batch):
+        seen.extend(label for _, label in batch)
+        return default_collate(batch)
+
+    targets = next(iter(loader_of(root, collate_fn=collate, use_prefetcher=False)))[1]
+    assert seen == targets[:, 0].tolist()
+    assert all(type(label) is int for label in seen)
+
+
+def test_ranks(root, monkeypatch):
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(dist, 'get_rank', lambda rank=rank: rank)
+        seen.append(ids(loader_of(root, batch_size=6, distributed=True)))
+        assert seen[-1] == order(40, num_replicas=2, rank=rank)[:18]
+    assert not set(seen[0]) & set(seen[1])
+    assert ids(loader_of(root, distributed=False)) == order(40, num_replicas=1, rank=0)[:36]
+
+
+def test_timm_is_left_as_it_was(root):
+    before = timm_loader.RepeatAugSampler
+    loader_of(root)
+    with pytest.raises(ValueError, match='no full batch'):
+        loader_of(root, batch_size=41)
+    with pytest.raises(TypeError):
+        loader_of(root, no_such_option=1)
+    assert timm_loader.RepeatAugSampler is before is timm.data.distributed_sampler.RepeatAugSampler
+
+
+def test_seam_is_guarded(root, monkeypatch):
+    message = f'timm {timm.__version__} does not take its sampler'
+
+    def other_create_loader(dataset, input_size, batch_size, **kwargs):
+        return torch.utils.data.DataLoader(dataset, batch_size)
+
+    with monkeypatch.context() as patch:
+        patch.delattr(timm_loader, 'RepeatAugSampler')
+        with pytest.raises(RuntimeError, match=message):
+            loader_of(root)
+    with monkeypatch.context() as patch:
+        patch.setattr(timm_loader, 'create_loader', other_create_loader)
+        with pytest.raises(RuntimeError, match=message):
+            loader_of(root)
+
+
+class Stream(IterableDataset):
+    def __iter__(self):
+        return iter([])
+
+
+@pytest.mark.parametrize(('options', 'message'), [
+    ({'batch_size': 41}, 'epoch of 40 samples on this rank has no full batch of 41: give more images'),
+    ({'epoch_len_factor': 0.2}, 'epoch of 8 samples'),
+    ({'batch_size': 2}, 'batch_size is 2, less than num_repeats=3'),
+    ({'batch_size': 0, 'num_repeats': 1}, 'batch_size is 0'),
+    ({'num_repeats': 0}, 'num_repeats is 0'),
+    ({'epoch_len_factor': float('nan')}, 'epoch_len_factor is nan'),
+    ({'is_training': False}, 'timm.data.create_loader for evaluation'),
+    ({'num_aug_repeats': 3}, 'num_aug_repeats is 3: leave it out'),
+    ({'num_aug_splits': 2}, 'num_aug_splits is 2'),
+    ({'collate_fn': FastCollateMixup(0.2)}, 'leave mixup and cutmix out'),
+])
+def test_bad_arguments(root, options, message):
+    with pytest.raises(ValueError, match=message):
+        loader_of(root, **options)
+
+
+def test_bad_datasets(root):
+    with pytest.raises(ValueError, match='give a map-style dataset'):
+        create_loader(Stream(), 32, 12, device=CPU)
+    with pytest.raises(ValueError, match='untransformed images'):
+        next(iter(create_loader(Subset(ImageFolder(root), range(20)), 32, 12, device=CPU, num_workers=0)))
+
+    def one_hot(batch):
+        images, classes = default_collate(batch)
+        return images, torch.nn.functional.one_hot(classes, 4).float()
+
+    with pytest.raises(ValueError, match=r'targets of shape \(12, 4\) for 12 images'):
+        next(iter(loader_of(root, collate_fn=one_hot, use_prefetcher=False)))
+
+
+def test_photographs(shared_data):
+    dataset = timm.data.create_dataset('', str(shared_data / 'classes'), split='val')
+    loader = create_loader(dataset, 64, 30, device=CPU, num_workers=1, epoch_len_factor=0.2)
+    for images, targets in loader:
+        assert images.isfinite().all()
+        assert targets[:, 0].tolist() == [dataset.reader.samples[i][1] for i in targets[:, 1]]

@@ -1,0 +1,422 @@
+"""Tests of the instance losses."""
+import math
+import sys
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import nn
+
+from timm_multigrain.layers import GeM, l2_normalize
+from timm_multigrain.loss import (
+    ContrastiveLoss,
+    DistanceWeightedSampler,
+    MarginLoss,
+    MetricLearningLoss,
+    TripletLoss,
+    Triplets,
+    create_instance_loss,
+    margin_loss,
+    margin_statistics,
+)
+
+BETAS = ['beta1.2', 'beta0.8']
+TAGS = [
+    'antipodal.B8.C16', 'collapsed.B8.C128', 'duplicate.B8.C128', 'neardup.B48.C2048', 'relu.B12.C16', 'relu.B12.C128',
+    'relu.B12.C2048', 'relu.B48.C16', 'relu.B48.C128', 'sphere.B12.C16', 'sphere.B12.C128', 'sphere.B48.C16',
+    'sphere.B48.C128',
+]
+OURS = {'margin': MarginLoss, 'contrastive': ContrastiveLoss, 'triplet': TripletLoss}
+
+
+@pytest.fixture(scope='module')
+def numbers(golden):
+    return load_file(golden / 'margin.safetensors')
+
+
+@pytest.fixture
+def batch():
+    """Embedding (12, 16), target and triplets of 4 instances."""
+    embedding = F.normalize(torch.randn(12, 16, generator=torch.Generator().manual_seed(0)), dim=1)
+    target = torch.arange(4).repeat_interleave(3)
+    return embedding, target, DistanceWeightedSampler('row', generator=0)(embedding, target)
+
+
+def pad(triplets, every=3):
+    """The same triplets with padding before every third of them and at the end."""
+    n = len(triplets.anchor)
+    positions = [i for i in range(n + n // every + 1) if i % (every + 1)][:n]
+    padded = []
+    for index in triplets:
+        out = torch.full((positions[-1] + 3,), -1)
+        out[positions] = index
+        padded.append(out)
+    return Triplets(*padded)
+
+
+def naive_distances(embedding, triplets, eps=1e-8):
+    rows = embedding.double().tolist()
+    for a, p, n in zip(*(t.tolist() for t in triplets), strict=True):
+        yield tuple(
+            math.sqrt(sum((x - y) ** 2 for x, y in zip(rows[a], rows[b], strict=True)) + eps) for b in (p, n))
+
+
+def naive_margin(embedding, triplets, beta, margin):
+    total, active = 0., [0, 0]
+    for d_ap, d_an in naive_distances(embedding, triplets):
+        for k, term in enumerate((d_ap - beta + margin, beta - d_an + margin)):
+            if term > 0:
+                total += term
+                active[k] += 1
+    return total / max(sum(active), 1), active
+
+
+def naive_contrastive(embedding, triplets, margin):
+    terms = [t for d_ap, d_an in naive_distances(embedding, triplets)
+             for t in (d_ap ** 2 / 2, max(0., margin - d_an) ** 2 / 2)]
+    return sum(terms) / len(terms)
+
+
+def naive_triplet(embedding, triplets, margin):
+    terms = [d_ap ** 2 - d_an ** 2 + margin for d_ap, d_an in naive_distances(embedding, triplets, eps=0)]
+    active = [t for t in terms if t > 0]
+    return sum(active) / max(len(active), 1)
+
+
+def max_relative_error(a, b):
+    return ((a - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+def check_golden(numbers, tag, name):
+    key = f'{tag}.{name}'
+    embedding = numbers[f'{tag}.embedding'].clone().requires_grad_()
+    triplets = Triplets(*numbers[f'{tag}.triples'].T)
+    loss_module = MarginLoss(beta_init=float(name.removeprefix('beta')))
+    loss = loss_module(embedding, numbers[f'{tag}.target'], triplets)
+    loss.backward()
+    assert loss.shape == ()
+    assert loss.item() == pytest.approx(numbers[f'{key}.loss'].item(), rel=5e-6)
+    assert loss_module.beta.grad.item() == pytest.approx(numbers[f'{key}.grad_beta'].item(), abs=1e-6)
+    if f'{key}.grad_embedding' in numbers:
+        assert max_relative_error(embedding.grad, numbers[f'{key}.grad_embedding']) < 1e-6
+    statistics = margin_statistics(embedding, triplets, loss_module.beta)
+    both, _ = numbers[f'{key}.pair_count'].tolist()
+    assert statistics['active_pos'] + statistics['active_neg'] == both
+
+
+@pytest.mark.parametrize('name', BETAS)
+@pytest.mark.parametrize('tag', TAGS)
+def test_margin_is_the_original(numbers, tag, name):
+    check_golden(numbers, tag, name)
+
+
+def test_margin_is_the_original_everywhere(shared_golden):
+    numbers = load_file(shared_golden / 'margin.safetensors')
+    tags = [k.removesuffix('.triples') for k in numbers if k.endswith('.triples')]
+    assert len(tags) == 16
+    for tag in tags:
+        for name in BETAS:
+            check_golden(numbers, tag, name)
+
+
+def test_margin_counts_positives_and_negatives_apart(numbers):
+    """Three triplets whose two terms are all active: half the loss of counting triplets."""
+    embedding = torch.cat([numbers[f'tiny.{k}'] for k in ('anchor', 'positive', 'negative')])
+    loss = margin_loss(embedding, Triplets(*torch.arange(9).view(3, 3)), 1.2)
+    assert loss.item() == pytest.approx(numbers['tiny.loss'].item(), rel=5e-6)
+    assert numbers['tiny.loss_torch2'].item() == pytest.approx(2 * loss.item(), rel=5e-6)
+
+
+@pytest.mark.parametrize('margin', [0.2, 0.6])
+@pytest.mark.parametrize('beta', [0.7, 1.2, 1.6])
+def test_margin_equals_loops(batch, beta, margin):
+    embedding, _, triplets = batch
+    expected, (active_pos, active_neg) = naive_margin(embedding, triplets, beta, margin)
+    assert margin_loss(embedding, triplets, beta, margin).item() == pytest.approx(expected, rel=1e-6)
+    loss = margin_loss(embedding.double(), triplets, torch.tensor([beta], dtype=torch.float64), margin)
+    assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected, rel=1e-12)
+    distances = list(naive_distances(embedding, triplets))
+    statistics = margin_statistics(embedding, pad(triplets), beta, margin)
+    assert {k: v.shape for k, v in statistics.items()} == dict.fromkeys(
+        ('pairs', 'active_pos', 'active_neg', 'pos_dist', 'neg_dist'), torch.Size([]))
+    assert statistics['pairs'] == len(distances)
+    assert (statistics['active_pos'], statistics['active_neg']) == (active_pos, active_neg)
+    assert statistics['pos_dist'].item() == pytest.approx(sum(d for d, _ in distances) / len(distances), rel=1e-6)
+    assert statistics['neg_dist'].item() == pytest.approx(sum(d for _, d in distances) / len(distances), rel=1e-6)
+
+
+@pytest.mark.parametrize('margin', [0.2, 1.0, 1.8])
+def test_pair_losses_equal_loops(batch, margin):
+    embedding, target, triplets = batch
+    for loss, naive in [(ContrastiveLoss(margin), naive_contrastive), (TripletLoss(margin), naive_triplet)]:
+        expected = naive(embedding, triplets, margin)
+        assert loss(embedding, target, triplets).item() == pytest.approx(expected, rel=2e-6)
+        assert loss(embedding.double(), target, triplets).item() == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize('name', OURS)
+def test_gradients(batch, name):
+    embedding, target, triplets = batch
+    loss = OURS[name]().double()
+    embedding = embedding.double().requires_grad_()
+    parameters = list(loss.parameters())
+    assert torch.autograd.gradcheck(lambda e, *_: loss(e, target, pad(triplets)), (embedding, *parameters))
+
+
+@pytest.mark.parametrize('name', OURS)
+def test_padding_changes_nothing(batch, name):
+    embedding, target, triplets = batch
+    results = []
+    for t in (triplets, pad(triplets)):
+        loss = OURS[name]()
+        leaf = embedding.clone().requires_grad_()
+        value = loss(leaf, target, t)
+        value.backward()
+        results.append((value.detach(), leaf.grad, *(p.grad for p in loss.parameters())))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize('name', OURS)
+def test_padding_never_reads_the_first_row(batch, name):
+    embedding, target, triplets = batch
+    triplets = pad(Triplets(*(t[triplets.anchor > 2].clone() for t in triplets)))
+    triplets.negative[triplets.negative == 0] = 1
+    embedding = embedding.clone()
+    embedding[0] = math.nan
+    embedding.requires_grad_()
+    loss = OURS[name]()
+    value = loss(embedding, target, triplets)
+    value.backward()
+    assert value.isfinite() and value > 0
+    assert embedding.grad.isfinite().all() and not embedding.grad[0].any()
+    assert all(p.grad.isfinite().all() for p in loss.parameters())
+
+
+@pytest.mark.parametrize('triplets', [
+    Triplets(*torch.zeros(3, 0, dtype=torch.int64)),
+    Triplets(*torch.full((3, 5), -1)),
+])
+@pytest.mark.parametrize('name', OURS)
+def test_no_triplets(batch, name, triplets):
+    embedding, target, _ = batch
+    embedding = embedding.clone().requires_grad_()
+    loss = OURS[name]()
+    value = loss(embedding, target, triplets)
+    assert value.item() == 0 and value.requires_grad
+    value.backward()
+    assert embedding.grad is not None and not embedding.grad.any()
+    assert all(p.grad is not None and not p.grad.any() for p in loss.parameters())
+    assert all(v == 0 for v in margin_statistics(embedding, triplets, 1.2).values())
+
+
+@pytest.mark.parametrize('name', OURS)
+def test_coincident_embeddings(name):
+    embedding = F.normalize(torch.ones(6, 8), dim=1).requires_grad_()
+    loss = OURS[name]()
+    triplets = Triplets(torch.tensor([0, 1, 3]), torch.tensor([1, 0, 4]), torch.tensor([3, 4, 0]))
+    value = loss(embedding, torch.arange(6) // 3, triplets)
+    value.backward()
+    assert value > 0 and embedding.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize('name', OURS)
+def test_dtypes(batch, name, dtype):
+    embedding, target, triplets = batch
+    embedding = embedding.to(dtype).requires_grad_()
+    loss = OURS[name]()
+    value = loss(embedding, target, triplets)
+    value.backward()
+    reference = OURS[name]()(embedding.detach().double(), target, triplets)
+    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert value.item() == pytest.approx(reference.item(), rel=2e-6)
+    assert embedding.grad.dtype == dtype and embedding.grad.isfinite().all()
+    with torch.autocast('cpu', torch.bfloat16):
+        assert torch.equal(loss(embedding, target, triplets), value)
+
+
+def test_margin_parameter():
+    loss = MarginLoss(beta_init=0.9, margin=0.3)
+    assert {k: (v.shape, v.dtype) for k, v in loss.named_parameters()} == {'beta': ((1,), torch.float32)}
+    assert loss.beta.item() == pytest.approx(0.9) and loss.margin == 0.3
+    for loss_class in OURS.values():
+        assert loss_class().needs_triplets
+
+
+@pytest.mark.parametrize('name', OURS)
+@pytest.mark.parametrize(('embedding', 'triplets', 'message'), [
+    (torch.zeros(4), torch.zeros(3, 2, dtype=torch.int64), r'\(4,\)'),
+    (torch.zeros(4, 2, 1), torch.zeros(3, 2, dtype=torch.int64), r'\(4, 2, 1\)'),
+    (torch.zeros(4, 2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64), 'torch.int64'),
+    (torch.zeros(4, 2), torch.zeros(3, 2, 1, dtype=torch.int64), r'\(2, 1\)'),
+    (torch.zeros(4, 2), torch.zeros(2, 2, dtype=torch.int64), r'\(2,\)'),
+    (torch.zeros(4, 2), [torch.zeros(n, dtype=torch.int64) for n in (2, 2, 5)], r'\(5,\)'),
+])
+def test_wrong_shapes(name, embedding, triplets, message):
+    with pytest.raises(ValueError, match=message):
+        OURS[name]()(embedding, None, tuple(triplets))
+
+
+class TinyNet(nn.Module):
+    """The network of the recorded optimisation steps."""
+
+    def __init__(self, state):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 8, 3, 2, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(8)
+        self.pool = GeM(p=3.0)
+        self.classifier = nn.Linear(8, 5)
+        state = {k.removeprefix('features.'): v for k, v in state.items() if k != 'pool.p'}
+        assert not self.load_state_dict(state, strict=False).unexpected_keys
+
+    def forward(self, x):
+        embedding = self.pool(self.bn1(self.conv1(x)).relu()).flatten(1)
+        return self.classifier(embedding), embedding
+
+
+def test_train_steps_are_the_original(golden):
+    """Four optimisation steps of the whole objective, beta with its own optimizer, step by step."""
+    path = golden / 'train_steps.safetensors'
+    numbers = load_file(path)
+    with safe_open(path, 'pt') as f:
+        settings = {k: v if ',' in v or ' ' in v else float(v) for k, v in f.metadata().items()}
+    net = TinyNet({k.removeprefix('init.'): v for k, v in numbers.items() if k.startswith('init.')}).train()
+    margin = MarginLoss(settings['beta_init'])
+    sgd = {'momentum': settings['momentum'], 'lr': settings['lr']}
+    optimizers = [
+        torch.optim.SGD(net.parameters(), weight_decay=settings['weight_decay'], **sgd),
+        torch.optim.SGD(margin.parameters(), **{**sgd, 'lr': settings['lr'] * settings['beta_lr_factor']}),
+    ]
+    instance = numbers['instance']
+    anchor, positive = ((instance[:, None] == instance) & ~torch.eye(12, dtype=torch.bool)).nonzero(as_tuple=True)
+    for step, factor in enumerate(map(float, settings['lr_factors'].split(','))):
+        logits, embedding = net(numbers[f'step{step}.input'])
+        cross_entropy = F.cross_entropy(logits, numbers['label'])
+        triplets = Triplets(anchor, positive, numbers[f'step{step}.negatives'].flatten())
+        instance_loss = margin(l2_normalize(embedding), instance, triplets)
+        loss = settings['lambda'] * cross_entropy + (1 - settings['lambda']) * instance_loss
+        for optimizer, lr in zip(optimizers, (settings['lr'], settings['lr'] * settings['beta_lr_factor']), strict=True):
+            optimizer.param_groups[0]['lr'] = lr * factor
+            optimizer.zero_grad()
+        loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+        expected = {k: numbers[f'step{step}.{k}'].item() for k in ('cross_entropy', 'margin', 'loss', 'beta_after')}
+        measured = {'cross_entropy': cross_entropy, 'margin': instance_loss, 'loss': loss, 'beta_after': margin.beta}
+        assert {k: v.item() for k, v in measured.items()} == pytest.approx(expected, rel=1e-6), step
+    for k, v in net.state_dict().items():
+        key = f'final.{k}' if k.startswith(('pool', 'classifier')) else f'final.features.{k}'
+        if not k.startswith('pool'):
+            assert max_relative_error(v.double(), numbers[key].double()) < 1e-6, k
+
+
+@pytest.mark.slow
+def test_compile(batch):
+    embedding, target, _ = batch
+    sampler = DistanceWeightedSampler(max_positives=2)
+    margin = MarginLoss()
+
+    @torch.compile(fullgraph=True)
+    def step(embedding, target):
+        triplets = sampler(embedding, target)
+        return margin(embedding, target, triplets), triplets
+
+    leaf = embedding.clone().requires_grad_()
+    loss, triplets = step(leaf, target)
+    loss.backward()
+    eager = embedding.clone().requires_grad_()
+    expected = margin_loss(eager, triplets, 1.2)
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    torch.testing.assert_close(leaf.grad, eager.grad)
+
+
+def test_create_instance_loss():
+    for name, loss_class in OURS.items():
+        loss = create_instance_loss(name, margin=0.5)
+        assert type(loss) is loss_class and loss.margin == 0.5
+        assert create_instance_loss(loss) is loss
+    with pytest.raises(ValueError, match='margin'):
+        create_instance_loss(MarginLoss(), margin=0.5)
+    for spec in ('hinge', None):
+        with pytest.raises(ValueError, match="'margin', 'contrastive', 'triplet' or 'pml:NAME'"):
+            create_instance_loss(spec)
+    with pytest.raises(ValueError, match='Linear cannot be an instance loss'):
+        create_instance_loss(nn.Linear(2, 2))
+
+
+def test_metric_learning_library_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'pytorch_metric_learning', None)
+    with pytest.raises(ImportError, match=r"pip install 'timm_multigrain\[metric\]'"):
+        create_instance_loss('pml:TripletMarginLoss')
+
+
+def test_metric_learning_names():
+    losses = pytest.importorskip('pytorch_metric_learning.losses')
+    with pytest.raises(ValueError, match='TripletMarginLoss'):
+        create_instance_loss('pml:TripletMarginLos')
+    for name in ('', 'BaseLossWrapper', 'zzz', '__name__'):
+        with pytest.raises(ValueError, match='did you mean'):
+            create_instance_loss(f'pml:{name}')
+    loss = create_instance_loss('pml:NTXentLoss', temperature=0.2)
+    assert type(loss) is MetricLearningLoss and loss.needs_triplets
+    assert type(loss.loss) is losses.NTXentLoss and loss.loss.temperature == 0.2
+    with pytest.raises(ValueError, match='SelfSupervisedLoss cannot be an instance loss'):
+        create_instance_loss(losses.SelfSupervisedLoss(losses.NTXentLoss()))
+
+
+def test_metric_learning_with_and_without_triplets(batch):
+    losses = pytest.importorskip('pytorch_metric_learning.losses')
+    embedding, target, triplets = batch
+    for name in ('TripletMarginLoss', 'ContrastiveLoss', 'NTXentLoss', 'MultiSimilarityLoss'):
+        theirs = getattr(losses, name)()
+        loss = create_instance_loss(theirs)
+        expected = theirs(embedding, target, indices_tuple=tuple(triplets))
+        torch.testing.assert_close(loss(embedding, target, pad(triplets)), expected)
+        everything = create_instance_loss(f'pml:{name}', use_triplets=False)
+        assert not everything.needs_triplets
+        torch.testing.assert_close(everything(embedding, target, None), theirs(embedding, target))
+        assert not torch.allclose(expected, theirs(embedding, target))
+
+
+def test_metric_learning_precision_and_gradients(batch):
+    pytest.importorskip('pytorch_metric_learning')
+    embedding, target, triplets = batch
+    loss = create_instance_loss('pml:TripletMarginLoss')
+    expected = loss(embedding.bfloat16().float(), target, triplets)
+    leaf = embedding.bfloat16().requires_grad_()
+    with torch.autocast('cpu', torch.bfloat16):
+        value = loss(leaf, target, triplets)
+    assert value.dtype == torch.float32 and torch.equal(value, expected)
+    value.backward()
+    assert leaf.grad.any()
+    empty = loss(leaf, target, Triplets(*torch.full((3, 4), -1)))
+    assert empty.item() == 0
+    empty.backward()
+
+
+def test_metric_learning_without_support_for_triplets(batch):
+    losses = pytest.importorskip('pytorch_metric_learning.losses')
+    embedding, target, triplets = batch
+    with pytest.raises(ValueError, match='RankedListLoss takes no triplets: set use_triplets=False'):
+        create_instance_loss(losses.RankedListLoss(margin=0.4, Tn=10))(embedding, target, triplets)
+    loss = create_instance_loss(losses.RankedListLoss(margin=0.4, Tn=10), use_triplets=False)
+    assert loss(embedding, target, triplets).isfinite()
+    with pytest.raises(ValueError, match='embeddings'):
+        loss(embedding, target[:-1], triplets)
+
+
+def test_same_as_metric_learning_library(batch):
+    """Margin and triplet loss are those of the library, up to where it adds its epsilon to a distance."""
+    losses = pytest.importorskip('pytorch_metric_learning.losses')
+    from pytorch_metric_learning.distances import LpDistance
+    from pytorch_metric_learning.reducers import AvgNonZeroReducer
+    embedding, target, triplets = batch
+    for beta in (0.8, 1.2):
+        theirs = create_instance_loss(losses.MarginLoss(margin=0.2, beta=beta))(embedding, target, triplets)
+        assert margin_loss(embedding, triplets, beta).item() == pytest.approx(theirs.item(), rel=1e-5)
+    theirs = losses.TripletMarginLoss(margin=0.2, distance=LpDistance(power=2), reducer=AvgNonZeroReducer())
+    expected = create_instance_loss(theirs)(embedding, target, triplets)
+    assert TripletLoss()(embedding, target, triplets).item() == pytest.approx(expected.item(), rel=1e-5)

@@ -1,0 +1,218 @@
+"""MAC, SPoC, R-MAC and CroW against loops in float64."""
+import copy
+import math
+import pickle
+
+import pytest
+import torch
+
+from timm_multigrain.layers import MAC, RMAC, CroW, SPoC
+from timm_multigrain.layers.regional import _region_grid
+
+POOLS = (MAC, SPoC, RMAC, CroW)
+FORMATS = ('NCHW', 'NHWC', 'NLC')
+SIZES = ((1, 1), (2, 2), (1, 4), (7, 7), (6, 9), (9, 6), (12, 7), (8, 31))
+FORMATS_OF = [pytest.param(pool, fmt, id=f'{pool.__name__}-{fmt}')
+              for pool in POOLS for fmt in FORMATS if (pool, fmt) != (RMAC, 'NLC')]
+
+
+def to_format(x, input_fmt):
+    return {'NCHW': x, 'NHWC': x.permute(0, 2, 3, 1), 'NLC': x.flatten(2).mT}[input_fmt]
+
+
+def relu_map(*shape, seed=0):
+    x = torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).relu()
+    x[:, 1] = 0  # a dead channel
+    return x
+
+
+def cells(x):
+    return [(i, j) for i in range(x.shape[2]) for j in range(x.shape[3])]
+
+
+def slow_mac(x):
+    return torch.tensor([[max(c[i][j] for i in range(len(c)) for j in range(len(c[0]))) for c in n]
+                         for n in x.tolist()], dtype=torch.float64)
+
+
+def slow_spoc(x, center_prior=False):
+    _, _, height, width = x.shape
+    # Babenko and Lempitsky: a Gaussian whose sigma is a third of the way from the centre to the closest border
+    sigma = min(height / 2, width / 2) / 3
+    y = torch.zeros(x.shape[:2], dtype=torch.float64)
+    for i, j in cells(x):
+        distance = math.hypot(i + 0.5 - height / 2, j + 0.5 - width / 2)
+        y += x[:, :, i, j].double() * (math.exp(-distance ** 2 / (2 * sigma ** 2)) if center_prior else 1.)
+    return y
+
+
+def slow_regions(height, width, levels=3):
+    """Top, left, side as the authors' program gives them: regions by their centres, 2 to 7 along the longer side."""
+    side = min(height, width)
+    overlaps = {m: 1 - (max(height, width) - side) / (m - 1) / side for m in range(2, 8)}
+    m = min(overlaps, key=lambda m: abs(overlaps[m] - 0.4)) if height != width else 1
+    regions = []
+    for level in range(1, levels + 1):
+        size = max(1, math.floor(2 * side / (level + 1)))
+        rows, cols = (level + m - 1 if height > width else level), (level + m - 1 if width > height else level)
+        for i in range(rows):
+            for j in range(cols):
+                top = math.floor(i * (height - size) / (rows - 1) + 1e-9) if rows > 1 else 0
+                left = math.floor(j * (width - size) / (cols - 1) + 1e-9) if cols > 1 else 0
+                regions.append((top, left, size))
+    return regions
+
+
+def slow_rmac(x):
+    y = torch.zeros(x.shape[:2], dtype=torch.float64)
+    for n in range(len(x)):
+        for top, left, side in slow_regions(*x.shape[2:]):
+            region = x[n, :, top:top + side, left:left + side].double().flatten(1)
+            vector = torch.tensor([max(c.tolist()) for c in region], dtype=torch.float64)
+            y[n] += vector / (math.sqrt(math.fsum(v * v for v in vector.tolist())) + 1e-6)
+    return y
+
+
+def slow_crow(x, eps=1e-6):
+    x = x.double()
+    count, channels, height, width = x.shape
+    y = torch.zeros(count, channels, dtype=torch.float64)
+    for n in range(count):
+        total = {(i, j): max(0., sum(x[n, :, i, j].tolist())) for i, j in cells(x)}
+        norm = math.sqrt(sum(v ** 2 for v in total.values()))
+        share = [sum(x[n, c, i, j].item() > 0 for i, j in cells(x)) / (height * width) for c in range(channels)]
+        for c in range(channels):
+            value = sum(math.sqrt(total[i, j] / norm if norm else 0) * x[n, c, i, j].item() for i, j in cells(x))
+            y[n, c] = value * math.log((channels * eps + sum(share)) / (eps + share[c]))
+    return y
+
+
+SLOW = {MAC: slow_mac, SPoC: slow_spoc, RMAC: slow_rmac, CroW: slow_crow}
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('pool, input_fmt', FORMATS_OF)
+def test_equals_loop(pool, input_fmt, size):
+    x = relu_map(2, 6, *size)
+    y = pool(input_fmt)(to_format(x, input_fmt))
+    torch.testing.assert_close(y.double(), SLOW[pool](x), rtol=2e-5, atol=1e-5)
+    y = pool(input_fmt)(to_format(x.double(), input_fmt))
+    torch.testing.assert_close(y, SLOW[pool](x), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('size', SIZES, ids=str)
+@pytest.mark.parametrize('input_fmt', ['NCHW', 'NHWC'])
+def test_spoc_center_prior(input_fmt, size):
+    x = relu_map(2, 3, *size).double()
+    y = SPoC(input_fmt, center_prior=True)(to_format(x, input_fmt))
+    torch.testing.assert_close(y, slow_spoc(x, center_prior=True), rtol=1e-12, atol=1e-12)
+
+
+def test_center_prior_prefers_the_centre():
+    x = torch.zeros(2, 1, 5, 7)
+    x[0, :, 2, 3] = x[1, :, 0, 0] = 1
+    center, corner = SPoC(center_prior=True)(x).flatten().tolist()
+    assert center == 1 and corner < 0.05
+
+
+@pytest.mark.parametrize('height', range(1, 40))
+def test_region_grid(height):
+    for width in range(1, 40):
+        regions = _region_grid(height, width, 3)
+        side = min(height, width)
+        assert all(0 <= t <= height - s and 0 <= left <= width - s for t, left, s in regions)
+        assert {s for _, _, s in regions} == {max(1, 2 * side // (level + 1)) for level in (1, 2, 3)}
+        if max(height, width) <= 4 * side:  # beyond this the authors' program stops at 7 regions and leaves gaps
+            assert regions == slow_regions(height, width)
+        covered = {(t + i, left + j) for t, left, s in regions for i in range(s) for j in range(s)}
+        assert len(covered) == height * width
+
+
+def test_square_map_has_14_regions():
+    assert len(_region_grid(7, 7, 3)) == 1 + 4 + 9
+    assert len(_region_grid(7, 7, 2)) == RMAC(levels=2)(torch.ones(1, 1, 7, 7)).round().item() == 5
+
+
+def test_crow_favours_rare_channels():
+    x = torch.zeros(1, 3, 4, 4)
+    x[0, 0] = 1
+    x[0, 1, :2] = 2
+    x[0, 2, 0, 0] = 16
+    common, half, rare = CroW()(x)[0].tolist()
+    assert common < half < rare
+
+
+@pytest.mark.parametrize('pool', [MAC, SPoC, CroW])
+def test_prefix_tokens_are_left_out(pool):
+    x = relu_map(2, 9, 6)
+    changed = x.clone()
+    changed[:, :2] = 1e3
+    layer = pool('NLC', num_prefix_tokens=2)
+    assert torch.equal(layer(x), layer(changed)) and torch.equal(layer(x), pool('NLC')(x[:, 2:]))
+    with pytest.raises(ValueError, match='2 tokens of which the first 2 are prefix tokens'):
+        layer(x[:, :2])
+
+
+@pytest.mark.parametrize('pool, input_fmt', FORMATS_OF)
+def test_flatten(pool, input_fmt):
+    x = to_format(relu_map(2, 5, 4, 6), input_fmt)
+    y = pool(input_fmt, flatten=False)(x)
+    assert y.shape == {'NCHW': (2, 5, 1, 1), 'NHWC': (2, 1, 1, 5), 'NLC': (2, 1, 5)}[input_fmt]
+    assert torch.equal(y.reshape(2, 5), pool(input_fmt)(x))
+
+
+@pytest.mark.parametrize('pool', POOLS)
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+def test_half_input_is_pooled_in_float32(pool, dtype):
+    x = (relu_map(2, 6, 7, 7) * 20).to(dtype)
+    y = pool()(x)
+    assert y.dtype == dtype
+    torch.testing.assert_close(y, SLOW[pool](x).to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-5)
+
+
+@pytest.mark.parametrize('pool', POOLS)
+@pytest.mark.parametrize('kind', ['relu', 'zero', 'signed'])
+def test_gradients_are_finite(pool, kind):
+    x = {'relu': relu_map(2, 6, 5, 7), 'zero': torch.zeros(2, 6, 5, 7), 'signed': torch.randn(2, 6, 5, 7)}[kind]
+    x.requires_grad_()
+    y = pool()(x)
+    y.sum().backward()
+    assert y.isfinite().all() and x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize('layer', [SPoC(), SPoC(center_prior=True), RMAC(), CroW()], ids=repr)
+def test_gradcheck(layer):
+    x = (torch.rand(1, 3, 3, 4, dtype=torch.float64) + 0.1).requires_grad_()
+    assert torch.autograd.gradcheck(layer, x)
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('pool, input_fmt', FORMATS_OF)
+def test_tools(pool, input_fmt):
+    layer, x = pool(input_fmt), to_format(relu_map(2, 5, 4, 6), input_fmt)
+    for other in (torch.jit.script(layer), torch.fx.symbolic_trace(layer), copy.deepcopy(layer),
+                  pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(other(x), layer(x)) and torch.equal(other(x.double()), layer(x.double()))
+    assert not layer.state_dict()
+
+
+@pytest.mark.parametrize('layer', [pool() for pool in POOLS] + [SPoC(center_prior=True)], ids=repr)
+def test_compile_without_graph_break(layer):
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, fullgraph=True, backend='eager')
+    for size in ((4, 6), (7, 7)):
+        x = relu_map(2, 5, *size)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_errors():
+    with pytest.raises(ValueError, match='R-MAC needs the rows and columns of the map'):
+        RMAC('NLC')
+    with pytest.raises(ValueError, match='The centre prior needs the rows and columns of the map'):
+        SPoC('NLC', center_prior=True)
+    for pool in POOLS:
+        with pytest.raises(ValueError, match='Unknown input_fmt'):
+            pool('NCL')
+        with pytest.raises(ValueError, match="num_prefix_tokens=1 needs input_fmt='NLC'"):
+            pool(num_prefix_tokens=1)
+    assert repr(RMAC('NHWC')) == 'RMAC(input_fmt=NHWC, flatten=True, num_prefix_tokens=0, levels=3)'

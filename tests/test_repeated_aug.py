@@ -1,0 +1,157 @@
+"""RepeatedAugSampler against the original implementation's order and, over simulated ranks, against its definition."""
+import json
+import math
+import pickle
+from itertools import cycle, islice
+
+import pytest
+import torch.distributed as dist
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.data import BatchSampler
+
+from timm_multigrain.data import RepeatedAugSampler
+
+worlds = st.fixed_dictionaries({
+    'length': st.integers(1, 60),
+    'repeats': st.integers(1, 5),
+    'factor': st.floats(0.02, 4),
+    'world': st.integers(1, 8),
+    'seed': st.integers(0, 5),
+    'epoch': st.integers(0, 5),
+})
+
+
+def ranks(length, repeats, factor, world, seed=0, epoch=0, shuffle=True):
+    """The epoch of every rank."""
+    streams = []
+    for rank in range(world):
+        sampler = RepeatedAugSampler(length, repeats, factor, shuffle, seed, world, rank)
+        sampler.set_epoch(epoch)
+        streams.append(list(sampler))
+        assert len(sampler) == len(streams[-1])
+    return streams
+
+
+def test_equals_original(golden):
+    for case in json.loads((golden / 'ra_sampler.json').read_text())['cases']:
+        sampler = RepeatedAugSampler(
+            range(case['dataset_len']), case['repetitions'], case['len_factor'], shuffle=case['shuffle'])
+        batches = BatchSampler(sampler, case['batch_size'], case['drop_last'])
+        assert list(batches) == case['batches']
+        assert len(batches) == case['len']
+        assert (list(batches) == case['batches']) == case['second_pass_identical']
+
+
+def test_shuffled_structure_of_original(golden):
+    case = json.loads((golden / 'ra_sampler.json').read_text())['shuffled_structure']
+    stream = list(RepeatedAugSampler(case['dataset_len'], case['repetitions'], case['len_factor']))
+    assert len(stream) == case['total']
+    assert len(set(stream)) == case['distinct_images']
+
+
+@settings(max_examples=150, deadline=None)
+@given(worlds)
+def test_unshuffled_order(case):
+    case.pop('seed')
+    length, repeats, world = case['length'], case['repeats'], case['world']
+    total = max(1, int(length * case['factor']))
+    for rank, stream in enumerate(ranks(shuffle=False, **case)):
+        own = [i for i in range(length) if i % world == rank] or [rank % length]
+        naive = cycle([i for i in own for _ in range(repeats)])
+        assert stream == list(islice(naive, math.ceil(total / world)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(worlds)
+def test_ranks_share_out_images(case):
+    length, repeats, world = case['length'], case['repeats'], case['world']
+    streams = ranks(**case)
+    assert len({len(stream) for stream in streams}) == 1
+    assert len(streams[0]) >= 1
+    assert len(streams[0]) * world - max(1, int(length * case['factor'])) in range(world)
+    if length >= world:
+        assert sum(len(set(stream)) for stream in streams) == len(set().union(*streams))
+    for rank, stream in enumerate(streams):
+        groups = [stream[i:i + repeats] for i in range(0, len(stream), repeats)]
+        assert all(len(set(group)) == 1 for group in groups)  # positives on the same rank, side by side
+        assert all(0 <= group[0] < length for group in groups)
+        size = max(1, len(range(rank, length, world)))
+        heads = [group[0] for group in groups]
+        passes = [heads[i:i + size] for i in range(0, len(heads), size)]
+        assert all(len(set(one)) == len(one) for one in passes)  # a pass shows an image once
+        assert all(set(one) <= set(passes[0]) for one in passes)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(1, 40), st.integers(1, 8))
+def test_full_epoch_covers_all_images(length, world):
+    # an unlucky rank has one image more than the mean
+    streams = ranks(length, 3, 3 * math.ceil(length / world) * world / length + 1e-9, world)
+    assert set().union(*streams) == set(range(length))
+
+
+def test_shuffle_is_fresh_in_every_pass_and_epoch():
+    sampler = RepeatedAugSampler(50, 1, 3.0)
+    first, second = list(sampler), list(sampler)
+    passes = [tuple(stream[i:i + 50]) for stream in (first, second) for i in (0, 50, 100)]
+    assert len(set(passes)) == 6
+    assert all(sorted(one) == list(range(50)) for one in passes)
+    assert list(RepeatedAugSampler(50, 1, 3.0, seed=1)) == second != list(RepeatedAugSampler(50, 1, 3.0, seed=2))
+
+
+def test_epoch_advances_by_itself_and_set_epoch_wins():
+    def epoch(number):
+        sampler = RepeatedAugSampler(30)
+        sampler.set_epoch(number)
+        return list(sampler)
+
+    alone = RepeatedAugSampler(30)
+    assert [list(alone) for _ in range(4)] == [epoch(i) for i in range(4)]
+    resumed = RepeatedAugSampler(30)
+    list(resumed)
+    for number in (7, 8, 8, 3):
+        resumed.set_epoch(number)
+        assert list(resumed) == epoch(number)
+    assert list(resumed) == epoch(4)
+
+
+def test_never_empty():
+    assert list(RepeatedAugSampler(10, 3, 0.01)) == [next(iter(RepeatedAugSampler(10, 3)))]
+    assert [len(stream) for stream in ranks(3, 3, 0.1, 8)] == [1] * 8
+
+
+def test_world_of_torch_distributed(monkeypatch):
+    monkeypatch.setattr(dist, 'is_initialized', lambda: True)
+    monkeypatch.setattr(dist, 'get_world_size', lambda: 4)
+    monkeypatch.setattr(dist, 'get_rank', lambda: 3)
+    sampler = RepeatedAugSampler(20)
+    assert (sampler.num_replicas, sampler.rank, len(sampler)) == (4, 3, 5)
+    sampler = RepeatedAugSampler(20, num_replicas=1, rank=0)
+    assert (sampler.num_replicas, sampler.rank, len(sampler)) == (1, 0, 20)
+
+
+def test_pickles():
+    sampler = RepeatedAugSampler(range(20))
+    list(sampler)
+    assert list(pickle.loads(pickle.dumps(sampler))) == list(sampler)
+
+
+@pytest.mark.parametrize(('arguments', 'message'), [
+    ({'dataset': []}, 'holds 0 images'),
+    ({'num_repeats': 0}, 'num_repeats is 0: give'),
+    ({'num_repeats': -2}, 'num_repeats is -2'),
+    ({'num_repeats': 2.5}, 'num_repeats is 2.5'),
+    ({'epoch_len_factor': 0}, 'epoch_len_factor is 0'),
+    ({'epoch_len_factor': -1.0}, 'epoch_len_factor is -1.0'),
+    ({'epoch_len_factor': math.nan}, 'epoch_len_factor is nan'),
+    ({'epoch_len_factor': math.inf}, 'epoch_len_factor is inf'),
+    ({'num_replicas': 0, 'rank': 0}, 'num_replicas is 0'),
+    ({'num_replicas': 2, 'rank': 2}, 'rank is 2: .* between 0 and 1'),
+    ({'num_replicas': 2, 'rank': -1}, 'rank is -1'),
+    ({'rank': 1}, 'rank is 1: with num_replicas=1'),
+    ({'num_replicas': 2}, 'num_replicas is 2 but torch.distributed is not initialised: give rank'),
+])
+def test_bad_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        RepeatedAugSampler(**{'dataset': range(5), **arguments})

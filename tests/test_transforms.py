@@ -1,0 +1,231 @@
+"""Lighting, training recipes and test-time sizes against the original implementation's numbers."""
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from torchvision import transforms as T
+from torchvision.transforms import functional as F
+
+from timm_multigrain.data import Lighting, create_eval_transform, create_transform, resize_shape
+from timm_multigrain.data.lighting import EIGENVALUES, EIGENVECTORS
+from timm_multigrain.data.transforms import Resize
+
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+def picture(width, height, mode='RGB'):
+    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels).convert(mode)
+
+
+@pytest.fixture
+def resize_golden(golden):
+    return json.loads((golden / 'resize.json').read_text())
+
+
+def test_lighting_equals_original(golden):
+    data = load_file(golden / 'lighting.safetensors')
+    for k, alpha in enumerate(data['alpha']):
+        result = Lighting(0.1)(data['x'], alpha)
+        expected = data[f'after_clamp.{k}']
+        assert (result - expected).abs().max() <= 1e-6 * expected.abs().max()
+        unclamped = data[f'after_lighting.{k}']
+        inside = (unclamped > 0) & (unclamped < 1)
+        torch.testing.assert_close(result[inside], unclamped[inside], rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
+@pytest.mark.parametrize('rescale', [True, False])
+def test_lighting_by_hand(dtype, rescale):
+    image = torch.rand(3, 2, 4, dtype=torch.float64).to(dtype)
+    alpha = [0.3, -0.2, 0.5]
+    result = Lighting(0.25, rescale)(image, torch.tensor(alpha))
+    assert result.dtype == dtype
+    for c in range(3):
+        shift = sum(EIGENVECTORS[c][j] * alpha[j] * EIGENVALUES[j] for j in range(3))
+        for y in range(2):
+            for x in range(4):
+                value = (image[c, y, x].item() + shift) / (1.25 if rescale else 1)
+                tolerance = 2e-3 if dtype == torch.float16 else 1e-6
+                assert result[c, y, x].item() == pytest.approx(min(1, max(0, value)), abs=tolerance)
+
+
+def test_lighting_draws_from_torch():
+    image = torch.full((3, 1, 1), 0.5, dtype=torch.float64)
+    torch.manual_seed(0)
+    results = torch.stack([Lighting(0.1)(image) for _ in range(4000)]).view(-1, 3)
+    torch.manual_seed(0)
+    assert torch.equal(Lighting(0.1)(image).view(3), results[0])
+    vectors, values = torch.tensor(EIGENVECTORS, dtype=torch.float64), torch.tensor(EIGENVALUES, dtype=torch.float64)
+    alpha = torch.linalg.solve(vectors, (results * 1.1 - 0.5).T).T / values
+    assert alpha.std(0).tolist() == pytest.approx([0.1] * 3, rel=0.05)
+    assert alpha.mean(0).tolist() == pytest.approx([0] * 3, abs=0.01)
+    assert torch.corrcoef(alpha.T).triu(1).abs().max() < 0.06
+
+
+def test_lighting_bounds():
+    assert Lighting(0.0)(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1)).flatten().tolist() == [0, 0.5, 1]
+    for std in (-0.1, float('nan'), float('inf')):
+        with pytest.raises(ValueError, match=f'std is {std}'):
+            Lighting(std)
+    for image in (torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(1, 4, 4), torch.zeros(3, 4)):
+        with pytest.raises(ValueError, match=r'give \(3, H, W\) floats'):
+            Lighting()(image)
+
+
+def test_resize_shapes_equal_original(resize_golden):
+    rows = resize_golden['resize']['rows']
+    assert len(rows) == 21 * 7 * 2
+    for width, height, size, largest, target_height, target_width in rows:
+        # the original implementation fails where a side becomes 0
+        expected = (max(1, target_height), max(1, target_width))
+        assert resize_shape(width, height, size, bool(largest)) == expected
+
+
+def test_resize_shape_is_the_truncated_quotient():
+    generator = random.Random(0)
+    for _ in range(2000):
+        width, height, size = (generator.randint(1, 5000) for _ in range(3))
+        assert resize_shape(width, height, size, True) == (
+            max(1, int(size * height / max(width, height))), max(1, int(size * width / max(width, height))))
+        assert resize_shape(width, height, size, False) == (
+            int(size * height / min(width, height)), int(size * width / min(width, height)))
+
+
+def test_resize_for_crop_equals_original(resize_golden):
+    for size, side in resize_golden['validation_shorter_side_for_crop'].items():
+        resize = create_eval_transform(int(size)).transforms[1]
+        assert (resize.size, resize.largest) == (side, False)
+
+
+@pytest.mark.parametrize(('width', 'height'), [(500, 375), (333, 500), (224, 224), (97, 131), (1000, 3)])
+def test_eval_pixels(width, height):
+    image = picture(width, height)
+
+    def normalised(pil):
+        pixels = torch.tensor(np.asarray(pil, dtype=np.float64) / 255)
+        return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
+
+    h, w = resize_shape(width, height, 109, False)
+    top, left = round((h - 96) / 2), round((w - 96) / 2)
+    expected = image.resize((w, h), Image.BILINEAR).crop((left, top, left + 96, top + 96))
+    torch.testing.assert_close(create_eval_transform(96)(image).double(), normalised(expected), rtol=0, atol=1e-5)
+    h, w = resize_shape(width, height, 96, True)
+    result = create_eval_transform(96, 'longer-side')(image)
+    assert result.shape == (3, h, w)
+    torch.testing.assert_close(
+        result.double(), normalised(image.resize((w, h), Image.BILINEAR)), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('augmentation', ['full', 'senet', 'torch', 'autoaugment'])
+def test_recipe(augmentation, resize_golden):
+    recipes = resize_golden['recipes']
+    kind = {'autoaugment': 'AA'}.get(augmentation, augmentation)
+    steps = create_transform(224, augmentation).transforms
+    names = [type(step).__name__ for step in steps[1:]]
+    renamed = {'ImageNetPolicy': 'AutoAugment', 'Bound': None}  # our Lighting holds the clamp
+    original = resize_golden['transform_class_order'][f'None/{kind}']
+    assert names == [n for n in (renamed.get(n, n) for n in original['train']) if n]
+    crop, flip = steps[1:3]
+    assert [list(crop.scale), list(crop.ratio)] == [recipes['train_common_prefix'][0][k] for k in ('scale', 'ratio')]
+    assert crop.interpolation.value in recipes['interpolation']
+    assert flip.p == recipes['train_common_prefix'][1]['prob']
+    settings = {step['op']: step for step in recipes['kinds'][kind]}
+    for step in steps:
+        if isinstance(step, T.ColorJitter):
+            factors = settings['color_jitter']['factor_range']
+            assert [list(step.brightness), list(step.contrast), list(step.saturation)] == [factors] * 3
+            assert step.hue is None
+        if isinstance(step, Lighting):
+            assert (step.std, step.rescale) == (settings['lighting']['alpha_std'], True)
+    assert [list(steps[-1].mean), list(steps[-1].std)] == [original['norm_mean'], original['norm_std']]
+
+
+def test_lighting_constants(resize_golden):
+    lighting = resize_golden['recipes']['lighting']
+    assert list(EIGENVALUES) == lighting['eigenvalues']
+    assert [list(row) for row in EIGENVECTORS] == lighting['eigenvectors_rows_are_rgb_channels']
+
+
+def test_autoaugment_against_original(resize_golden):
+    """The policy of the original implementation, but for what the docstring names."""
+    policy = create_transform(224, 'autoaugment').transforms[3]
+    space = policy._augmentation_space(10, (224, 224))
+    ours = []
+    for operations in policy.policies:
+        for name, probability, level in operations:
+            magnitude = space[name][0][level].item() if level is not None else 0.0
+            ours.append((name.lower(), probability, magnitude))
+    ours = list(zip(ours[::2], ours[1::2], strict=True))
+    theirs = [
+        tuple((row[f'op{i}'].replace('_', ''), row[f'prob{i}'], row[f'magnitude{i}']) for i in (1, 2))
+        for row in resize_golden['recipes']['autoaugment']['sub_policies']
+    ]
+    assert (len(ours), len(theirs)) == (25, 24)
+    unmatched = list(ours)
+    for row in theirs:
+        match = next(other for other in unmatched if all(
+            a[:2] == b[:2] and (0 <= a[2] - b[2] < 0.7 if a[0] == 'solarize' else a[2] == pytest.approx(b[2]))
+            for a, b in zip(row, other, strict=True)))
+        unmatched.remove(match)
+    assert unmatched == [(('equalize', 0.8, 0.0), ('equalize', 0.6, 0.0))]
+    assert policy.fill == [128, 128, 128]
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'P', 'RGBA', 'CMYK', '1', 'LA', 'I;16', 'YCbCr'])
+@pytest.mark.parametrize('augmentation', ['full', 'senet', 'torch', 'autoaugment'])
+def test_any_mode(mode, augmentation):
+    image = picture(60, 45).convert('I').convert('I;16') if mode == 'I;16' else picture(60, 45, mode)
+    for transform in (create_transform(32, augmentation), create_eval_transform(32)):
+        result = transform(image)
+        assert result.shape == (3, 32, 32)
+        assert result.dtype == torch.float32
+        assert result.isfinite().all()
+
+
+def test_full_is_the_sequence_of_its_parts():
+    image = picture(80, 60)
+    torch.manual_seed(5)
+    result = create_transform(48)(image)
+    torch.manual_seed(5)
+    image = T.RandomResizedCrop(48)(image)
+    image = T.RandomHorizontalFlip()(image)
+    image = T.ColorJitter(0.3, 0.3, 0.3)(image)
+    image = Lighting(0.1)(F.to_tensor(image))
+    assert torch.equal(result, F.normalize(image, MEAN, STD))
+
+
+def test_sizes_and_options():
+    assert create_transform((3, 24, 40))(picture(60, 45)).shape == (3, 24, 40)
+    assert create_transform((24, 40))(picture(60, 45)).shape == (3, 24, 40)
+    assert create_transform(32, interpolation='bicubic').transforms[1].interpolation.value == 'bicubic'
+    assert not any(isinstance(step, Lighting) for step in create_transform(32, lighting=0).transforms)
+    half = create_eval_transform(32, mean=(0.5,) * 3, std=(0.5,) * 3)(picture(60, 45))
+    assert half.abs().max() <= 1
+    assert repr(Resize(32, largest=True)) == 'Resize(size=32, largest=True)'
+
+
+@pytest.mark.parametrize('call', [
+    lambda: create_transform(0), lambda: create_transform(-5), lambda: create_transform((3, 0, 32)),
+    lambda: create_transform(32, 'strong'), lambda: create_transform(32, interpolation='random'),
+    lambda: create_transform(32, lighting=-1), lambda: create_eval_transform(0), lambda: create_eval_transform(-1),
+    lambda: create_eval_transform(22.5), lambda: create_eval_transform(32, 'squash'),
+    lambda: resize_shape(10, 10, 0, True),
+])
+def test_bad_arguments(call):
+    with pytest.raises(ValueError, match='give'):
+        call()
+
+
+def test_photographs(shared_data):
+    for file in sorted((shared_data / 'photos').glob('*.jpg'))[::40]:
+        image = Image.open(file)
+        h, w = resize_shape(*image.size, 160, True)
+        assert max(h, w) == 160
+        assert create_eval_transform(160, 'longer-side')(image).shape == (3, h, w)
+        assert create_eval_transform(160)(image).shape == (3, 160, 160)
+        assert create_transform(160)(image).shape == (3, 160, 160)

@@ -1,0 +1,34 @@
+"""The `timm-multigrain` command, also `python -m timm_multigrain`: one module a subcommand."""
+import argparse
+import sys
+
+from timm_multigrain.version import __version__
+
+from . import demo
+
+__all__ = ['main']
+
+_COMMANDS = {'demo': demo}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a subcommand. What the user can mend is one sentence on stderr and exit status 2, not a traceback."""
+    parser = argparse.ArgumentParser(
+        prog='timm-multigrain', description='MultiGrain for timm: one image embedding for classes, instances and copies.')
+    parser.add_argument('--version', action='version', version=f'timm_multigrain {__version__}')
+    commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for name, module in _COMMANDS.items():
+        text = module.__doc__.strip()
+        command = commands.add_parser(
+            name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run)
+    args = parser.parse_args(argv)
+    try:
+        return args.run(args)
+    except (ValueError, OSError, RuntimeError, ImportError) as e:
+        print(f'timm-multigrain {args.command}: error: {e}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(f'timm-multigrain {args.command}: interrupted', file=sys.stderr)
+        return 130

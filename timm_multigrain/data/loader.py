@@ -1,0 +1,135 @@
+"""timm's loader with repeated augmentation (Berman et al., "MultiGrain", arXiv 1902.05509, section 3.3).
+
+Everything but the sampler and the instance ids stays timm's: transforms, collation, prefetching, scheduled sizes and
+multi-epoch loading. The one seam is the name `RepeatAugSampler` in `timm.data.loader`, rebound during the call.
+"""
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import timm
+import timm.data.loader as timm_loader
+import torch
+from PIL import Image
+from timm.data import FastCollateMixup
+from torch.utils.data import DataLoader, Dataset
+
+from .instance_dataset import InstanceDataset
+from .repeated_aug import RepeatedAugSampler
+
+
+def create_loader(
+        dataset: Dataset,
+        input_size: int | tuple[int, ...],
+        batch_size: int,
+        is_training: bool = True,
+        *,
+        num_repeats: int = 3,
+        epoch_len_factor: float = 1.0,
+        shuffle: bool = True,
+        seed: int = 0,
+        **kwargs: Any,
+) -> DataLoader | timm_loader.PrefetchLoader:
+    """timm.data.create_loader for training with repeated augmentation.
+
+    Yields (images, targets): images as timm's loader gives them, targets int64 [B, 2] = [class, instance id], the
+    instance id being the index of the image in the dataset. As in timm, an incomplete last batch is dropped.
+
+    Args:
+        dataset: Map-style dataset of (image, class) pairs; wrapped in `InstanceDataset` unless it is one.
+        input_size: As in timm.
+        batch_size: Samples (not images) in a batch of this rank.
+        is_training: Only True; evaluation needs no repeats.
+        num_repeats: Augmentations of an image in a row, m in the paper; 1 for none.
+        epoch_len_factor: Samples an epoch, over all ranks, over the size of the dataset.
+        shuffle: Shuffle the images.
+        seed: Seed of the order, the same on all ranks.
+        **kwargs: All other arguments of timm.data.create_loader. With `distributed=False` the loader goes through
+            the whole dataset even where torch.distributed is initialised.
+
+    Raises:
+        ValueError: Bad argument, one that does not go with repeated augmentation, or an epoch without a full batch.
+        RuntimeError: The installed timm does not create its sampler as expected.
+    """
+    _check(is_training, batch_size, num_repeats, kwargs)
+    world = {} if kwargs.pop('distributed', True) else {'num_replicas': 1, 'rank': 0}
+    kwargs['num_aug_repeats'] = num_repeats
+    with _sampler_rebound(epoch_len_factor=epoch_len_factor, shuffle=shuffle, seed=seed, **world) as samplers:
+        # timm's `distributed` does nothing but choose the sampler
+        loader = timm_loader.create_loader(
+            InstanceDataset(dataset), input_size, batch_size, is_training=True, distributed=True, **kwargs)
+    if not samplers:
+        raise RuntimeError(_seam_message())
+    if len(loader) == 0:
+        raise ValueError(
+            f'an epoch of {len(samplers[0])} samples on this rank has no full batch of {batch_size}: give more images, '
+            'a smaller batch_size or a larger epoch_len_factor')
+    base = loader.loader if isinstance(loader, timm_loader.PrefetchLoader) else loader
+    base.collate_fn = InstanceCollate(base.collate_fn)
+    return loader
+
+
+class InstanceCollate:
+    """Hands images and classes to a collate function and puts the instance ids back.
+
+    Args:
+        collate_fn: Takes a list of (image, class), gives (images, classes [B]).
+    """
+
+    def __init__(self, collate_fn: Callable):
+        self.collate_fn = collate_fn
+
+    def __call__(self, batch: Sequence[tuple[Any, torch.Tensor]]) -> tuple[Any, torch.Tensor]:
+        if isinstance(batch[0][0], Image.Image):
+            raise ValueError(
+                'the dataset gives untransformed images, so it ignores its attribute `transform`: give one that '
+                'applies it (a Subset does not; make two datasets instead)')
+        targets = torch.stack([target for _, target in batch])
+        pairs = [(image, label) for (image, _), label in zip(batch, targets[:, 0].tolist(), strict=True)]
+        images, classes = self.collate_fn(pairs)
+        if classes.shape != targets[:, 0].shape:
+            raise ValueError(
+                f'collate_fn gives targets of shape {tuple(classes.shape)} for {len(batch)} images: give one that '
+                'keeps one class for each image (mixing images does not go with repeated augmentation)')
+        return images, torch.stack([classes.long(), targets[:, 1]], dim=1)
+
+
+def _check(is_training: bool, batch_size: int, num_repeats: int, kwargs: dict[str, Any]) -> None:
+    if not is_training:
+        raise ValueError('is_training is False: use timm.data.create_loader for evaluation, it needs no repeats')
+    if num_repeats < 1:
+        raise ValueError(f'num_repeats is {num_repeats}: give an integer of at least 1 (no repetition)')
+    if batch_size < num_repeats:
+        raise ValueError(
+            f'batch_size is {batch_size}, less than num_repeats={num_repeats}: give at least the repeats of one image')
+    if kwargs.get('num_aug_repeats'):
+        raise ValueError(f'num_aug_repeats is {kwargs["num_aug_repeats"]}: leave it out and give num_repeats')
+    if kwargs.get('num_aug_splits'):
+        raise ValueError(f'num_aug_splits is {kwargs["num_aug_splits"]}: it does not go with repeated augmentation')
+    if isinstance(kwargs.get('collate_fn'), FastCollateMixup):
+        raise ValueError('collate_fn is a FastCollateMixup: mixed images have no instance, leave mixup and cutmix out')
+
+
+@contextmanager
+def _sampler_rebound(**settings: Any) -> Iterator[list[RepeatedAugSampler]]:
+    """While open, timm's create_loader uses our sampler; gives the list of those made."""
+    original = getattr(timm_loader, 'RepeatAugSampler', None)
+    if original is None:
+        raise RuntimeError(_seam_message())
+    samplers = []
+
+    def make(dataset: Dataset, num_repeats: int) -> RepeatedAugSampler:
+        samplers.append(RepeatedAugSampler(dataset, num_repeats, **settings))
+        return samplers[-1]
+
+    timm_loader.RepeatAugSampler = make
+    try:
+        yield samplers
+    finally:
+        timm_loader.RepeatAugSampler = original
+
+
+def _seam_message() -> str:
+    return (
+        f'timm {timm.__version__} does not take its sampler from timm.data.loader.RepeatAugSampler: install '
+        'timm 1.0.31, or build a DataLoader from InstanceDataset and RepeatedAugSampler')

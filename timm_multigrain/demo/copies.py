@@ -1,0 +1,115 @@
+"""Edited copies of a picture, the kinds that copy detection is measured on (as INRIA Copydays: crop, JPEG, strong)."""
+import io
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+
+__all__ = ['COPY_TRANSFORMS', 'make_copies', 'to_rgb']
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of an image of any mode, transparent parts on white."""
+    if image.mode.startswith('I;16'):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
+    return image.convert('RGB')
+
+
+def crop(image: Image.Image) -> Image.Image:
+    """Half of the area, a little off the centre."""
+    return _crop(image, math.sqrt(0.5) * image.width, math.sqrt(0.5) * image.height, 0.4, 0.6)
+
+
+def jpeg(image: Image.Image) -> Image.Image:
+    """Heavy compression, JPEG quality 8."""
+    buffer = io.BytesIO()
+    image.save(buffer, 'JPEG', quality=8)
+    return Image.open(buffer).convert('RGB')
+
+
+def rotate(image: Image.Image) -> Image.Image:
+    """15 degrees, cropped to the largest upright rectangle inside."""
+    angle = math.radians(15)
+    sin, cos = math.sin(angle), math.cos(angle)
+    long, short = max(image.size), min(image.size)
+    if short <= 2 * sin * cos * long:  # two corners of the rectangle touch the long sides
+        across = 0.5 * short
+        width, height = (across / sin, across / cos) if image.width >= image.height else (across / cos, across / sin)
+    else:
+        width = (image.width * cos - image.height * sin) / math.cos(2 * angle)
+        height = (image.height * cos - image.width * sin) / math.cos(2 * angle)
+    turned = image.rotate(15, Image.BICUBIC, expand=True)
+    return _crop(turned, width - 1, height - 1)
+
+
+def blur(image: Image.Image) -> Image.Image:
+    """Gaussian blur with a deviation of 2 % of the side."""
+    return image.filter(ImageFilter.GaussianBlur(0.02 * math.sqrt(image.width * image.height)))
+
+
+def colour(image: Image.Image) -> Image.Image:
+    """Darker, more contrast, paler colours."""
+    for enhance, factor in ((ImageEnhance.Brightness, 0.75), (ImageEnhance.Contrast, 1.4), (ImageEnhance.Color, 0.4)):
+        image = enhance(image).enhance(factor)
+    return image
+
+
+def text(image: Image.Image) -> Image.Image:
+    """A caption on a dark band over the lower quarter."""
+    image, words = image.copy(), 'SEEN THIS?'
+    width, height = image.size
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0.75 * height, width, height), fill=(20, 20, 20))
+    font_size = min(0.2 * height, 1.4 * width / len(words))
+    if font_size >= 1:
+        draw.text((width / 2, 0.875 * height), words, 'white', ImageFont.load_default(font_size), anchor='mm')
+    return image
+
+
+def strong(image: Image.Image) -> Image.Image:
+    """Crop, rotation, colour change and heavy compression together."""
+    return jpeg(colour(rotate(crop(image))))
+
+
+def _crop(image: Image.Image, width: float, height: float, across: float = 0.5, down: float = 0.5) -> Image.Image:
+    """Crop at least one pixel, `across` and `down` being the share of the margin left of it and above it."""
+    width, height = max(1, int(width)), max(1, int(height))
+    left, top = int(across * (image.width - width)), int(down * (image.height - height))
+    return image.crop((left, top, left + width, top + height))
+
+
+COPY_TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    'crop': crop,
+    'jpeg': jpeg,
+    'rotate': rotate,
+    'blur': blur,
+    'colour': colour,
+    'mirror': ImageOps.mirror,
+    'text': text,
+    'strong': strong,
+}
+
+
+def make_copies(image: Image.Image, names: Iterable[str] | None = None) -> dict[str, Image.Image]:
+    """Edited copies of an image, always the same for the same image.
+
+    Args:
+        image: Picture of any mode and size; it is not changed.
+        names: Keys of `COPY_TRANSFORMS`, in the order wanted; all of them by default.
+
+    Returns:
+        Name to edited RGB copy.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    names = list(COPY_TRANSFORMS) if names is None else list(names)
+    unknown = [name for name in names if name not in COPY_TRANSFORMS]
+    if unknown:
+        raise ValueError(f'Unknown copy transformations {unknown}; choose from {list(COPY_TRANSFORMS)}.')
+    image = to_rgb(image)
+    return {name: COPY_TRANSFORMS[name](image) for name in names}

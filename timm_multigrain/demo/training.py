@@ -1,0 +1,155 @@
+"""The demo's training: one model from scratch, with timm's loader, optimizer and schedule and MultiGrain's task."""
+import random
+from dataclasses import dataclass, field
+
+import numpy as np
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from tqdm import tqdm
+
+from timm_multigrain.data import create_loader, create_transform
+from timm_multigrain.loss import DistanceWeightedSampler
+from timm_multigrain.models import MultiGrain
+from timm_multigrain.task import MultiGrainTask
+
+from .folder import PictureFolder
+
+__all__ = ['TrainSettings', 'TrainedModel', 'train_model']
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a training depends on.
+
+    Attributes:
+        model: Registered name.
+        img_size: Side of the training crop, pixels.
+        epochs: Passes of as many samples as there are pictures.
+        batch_size: Samples a step, copies counted.
+        num_repeats: Copies of a picture in a batch.
+        classif_weight: lambda.
+        sampling: 'row', 'batch' or 'uniform' negatives.
+        lr: Peak learning rate of SGD, cosine schedule after one epoch of warm-up.
+        beta_lr: Learning rate of the margin loss's boundary, as a factor of ``lr``.
+        weight_decay: For everything but norms, biases and beta.
+        seed: Seeds weights, order and augmentation.
+        workers: Processes that read pictures.
+    """
+    model: str = 'multigrain_resnet18'
+    img_size: int = 64
+    epochs: int = 16
+    batch_size: int = 48
+    num_repeats: int = 3
+    classif_weight: float = 0.5
+    sampling: str = 'row'
+    lr: float = 0.1
+    beta_lr: float = 0.1
+    weight_decay: float = 5e-4
+    seed: int = 0
+    workers: int = 2
+
+
+@dataclass
+class TrainedModel:
+    """A model and how it got there.
+
+    Attributes:
+        name: Shown in tables.
+        model: In eval mode.
+        history: Value of each quantity at each step.
+        uniform_share: Share of anchors whose negatives fell back to uniform, over all steps; None without a sampler that can.
+    """
+    name: str
+    model: MultiGrain
+    history: dict[str, list[float]] = field(repr=False)
+    uniform_share: float | None = None
+
+
+def train_model(name: str, folder: PictureFolder, settings: TrainSettings, threads: int | None = None) -> TrainedModel:
+    """Train from scratch; the same settings give the same start, order and augmentation whatever the loss."""
+    _seed(settings.seed)
+    if threads:
+        torch.set_num_threads(threads)
+    model = timm.create_model(settings.model, num_classes=len(folder.class_names))
+    task = MultiGrainTask(
+        model, classif_weight=settings.classif_weight, sampling=settings.sampling, num_repeats=settings.num_repeats,
+        verbose=False).train()
+    model.to(memory_format=torch.channels_last)
+    loader = _train_loader(folder, settings)
+    optimizer = _optimizer(task, settings)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=1, warmup_lr=settings.lr / 10, warmup_prefix=False,
+        step_on_epochs=False, updates_per_epoch=len(loader))
+    trained = TrainedModel(name, model, {})
+    fallback = _FallbackCounter(task)
+    with tqdm(total=settings.epochs * len(loader), desc=name, unit='step', disable=None) as bar:
+        for epoch in range(settings.epochs):
+            loader.sampler.set_epoch(epoch)
+            for images, target in loader:
+                result = task(images.contiguous(memory_format=torch.channels_last), target)
+                if not torch.isfinite(result['loss']):
+                    raise RuntimeError(f'The loss of {name} became {float(result["loss"])} at step {bar.n}: lower lr.')
+                optimizer.zero_grad()
+                result['loss'].backward()
+                optimizer.step()
+                bar.update()
+                scheduler.step_update(bar.n)
+                _record(trained.history, result, target)
+                bar.set_postfix(loss=f'{np.mean(trained.history["cross-entropy"][-20:]):.3f}', refresh=False)
+    model.eval()
+    trained.uniform_share = fallback.share
+    return trained
+
+
+def _seed(seed: int) -> None:
+    torch.manual_seed(seed)
+    np.random.seed(seed)  # noqa: NPY002 - the augmentations draw from the global generators
+    random.seed(seed)
+
+
+def _train_loader(folder: PictureFolder, settings: TrainSettings):
+    loader = create_loader(
+        folder.train, settings.img_size, settings.batch_size, num_repeats=settings.num_repeats, seed=settings.seed,
+        use_prefetcher=False, num_workers=settings.workers, persistent_workers=settings.workers > 0,
+        worker_seeding='all')
+    loader.dataset.transform = create_transform(settings.img_size, 'full')
+    return loader
+
+
+def _optimizer(task: MultiGrainTask, settings: TrainSettings) -> torch.optim.Optimizer:
+    optimizer = create_optimizer_v2(
+        task.get_eval_model(), opt='momentum', lr=settings.lr, weight_decay=settings.weight_decay, momentum=0.9)
+    if task.joint:
+        beta = list(task.get_trainable_module().instance_loss.parameters())
+        optimizer.add_param_group(
+            {'params': beta, 'lr': settings.lr * settings.beta_lr, 'weight_decay': 0., 'lr_scale': settings.beta_lr})
+    return optimizer
+
+
+def _record(history: dict[str, list[float]], result: dict, target: torch.Tensor) -> None:
+    values = {'cross-entropy': result.get('classification_loss', result['loss'])}
+    if 'instance_loss' in result:
+        values |= {'margin loss': result['instance_loss'], 'beta': result['beta']}
+    values['train top-1'] = 100 * (result['output'].argmax(1) == target[:, 0]).float().mean()
+    for key, value in values.items():
+        history.setdefault(key, []).append(value.item())
+
+
+class _FallbackCounter:
+    """Counts, from the sampler's own probabilities, the anchors whose negatives were drawn uniformly."""
+
+    def __init__(self, task: MultiGrainTask):
+        self.rows = self.anchors = 0
+        if task.joint and isinstance(task.sampler, DistanceWeightedSampler):
+            task.sampler.register_forward_pre_hook(self._count)
+
+    def _count(self, sampler: DistanceWeightedSampler, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
+        prob, uniform = sampler.probabilities(*inputs)
+        self.rows += int(uniform.sum())
+        self.anchors += int((prob.sum(1) > 0).sum())
+
+    @property
+    def share(self) -> float | None:
+        return self.rows / self.anchors if self.anchors else None

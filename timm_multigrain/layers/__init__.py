@@ -1,0 +1,16 @@
+from .gem import GeM, gem
+from .normalize import l2_normalize
+from .pool_factory import create_pool, is_multigrain_pool
+from .regional import MAC, RMAC, CroW, SPoC
+
+__all__ = [
+    'MAC',
+    'RMAC',
+    'CroW',
+    'GeM',
+    'SPoC',
+    'create_pool',
+    'gem',
+    'is_multigrain_pool',
+    'l2_normalize',
+]

@@ -1,0 +1,204 @@
+"""Generalized-mean (GeM) pooling: e_c = (mean_u x_cu^p)^(1/p).
+
+p = 1 is the average, p -> inf the maximum; p > 1 raises the contrast of the map.
+
+Papers:
+    `Fine-tuning CNN Image Retrieval with No Human Annotation`, eq. 3, https://arxiv.org/abs/1711.02512
+    `MultiGrain: a unified image embedding for classes and instances`, eq. 1, https://arxiv.org/abs/1902.05509
+"""
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn as nn
+from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from .format import at_least_float32, drop_prefix_tokens, spatial_dims
+
+
+def gem(
+        x: torch.Tensor,
+        p: float | torch.Tensor = 3.0,
+        eps: float = 1e-6,
+        dim: list[int] = (-2, -1),
+        keepdim: bool = False,
+) -> torch.Tensor:
+    """Generalized mean of x over `dim`.
+
+    A number p = inf is the plain maximum and a number p = 1 the plain mean; every other p, and every tensor p, raises
+    the values to at least `eps` first. The power runs in float32 (float64 for a float64 x) on values divided by their
+    maximum, so no p overflows or underflows.
+
+    Args:
+        x: Map of any floating dtype.
+        p: Exponent > 0: a number, or a tensor that broadcasts against x with `dim` reduced to 1, e.g. (C, 1, 1).
+        eps: Floor of the values.
+        dim: Dimensions to pool.
+        keepdim: Keep the pooled dimensions as 1.
+
+    Returns:
+        Pooled x in the dtype of x.
+    """
+    if has_torch_function_unary(x):  # one node in an fx graph
+        return handle_torch_function(gem, (x,), x, p, eps, dim, keepdim)
+    if isinstance(p, torch.Tensor):
+        ratio, peak = _scale(x, eps, dim)
+        q = p.to(ratio.dtype)
+        y = ratio.pow(q).mean(dim, keepdim=True).pow(1. / q) * peak
+    elif not p > 0:
+        raise ValueError(f'GeM needs p > 0, got {p}: 1 is the average, 3 the usual choice, inf the maximum.')
+    elif p == math.inf:
+        y = _max(x, dim)
+    elif p == 1:
+        y = x.mean(dim, keepdim=True)
+    else:
+        ratio, peak = _scale(x, eps, dim)
+        y = ratio.pow(p).mean(dim, keepdim=True).pow(1. / p) * peak
+    return (y if keepdim else y.squeeze(dim)).to(x.dtype)
+
+
+def _scale(x: torch.Tensor, eps: float, dim: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clamped x divided by its maximum over `dim`, and the maximum."""
+    x = at_least_float32(x).clamp(min=eps)
+    # the mean is homogeneous: whatever divides x and multiplies the mean needs no gradient
+    peak = x.detach().amax(dim, keepdim=True)
+    return x / peak, peak
+
+
+def _max(x: torch.Tensor, dim: list[int]) -> torch.Tensor:
+    # amax would share the gradient among equal values, a maximum gives it to one
+    for d in dim[::-1]:
+        x = x.max(d, keepdim=True)[0]
+    return x
+
+
+class GeM(nn.Module):
+    """Generalized-mean pooling with one exponent, or one per channel, fixed or learnable.
+
+    A fixed scalar p = inf is the plain maximum and p = 1 the plain mean. A learnable or per-channel p always uses the
+    clamped formula and has to be finite. Change p with `set_p` or by loading a state dict, not in place.
+
+    Args:
+        p: Exponent > 0.
+        learn_p: Make `p` a parameter instead of a buffer.
+        num_channels: One exponent per channel, `p` of shape (C,); otherwise `p` is 0-dim.
+        eps: Floor of the values.
+        input_fmt: 'NCHW', 'NHWC' or 'NLC'.
+        flatten: Return (N, C); otherwise the pooled dimensions stay as 1.
+        num_prefix_tokens: Leading tokens (class, registers) left out of the pooling, 'NLC' only.
+        persistent: Whether a fixed p is part of the state dict.
+    """
+
+    def __init__(
+            self,
+            p: float = 3.0,
+            learn_p: bool = False,
+            num_channels: int | None = None,
+            eps: float = 1e-6,
+            input_fmt: str = 'NCHW',
+            flatten: bool = True,
+            num_prefix_tokens: int = 0,
+            persistent: bool = True,
+    ):
+        super().__init__()
+        if not eps > 0:
+            raise ValueError(f'GeM needs eps > 0, got {eps}: a channel without activation would give NaN.')
+        self.learn_p = learn_p
+        self.per_channel = num_channels is not None
+        self.eps = eps
+        self.input_fmt = input_fmt
+        self.dim = spatial_dims(input_fmt, num_prefix_tokens)
+        self.flatten = flatten
+        self.num_prefix_tokens = num_prefix_tokens
+        # a fixed scalar p is used as this number: no read-back from the device, no rounding by half()
+        self._p = self._check_number(p)
+        value = torch.full((num_channels,) if self.per_channel else (), self._p, dtype=torch.float32)
+        if learn_p:
+            self.p = nn.Parameter(value)
+        else:
+            self.register_buffer('p', value, persistent=persistent)
+
+    def _check_number(self, p: Any) -> float:
+        if not isinstance(p, numbers.Real) or isinstance(p, bool):
+            raise ValueError(f'GeM needs a number p > 0, got {p!r}: 1 is the average, 3 the usual choice.')
+        value = float(np.float32(p))  # as the state dict keeps it
+        self._check_range(value, value, repr(p))
+        return value
+
+    def _check_range(self, low: float, high: float, shown: str) -> None:
+        if not (low > 0 and high > 0):  # also catches NaN
+            raise ValueError(f'GeM needs p > 0, got {shown}: 1 is the average, 3 the usual choice, inf the maximum.')
+        if high == math.inf and (self.learn_p or self.per_channel):
+            raise ValueError(f'A learnable or per-channel p has to be finite, got {shown}: fix one scalar p instead.')
+
+    def _check_tensor(self, value: torch.Tensor) -> torch.Tensor:
+        """`value` as a floating-point tensor of the shape of p, or ValueError."""
+        if value.is_complex() or value.dtype == torch.bool:
+            raise ValueError(f'expected a real p, got {value.dtype}.')
+        if value.numel() != 1 and value.shape != self.p.shape:
+            raise ValueError(f'expected a p of shape {tuple(self.p.shape)} or one value, got {tuple(value.shape)}.')
+        value = value.detach().to(torch.float32)
+        value = value.reshape(()).expand(self.p.shape).clone() if value.numel() == 1 else value
+        if not value.is_meta:
+            low, high = torch.aminmax(value)
+            self._check_range(low.item(), high.item(), f'{low.item():g}' if low == high else str(value.tolist()))
+        return value
+
+    @torch.no_grad()
+    def set_p(self, value: float | torch.Tensor) -> None:
+        """Sets p in place.
+
+        Args:
+            value: A number for all channels, or a tensor of the shape of `p`.
+        """
+        if isinstance(value, torch.Tensor):
+            value = self._check_tensor(value)
+        else:
+            value = torch.full(self.p.shape, self._check_number(value), device='cpu')
+        self.p.copy_(value)
+        self._p = value.flatten()[0].item()
+
+    def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
+        key = prefix + 'p'
+        value = state_dict.get(key) if 'p' not in self._non_persistent_buffers_set else None
+        if isinstance(value, torch.Tensor):
+            try:
+                # torch itself would round into an integer p and take the first of several values for a scalar p
+                value = state_dict[key] = self._check_tensor(value)
+            except ValueError as e:
+                errors.append(f'{key}: {e}')
+                return
+            if not value.is_meta:
+                self._p = value.flatten()[0].item()
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
+
+    def _apply(self, fn, recurse=True):
+        before = self.p
+        super()._apply(fn, recurse)
+        if not self.learn_p:
+            # a fixed p follows the device, not the dtype; a p made on the meta device gets its value here
+            if self.per_channel and not before.is_meta:
+                self.p = before.to(self.p.device)
+            else:
+                self.p = torch.full(before.shape, self._p, dtype=torch.float32, device=self.p.device)
+        return self
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.input_fmt == 'NLC':
+            x = drop_prefix_tokens(x, self.num_prefix_tokens)
+        if self.learn_p or self.per_channel:
+            p = self.p
+            if self.per_channel and self.input_fmt == 'NCHW':
+                p = p[:, None, None]
+            return gem(x, p, self.eps, self.dim, not self.flatten)
+        return gem(x, self._p, self.eps, self.dim, not self.flatten)
+
+    def extra_repr(self) -> str:
+        if self.per_channel:
+            p = f'({len(self.p)} channels)'
+        else:
+            p = f'{self.p.item() if self.learn_p and not self.p.is_meta else self._p:g}'
+        return f'p={p}, learn_p={self.learn_p}, eps={self.eps:g}, input_fmt={self.input_fmt}, flatten={self.flatten}'

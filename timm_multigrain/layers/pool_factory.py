@@ -1,0 +1,225 @@
+"""MultiGrain's poolings under timm's own option: `global_pool='gem'`.
+
+The one place that reaches into timm. `install` wraps the constructors and resets of four timm classes:
+    SelectAdaptivePool2d: its `pool` becomes ours
+    ClNormMlpClassifierHead: the head becomes a subclass that pools with ours
+    VisionTransformer, Eva: `attn_pool`, the slot of attention pooling, becomes ours
+A native name goes straight through to timm. For one of our names timm first builds what it builds for 'avg', so the
+state dict is that of 'avg' (plus the exponent if it is learnable).
+"""
+import functools
+import importlib
+import inspect
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import timm
+import torch
+import torch.nn as nn
+
+from .gem import GeM
+from .regional import MAC, RMAC, CroW, SPoC
+
+_REGIONAL = {'mac': MAC, 'spoc': SPoC, 'rmac': RMAC, 'crow': CroW}
+_GEM = re.compile(r'gem(inf|\d+(?:\.\d+)?)?(_learn)?')
+
+
+def _parse_gem(name: str) -> tuple[float, bool] | None:
+    """p and whether it is learnable; None for anything that is not a GeM name."""
+    match = _GEM.fullmatch(name)
+    if match is None:
+        return None
+    p, learn_p = float(match[1] or 3), bool(match[2])
+    return (p, learn_p) if p > 0 and not (learn_p and match[1] == 'inf') else None
+
+
+def is_multigrain_pool(name: str | None) -> bool:
+    """Whether `create_pool` knows the name."""
+    return isinstance(name, str) and (name in _REGIONAL or _parse_gem(name) is not None)
+
+
+def create_pool(
+        name: str,
+        input_fmt: str = 'NCHW',
+        flatten: bool = True,
+        num_prefix_tokens: int = 0,
+        persistent: bool = False,
+) -> nn.Module:
+    """Pooling layer by name.
+
+    Args:
+        name: 'gem' (p = 3), 'gem4', 'gem2.5', 'geminf', 'gem_learn', 'gem4_learn', 'mac', 'spoc', 'rmac' or 'crow'.
+        input_fmt: 'NCHW', 'NHWC' or 'NLC'.
+        flatten: Return (N, C); otherwise the pooled dimensions stay as 1.
+        num_prefix_tokens: Leading tokens left out of the pooling, 'NLC' only.
+        persistent: Whether a fixed p is part of the state dict.
+
+    Raises:
+        ValueError: The name is none of ours.
+    """
+    kwargs = {'input_fmt': input_fmt, 'flatten': flatten, 'num_prefix_tokens': num_prefix_tokens}
+    if name in _REGIONAL:
+        return _REGIONAL[name](**kwargs)
+    gem = _parse_gem(name)
+    if gem is None:
+        raise ValueError(
+            f"Unknown pooling {name!r}, expected 'gem' (p = 3), 'gem<p>' with a number p > 0 such as 'gem4' or "
+            f"'gem2.5', 'geminf', 'gem_learn', 'gem<p>_learn', {', '.join(map(repr, _REGIONAL))}.")
+    p, learn_p = gem
+    return GeM(p, learn_p=learn_p, persistent=persistent, **kwargs)
+
+
+def _is_ours(name: Any) -> bool:
+    # a misspelt 'gem-3' is ours too, to be refused with the list of names
+    return isinstance(name, str) and (name.startswith('gem') or name in _REGIONAL)
+
+
+def _missing(what: str) -> RuntimeError:
+    return RuntimeError(
+        f'timm {timm.__version__} has no {what}, which global_pool="gem" is built on: install timm 1.0.31 or a '
+        f'timm_multigrain made for this timm.')
+
+
+def _timm_class(module: str, name: str) -> type:
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as e:
+        raise _missing(f'{module}.{name}') from e
+
+
+_TimmHead = _timm_class('timm.layers', 'ClNormMlpClassifierHead')
+
+
+class _MultiGrainHead(_TimmHead):
+    """timm's channels-last head, pooling with its module `pool`."""
+
+    def _global_pool(self, x: torch.Tensor) -> torch.Tensor:
+        return self.pool(x)
+
+    def _get_name(self) -> str:
+        return _TimmHead.__name__
+
+
+def _enter_select(layer: nn.Module, name: str, args: dict[str, Any]) -> None:
+    if args['output_size'] not in (1, (1, 1)):
+        raise ValueError(f'{name!r} pools to a single cell, got output_size={args["output_size"]}.')
+    layer.pool = create_pool(name, input_fmt=args['input_fmt'], flatten=args['flatten'])
+    layer.flatten = nn.Identity()
+    layer.pool_type = name
+
+
+def _enter_head(head: nn.Module, name: str, args: dict[str, Any]) -> None:
+    head.pool = create_pool(name, input_fmt='NLC' if head.pool_dim == 1 else 'NHWC').train(head.training)
+    head.pool_type = name
+    head.__class__ = _MultiGrainHead
+
+
+def _leave_head(head: nn.Module) -> None:
+    if isinstance(head, _MultiGrainHead):
+        head.__class__ = _TimmHead
+        del head.pool
+        head.pool_type = ''
+
+
+def _enter_vit(model: nn.Module, name: str, args: dict[str, Any]) -> None:
+    # VisionTransformer strips the prefix tokens itself
+    model.attn_pool = create_pool(name, input_fmt='NLC').train(model.training)
+    model.global_pool = name
+
+
+def _enter_eva(model: nn.Module, name: str, args: dict[str, Any]) -> None:
+    pool = create_pool(name, input_fmt='NLC', num_prefix_tokens=model.num_prefix_tokens)
+    model.attn_pool = pool.train(model.training)
+    model.global_pool = name
+
+
+def _leave_tokens(model: nn.Module) -> None:
+    if _is_ours(getattr(model, 'global_pool', None)):
+        model.attn_pool = None
+        model.global_pool = ''
+
+
+class _Seam(NamedTuple):
+    module: str
+    name: str
+    wraps: dict[str, str]  # method to wrap: its argument with the name of the pooling
+    relies_on: dict[str, set[str]]  # method: attributes it has to touch for our pooling to take part
+    enter: Callable[[nn.Module, str, dict[str, Any]], None]
+    leave: Callable[[nn.Module], None]
+
+
+_SEAMS = (
+    _Seam(
+        'timm.layers', 'SelectAdaptivePool2d',
+        {'__init__': 'pool_type'},
+        {'__init__': {'pool', 'flatten', 'pool_type'}, 'forward': {'pool', 'flatten'}},
+        _enter_select, lambda layer: None),
+    _Seam(
+        'timm.layers', 'ClNormMlpClassifierHead',
+        {'__init__': 'pool_type', 'reset': 'pool_type'},
+        {'__init__': {'pool_dim', 'pool_type'}, 'forward': {'_global_pool'}},
+        _enter_head, _leave_head),
+    _Seam(
+        'timm.models.vision_transformer', 'VisionTransformer',
+        {'__init__': 'global_pool', 'reset_classifier': 'global_pool'},
+        {'__init__': {'global_pool'}, 'pool': {'attn_pool', 'num_prefix_tokens'}},
+        _enter_vit, _leave_tokens),
+    _Seam(
+        'timm.models.eva', 'Eva',
+        {'__init__': 'global_pool', 'reset_classifier': 'global_pool'},
+        {'__init__': {'global_pool', 'num_prefix_tokens'}, 'pool': {'attn_pool'}},
+        _enter_eva, _leave_tokens),
+)
+
+
+def _check(seam: _Seam) -> None:
+    where = f'{seam.module}.{seam.name}'
+    cls = _timm_class(seam.module, seam.name)
+    for method in {**seam.wraps, **seam.relies_on}:
+        if not inspect.isfunction(getattr(cls, method, None)):
+            raise _missing(f'method {where}.{method}')
+    for method, argument in seam.wraps.items():
+        if argument not in inspect.signature(getattr(cls, method)).parameters:
+            raise _missing(f'argument {argument!r} of {where}.{method}')
+    for method, attributes in seam.relies_on.items():
+        absent = attributes - set(inspect.unwrap(getattr(cls, method)).__code__.co_names)
+        if absent:
+            raise _missing(f'use of {", ".join(sorted(absent))} in {where}.{method}')
+
+
+def _wrap(original: Callable, argument: str, seam: _Seam) -> Callable:
+    signature = inspect.signature(original)
+
+    @functools.wraps(original)
+    def method(self, *args, **kwargs):
+        bound = signature.bind(self, *args, **kwargs)
+        name = bound.arguments.get(argument)
+        if name is not None:
+            seam.leave(self)
+        if not _is_ours(name):
+            return original(self, *args, **kwargs)
+        bound.arguments[argument] = 'avg'
+        original(*bound.args, **bound.kwargs)
+        bound.apply_defaults()
+        seam.enter(self, name, bound.arguments)
+        return None
+
+    method.is_multigrain = True
+    return method
+
+
+def install() -> None:
+    """Makes timm know our poolings by name; calling it again changes nothing.
+
+    Raises:
+        RuntimeError: timm lacks a class, method or argument this relies on; timm is left as it was.
+    """
+    for seam in _SEAMS:
+        _check(seam)
+    for seam in _SEAMS:
+        cls = _timm_class(seam.module, seam.name)
+        for name, argument in seam.wraps.items():
+            original = getattr(cls, name)
+            if not getattr(original, 'is_multigrain', False):
+                setattr(cls, name, _wrap(original, argument, seam))

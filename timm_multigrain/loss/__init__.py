@@ -1,0 +1,11 @@
+"""Instance losses and the samplers that choose the triplets they work on."""
+from .instance import MetricLearningLoss, create_instance_loss
+from .margin import MarginLoss, margin_loss, margin_statistics
+from .pair import ContrastiveLoss, TripletLoss
+from .sampling import DistanceWeightedSampler, Triplets, UniformSampler, create_sampler, effective_negatives
+
+__all__ = [
+    'ContrastiveLoss', 'DistanceWeightedSampler', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'Triplets',
+    'UniformSampler', 'create_instance_loss', 'create_sampler', 'effective_negatives', 'margin_loss',
+    'margin_statistics',
+]

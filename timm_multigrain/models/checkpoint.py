@@ -1,0 +1,83 @@
+"""Checkpoints of every origin as a state dict of ours: the original's containers and keys, timm's trunk weights, our own.
+
+The original implementation saves `model_state` beside the optimizer. Its keys are `features.<trunk>`, `pool.p`,
+`classifier.*` and, once whitened, `whitening.pca.pca_{m,P}`; PNASNet's body sits one level deeper.
+"""
+import torch
+from timm.models import get_pretrained_cfg_value
+
+__all__ = ['checkpoint_filter_fn']
+
+_BODY = ('features.0.base_net.', 'features.module.', 'features.')
+_HEAD = {
+    'classifier.weight': 'head.fc.weight',
+    'classifier.bias': 'head.fc.bias',
+    'pool.p': 'head.pool.p',
+    'whitening.pca.pca_m': 'head.whitening.mean',
+    'whitening.pca.pca_P': 'head.whitening.proj',
+}
+
+
+def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Convert a checkpoint for ``model``, a MultiGrain.
+
+    A whitened checkpoint gives the model its whitening. The checkpoint's p goes with it, unless a fixed ``gem_p`` was asked
+    for when the model was made.
+
+    Args:
+        state_dict: The original's container or bare state dict, with or without DataParallel's prefix; timm weights of the
+            trunk; or a state dict of ours.
+        model: The model that will load it.
+
+    Raises:
+        ValueError: The keys are of none of these.
+    """
+    state = state_dict.get('model_state', state_dict)
+    state = {k.removeprefix('module.'): v for k, v in state.items()}
+    if any(k.startswith('features.') for k in state) and 'classifier.weight' in state:
+        state = _from_original(state)
+    elif not any(k.startswith('trunk.') for k in state):
+        state = _from_trunk(state, model)
+    if 'head.whitening.proj' in state and state['head.whitening.proj'].shape[1] != getattr(
+            model.head.whitening, 'out_features', None):
+        model.set_whitening(state['head.whitening.proj'].shape[1])
+    own_p = model.state_dict().get('head.pool.p')
+    if own_p is None:  # a pooling without exponent
+        state.pop('head.pool.p', None)
+    elif model.fixed_p or 'head.pool.p' not in state:
+        state['head.pool.p'] = own_p
+    return state
+
+
+def _from_original(state: dict) -> dict:
+    out = {}
+    for k, v in state.items():
+        if k in _HEAD:
+            out[_HEAD[k]] = v
+            continue
+        body = next((b for b in _BODY if k.startswith(b)), None)
+        if body is None:
+            raise ValueError(f'Key {k!r} does not belong to a checkpoint of the original implementation.')
+        name = k.removeprefix(body)
+        if name.startswith('last_linear.'):  # the same storage as classifier.*, saved twice
+            continue
+        out[f'trunk.{name}'] = v
+    return out
+
+
+def _from_trunk(state: dict, model: torch.nn.Module) -> dict:
+    """timm's weights of the trunk; its classifier is a start for ours where the embedding has the same channels."""
+    own = model.state_dict()
+    out = {f'trunk.{k}': v for k, v in state.items() if f'trunk.{k}' in own}
+    missing = [k for k in own if k.startswith('trunk.') and k not in out and not k.endswith('num_batches_tracked')]
+    if missing:
+        raise ValueError(
+            f'The checkpoint is neither a MultiGrain one nor weights of the trunk {model.trunk_name!r}: it lacks '
+            f'{missing[0].removeprefix("trunk.")!r} and {len(missing) - 1} more, and starts with {list(state)[:3]}.')
+    classifier = get_pretrained_cfg_value(model.trunk_name, 'classifier')
+    for name in ('weight', 'bias'):
+        value = state.get(f'{classifier}.{name}')
+        ours = own.get(f'head.fc.{name}')
+        if ours is not None:
+            out[f'head.fc.{name}'] = value if value is not None and value.shape[1:] == ours.shape[1:] else ours
+    return {**{k: v for k, v in own.items() if k.endswith('num_batches_tracked')}, **out}

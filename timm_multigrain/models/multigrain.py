@@ -1,0 +1,298 @@
+"""MultiGrain: one image embedding for classes, instances and copies.
+
+Berman, Jégou, Vedaldi, Kokkinos, Douze, "MultiGrain: a unified image embedding for classes and instances",
+arXiv 1902.05509. A trunk, generalized-mean (GeM) pooling, and a linear classifier on the pooled embedding; the same
+embedding, L2-normalised, is the retrieval descriptor. Training it for both is MultiGrainTask's part.
+"""
+import copy
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn as nn
+from timm.layers import get_device_dtype
+from timm.models import get_model_traits
+
+from timm_multigrain.layers import GeM, l2_normalize
+from timm_multigrain.layers.whitening import Whitening
+
+from .checkpoint import checkpoint_filter_fn  # timm looks it up beside the class
+from .head import MultiGrainHead
+from .trunk import create_trunk, probe_trunk
+
+__all__ = ['MultiGrain', 'checkpoint_filter_fn']
+
+
+class MultiGrain(nn.Module):
+    """A timm trunk, GeM pooling and a classifier, with all of timm's model verbs.
+
+    ``forward_features`` gives the trunk's last map, ``forward_head(..., pre_logits=True)`` the embedding (whitened, if a
+    whitening is fitted), ``forward`` the logits and ``embed`` the retrieval descriptor.
+
+    Args:
+        trunk: Name of any timm model that gives an NCHW, NHWC or NLC map.
+        num_classes: Classes, 0 for a model whose output is the embedding.
+        in_chans: Channels of the input image.
+        global_pool: 'gem', 'gem4', 'gem_learn', 'avg' (p = 1), 'max' (p = inf), 'mac', 'spoc', 'rmac', 'crow', '' for none.
+        gem_p: GeM exponent, > 0, inf allowed. None: 3, or the p of the pretrained weights.
+        learn_p: Train the exponent.
+        per_channel_p: One exponent a channel.
+        gem_eps: Smallest value that enters the power.
+        drop_rate: Dropout before the classifier.
+        pretrained_trunk: Start from timm's weights for the trunk: True, or the name of a tag.
+        whitening: Components of the whitened embedding (at most C + 1), None without whitening.
+        **trunk_kwargs: The trunk's own arguments (drop_path_rate, img_size, ...).
+
+    Shape:
+        (N, in_chans, H, W) float to (N, num_classes).
+
+    Raises:
+        ValueError: Unknown trunk, a trunk without a map of positions, or an impossible p, pooling or whitening.
+    """
+    __jit_unused_properties__ = ['_model_args', 'global_pool', 'gem_p', 'whitened', 'embed_dim']
+
+    def __init__(
+            self,
+            trunk: str = 'resnet50',
+            num_classes: int = 1000,
+            in_chans: int = 3,
+            global_pool: str = 'gem',
+            gem_p: float | None = None,
+            learn_p: bool = False,
+            per_channel_p: bool = False,
+            gem_eps: float = 1e-6,
+            drop_rate: float = 0.,
+            pretrained_trunk: bool | str = False,
+            whitening: int | None = None,
+            device=None,
+            dtype=None,
+            **trunk_kwargs,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.trunk_name = trunk
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.fixed_p = gem_p is not None and not learn_p  # asked for: wins over the p of pretrained weights
+        self.trunk = create_trunk(trunk, pretrained_trunk, in_chans, **trunk_kwargs, **dd)
+        feature_map = probe_trunk(self.trunk, trunk)
+        self.output_fmt = feature_map.format
+        self.num_prefix_tokens = feature_map.prefix_tokens
+        self.num_features = feature_map.channels
+        self.feature_info = _prefix_feature_info(getattr(self.trunk, 'feature_info', []))
+        self.head = MultiGrainHead(
+            feature_map, num_classes, global_pool=global_pool, gem_p=_parse_p(gem_p), learn_p=learn_p,
+            per_channel_p=per_channel_p, gem_eps=gem_eps, drop_rate=drop_rate, whitening=whitening, **dd)
+        self.head_hidden_size = self.head.embed_dim
+        self._trunk_kwargs = trunk_kwargs
+        self._recorded_args = {}
+        self._traits = {k: v for k, v in get_model_traits(self.trunk).items() if k in ('img_size', 'fixed_input_size')}
+
+    @property
+    def global_pool(self) -> str:
+        """Name of the pooling that ``create_model(global_pool=...)`` takes."""
+        return self.head.global_pool
+
+    @property
+    def gem_p(self) -> float | list[float] | None:
+        """Exponent of GeM now, a list with one a channel, None with another pooling."""
+        if not isinstance(self.head.pool, GeM):
+            return None
+        p = self.head.pool.p
+        return self.head.gem_args['p'] if p.is_meta else p.detach().float().tolist()
+
+    @property
+    def whitened(self) -> bool:
+        """Whether the embedding goes through a whitening."""
+        return isinstance(self.head.whitening, Whitening)
+
+    @property
+    def embed_dim(self) -> int:
+        """Size of the embedding: the trunk's channels, or the components of the whitening."""
+        return self.head.embed_dim
+
+    @property
+    def _model_args(self) -> dict:
+        # timm's factory writes what create_model was given and its exporter reads what rebuilds the model. Computing it
+        # from the model as it is keeps p and whitening right after they were tuned, however the model was made.
+        args = {**self._recorded_args, **self._trunk_kwargs, 'trunk': self.trunk_name}
+        args.update(learn_p=self.head.gem_args['learn_p'], per_channel_p=self.head.gem_args['per_channel'],
+                    gem_eps=self.head.gem_args['eps'])
+        if isinstance(self.gem_p, float):
+            args['gem_p'] = 'inf' if self.gem_p == float('inf') else self.gem_p  # strict JSON has no Infinity
+        if self.whitened:
+            args['whitening'] = self.embed_dim
+        return args
+
+    @_model_args.setter
+    def _model_args(self, args: dict) -> None:
+        # The trunk's start weights are history once the model's own are saved: rebuilding must not fetch them again.
+        self._recorded_args = {k: v for k, v in args.items() if k != 'pretrained_trunk'}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict | Callable:
+        """The trunk's layer groups, for layer decay; the head is the last one."""
+        if not hasattr(self.trunk, 'group_matcher'):
+            return {'trunk': r'^trunk\.'}
+        matcher = self.trunk.group_matcher(coarse=coarse)
+        if callable(matcher):
+            return lambda name: matcher(name[6:]) if name.startswith('trunk.') else float('inf')
+        return {
+            group: [(_prefix_pattern(p), order) for p, order in spec] if isinstance(spec, (list, tuple))
+            else spec and _prefix_pattern(spec)
+            for group, spec in matcher.items()
+        }
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> set[str]:
+        """Parameters no weight decay may pull: the trunk's own list, and a learned exponent."""
+        names = {f'trunk.{n}' for n in getattr(self.trunk, 'no_weight_decay', set)()}
+        return names | {f'head.pool.{n}' for n, _ in self.head.pool.named_parameters()}
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Trade compute for memory in the trunk's backward."""
+        self.trunk.set_grad_checkpointing(enable)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size=None, **kwargs) -> None:
+        """Change the image size of a trunk that is built for one (ViT); other trunks take any size as they are."""
+        if hasattr(self.trunk, 'set_input_size'):
+            self.trunk.set_input_size(img_size=img_size, **kwargs)
+            self._traits = dict(self._traits, img_size=get_model_traits(self.trunk).get('img_size'))
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """The classifier, or its name in the model."""
+        return 'head.fc' if name_only else self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model a fresh classifier; pooling, its exponent and a whitening stay.
+
+        Args:
+            num_classes: Classes, 0 for the embedding.
+            global_pool: Another pooling, '' for the unpooled map (with no classes only). None keeps the present one, and
+                brings GeM back where '' had taken it off and classes are asked for.
+
+        Raises:
+            ValueError: A negative number of classes, classes without pooling, or an unknown pooling.
+        """
+        dd = get_device_dtype(self)
+        if global_pool is None and num_classes and not self.head.pooled:
+            global_pool = 'gem'
+        if global_pool is not None:
+            self.head.reset_pool(global_pool, **dd)
+        self.head.reset_fc(num_classes, **dd)
+        self.num_classes = num_classes
+
+    @torch.jit.ignore
+    def set_gem_p(self, p: float) -> None:
+        """Set the exponent of GeM, for instance p* of a test resolution (paper section 4).
+
+        Raises:
+            ValueError: p is not above 0, or the model does not pool with GeM.
+        """
+        if not isinstance(self.head.pool, GeM):
+            raise ValueError(f'global_pool={self.global_pool!r} has no exponent to set to {p}: '
+                             "reset_classifier(num_classes, 'gem') first.")
+        self.head.pool.set_p(p)
+
+    @torch.jit.ignore
+    def set_whitening(self, components: int) -> None:
+        """Make room for a whitening of so many components and a classifier of that width, both to be loaded or fitted."""
+        self.head.set_whitening(components, self.num_classes, **get_device_dtype(self))
+        self.head_hidden_size = components
+
+    @torch.jit.ignore
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: int | list[int] | None = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+            **kwargs,
+    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
+        """The trunk's intermediate maps, and the last one as ``forward_features`` gives it. Arguments as in timm."""
+        out = self.trunk.forward_intermediates(
+            x, indices=indices, norm=norm, stop_early=stop_early, output_fmt=output_fmt,
+            intermediates_only=intermediates_only, **kwargs)
+        if intermediates_only:
+            return out
+        last, intermediates = out
+        return self.trunk.forward_head(last), intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+            self,
+            indices: int | list[int] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> list[int]:
+        """Drop the layers behind the last of these intermediate maps. Arguments and result as in timm."""
+        channels = self.trunk.num_features
+        indices = self.trunk.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
+        if prune_head or self.trunk.num_features != channels:
+            self.num_features = self.head_hidden_size = self.trunk.num_features
+            self.reset_classifier(0, '')
+        return indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) to the trunk's map: (N, C, h, w), (N, h, w, C) or (N, L, C), see ``output_fmt``."""
+        return self.trunk(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """The map to (N, num_classes) logits, or with ``pre_logits`` to the (N, embed_dim) embedding."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, in_chans, H, W) to (N, num_classes) logits."""
+        return self.forward_head(self.forward_features(x))
+
+    @torch.jit.ignore
+    def embed(self, x: torch.Tensor | Sequence[torch.Tensor], dim: int | None = None) -> torch.Tensor:
+        """Retrieval descriptors. The caller chooses eval mode and gradients.
+
+        Args:
+            x: Images (N, in_chans, H, W), or a list of (in_chans, H, W) images of any sizes, run one by one.
+            dim: Keep the first ``dim`` components of the whitening and normalise again.
+
+        Returns:
+            (N, dim or embed_dim) float32, each row L2-normalised.
+
+        Raises:
+            ValueError: No images, an image of the wrong shape, or a ``dim`` that the embedding does not allow.
+        """
+        if dim is not None and not (self.whitened and 1 <= dim <= self.embed_dim):
+            raise ValueError(
+                f'dim={dim} needs a whitened embedding of at least that many components, which are ordered by strength; '
+                f'this one has {self.embed_dim}, {"" if self.whitened else "not "}whitened.')
+        if isinstance(x, torch.Tensor):
+            if x.ndim != 4:
+                raise ValueError(f'embed() takes images (N, {self.in_chans}, H, W) or a list of them, got {tuple(x.shape)}.')
+            embedding = self.forward_head(self.forward_features(x), pre_logits=True)
+            return l2_normalize(embedding[:, :dim].float())
+        if not len(x):
+            raise ValueError('embed() got an empty list: give at least one image.')
+        return torch.cat([self.embed(image if image.ndim == 4 else image[None], dim=dim) for image in x])
+
+
+def _parse_p(p: float | str | None) -> float:
+    if isinstance(p, str):  # 'inf' in a config, or from a command line
+        try:
+            return float(p)
+        except ValueError:
+            raise ValueError(f"gem_p={p!r} is not a number: use for instance 3, 2.5 or 'inf'.") from None
+    return 3.0 if p is None else p
+
+
+def _prefix_pattern(pattern: str) -> str:
+    """A group pattern of the trunk, anchored at any of its alternatives, for names below 'trunk.'."""
+    return r'^trunk\.(?:' + re.sub(r'(?:^|(?<=[|(]))\^', '', pattern) + ')'
+
+
+def _prefix_feature_info(feature_info) -> list[dict]:
+    infos = copy.deepcopy(getattr(feature_info, 'info', feature_info))
+    return [dict(info, module=f'trunk.{info["module"]}') if 'module' in info else dict(info) for info in infos]

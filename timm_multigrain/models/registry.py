@@ -1,0 +1,202 @@
+"""The registered `multigrain_*` models, their pretrained weights, and `register_multigrain` for any other timm trunk.
+
+Official weights: https://github.com/facebookresearch/multigrain, CC BY-NC 4.0. A tag reads fb_p<p>_l<lambda>[_aa]_in1k for
+the jointly trained ResNet-50 (lambda weighs cross-entropy against the margin loss, aa = AutoAugment) and
+fb_p<p>_<size>_in1k where only p was fine-tuned at a test size.
+"""
+import sys
+
+import timm
+from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+
+from .checkpoint import checkpoint_filter_fn
+from .multigrain import MultiGrain
+
+__all__ = ['register_multigrain']
+
+_URL = 'https://dl.fbaipublicfiles.com/multigrain/'
+_JOINT = 'jointly trained on ImageNet-1k with repeated augmentation (3 copies an image)'
+
+
+def _cfg(trunk: str, **kwargs) -> dict:
+    """Configuration of a model on this timm trunk, without weights unless given."""
+    base = get_pretrained_cfg(trunk)
+    first_conv = base.first_conv
+    if first_conv is not None:
+        single = isinstance(first_conv, str)
+        first_conv = f'trunk.{first_conv}' if single else tuple(f'trunk.{name}' for name in first_conv)
+    return {
+        'url': '',
+        'num_classes': 1000,
+        'input_size': base.input_size,
+        'min_input_size': base.min_input_size,
+        'fixed_input_size': base.fixed_input_size,
+        'pool_size': base.pool_size,
+        'crop_pct': base.crop_pct,
+        'interpolation': base.interpolation,
+        'mean': base.mean,
+        'std': base.std,
+        'first_conv': first_conv,
+        'classifier': 'head.fc',
+        'paper_name': 'MultiGrain: a unified image embedding for classes and instances',
+        'paper_ids': 'arXiv:1902.05509',
+        'origin_url': 'https://github.com/facebookresearch/multigrain',
+        **kwargs,
+    }
+
+
+def _fb_cfg(trunk: str, file: str, description: str, **kwargs) -> dict:
+    """Configuration of official weights: trained and tested on the shorter side 256, centre crop 224, bilinear."""
+    return _cfg(trunk, **{
+        'url': _URL + file, 'license': 'cc-by-nc-4.0', 'description': description, 'crop_pct': 0.875,
+        'interpolation': 'bilinear', **kwargs})
+
+
+def _paper_cfg(trunk: str) -> dict:
+    return _cfg(trunk, crop_pct=0.875, interpolation='bilinear')
+
+
+default_cfgs = generate_default_cfgs({
+    'multigrain.untrained': _paper_cfg('resnet50'),
+    'multigrain_resnet18.untrained': _paper_cfg('resnet18'),
+    'multigrain_resnet34.untrained': _paper_cfg('resnet34'),
+    'multigrain_resnet50.fb_p3_l05_aa_in1k': _fb_cfg(
+        'resnet50', 'multigrain_models/joint_3BAA_0.5.pth',
+        f'p = 3, lambda = 0.5, AutoAugment, {_JOINT}; top-1 78.2 at 224'),
+    'multigrain_resnet50.fb_p3_l05_in1k': _fb_cfg(
+        'resnet50', 'multigrain_models/joint_3B_0.5.pth',
+        f'p = 3, lambda = 0.5, {_JOINT}; top-1 77.4 at 224, 78.6 at longer side 500 with p = 4'),
+    'multigrain_resnet50.fb_p1_l05_in1k': _fb_cfg(
+        'resnet50', 'multigrain_models/joint_1B_0.5.pth', f'p = 1, lambda = 0.5, {_JOINT}; top-1 77.0 at 224'),
+    'multigrain_resnet50.fb_p3_l1_in1k': _fb_cfg(
+        'resnet50', 'multigrain_models/joint_3B_1.0.pth',
+        'p = 3, lambda = 1 (classification only), repeated augmentation; top-1 76.9 at 224'),
+    'multigrain_resnet50.fb_p1_l1_in1k': _fb_cfg(
+        'resnet50', 'multigrain_models/joint_1B_1.0.pth',
+        'p = 1, lambda = 1 (classification only), repeated augmentation; top-1 76.8 at 224'),
+    'multigrain_resnet101.untrained': _paper_cfg('resnet101'),
+    'multigrain_resnet152.untrained': _paper_cfg('resnet152'),
+    'multigrain_senet154.fb_p16_400_in1k': _fb_cfg(
+        'legacy_senet154', 'finetuned_models/senet154-finetune400.pth',
+        'p = 1.6 fine-tuned at 400 pixels on a trained SENet-154; top-1 83.0 at 400', test_input_size=(3, 400, 400)),
+    'multigrain_pnasnet5large.fb_p17_500_in1k': _fb_cfg(
+        'pnasnet5large', 'finetuned_models/pnasnet5large-finetune500.pth',
+        'p = 1.7 fine-tuned at 500 pixels on a trained PNASNet-5-Large; top-1 83.6 at 500',
+        test_input_size=(3, 500, 500)),
+    'multigrain_convnext_tiny.untrained': _cfg('convnext_tiny'),
+    'multigrain_efficientnet_b0.untrained': _cfg('efficientnet_b0'),
+    'multigrain_vit_small_patch14_dinov2.untrained': _cfg('vit_small_patch14_dinov2'),
+})
+
+
+def _create_multigrain(variant: str, pretrained: bool = False, **kwargs) -> MultiGrain:
+    return build_model_with_cfg(
+        MultiGrain,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(feature_cls='getter', out_indices=None),
+        **kwargs,
+    )
+
+
+@register_model
+def multigrain(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain on the timm model that `trunk` names, ResNet-50 without it."""
+    return _create_multigrain('multigrain', pretrained, **dict(dict(trunk='resnet50'), **kwargs))
+
+
+@register_model
+def multigrain_resnet18(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, ResNet-18."""
+    return _create_multigrain('multigrain_resnet18', pretrained, **dict(kwargs, trunk='resnet18'))
+
+
+@register_model
+def multigrain_resnet34(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, ResNet-34."""
+    return _create_multigrain('multigrain_resnet34', pretrained, **dict(kwargs, trunk='resnet34'))
+
+
+@register_model
+def multigrain_resnet50(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, ResNet-50: the model of the paper."""
+    return _create_multigrain('multigrain_resnet50', pretrained, **dict(kwargs, trunk='resnet50'))
+
+
+@register_model
+def multigrain_resnet101(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, ResNet-101."""
+    return _create_multigrain('multigrain_resnet101', pretrained, **dict(kwargs, trunk='resnet101'))
+
+
+@register_model
+def multigrain_resnet152(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, ResNet-152."""
+    return _create_multigrain('multigrain_resnet152', pretrained, **dict(kwargs, trunk='resnet152'))
+
+
+@register_model
+def multigrain_senet154(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, SENet-154."""
+    return _create_multigrain('multigrain_senet154', pretrained, **dict(kwargs, trunk='legacy_senet154'))
+
+
+@register_model
+def multigrain_pnasnet5large(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, PNASNet-5-Large. timm pads it as TensorFlow does: equal to the original at sides = 11 mod 32 only."""
+    return _create_multigrain('multigrain_pnasnet5large', pretrained, **dict(kwargs, trunk='pnasnet5large'))
+
+
+@register_model
+def multigrain_convnext_tiny(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, ConvNeXt-T. GeM clamps the negative half of its signed map."""
+    return _create_multigrain('multigrain_convnext_tiny', pretrained, **dict(kwargs, trunk='convnext_tiny'))
+
+
+@register_model
+def multigrain_efficientnet_b0(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, EfficientNet-B0."""
+    return _create_multigrain('multigrain_efficientnet_b0', pretrained, **dict(kwargs, trunk='efficientnet_b0'))
+
+
+@register_model
+def multigrain_vit_small_patch14_dinov2(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, DINOv2 ViT-S/14: GeM over the patch tokens, any image size. GeM clamps the negative half of them."""
+    kwargs.setdefault('dynamic_img_size', True)
+    return _create_multigrain(
+        'multigrain_vit_small_patch14_dinov2', pretrained, **dict(kwargs, trunk='vit_small_patch14_dinov2'))
+
+
+def register_multigrain(trunk: str) -> str:
+    """Register `multigrain_<trunk>` for another timm model, so that timm.create_model and its scripts know the name.
+
+    The saved config names the generic `multigrain` with this trunk: whoever loads it needs no registration.
+
+    Args:
+        trunk: A timm model name; a tag selects the trunk's weights for `pretrained_trunk=True`.
+
+    Returns:
+        The new model name.
+
+    Raises:
+        ValueError: timm does not know the trunk.
+    """
+    arch = trunk.split('.')[0]
+    name = f'multigrain_{arch}'
+    if timm.is_model(name):
+        return name
+    if not timm.is_model(arch):
+        raise ValueError(f'Unknown trunk {trunk!r}: timm.list_models() lists the valid names.')
+
+    def entrypoint(pretrained: bool = False, **kwargs) -> MultiGrain:
+        model = _create_multigrain(name, pretrained, **dict(kwargs, trunk=trunk))
+        model.pretrained_cfg['architecture'] = 'multigrain'
+        return model
+
+    entrypoint.__name__ = entrypoint.__qualname__ = name
+    entrypoint.__module__ = __name__
+    entrypoint.__doc__ = f'MultiGrain, {arch}.'
+    default_cfgs.update(generate_default_cfgs({f'{name}.untrained': _cfg(arch)}))
+    setattr(sys.modules[__name__], name, register_model(entrypoint))
+    return name

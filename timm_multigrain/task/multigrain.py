@@ -1,0 +1,230 @@
+"""MultiGrain's training task: cross-entropy and an instance loss on one embedding (arXiv 1902.05509, equation 5).
+
+    loss = lambda * cross-entropy(W e) + (1 - lambda) * instance loss(e / |e|)
+"""
+from collections.abc import Callable
+
+import torch
+import torch.nn as nn
+from timm.models import group_parameters
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+
+from timm_multigrain.layers import l2_normalize
+from timm_multigrain.loss import create_instance_loss, create_sampler
+from timm_multigrain.models import MultiGrain
+
+from .gather import all_gather_with_grad
+
+__all__ = ['MultiGrainTask', 'MultiGrainTrainableModule']
+
+
+class MultiGrainTrainableModule(nn.Module):
+    """The model and the instance loss with its own parameters (beta): what DDP, EMA and the optimizer see.
+
+    Args:
+        model: A MultiGrain, or any timm model with ``forward_features`` and ``forward_head(..., pre_logits=True)``.
+        instance_loss: The instance loss.
+    """
+
+    def __init__(self, model: nn.Module, instance_loss: nn.Module):
+        super().__init__()
+        self.model = model
+        self.instance_loss = instance_loss
+
+    def no_weight_decay(self) -> set[str]:
+        names = {f'model.{n}' for n in getattr(self.model, 'no_weight_decay', set)()}
+        return names | {f'instance_loss.{n}' for n, _ in self.instance_loss.named_parameters()}
+
+    def group_matcher(self, coarse: bool = False) -> Callable[[str], int]:
+        """The model's layer groups; the instance loss joins the last one."""
+        layers = {}
+        if hasattr(self.model, 'group_matcher'):
+            layers = group_parameters(self.model, self.model.group_matcher(coarse=coarse), reverse=True)
+        last = max(layers.values(), default=0)
+        return lambda name: layers.get(name.removeprefix('model.'), last)
+
+    def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
+        """(B, C, H, W) to logits (B, K), embedding (B, E), and the loss's parameters, so that DDP finds them used."""
+        features = self.model.forward_features(input)
+        embedding = self.model.forward_head(features, pre_logits=True)
+        if isinstance(self.model, MultiGrain):
+            logits = self.model.head.classify(embedding)
+        else:
+            logits = self.model.forward_head(features)
+        return logits, embedding, tuple(self.instance_loss.parameters())
+
+
+class MultiGrainTask(ClassificationTask):
+    """Joint training of classes and instances.
+
+    A batch has targets (B, 2) = [class, instance id] with several augmented copies of each image in it, as
+    ``timm_multigrain.data.create_loader`` gives them. One-dimensional targets, in eval mode, mean cross-entropy only.
+
+    Args:
+        model: A MultiGrain, or any timm model with ``forward_features`` and ``forward_head(..., pre_logits=True)``.
+        criterion: Classification loss; created from ``criterion_kwargs`` as timm does when None.
+        criterion_kwargs: Arguments of timm's ``create_classification_loss``.
+        classif_weight: lambda in [0, 1]. 1 never evaluates the instance loss and is timm's ClassificationTask.
+        instance_loss: 'margin', 'contrastive', 'triplet', 'pml:NAME' or a loss object.
+        instance_loss_kwargs: Its arguments (beta_init, margin, ...).
+        sampling: Negatives: 'row' or 'batch' (distance-weighted), 'uniform', or a sampler object.
+        num_repeats: Copies of each image in a batch, as the loader's.
+        gather: Take negatives from the batches of all ranks.
+
+    Raises:
+        ValueError: lambda outside [0, 1], fewer than 2 repeats with lambda < 1, or an unknown loss or sampling.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            criterion: nn.Module | Callable | None = None,
+            criterion_kwargs: dict | None = None,
+            classif_weight: float = 0.5,
+            instance_loss: str | nn.Module = 'margin',
+            instance_loss_kwargs: dict | None = None,
+            sampling: str | nn.Module = 'row',
+            num_repeats: int = 3,
+            gather: bool = False,
+            device: torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            verbose: bool = True,
+    ):
+        if not 0 <= classif_weight <= 1:
+            raise ValueError(f'classif_weight (lambda) = {classif_weight} is outside [0, 1]: '
+                             '1 is classification only, 0.5 the joint model of the paper.')
+        if classif_weight < 1 and num_repeats < 2:
+            raise ValueError(
+                f'num_repeats={num_repeats} with classif_weight={classif_weight}: the instance loss needs at least 2 '
+                'copies of an image in a batch. Use num_repeats=3, or classif_weight=1 for classification only.')
+        super().__init__(
+            model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
+        self.classif_weight = classif_weight
+        self.num_repeats = num_repeats
+        self.gather = gather
+        self.joint = classif_weight < 1
+        self._positives_seen = False
+        if self.joint:
+            loss = create_instance_loss(instance_loss, **(instance_loss_kwargs or {})).to(self.device)
+            self.sampler = create_sampler(sampling) if isinstance(sampling, str) else sampling
+            self.trainable_module = MultiGrainTrainableModule(model, loss)
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'MultiGrainTask':
+        """Wrap the trainable module in DDP. On the CPU, DDP takes no device ids: they are dropped."""
+        return super().prepare_distributed(None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
+
+    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
+        """Compile the trainable module for training and the model for evaluation."""
+        if not self.joint:
+            return super().compile(backend=backend, mode=mode, **compile_kwargs)
+        model = self.trainable_module.model
+        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
+        self.eval_model = torch.compile(model, backend=backend, mode=mode, **compile_kwargs)
+        return self.eval_model
+
+    def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
+        """The bare model: checkpoints hold plain model keys, which every timm script reads."""
+        resolved = super().get_eval_model(module=module, ema=ema)
+        trainable = resolved if resolved is None else unwrap_model(resolved)
+        return trainable.model if isinstance(trainable, MultiGrainTrainableModule) else resolved
+
+    def get_clip_parameters(self, exclude_head: bool = False):
+        """The model's parameters, without the classifier if asked, and those of the instance loss."""
+        trainable = unwrap_model(self.trainable_module)
+        if not self.joint:
+            return super().get_clip_parameters(exclude_head=exclude_head)
+        parameters = list(trainable.model.parameters())
+        return (parameters[:-2] if exclude_head else parameters) + list(trainable.instance_loss.parameters())
+
+    def get_task_state(self, module: nn.Module | None = None, ema: bool = False) -> dict:
+        """State of the instance loss (beta), beside the model's in a checkpoint."""
+        trainable = self._trainable(module, ema)
+        return {'instance_loss': trainable.instance_loss.state_dict()} if trainable is not None else {}
+
+    def load_task_state(
+            self,
+            state: dict | None,
+            strict: bool = True,
+            module: nn.Module | None = None,
+            ema: bool = False,
+    ) -> None:
+        """Load the state of the instance loss; a checkpoint without one leaves it at its start."""
+        trainable = self._trainable(module, ema)
+        loss_state = (state or {}).get('instance_loss')
+        if loss_state is None:
+            return
+        if trainable is None:
+            raise RuntimeError(
+                f'The checkpoint holds the state of an instance loss ({", ".join(loss_state) or "empty"}), but this task '
+                'has none: resume with classif_weight below 1, or start from the weights alone.')
+        trainable.instance_loss.load_state_dict(loss_state, strict=strict)
+
+    def _trainable(self, module: nn.Module | None, ema: bool) -> MultiGrainTrainableModule | None:
+        module = module if module is not None else self.get_trainable_module(ema=ema)
+        trainable = module if module is None else unwrap_model(module)
+        return trainable if isinstance(trainable, MultiGrainTrainableModule) else None
+
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Losses of a batch.
+
+        Args:
+            input: (B, in_chans, H, W).
+            target: (B, 2) integers [class, instance id], or (B,) classes in eval mode or with lambda = 1.
+
+        Returns:
+            'loss', 'output' (logits), and with an instance loss also 'classification_loss', 'instance_loss' and, if it
+            has one, 'beta', detached.
+
+        Raises:
+            ValueError: Training without instance ids, or with a batch that has no two instances or no two copies.
+        """
+        labels = target[:, 0] if target.ndim == 2 and not target.is_floating_point() else target
+        if not self.joint:
+            return super().forward(input, labels)
+        if target.ndim == 1 and not self.training:
+            logits = self.trainable_module(input)[0]
+            return {'loss': self.criterion(logits, labels), 'output': logits}
+        if target.ndim != 2 or target.shape[1] != 2 or target.is_floating_point():
+            raise ValueError(
+                f'Joint training needs integer targets (B, 2) = [class, instance id], got {target.dtype} of shape '
+                f'{tuple(target.shape)}. timm_multigrain.data.create_loader gives them.')
+        logits, embedding, _ = self.trainable_module(input)
+        classification_loss = self.criterion(logits, labels)
+        instance_loss = self._instance_loss(embedding, target[:, 1])
+        loss = self.classif_weight * classification_loss + (1 - self.classif_weight) * instance_loss
+        result = {
+            'loss': loss,
+            'output': logits,
+            'classification_loss': classification_loss.detach(),
+            'instance_loss': instance_loss.detach(),
+        }
+        beta = getattr(self._trainable(None, False).instance_loss, 'beta', None)
+        if beta is not None:
+            result['beta'] = beta.detach()
+        return result
+
+    def _instance_loss(self, embedding: torch.Tensor, instance: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(embedding.device.type, enabled=False):
+            embedding = l2_normalize(embedding.float())
+            if self.gather:
+                embedding, instance = all_gather_with_grad(embedding), all_gather_with_grad(instance)
+            self._check_instances(instance)
+            loss = self._trainable(None, False).instance_loss
+            triplets = self.sampler(embedding.detach(), instance) if loss.needs_triplets else None
+            return loss(embedding, instance, triplets)
+
+    def _check_instances(self, instance: torch.Tensor) -> None:
+        # Reading ids back stops a GPU: done on the first batch, and on those small enough to hold one instance only.
+        if self._positives_seen and len(instance) > 2 * self.num_repeats:
+            return
+        instances = len(instance.unique())
+        if instances < 2:
+            raise ValueError(
+                f'All {len(instance)} images of the batch are copies of one instance, so there are no negatives: use a '
+                f'batch size of at least {2 * self.num_repeats} and a data set of more than one image.')
+        if not self._positives_seen and instances == len(instance):
+            raise ValueError(
+                f'No two of the {len(instance)} images of the batch share an instance id, so there are no positives: load '
+                f'them with timm_multigrain.data.create_loader(num_repeats={self.num_repeats}).')
+        self._positives_seen = True
