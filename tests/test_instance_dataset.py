@@ -74,6 +74,46 @@ class Plain(Dataset):
         return len(self.files)
 
 
+class RandomCrop(Plain):
+    """Random numbers drawn before or after the transform, by the generator named."""
+
+    draw = {
+        'torch': lambda: int(torch.randint(9, ())),
+        'random': lambda: random.randrange(9),
+        'numpy': lambda: np.random.randint(9),  # noqa: NPY002
+    }
+
+    def __getitem__(self, index):
+        image = Image.open(self.files[index]).convert('RGB')
+        left = self.draw[self.generator]() if self.first else 0
+        image = self.transform(image.crop((left, 0, left + 20, 20)))
+        return image, index % 3 if self.first else self.draw[self.generator]()
+
+
+class Twice(Plain):
+    """The transform applied to its own result."""
+
+    def __getitem__(self, index):
+        image = Image.open(self.files[index]).convert('RGB')
+        return self.transform(self.transform(image)), index % 3
+
+
+class Chained(Plain):
+    """A joint transform after the one of the image."""
+
+    def __getitem__(self, index):
+        image = Image.open(self.files[index]).convert('RGB')
+        return self.transforms(self.transform(image), index % 3)
+
+
+class Shifted(Plain):
+    """The target changed after its transform."""
+
+    def __getitem__(self, index):
+        image = Image.open(self.files[index]).convert('RGB')
+        return self.transform(image), self.target_transform(index % 3) + 1000
+
+
 class Views(Plain):
     """Two augmentations as one image."""
 
@@ -138,6 +178,13 @@ MAKERS = {
     'subset': lambda root: Subset(ImageFolder(root, transform=draw_from_all), list(range(11, -1, -1))),
     'no transform attribute': Plain,
     'more than the transform': lambda root: Plain(root, transform=draw_from_all),
+    'torch before': lambda root: RandomCrop(root, transform=draw_from_all, generator='torch', first=True),
+    'random before': lambda root: RandomCrop(root, transform=draw_from_all, generator='random', first=True),
+    'numpy before': lambda root: RandomCrop(root, transform=draw_from_all, generator='numpy', first=True),
+    'random after': lambda root: RandomCrop(root, transform=draw_from_all, generator='random', first=False),
+    'twice': lambda root: Twice(root, transform=draw_from_all),
+    'chained': lambda root: Chained(root, transform=draw_from_all, transforms=Joint()),
+    'shifted': lambda root: Shifted(root, transform=draw_from_all, target_transform=noisy_class),
     'two views': lambda root: Views(root, transform=draw_from_all),
 }
 

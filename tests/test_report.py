@@ -120,12 +120,13 @@ def test_any_picture(tmp_path, mode, size):
 def test_names_are_escaped(tmp_path, name):
     row = GalleryRow(name, picture(), name, [Neighbor(picture(), 1, name, 'copy')], name)
     page = write(tmp_path, title=name, intro=name, gallery=[row], notes=[name], command=name,
-                 tables=[Table([name, 'x'], [[name, name]], title=name)], curves={name: {name: ([0, 1], [1, 2])}})
+                 tables=[Table([name, 'x'], [[name, name]], title=name)], curves={name: {name: ([0, 1], [1, 2])}},
+                 curves_x=name)
     plain = write(tmp_path)
     assert page.tags.keys() <= plain.tags.keys() | {'caption'} and not page.tags['script']
     assert {key for _, key, _ in page.attributes} <= {key for _, key, _ in plain.attributes}
     shown = name.replace('\udc80', '\\udc80').replace('\x00', '\ufffd')
-    assert page.text.count(shown) == 15
+    assert page.text.count(shown) == 16
     assert page.values('alt') == [f'Query: {shown}', f'Neighbour 1: {shown}, copy']
 
 
@@ -152,8 +153,7 @@ def test_charts(tmp_path):
     page = write(tmp_path)
     assert page.tags['svg'] == 2 + 2
     labels = [label for tag, key, label in page.attributes if (tag, key) == ('svg', 'aria-label')]
-    assert labels == ['loss over the training steps: a from 2 to 1; b from 2.5 to 0.5',
-                      'margin over the training steps: b from 1 to 0']
+    assert labels == ['loss by step: a from 2 to 1; b from 2.5 to 0.5', 'margin by step: b from 1 to 0']
     ids = page.values('id')
     assert len(ids) == len(set(ids))
     references = [value for name in ('href', 'xlink:href') for value in page.values(name)]

@@ -5,12 +5,14 @@ from, so that the positives of the margin loss come without any annotation.
 """
 import copy
 import operator
+import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset
@@ -34,9 +36,9 @@ class InstanceDataset(Dataset):
     `dataset[i]` gives (image, int64 tensor [class, i]); default_collate and timm's fast_collate stack the targets to
     [B, 2]. A DataLoader fetches through `__getitems__`, which decodes an image once for consecutive equal indices (see
     `RepeatedAugSampler`) and applies the transforms once for each of them, every time to a pristine copy: bit-identical
-    to as many separate reads, as long as the dataset draws random numbers in its transforms only. Where the dataset
-    does more than to return what its `transform` (and `target_transform`, or torchvision's `transforms`) gave, or has
-    none, each repeat is a separate read.
+    to as many separate reads. Where the dataset does more than to return what its `transform` (and `target_transform`,
+    or torchvision's `transforms`) gave, draws random numbers elsewhere, or has no transform, each repeat is a separate
+    read.
 
     All other attributes are those of the wrapped dataset, reading and writing.
 
@@ -91,13 +93,14 @@ class InstanceDataset(Dataset):
         return index % len(self)
 
     def _read(self, index: int, repeats: int) -> list[tuple[Any, torch.Tensor]]:
+        before = _random_states() if repeats > 1 else None
         with _hooks(self.dataset, record=repeats > 1) as calls:
             first = self._load(index)
         samples = [first]
-        replayable = _replayable(calls, first)
+        replayable = bool(calls) and _replayable(calls, first, before, _random_states())
         while len(samples) < repeats:
             if replayable:
-                results = {name: function(*map(_copy, args)) for name, function, args, _ in calls}
+                results = {call.name: call.function(*map(_copy, call.arguments)) for call in calls}
                 samples.append(_pair(results, first[1]))
             else:
                 with _hooks(self.dataset, record=False):
@@ -148,10 +151,21 @@ class _OneShotReader:
         return OSError('the first attempt failed, another one succeeded')
 
 
+class _Call(NamedTuple):
+    """What a transform was called with and gave, and the states of the random generators then."""
+
+    name: str
+    function: Callable
+    arguments: tuple
+    result: Any
+    before: tuple
+    after: tuple
+
+
 @contextmanager
-def _hooks(dataset: Any, record: bool) -> Iterator[list[tuple]]:
-    """While open, `dataset` and those it wraps do not skip broken images and, with `record`, list their transforms'
-    calls as (name, function, arguments, result)."""
+def _hooks(dataset: Any, record: bool) -> Iterator[list[_Call]]:
+    """While open, `dataset` and those it wraps do not skip broken images and, with `record`, list the calls of their
+    transforms."""
     calls, saved = [], []
     try:
         while dataset is not None:
@@ -172,10 +186,16 @@ def _hooks(dataset: Any, record: bool) -> Iterator[list[tuple]]:
             setattr(owner, name, value)
 
 
-def _call(calls: list[tuple], name: str, function: Callable, *args: Any) -> Any:
-    result = function(*map(_copy, args))
-    calls.append((name, function, args, result))
+def _call(calls: list[_Call], name: str, function: Callable, *arguments: Any) -> Any:
+    before = _random_states()
+    result = function(*map(_copy, arguments))
+    calls.append(_Call(name, function, arguments, result, before, _random_states()))
     return result
+
+
+def _random_states() -> tuple:
+    _, keys, *rest = np.random.get_state()  # noqa: NPY002, transforms use the global generator
+    return torch.get_rng_state().numpy().tobytes(), random.getstate(), keys.tobytes(), *rest
 
 
 def _copy(value: Any) -> Any:
@@ -189,13 +209,16 @@ def _pair(results: dict[str, Any], target: Any) -> Any:
     return results.get('transform'), results.get('target_transform', target)
 
 
-def _replayable(calls: list[tuple], sample: tuple[Any, Any]) -> bool:
+def _replayable(calls: list[_Call], sample: tuple[Any, Any], before: tuple, after: tuple) -> bool:
     """Whether calling the transforms again gives all that another read of the sample would."""
-    results = {name: result for name, _, _, result in calls}
-    if not calls or len(results) < len(calls) or ('transforms' in results and len(results) > 1):
+    results = {call.name: call.result for call in calls}
+    if len(results) < len(calls) or ('transforms' in results and len(results) > 1):
         return False
     pair = _pair(results, sample[1])
-    return isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] is sample[0] and pair[1] is sample[1]
+    if not (isinstance(pair, (tuple, list)) and len(pair) == 2 and pair[0] is sample[0] and pair[1] is sample[1]):
+        return False
+    ends, starts = [before, *(call.after for call in calls)], [*(call.before for call in calls), after]
+    return ends == starts  # no random number drawn between the calls
 
 
 def _target(target: Any, index: int) -> torch.Tensor:

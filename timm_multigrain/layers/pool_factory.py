@@ -71,8 +71,8 @@ def create_pool(
 
 
 def _is_ours(name: Any) -> bool:
-    # a misspelt 'gem-3' is ours too, to be refused with the list of names
-    return isinstance(name, str) and (name.startswith('gem') or name in _REGIONAL)
+    # a misspelt 'gem-3' or 'GeM' is ours too, to be refused with the list of names
+    return isinstance(name, str) and (name.lower().startswith('gem') or name in _REGIONAL)
 
 
 def _missing(what: str) -> RuntimeError:

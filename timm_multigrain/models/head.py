@@ -73,7 +73,7 @@ class MultiGrainHead(nn.Module):
                 global_pool, input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens, persistent=True)
             if not isinstance(pool, GeM):
                 return pool
-            self.gem_args.update(p=float(pool.p), learn_p=isinstance(pool.p, nn.Parameter), per_channel=False)
+            self.gem_args.update(p=float(pool.p.detach()), learn_p=isinstance(pool.p, nn.Parameter), per_channel=False)
         elif global_pool != 'gem':
             raise ValueError(
                 f"Unknown global_pool {global_pool!r} for a MultiGrain model: choose 'gem', 'gem4', 'gem_learn', 'avg', "
@@ -88,7 +88,7 @@ class MultiGrainHead(nn.Module):
         """Change the pooling. 'gem' keeps a GeM pool that is there, and brings one that was taken off back with its p."""
         if global_pool != self.global_pool:
             if isinstance(self.pool, GeM) and self.pool.p.ndim == 0 and not self.pool.p.is_meta:
-                self.gem_args.update(p=float(self.pool.p))
+                self.gem_args.update(p=float(self.pool.p.detach()))
             self.pool = self._create_pool(global_pool, device=device, dtype=dtype).train(self.training)
 
     def reset_fc(self, num_classes: int, device=None, dtype=None) -> None:

@@ -5,7 +5,6 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.nn as nn
-from timm.models import get_pretrained_cfg_value
 from torch.func import functional_call
 
 __all__ = ['FeatureMap', 'create_trunk', 'probe_trunk']
@@ -66,7 +65,7 @@ def probe_trunk(trunk: nn.Module, name: str) -> FeatureMap:
         if shape[3] in features:
             return FeatureMap('NHWC', shape[3])
     prefix = getattr(trunk, 'num_prefix_tokens', 0)
-    if shape is not None and len(shape) == 3 and shape[2] in features and shape[1] > prefix:
+    if shape is not None and len(shape) == 3 and shape[2] in features and shape[1] > prefix + 1:
         return FeatureMap('NLC', shape[2], prefix)
     got = f'of shape {shape}' if shape is not None else f'a {type(x).__name__}'
     raise ValueError(
@@ -90,9 +89,3 @@ def _meta_forward(trunk: nn.Module, name: str):
         raise ValueError(f'Trunk {name!r} does not run without its pooling and classifier: {e}') from e
     finally:
         trunk.train(training)
-
-
-def trunk_cfg_value(name: str, key: str, default=None):
-    """A value of the timm configuration of a trunk's name."""
-    value = get_pretrained_cfg_value(name, key)
-    return default if value is None else value

@@ -85,6 +85,7 @@ def write_report(
         gallery: Iterable[GalleryRow] = (),
         notes: Iterable[str] = (),
         command: str = '',
+        curves_x: str = 'step',
 ) -> Path:
     """Write the page; a file of that name is replaced in one step.
 
@@ -98,6 +99,7 @@ def write_report(
         gallery: Rows of nearest images.
         notes: Remarks, one list item each.
         command: Command line that repeats the results.
+        curves_x: What the steps of the curves count.
 
     Returns:
         The path written.
@@ -108,7 +110,7 @@ def write_report(
     """
     sections = [f'<h1>{_text(title)}</h1>\n<p>{_text(intro)}</p>']
     sections += _section('Results', map(_table, tables))
-    sections += _section('Training', _charts(curves or {}))
+    sections += _section('Training', _charts(curves or {}, curves_x))
     groups = groupby(gallery, key=lambda row: (id(row.query), row.query_caption))
     sections += _section('Nearest images', (_query(list(rows)) for _, rows in groups), _relations_key())
     notes = ''.join(f'<li>{_text(note)}</li>' for note in notes)
@@ -186,7 +188,7 @@ def _table(table: Table) -> str:
     )
 
 
-def _charts(curves: Curves) -> list[str]:
+def _charts(curves: Curves, x_label: str) -> list[str]:
     """The key of the runs and one card with a chart for each series."""
     styles = {run: LINE_STYLES[i % len(LINE_STYLES)] for i, run in enumerate(curves)}
     names = list(dict.fromkeys(name for series in curves.values() for name in series))
@@ -196,10 +198,11 @@ def _charts(curves: Curves) -> list[str]:
         for run, (steps, values) in lines.items():
             if len(steps) != len(values):
                 raise ValueError(f'{run}, {name}: {len(values)} values for {len(steps)} steps.')
+        title = f'{_text(name)} <span class="faint">by {_text(x_label)}</span>'
         label = '; '.join(f'{run} from {v[0]:.3g} to {v[-1]:.3g}' for run, (_, v) in lines.items() if len(v))
         svg = _chart(lines, styles, f'chart{i}-').replace(
-            '<svg ', f'<svg role="img" aria-label="{_text(name)} over the training steps: {_text(label)}" ', 1)
-        charts.append(f'<figure class="card"><figcaption>{_text(name)}</figcaption>{svg}</figure>')
+            '<svg ', f'<svg role="img" aria-label="{_text(name)} by {_text(x_label)}: {_text(label)}" ', 1)
+        charts.append(f'<figure class="card"><figcaption>{title}</figcaption>{svg}</figure>')
     if not charts:
         return []
     key = ''.join(
@@ -218,14 +221,12 @@ def _chart(lines: Mapping, styles: Mapping[str, tuple[str, str]], id_prefix: str
         raise ImportError("The charts need matplotlib: pip install 'timm_multigrain[report]'") from error
     ink = '#010203'
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': id_prefix, 'font.size': 9, 'path.simplify': True}):
-        figure = Figure(figsize=(3.9, 2.3), layout='constrained')
+        figure = Figure(figsize=(3.9, 2.1), layout='constrained')
         axes = figure.subplots()
         for run, (steps, values) in lines.items():
             color, dashes = styles[run]
-            finite = [float(v) if math.isfinite(v) else math.nan for v in values]
             pattern = (0, [float(d) for d in dashes.split()]) if dashes else '-'
-            axes.plot(steps, finite, color=color, linestyle=pattern, marker='o' if len(finite) == 1 else None)
-        axes.set_xlabel('step', color=ink)
+            axes.plot(steps, values, color=color, linestyle=pattern, marker='o' if len(values) == 1 else None)
         axes.tick_params(colors=ink)
         axes.grid(axis='y', color=ink, alpha=0.12)
         axes.spines[:].set_visible(False)

@@ -1,0 +1,71 @@
+"""Checkpoints and inputs of the original implementation, rebuilt from the formula its reference numbers were made with."""
+import json
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+GOLDEN = Path(__file__).resolve().parent / 'golden'
+
+
+def noise(name: str, shape) -> np.ndarray:
+    """Deterministic noise in [-1, 1), float64, from the CRC of a name and the index of the element."""
+    h = np.arange(int(np.prod(shape, dtype=np.int64)), dtype=np.uint32) * np.uint32(2654435761)
+    h = h + np.uint32(zlib.crc32(name.encode('ascii')))
+    h ^= h >> np.uint32(16)
+    h *= np.uint32(0x85EBCA6B)
+    h ^= h >> np.uint32(13)
+    h *= np.uint32(0xC2B2AE35)
+    h ^= h >> np.uint32(16)
+    return (2 * (h / 2 ** 32) - 1).reshape(shape)
+
+
+def fill(key: str, shape, p: float = 3.0) -> torch.Tensor:
+    """Value of a checkpoint tensor."""
+    if key.endswith('num_batches_tracked'):
+        return torch.zeros((), dtype=torch.int64)
+    if key == 'pool.p':
+        return torch.tensor(p)
+    s = noise(key.replace('features.0.base_net.last_linear.', 'classifier.'), shape)
+    if key == 'whitening.pca.pca_m':
+        s = 0.02 * s
+    elif key == 'whitening.pca.pca_P':
+        s = np.eye(shape[0]) + s / np.sqrt(shape[0])
+    elif key.endswith('running_mean'):
+        s = 0.1 * s
+    elif key.endswith('running_var'):
+        s = 1 + 0.5 * s
+    elif len(shape) == 4:
+        fan = np.prod(shape[1:])
+        if fan > 1:
+            s = s - s.mean((1, 2, 3), keepdims=True)
+        s = s * np.sqrt(6 / fan)
+    elif len(shape) == 2:
+        s = s * np.sqrt(3 / shape[1])
+    elif key.endswith('weight'):
+        s = 0.8 + 0.2 * s
+    else:
+        s = 0.1 * s
+    return torch.from_numpy(s.astype(np.float32))
+
+
+@lru_cache
+def _keys() -> dict:
+    return json.loads((GOLDEN / 'checkpoint_keys.json').read_text())
+
+
+def state_dict(network: str, whitened: bool = False, p: float = 3.0) -> dict[str, torch.Tensor]:
+    """Model state of 'resnet18', 'resnet50', 'senet154' or 'pnasnet5large' under the original's keys."""
+    keys = dict(_keys()[network]['plain'])
+    if whitened:
+        keys.update(_keys()[network]['whitened'])
+    return {key: fill(key, tuple(shape), p) for key, shape in keys.items()}
+
+
+def image(height: int, width: int, batch: int = 1) -> torch.Tensor:
+    """Input batch of a reference forward."""
+    b, c, y, x = np.ogrid[:batch, :3, :height, :width]
+    wave = 1.2 * np.sin(2 * np.pi * ((b + 1) * x / width + (c + 1) * y / height) + b + 0.7 * c)
+    return torch.from_numpy((wave + 0.8 * noise(f'input.{height}x{width}', wave.shape)).astype(np.float32))

@@ -1,0 +1,173 @@
+"""Original checkpoints through the filter: every reference number of the original implementation's forward."""
+import math
+
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file
+
+import timm_multigrain
+from timm_multigrain.models import checkpoint_filter_fn
+
+from . import original
+
+SIZES = [(96, 96, 2), (64, 128, 2), (224, 160, 1), (97, 131, 1)]
+
+
+@pytest.fixture(scope='module')
+def reference(golden):
+    return load_file(golden / 'forward.safetensors')
+
+
+@pytest.fixture(scope='module')
+def models():
+    """Models with the reference weights, made once."""
+    cache = {}
+
+    def get(network, **kwargs):
+        if network not in cache:
+            cache[network] = _load(f'multigrain_{network}', original.state_dict(network))
+        return cache[network]
+    return get
+
+
+def _load(name, state, **kwargs):
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg_overlay=dict(state_dict=state, source=None), **kwargs).eval()
+
+
+def _close(a, b, rel=1e-5):
+    torch.testing.assert_close(a, b, rtol=0, atol=rel * b.abs().max().item())
+
+
+def test_rebuilt_inputs_are_the_reference_ones(shared_golden):
+    inputs = load_file(shared_golden / 'forward_inputs.safetensors')
+    for name, expected in inputs.items():
+        height, width = map(int, name.removeprefix('input.').split('x'))
+        torch.testing.assert_close(original.image(height, width, len(expected)), expected, rtol=0, atol=2e-7)
+
+
+@pytest.mark.parametrize('network', ['resnet18', 'resnet50'])
+@torch.inference_mode()
+def test_forward(models, reference, network):
+    model = models(network)
+    for height, width, batch in SIZES:
+        key = f'{network}.{height}x{width}.p3.0.'
+        if key + 'logits' not in reference:
+            continue
+        x = original.image(height, width, batch)
+        features = model.forward_features(x)
+        _close(model.forward_head(features, pre_logits=True), reference[key + 'embedding'])
+        _close(model(x), reference[key + 'logits'])
+        _close(model.embed(x), reference[key + 'normalized'])
+        if (height, width) == (96, 96):
+            _close(features[:1], reference[f'{network}.96x96.features'])
+    images = [original.image(96, 96, 2)[0], original.image(64, 128, 2)[1]]
+    listed = reference[f'{network}.list.embedding']
+    _close(model.embed(images), timm_multigrain.l2_normalize(listed))
+
+
+@pytest.mark.parametrize('p', [1.0, 1.7, 3.0, math.inf])
+@torch.inference_mode()
+def test_exponent_of_the_checkpoint(reference, p):
+    x = original.image(96, 96, 2)
+    for stored in (torch.tensor(p), torch.nn.Parameter(torch.tensor(p))):
+        model = _load('multigrain_resnet50', {**original.state_dict('resnet50'), 'pool.p': stored})
+        assert model.gem_p == torch.tensor(p).item()
+        _close(model(x), reference[f'resnet50.96x96.p{p}.logits'])
+        _close(model.forward_head(model.forward_features(x), pre_logits=True), reference[f'resnet50.96x96.p{p}.embedding'])
+
+
+def test_integer_exponent_and_asked_for_exponent():
+    state = {**original.state_dict('resnet18'), 'pool.p': torch.tensor(2)}
+    assert _load('multigrain_resnet18', state).gem_p == 2.0
+    assert _load('multigrain_resnet18', state, gem_p=4).gem_p == 4.0
+    learned = _load('multigrain_resnet18', state, gem_p=4, learn_p=True)
+    assert learned.gem_p == 2.0 and isinstance(learned.head.pool.p, torch.nn.Parameter)
+
+
+@pytest.mark.parametrize('network', ['resnet18', 'resnet50'])
+@torch.inference_mode()
+def test_whitened(reference, network):
+    state = original.state_dict(network, whitened=True, p=1.7)
+    model = _load(f'multigrain_{network}', state)
+    x = original.image(96, 96, 2)
+    embedding = reference[f'{network}.whitened.embedding']
+    _close(model.forward_head(model.forward_features(x), pre_logits=True), embedding)
+    _close(model(x), reference[f'{network}.whitened.logits'])
+    _close(model.embed(x), timm_multigrain.l2_normalize(embedding))
+    _close(model.embed(x, dim=64), timm_multigrain.l2_normalize(embedding[:, :64]))
+    assert model.head_hidden_size == model.embed_dim == embedding.shape[1]
+
+
+def test_cross_entropy_and_its_gradient_with_respect_to_p(reference):
+    model = _load('multigrain_resnet18', original.state_dict('resnet18'), learn_p=True)
+    loss = torch.nn.functional.cross_entropy(model(original.image(96, 96, 2)), torch.tensor([3, 700]))
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), reference['resnet18.cross_entropy_p3.0'], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        model.head.pool.p.grad, reference['resnet18.cross_entropy_grad_p'].reshape(()), rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('network, sizes, rel', [
+    ('senet154', [(96, 128), (97, 131)], 1e-5),
+    # timm pads PNASNet as TensorFlow does: equal at sides = 11 mod 32 only
+    ('pnasnet5large', [(139, 107), (331, 331)], 2e-4),
+])
+@torch.inference_mode()
+def test_forward_of_large_networks(models, reference, network, sizes, rel):
+    model = models(network)
+    for height, width in sizes:
+        key = f'{network}.{height}x{width}.p3.0.'
+        x = original.image(height, width)
+        _close(model.forward_head(model.forward_features(x), pre_logits=True), reference[key + 'embedding'], rel)
+        _close(model(x), reference[key + 'logits'], rel)
+
+
+@torch.inference_mode()
+def test_containers_and_prefixes(models):
+    state = original.state_dict('resnet18')
+    x = original.image(64, 128, 2)
+    expected = models('resnet18')(x)
+    container = {'model_state': state, 'optimizer_state': {}, 'extra': {'beta': torch.nn.Parameter(torch.ones(()))}}
+    for checkpoint in (
+            container,
+            {f'module.{k}': v for k, v in state.items()},
+            {k.replace('features.', 'features.module.'): v for k, v in state.items()},
+            models('resnet18').state_dict(),
+    ):
+        torch.testing.assert_close(_load('multigrain_resnet18', checkpoint)(x), expected, rtol=0, atol=0)
+
+
+def test_files_of_the_original_saver(golden):
+    # an 8-channel toy network: the filter finds the container and names the keys
+    for name, whitened in (('joint', False), ('whitened', True)):
+        container = torch.load(golden / f'tiny_container_{name}.pth', weights_only=True)
+        assert 'model_state' in container
+        model = timm.create_model('multigrain_resnet18', num_classes=5)
+        state = checkpoint_filter_fn(container, model)
+        assert model.whitened == whitened
+        assert {k.split('.')[0] for k in state} == {'trunk', 'head'}
+        assert ('head.whitening.proj' in state) == whitened
+
+
+@torch.inference_mode()
+def test_trunk_weights_of_timm():
+    torch.manual_seed(0)
+    trunk = timm.create_model('resnet18').eval()
+    model = _load('multigrain_resnet18', trunk.state_dict())
+    x = original.image(64, 64, 1)
+    torch.testing.assert_close(model.forward_features(x), trunk.forward_features(x), rtol=0, atol=0)
+    model.set_gem_p(1)
+    torch.testing.assert_close(model(x), trunk(x))
+
+
+def test_other_classes_channels_and_unknown_files():
+    state = original.state_dict('resnet18')
+    model = _load('multigrain_resnet18', state, num_classes=7, in_chans=1)
+    assert model(torch.zeros(1, 1, 64, 64)).shape == (1, 7)
+    with pytest.raises(ValueError, match=r"neither a MultiGrain one nor weights of the trunk 'resnet18'.*conv1.weight"):
+        _load('multigrain_resnet18', timm.create_model('convnext_atto').state_dict())
+    with pytest.raises(ValueError, match="'surprise' does not belong"):
+        _load('multigrain_resnet18', {**state, 'surprise': torch.zeros(1)})

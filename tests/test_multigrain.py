@@ -1,0 +1,301 @@
+"""MultiGrain models keep timm's conventions: what timm's own model tests ask of every model, and what is ours."""
+import copy
+import io
+import json
+import math
+
+import pytest
+import timm
+import torch
+from timm.models import get_pretrained_cfg, group_parameters
+from timm.optim import create_optimizer_v2
+
+import timm_multigrain
+from timm_multigrain.layers import GeM
+
+NAMES = timm.list_models('multigrain*')
+SMALL = ['multigrain_resnet18', 'multigrain_efficientnet_b0', 'multigrain_convnext_tiny']
+VIT = 'multigrain_vit_small_patch14_dinov2'
+
+
+def _size(name, size=64):
+    return (56, 84) if name == VIT else (size, size)
+
+
+def _small(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, **kwargs)
+
+
+def test_registered_names():
+    assert set(NAMES) >= {f'multigrain_resnet{d}' for d in (18, 34, 50, 101, 152)}
+    assert set(NAMES) >= {'multigrain', 'multigrain_senet154', 'multigrain_pnasnet5large', VIT}
+    pretrained = timm.list_models('multigrain*', pretrained=True)
+    assert [n for n in pretrained if n.startswith('multigrain_resnet50')] == [
+        'multigrain_resnet50.fb_p1_l1_in1k', 'multigrain_resnet50.fb_p1_l05_in1k', 'multigrain_resnet50.fb_p3_l1_in1k',
+        'multigrain_resnet50.fb_p3_l05_aa_in1k', 'multigrain_resnet50.fb_p3_l05_in1k']
+    assert get_pretrained_cfg('multigrain_resnet50').tag == 'fb_p3_l05_aa_in1k'
+    for name in pretrained:
+        cfg = get_pretrained_cfg(name)
+        assert cfg.license == 'cc-by-nc-4.0' and cfg.url.startswith('https://dl.fbaipublicfiles.com/multigrain/')
+        assert cfg.paper_ids and cfg.origin_url and 'p = ' in cfg.description
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_structure_without_weights(name):
+    """Everything about every model that its shapes tell, on the meta device."""
+    model = timm.create_model(name, device='meta').eval()
+    cfg = model.pretrained_cfg
+    state = model.state_dict()
+    assert f'{cfg["first_conv"]}.weight' in state and f'{cfg["classifier"]}.weight' in state
+    assert model.get_classifier(name_only=True) == cfg['classifier']
+    x = torch.empty(2, *cfg['input_size'], device='meta')
+    features = model.forward_features(x)
+    channel = {'NCHW': 1, 'NHWC': 3, 'NLC': 2}[model.output_fmt]
+    assert features.shape[channel] == model.num_features
+    if cfg.get('pool_size'):
+        assert features.shape[2:] == cfg['pool_size']
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+    assert model(x).shape == (2, 1000)
+    model.reset_classifier(0)
+    assert model.num_classes == 0 and model(x).shape == (2, model.head_hidden_size)
+    model.reset_classifier(0, '')
+    assert model(x).shape == features.shape
+    model.reset_classifier(5)  # GeM comes back with the classes
+    assert isinstance(model.head.pool, GeM) and model(x).shape == (2, 5)
+    assert {t.device.type for t in [*model.parameters(), *model.buffers()]} == {'meta'}
+    with pytest.raises(TypeError):
+        timm.create_model(name, device='meta', not_a_model_arg=1)
+    groups = group_parameters(model, model.group_matcher(coarse=False), reverse=True)
+    assert len(set(groups.values())) > 2 and groups['head.fc.weight'] == max(groups.values())
+    assert all(n.split('.')[0] in ('trunk', 'head') for n in model.no_weight_decay())
+
+
+def test_layer_groups_are_those_of_the_trunk():
+    for name in SMALL:
+        model = timm.create_model(name, device='meta')
+        trunk = group_parameters(model.trunk, model.trunk.group_matcher(), reverse=True)
+        own = group_parameters(model, model.group_matcher(), reverse=True)
+        order = sorted(trunk, key=trunk.get)
+        assert sorted(order, key=lambda n: own[f'trunk.{n}']) == order
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', [*SMALL, VIT])
+def test_forward_backward(name):
+    model = _small(name, num_classes=42).train()
+    x = torch.randn(2, 3, *_size(name))
+    out = model(x)
+    assert out.shape == (2, 42)
+    out.mean().backward()
+    assert not [n for n, p in model.named_parameters() if p.grad is None]
+    model.zero_grad()
+    model.set_grad_checkpointing()
+    model.eval()
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(x))
+        assert torch.equal(model(x), expected)
+
+
+@pytest.mark.parametrize('name', [*SMALL, VIT])
+@torch.no_grad()
+def test_intermediates_and_features_only(name):
+    model = _small(name).eval()
+    x = torch.randn(2, 3, *_size(name))
+    last, intermediates = model.forward_intermediates(x)
+    torch.testing.assert_close(last, model.forward_features(x))
+    assert [i.shape[1] for i in intermediates] == [info['num_chs'] for info in model.feature_info]
+    backbone = _small(name, features_only=True).eval()
+    assert [f.shape[1] for f in backbone(x)] == backbone.feature_info.channels()
+    for feature, intermediate in zip(backbone(x), intermediates, strict=True):
+        torch.testing.assert_close(feature, intermediate)
+    modules = dict(model.named_modules())
+    assert all(info['module'] in modules for info in model.feature_info)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['multigrain_resnet18', 'multigrain_convnext_tiny'])
+@torch.no_grad()
+def test_script_fx_compile_deepcopy_channels_last(name):
+    model = _small(name).eval()
+    x = torch.randn(2, 3, 64, 96)
+    expected = model(x)
+    with timm.layers.set_scriptable(True):
+        scripted = torch.jit.script(_small(name).eval())
+    buffer = io.BytesIO()
+    torch.jit.save(scripted, buffer)
+    buffer.seek(0)
+    torch.testing.assert_close(torch.jit.load(buffer)(x), expected)
+    torch.testing.assert_close(torch.fx.symbolic_trace(model)(x), expected)
+    torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(x), expected)
+    torch.testing.assert_close(copy.deepcopy(model)(x), expected, rtol=0, atol=0)
+    last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(last(x.contiguous(memory_format=torch.channels_last)), expected, rtol=1e-4, atol=1e-5)
+    with torch.autocast('cpu', torch.bfloat16):
+        assert model(x).dtype == torch.bfloat16
+        assert model.embed(x).dtype == torch.float32
+    assert model.bfloat16()(x.bfloat16()).dtype == torch.bfloat16 and model.gem_p == 3.0
+
+
+@pytest.mark.slow
+def test_onnx_with_dynamic_sides(tmp_path):
+    pytest.importorskip('onnxscript')
+    ort = pytest.importorskip('onnxruntime')
+    model = _small('multigrain_resnet18', num_classes=10).eval()
+    path = tmp_path / 'model.onnx'
+    dims = {0: 'batch', 2: 'height', 3: 'width'}
+    torch.onnx.export(
+        model, (torch.randn(2, 3, 96, 64),), str(path), input_names=['input'], dynamo=True, dynamic_shapes=(dims,),
+        verbose=False)
+    session = ort.InferenceSession(str(path), providers=['CPUExecutionProvider'])
+    for size in ((96, 64), (64, 128)):
+        x = torch.randn(3, 3, *size)
+        with torch.no_grad():
+            expected = model(x)
+        torch.testing.assert_close(torch.from_numpy(session.run(None, {'input': x.numpy()})[0]), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_pooling_variants():
+    x = torch.randn(2, 3, 64, 64)
+    for name, p in (('gem', 3.0), ('gem4', 4.0), ('avg', 1.0), ('max', math.inf)):
+        model = _small('multigrain_resnet18', global_pool=name).eval()
+        assert model.gem_p == p and model.global_pool == 'gem'
+    model = _small('multigrain_resnet18', global_pool='gem_learn')
+    assert isinstance(model.head.pool.p, torch.nn.Parameter) and 'head.pool.p' in model.no_weight_decay()
+    model = _small('multigrain_resnet18', per_channel_p=True, learn_p=True, gem_p=2.5)
+    assert model.gem_p == [2.5] * 512
+    for name in ('mac', 'spoc', 'rmac', 'crow'):
+        model = _small('multigrain_resnet18', global_pool=name).eval()
+        assert model.global_pool == name and model.gem_p is None and model(x).shape == (2, 1000)
+        with pytest.raises(ValueError, match='has no exponent to set to 4'):
+            model.set_gem_p(4)
+    with pytest.raises(ValueError, match="Unknown global_pool 'catavgmax'"):
+        _small('multigrain_resnet18', global_pool='catavgmax')
+    with pytest.raises(ValueError, match='1000 classes cannot be told'):
+        _small('multigrain_resnet18', global_pool='')
+
+
+def test_reset_classifier_keeps_the_pooling_and_its_exponent():
+    model = _small('multigrain_resnet18', gem_p=2.2, per_channel_p=False).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = model.forward_head(model.forward_features(x), pre_logits=True)
+        for steps in ([(5, None)], [(5, 'gem')], [(0, ''), (5, None)], [(0, ''), (0, 'gem')]):
+            for step in steps:
+                model.reset_classifier(*step)
+            torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), expected)
+        model.reset_classifier(5, 'gem4')
+        assert model.gem_p == 4 and model(x).shape == (2, 5)
+    frozen = _small('multigrain_resnet18').requires_grad_(False)
+    frozen.reset_classifier(0, '')
+    assert not [p for p in frozen.parameters() if p.requires_grad]
+    model.double().reset_classifier(3)
+    assert model.head.fc.weight.dtype == torch.float64 and not model.head.fc.training
+
+
+def test_token_pooling_leaves_prefix_tokens_out():
+    model = _small(VIT, num_classes=0).eval()
+    x = torch.randn(1, 3, 56, 70)
+    with torch.no_grad():
+        tokens = model.forward_features(x)
+        assert tokens.shape == (1, 1 + 4 * 5, 384) and model.num_prefix_tokens == 1
+        expected = tokens[:, 1:].clamp(min=1e-6).pow(3).mean(1).pow(1 / 3)
+        torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('trunk', ['swin_tiny_patch4_window7_224', 'mobilenetv3_small_050', 'vgg11', 'efficientformer_l1',
+                                   'mixer_s32_224', 'levit_128s', 'pit_ti_224', 'densenet121', 'regnetx_002'])
+def test_any_trunk_or_a_clear_error(trunk):
+    try:
+        model = timm_multigrain.MultiGrain(trunk, num_classes=3, device='meta')
+    except ValueError as e:
+        assert trunk in str(e) and 'no map to pool' in str(e), e
+        assert trunk in ('pit_ti_224',)
+        return
+    size = model.trunk.default_cfg['input_size']
+    assert model(torch.empty(1, *size, device='meta')).shape == (1, 3)
+    assert trunk != 'pit_ti_224'
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    (dict(trunk='resnet5'), r"Unknown trunk 'resnet5'\. Did you mean resnet"),
+    (dict(trunk='zzz'), r"Unknown trunk 'zzz'\. timm.list_models"),
+    (dict(trunk='multigrain_resnet18'), 'is a MultiGrain model itself'),
+    (dict(trunk='crossvit_9_240'), "'crossvit_9_240'"),
+    (dict(trunk='resnet18', gem_p=0), 'p > 0, got 0'),
+    (dict(trunk='resnet18', gem_p=-2.0), 'p > 0, got -2'),
+    (dict(trunk='resnet18', gem_p=math.nan), 'p > 0, got nan'),
+    (dict(trunk='resnet18', gem_p='three'), "gem_p='three' is not a number"),
+    (dict(trunk='resnet18', num_classes=-1), 'num_classes=-1 is negative'),
+    (dict(trunk='resnet18', whitening=600), 'choose 1 to 513'),
+    (dict(trunk='resnet18', global_pool='gem-3'), 'gem-3'),
+])
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        timm_multigrain.MultiGrain(**kwargs)
+
+
+@torch.no_grad()
+def test_embed():
+    model = _small('multigrain_resnet18').eval()
+    x = torch.randn(3, 3, 64, 64)
+    embedding = model.embed(x)
+    raw = model.forward_head(model.forward_features(x), pre_logits=True)
+    torch.testing.assert_close(embedding, raw / (raw.norm(dim=1, keepdim=True) + 1e-6))
+    torch.testing.assert_close(model.embed(list(x)), embedding, rtol=1e-4, atol=1e-6)
+    assert model.embed([x[0], torch.randn(3, 40, 90)]).shape == (2, 512)
+    for bad, message in (
+            (lambda: model.embed([]), 'empty list'),
+            (lambda: model.embed(x[0]), r'takes images \(N, 3, H, W\)'),
+            (lambda: model.embed(x, dim=16), 'not whitened')):
+        with pytest.raises(ValueError, match=message):
+            bad()
+    whitened = _small('multigrain_resnet18', whitening=64).eval()
+    assert whitened.embed(x, dim=16).shape == (3, 16) and whitened.embed(x).shape == (3, 64)
+    with pytest.raises(ValueError, match='dim=65'):
+        whitened.embed(x, dim=65)
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(gem_p=math.inf), dict(gem_p=1.7), dict(learn_p=True), dict(per_channel_p=True, learn_p=True),
+    dict(whitening=32), dict(global_pool='rmac'), dict(in_chans=1), dict(drop_path_rate=0.1)])
+@torch.no_grad()
+def test_model_args_rebuild_the_model(kwargs):
+    model = _small('multigrain_resnet18', num_classes=4, pretrained_trunk=False, **kwargs).eval()
+    if 'whitening' not in kwargs and kwargs.get('learn_p'):
+        model.head.pool.p.mul_(1.1)
+    args = json.loads(json.dumps(timm.models.get_model_args(model), allow_nan=False))
+    assert 'pretrained_trunk' not in args
+    again = timm.create_model('multigrain', **args).eval()
+    again.load_state_dict(model.state_dict())
+    x = torch.randn(2, model.in_chans, 64, 64)
+    assert torch.equal(again(x), model(x)) and again.gem_p == model.gem_p and again.embed_dim == model.embed_dim
+    model.reset_classifier(7)
+    assert timm.models.get_model_args(model)['num_classes'] == 7
+
+
+def test_class_and_register_multigrain():
+    name = timm_multigrain.register_multigrain('resnet10t')
+    assert name == timm_multigrain.register_multigrain('resnet10t') == 'multigrain_resnet10t'
+    assert timm.is_model(name)
+    model = timm.create_model(name, num_classes=3)
+    direct = timm_multigrain.MultiGrain('resnet10t', num_classes=3)
+    assert model.state_dict().keys() == direct.state_dict().keys()
+    assert model.pretrained_cfg['architecture'] == 'multigrain' and model._model_args['trunk'] == 'resnet10t'
+    assert direct._model_args['trunk'] == 'resnet10t'
+    with pytest.raises(ValueError, match="Unknown trunk 'nonsense'"):
+        timm_multigrain.register_multigrain('nonsense')
+
+
+def test_optimizer_with_layer_decay_and_input_size():
+    model = _small('multigrain_resnet18', num_classes=3, learn_p=True)
+    optimizer = create_optimizer_v2(model, opt='sgd', lr=0.1, weight_decay=0.1, layer_decay=0.5)
+    groups = {id(p): group for group in optimizer.param_groups for p in group['params']}
+    assert groups[id(model.head.pool.p)]['weight_decay'] == 0
+    assert groups[id(model.head.fc.weight)]['lr_scale'] == 1
+    assert groups[id(model.trunk.conv1.weight)]['lr_scale'] < 0.1
+    model.set_input_size((96, 96))  # fully convolutional: nothing to change
+    vit = _small('multigrain', trunk='vit_tiny_patch16_224', num_classes=3)
+    vit.set_input_size(img_size=96)
+    assert vit(torch.randn(1, 3, 96, 96)).shape == (1, 3)
+    assert timm.models.get_model_args(vit)['img_size'] == (96, 96)

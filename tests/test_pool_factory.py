@@ -1,0 +1,430 @@
+"""`global_pool='gem'` in timm: names, every way in, every family of models, and nothing else changed.
+
+All models instead of one per family: MULTIGRAIN_ALL_MODELS=1 pytest tests/test_pool_factory.py -k family
+"""
+import copy
+import inspect
+import math
+import os
+import pickle
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+from timm.layers import ClassifierHead, ClNormMlpClassifierHead, NormMlpClassifierHead, SelectAdaptivePool2d
+from timm.models.eva import Eva
+from timm.models.vision_transformer import VisionTransformer
+
+from timm_multigrain.layers import MAC, RMAC, CroW, GeM, SPoC, create_pool, gem, is_multigrain_pool, pool_factory
+
+NATIVE = ('', 'avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax')
+SCRIPT = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
+
+
+@pytest.fixture(autouse=True)
+def installed():
+    pool_factory.install()
+
+
+def gems(model):
+    return [m for m in model.modules() if isinstance(m, GeM)]
+
+
+def random_map(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+class TestNames:
+
+    @pytest.mark.parametrize('name, p, learn_p', [
+        ('gem', 3, False), ('gem4', 4, False), ('gem2.5', 2.5, False), ('gem1', 1, False), ('geminf', math.inf, False),
+        ('gem0.5', 0.5, False), ('gem_learn', 3, True), ('gem4_learn', 4, True), ('gem2.5_learn', 2.5, True)])
+    def test_gem(self, name, p, learn_p):
+        pool = create_pool(name)
+        assert is_multigrain_pool(name) and type(pool) is GeM
+        assert pool.p == p and pool.learn_p == learn_p
+        assert list(pool.state_dict()) == (['p'] if learn_p else [])
+
+    @pytest.mark.parametrize('name, layer', [('mac', MAC), ('spoc', SPoC), ('rmac', RMAC), ('crow', CroW)])
+    def test_others(self, name, layer):
+        assert is_multigrain_pool(name) and type(create_pool(name)) is layer
+
+    @pytest.mark.parametrize('name', [
+        'gem-3', 'gem0', 'gemx', 'gem_', 'gem3_', 'gem3x', 'gem.5', 'gem3.', 'geminf_learn', 'gemnan', 'gem 3', 'GeM',
+        'gem+3', 'gem1e2', 'gem\n', 'avg', ''])
+    def test_unknown(self, name):
+        assert not is_multigrain_pool(name)
+        with pytest.raises(ValueError, match=r"'gem' \(p = 3\).*'gem2.5'.*'geminf', 'gem_learn'.*'mac', 'spoc'"):
+            create_pool(name)
+
+    def test_not_a_name(self):
+        assert not is_multigrain_pool(None)
+
+    @pytest.mark.parametrize('name', ['gem', 'gem_learn', 'mac', 'spoc', 'crow'])
+    def test_options(self, name):
+        pool = create_pool(name, input_fmt='NLC', flatten=False, num_prefix_tokens=2)
+        assert (pool.input_fmt, pool.flatten, pool.num_prefix_tokens) == ('NLC', False, 2)
+
+    def test_persistent(self):
+        assert list(create_pool('gem', persistent=True).state_dict()) == ['p']
+
+
+class TestSelectAdaptivePool2d:
+
+    @pytest.mark.parametrize('flatten', [False, True])
+    @pytest.mark.parametrize('input_fmt', ['NCHW', 'NHWC'])
+    @pytest.mark.parametrize('name', ['gem', 'gem2.5', 'geminf', 'gem_learn', 'mac', 'spoc', 'rmac', 'crow'])
+    def test_pools(self, name, input_fmt, flatten):
+        x = random_map(2, 5, 4, 6)
+        x = x if input_fmt == 'NCHW' else x.permute(0, 2, 3, 1)
+        layer = SelectAdaptivePool2d(pool_type=name, flatten=flatten, input_fmt=input_fmt)
+        assert torch.equal(layer(x), create_pool(name, input_fmt=input_fmt, flatten=flatten)(x))
+        assert layer.pool_type == name and layer.feat_mult() == 1 and not layer.is_identity()
+        assert f'pool_type={name}' in repr(layer)
+
+    def test_positional_arguments(self):
+        x = random_map(2, 5, 4, 6)
+        assert torch.equal(SelectAdaptivePool2d(1, 'gem4', True, 'NCHW')(x), gem(x, 4.))
+        assert SelectAdaptivePool2d((1, 1), 'gem4').pool.p == 4
+
+    @SCRIPT
+    @pytest.mark.parametrize('name', ['gem', 'gem_learn', 'rmac'])
+    def test_tools(self, name):
+        layer, x = SelectAdaptivePool2d(pool_type=name, flatten=True), random_map(2, 5, 4, 6)
+        for other in (torch.jit.script(layer), torch.fx.symbolic_trace(layer), copy.deepcopy(layer),
+                      pickle.loads(pickle.dumps(layer))):
+            assert torch.equal(other(x), layer(x))
+
+    def test_one_cell_only(self):
+        with pytest.raises(ValueError, match=r"'gem' pools to a single cell, got output_size=\(2, 2\)"):
+            SelectAdaptivePool2d((2, 2), 'gem')
+
+    @pytest.mark.parametrize('name', ['gem-3', 'gem0', 'gemx', 'GeM'])
+    def test_misspelt(self, name):
+        with pytest.raises(ValueError, match=f"Unknown pooling '{name}', expected 'gem'"):
+            SelectAdaptivePool2d(pool_type=name)
+
+    @pytest.mark.parametrize('input_fmt', ['NCHW', 'NHWC'])
+    @pytest.mark.parametrize('flatten', [False, True])
+    @pytest.mark.parametrize('name', NATIVE)
+    def test_native_names(self, name, flatten, input_fmt):
+        kwargs = {'pool_type': name, 'flatten': flatten, 'input_fmt': input_fmt}
+        plain = SelectAdaptivePool2d.__new__(SelectAdaptivePool2d)
+        SelectAdaptivePool2d.__init__.__wrapped__(plain, **kwargs)
+        layer, x = SelectAdaptivePool2d(**kwargs), random_map(2, 4, 4, 4)
+        assert vars(layer).keys() == vars(plain).keys() and repr(layer) == repr(plain)
+        assert [type(m) for m in layer.modules()] == [type(m) for m in plain.modules()]
+        assert torch.equal(layer(x), plain(x))
+
+    def test_timms_own_error(self):
+        with pytest.raises(AssertionError, match='Invalid pool type: median'):
+            SelectAdaptivePool2d(pool_type='median')
+
+
+class TestHeads:
+
+    @pytest.mark.parametrize('make', [
+        lambda name: ClassifierHead(6, 4, pool_type=name), lambda name: ClassifierHead(6, 4, name, input_fmt='NHWC'),
+        lambda name: ClassifierHead(6, 4, name, use_conv=True), lambda name: NormMlpClassifierHead(6, 4, 5, name)])
+    def test_built_on_select(self, make):
+        head = make('gem').eval()
+        x = random_map(2, 6, 3, 4).abs()
+        x = x if getattr(head, 'input_fmt', 'NCHW') == 'NCHW' else x.permute(0, 2, 3, 1)
+        assert len(gems(head)) == 1 and head(x).shape == (2, 4)
+        assert list(head.state_dict()) == list(make('avg').state_dict())
+        gems(head)[0].set_p(50)
+        assert not torch.equal(head(x), make('avg').eval()(x))
+        head.reset(3, 'gem_learn')
+        assert head(x).shape == (2, 3) and head.global_pool.pool_type == 'gem_learn'
+        assert [k for k in head.state_dict() if k.endswith('.p')] == ['global_pool.pool.p']
+
+    @SCRIPT
+    @pytest.mark.parametrize('hidden', [None, 5])
+    @pytest.mark.parametrize('input_fmt', ['NHWC', 'NLC'])
+    def test_channels_last_head(self, input_fmt, hidden):
+        x = random_map(2, 3, 4, 6)
+        x = x if input_fmt == 'NHWC' else x.flatten(1, 2)
+        head = ClNormMlpClassifierHead(6, 4, hidden, pool_type='gem4', input_fmt=input_fmt).eval()
+        pooled = gem(x, 4., dim=(1, 2) if input_fmt == 'NHWC' else (1,))
+        expected = head.fc(head.pre_logits(head.norm(pooled)))
+        assert torch.equal(head(x), expected)
+        assert isinstance(head, ClNormMlpClassifierHead) and head.pool_type == 'gem4'
+        assert repr(head).startswith('ClNormMlpClassifierHead(')
+        assert list(head.state_dict()) == list(ClNormMlpClassifierHead(6, 4, hidden).state_dict())
+        for other in (torch.jit.script(head), copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
+            assert torch.equal(other(x), expected)
+
+    @SCRIPT
+    def test_channels_last_head_resets(self):
+        x = random_map(2, 3, 4, 6)
+        head = ClNormMlpClassifierHead(6, 4)
+        head.reset(4, 'gem_learn')
+        assert 'pool.p' in head.state_dict() and head.pool.training
+        head.eval().reset(3, 'gem2.5')
+        assert not head.pool.training and head(x).shape == (2, 3) and 'pool.p' not in head.state_dict()
+        head.reset(5)
+        assert head.pool_type == 'gem2.5' and torch.equal(head._global_pool(x), gem(x, 2.5, dim=(1, 2)))
+        head.reset(5, 'avg')
+        assert type(head) is ClNormMlpClassifierHead and not gems(head) and not hasattr(head, 'pool')
+        assert torch.equal(head._global_pool(x), x.mean((1, 2)))
+        torch.jit.script(head)
+
+    def test_channels_last_head_refuses(self):
+        with pytest.raises(ValueError, match="Unknown pooling 'gem-3'"):
+            ClNormMlpClassifierHead(6, 4, pool_type='gem-3')
+        head = ClNormMlpClassifierHead(6, 4, pool_type='gem')
+        with pytest.raises(AssertionError, match='Only avg, max or avgmax'):
+            head.reset(4, 'catavgmax')
+        assert head.pool_type == '' and not gems(head)
+
+
+TINY = {'img_size': 32, 'patch_size': 8, 'embed_dim': 16, 'depth': 1, 'num_heads': 2, 'num_classes': 4}
+
+
+def make_vit(name, **kwargs):
+    return VisionTransformer(**TINY, global_pool=name, reg_tokens=2, **kwargs).eval()
+
+
+def make_eva(name, **kwargs):
+    return Eva(**TINY, global_pool=name, num_reg_tokens=2, **kwargs).eval()
+
+
+@pytest.mark.parametrize('make', [make_vit, make_eva])
+class TestTokens:
+
+    def test_prefix_tokens_are_left_out(self, make):
+        torch.manual_seed(0)
+        model, x = make('gem2.5'), random_map(2, 3, 32, 32)
+        tokens = model.forward_features(x)
+        assert tokens.shape == (2, 3 + 16, 16)
+        expected = model.head(model.fc_norm(gem(tokens[:, 3:], 2.5, dim=(1,))))
+        assert torch.equal(model(x), expected) and model.global_pool == 'gem2.5'
+        tokens[:, :3] = 1e3
+        assert torch.equal(model.forward_head(tokens), expected)
+
+    def test_built_as_for_avg(self, make):
+        assert list(make('gem').state_dict()) == list(make('avg').state_dict())
+        assert set(make('gem_learn').state_dict()) - set(make('avg').state_dict()) == {'attn_pool.p'}
+        assert list(make('gem', **{'fc_norm' if make is make_vit else 'use_fc_norm': False}).state_dict()) == \
+            list(make('token').state_dict())
+
+    @pytest.mark.parametrize('start', ['token', 'avg', 'map', '', 'gem_learn'])
+    def test_resets(self, make, start):
+        model, x = make(start), random_map(1, 3, 32, 32)
+        model.reset_classifier(7, 'gem4')
+        assert model.global_pool == 'gem4' and [m.p.item() for m in gems(model)] == [4] and model(x).shape == (1, 7)
+        assert not any(k.startswith('attn_pool') for k in model.state_dict())
+        model.reset_classifier(3)
+        assert model.global_pool == 'gem4' and model(x).shape == (1, 3)
+        tokens = model.forward_features(x)
+        for name, pooled in (('token', tokens[:, 0]), ('avg', tokens[:, 3:].mean(1)), ('max', tokens[:, 3:].amax(1))):
+            model.reset_classifier(3, name)
+            assert model.global_pool == name and not gems(model) and torch.equal(model.pool(tokens), pooled)
+            model.reset_classifier(3, 'gem')
+        model.reset_classifier(0, '')
+        assert model(x).shape == (1, 19, 16) and not gems(model)
+
+    def test_attention_pooling_cannot_be_added_later(self, make):
+        model = make('gem')
+        with pytest.raises(AssertionError, match='Cannot currently add attention pooling'):
+            model.reset_classifier(3, 'map')
+        assert not gems(model) and model.global_pool == ''
+
+    def test_refuses(self, make):
+        with pytest.raises(ValueError, match="Unknown pooling 'gemx'"):
+            make('gemx')
+        with pytest.raises(ValueError, match='R-MAC needs the rows and columns'):
+            make('rmac')
+        with pytest.raises(AssertionError, match='Only avg'):
+            make('median')
+
+    @SCRIPT
+    @pytest.mark.parametrize('name', ['gem', 'gem_learn', 'mac', 'spoc', 'crow'])
+    def test_tools(self, make, name):
+        model, x = make(name), random_map(2, 3, 32, 32)
+        others = [torch.jit.script(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))]
+        for other in others:
+            torch.testing.assert_close(other(x), model(x))
+
+    def test_signature_is_timms(self, make):
+        model = make('avg')
+        for method in (type(model).__init__, type(model).reset_classifier):
+            assert inspect.signature(method) == inspect.signature(method.__wrapped__)
+            assert method.__doc__ == method.__wrapped__.__doc__
+
+
+class TestModels:
+    """Whole models with weights, one for each way in."""
+
+    @SCRIPT
+    @pytest.mark.slow
+    @pytest.mark.parametrize('name', [
+        'test_resnet', 'test_convnext', 'test_efficientnet', 'test_vit', 'eva02_tiny_patch14_224', 'test_mambaout'])
+    def test_create_and_use(self, name):
+        torch.manual_seed(0)
+        model = timm.create_model(name, global_pool='gem', num_classes=5).eval()
+        plain = timm.create_model(name, global_pool='avg', num_classes=5).eval()
+        assert list(model.state_dict()) == list(plain.state_dict())
+        model.load_state_dict(plain.state_dict())
+        x = random_map(1, *model.pretrained_cfg['input_size'])
+        y = model(x)
+        assert y.shape == (1, 5) and not torch.equal(y, plain(x))
+        pool, = gems(model)
+        pool.set_p(30)
+        assert not torch.equal(model(x), y)
+        pool.set_p(3)
+        for other in (torch.jit.script(model), copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+            torch.testing.assert_close(other(x), y, rtol=1e-4, atol=1e-5)
+        embedding = model.forward_head(model.forward_features(x), pre_logits=True)
+        torch.testing.assert_close(model.get_classifier()(embedding), y)
+        learnable = timm.create_model(name, global_pool='gem_learn', num_classes=5)
+        extra = set(learnable.state_dict()) - set(plain.state_dict())
+        assert len(extra) == 1 and extra.pop().endswith('.p')
+        learnable(x.expand(2, -1, -1, -1)).sum().backward()
+        assert gems(learnable)[0].p.grad is not None
+
+    def test_features_only_and_headless(self):
+        x = random_map(1, 3, 64, 64)
+        headless = timm.create_model('test_resnet', num_classes=0, global_pool='gem').eval()
+        assert headless(x).shape == (1, headless.num_features)
+        assert len(timm.create_model('test_resnet', features_only=True)(x)) == 5
+
+    def test_misspelt(self):
+        with pytest.raises(ValueError, match="Unknown pooling 'gem-3', expected 'gem'"):
+            timm.create_model('test_resnet', global_pool='gem-3')
+
+
+NATIVE_OUTPUTS = """
+import hashlib, sys, torch, timm
+if sys.argv[1] == 'with':
+    import timm_multigrain
+torch.set_num_threads(1)
+for name in ('test_resnet', 'test_convnext', 'test_vit', 'eva02_tiny_patch14_224', 'test_mambaout'):
+    for pool in ('avg', 'max', ''):
+        if name == 'test_mambaout' and pool == 'max':
+            continue
+        torch.manual_seed(0)
+        model = timm.create_model(name, global_pool=pool, num_classes=0 if pool == '' else 5).eval()
+        model.reset_classifier(0 if pool == '' else 7, pool)
+        y = model(torch.randn(1, *model.pretrained_cfg['input_size']))
+        text = repr(model) + repr(list(model.state_dict()))
+        print(name, pool, hashlib.sha256(y.detach().numpy().tobytes() + text.encode()).hexdigest())
+"""
+
+
+@pytest.mark.slow
+def test_native_names_are_bit_identical_to_timm_alone():
+    alone, together = (
+        subprocess.run([sys.executable, '-W', 'ignore', '-c', NATIVE_OUTPUTS, which], check=True, text=True,
+                       stdout=subprocess.PIPE).stdout for which in ('without', 'with'))
+    assert len(alone.splitlines()) == 14 and together == alone
+
+
+class TestInstall:
+
+    def test_twice_wraps_once(self):
+        methods = [getattr(pool_factory._timm_class(s.module, s.name), m)
+                   for s in pool_factory._SEAMS for m in s.wraps]
+        pool_factory.install()
+        again = [getattr(pool_factory._timm_class(s.module, s.name), m) for s in pool_factory._SEAMS for m in s.wraps]
+        assert methods == again and len(methods) == 7
+        assert not any(hasattr(m.__wrapped__, '__wrapped__') for m in methods)
+
+    @pytest.mark.parametrize('seam', pool_factory._SEAMS, ids=lambda seam: seam.name)
+    def test_timm_has_the_seam(self, seam):
+        pool_factory._check(seam)
+
+    def test_imports_nothing_of_timm_that_timm_has_not(self):
+        code = ('import sys, timm; before = set(sys.modules); import timm_multigrain.layers;'
+                'print([m for m in set(sys.modules) - before if m.startswith("timm.")])')
+        out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, text=True,
+                             stdout=subprocess.PIPE).stdout
+        assert out.strip() == '[]'
+
+    @staticmethod
+    def refuse(match):
+        with pytest.raises(RuntimeError, match=rf'timm {timm.__version__} has no {match}.*install timm'):
+            pool_factory.install()
+
+    @pytest.mark.parametrize('seam', pool_factory._SEAMS, ids=lambda seam: seam.name)
+    def test_class_is_gone(self, monkeypatch, seam):
+        monkeypatch.delattr(sys.modules[seam.module], seam.name)
+        self.refuse(f'{seam.module}.{seam.name}'.replace('.', r'\.'))
+
+    def test_method_is_gone(self, monkeypatch):
+        monkeypatch.delattr(Eva, 'reset_classifier')
+        self.refuse('method timm.models.eva.Eva.reset_classifier')
+
+    def test_argument_is_renamed(self, monkeypatch):
+        monkeypatch.setattr(ClNormMlpClassifierHead, 'reset', lambda self, num_classes, pooling=None: None)
+        self.refuse("argument 'pool_type' of timm.layers.ClNormMlpClassifierHead.reset")
+
+    def test_pooling_is_done_elsewhere(self, monkeypatch):
+        monkeypatch.setattr(VisionTransformer, 'pool', lambda self, x: x.mean(1))
+        self.refuse('use of attn_pool, num_prefix_tokens in timm.models.vision_transformer.VisionTransformer.pool')
+
+    def test_refusal_changes_nothing(self, monkeypatch):
+        original = SelectAdaptivePool2d.__init__.__wrapped__
+        monkeypatch.setattr(SelectAdaptivePool2d, '__init__', original)
+        monkeypatch.delattr(Eva, 'pool')
+        self.refuse('method timm.models.eva.Eva.pool')
+        assert SelectAdaptivePool2d.__init__ is original
+
+
+# Families that pool in code of their own and refuse any other name than theirs.
+UNSUPPORTED = {
+    'beit', 'cait', 'coat', 'convit', 'cpubone', 'crossvit', 'deepseek_vit', 'efficientformer', 'efficientformer_v2',
+    'efficientvim', 'gemma4_vit', 'iformer', 'levit', 'mlp_mixer', 'mvitv2', 'naflexvit', 'pit', 'pvt_v2', 'qwen3_vit',
+    'repvit', 'swiftformer', 'tnt', 'twins', 'vision_transformer_relpos', 'volo', 'xcit'}
+# The same, for single models of families that work.
+UNSUPPORTED_MODELS = {
+    'resnet50_clip', 'resnet50x4_clip', 'resnet50x16_clip', 'resnet50x64_clip', 'resnet101_clip',
+    'deit_tiny_distilled_patch16_224', 'deit_small_distilled_patch16_224', 'deit_base_distilled_patch16_224',
+    'deit_base_distilled_patch16_384',
+    'mambaout_base', 'mambaout_femto', 'mambaout_kobe', 'mambaout_small', 'mambaout_tiny'}
+# Takes any option and has neither pooling nor classifier.
+NO_POOLING = {'mobilenetv5_300m_enc'}
+
+SMALL = ('test_', 'atto', 'femto', 'pico', 'nano', 'tiny', 'xxs', '18', 'b0', 'm0', 't0', 'mini', 'small', '_s')
+FAMILIES = [m for m in timm.list_modules() if hasattr(timm.models, m)]
+
+
+def models_of(family):
+    """The smallest model of a family by its name, or all of them, and those that do not work."""
+    names = timm.list_models(module=family)
+    if os.environ.get('MULTIGRAIN_ALL_MODELS') == '1':
+        return names
+    smallest = min(names, key=lambda n: (next((i for i, s in enumerate(SMALL) if s in n), len(SMALL)), len(n), n))
+    return sorted({smallest} | (set(names) & (UNSUPPORTED_MODELS | NO_POOLING)))
+
+
+def test_lists_name_what_timm_has():
+    assert set(FAMILIES) >= UNSUPPORTED
+    for name in UNSUPPORTED_MODELS | NO_POOLING:
+        assert timm.is_model(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('family, name', [(f, n) for f in FAMILIES for n in models_of(f)])
+def test_family(family, name):
+    """Built without memory on the meta device; the forward pass has to go through GeM, once."""
+    with torch.device('meta'):
+        if family in UNSUPPORTED or name in UNSUPPORTED_MODELS:
+            with pytest.raises(AssertionError):
+                timm.create_model(name, global_pool='gem', num_classes=10)
+            return
+        model = timm.create_model(name, global_pool='gem', num_classes=10).eval()
+        if name in NO_POOLING:
+            assert not gems(model)
+            return
+        for _ in range(2):
+            calls = []
+            pool, = gems(model)
+            pool.register_forward_hook(lambda *args, calls=calls: calls.append(args))
+            y = model(torch.empty(1, *model.pretrained_cfg['input_size']))
+            assert len(calls) == 1 and y.shape == (1, 10)
+            model.reset_classifier(10, 'avg')
+            assert not gems(model)
+            model.reset_classifier(10, 'gem')

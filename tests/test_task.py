@@ -1,0 +1,243 @@
+"""The training task: the objective recomputed by hand, timm's task contract, and two real processes."""
+import copy
+import sys
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.task import ClassificationTask
+from timm.utils import unwrap_model
+
+import timm_multigrain  # noqa: F401
+from timm_multigrain.loss import MarginLoss, UniformSampler
+from timm_multigrain.task import MultiGrainTask
+
+
+def _model(**kwargs):
+    torch.manual_seed(0)
+    return timm.create_model('multigrain', trunk='resnet10t', num_classes=4, **kwargs)
+
+
+def _batch(groups=4, repeats=3, size=32):
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(groups * repeats, 3, size, size, generator=generator)
+    instance = torch.arange(groups).repeat_interleave(repeats)
+    return x, torch.stack([instance % 4, instance + 100], dim=1)
+
+
+@pytest.mark.parametrize('weight', [0.0, 0.3, 0.5])
+def test_objective_by_hand(weight):
+    x, target = _batch()
+    model = _model().eval()
+    task = MultiGrainTask(model, classif_weight=weight, sampling=UniformSampler(generator=0))
+    task.train()
+    model.eval()  # the same numbers again below
+    result = task(x, target)
+    with torch.no_grad():
+        embedding = model.forward_head(model.forward_features(x), pre_logits=True).double()
+        logits = model(x)
+    unit = embedding / (embedding.norm(dim=1, keepdim=True) + 1e-6)
+    triplets = UniformSampler(generator=0)(unit.float(), target[:, 1])
+    total, active = 0., 0
+    for a, p, n in zip(*(t.tolist() for t in triplets), strict=True):
+        for term in (0.2 + (unit[a] - unit[p]).norm() - 1.2, 0.2 + 1.2 - (unit[a] - unit[n]).norm()):
+            total, active = total + max(0., term.item()), active + (term > 0).item()
+    cross_entropy = F.cross_entropy(logits, target[:, 0])
+    assert result['instance_loss'].item() == pytest.approx(total / active, rel=1e-4)
+    assert result['classification_loss'].item() == pytest.approx(cross_entropy.item(), rel=1e-4)
+    assert result['loss'].item() == pytest.approx(weight * cross_entropy.item() + (1 - weight) * total / active, rel=1e-4)
+    torch.testing.assert_close(result['output'], logits, rtol=1e-4, atol=1e-5)
+
+
+def test_lambda_one_is_timms_task():
+    x, target = _batch()
+    losses = []
+    for make, y in (
+            (lambda m: ClassificationTask(m), target[:, 0]),
+            (lambda m: MultiGrainTask(m, classif_weight=1.0, num_repeats=1), target),
+            (lambda m: MultiGrainTask(m, classif_weight=1.0), target[:, 0])):
+        task = make(_model(drop_rate=0.5)).train()
+        optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1)
+        torch.manual_seed(3)
+        for _ in range(3):
+            result = task(x, y)
+            optimizer.zero_grad()
+            result['loss'].backward()
+            optimizer.step()
+        losses.append((result['loss'].item(), [p.detach().clone() for p in task.parameters()]))
+        assert task.get_eval_model() is task.get_trainable_module()
+    for loss, parameters in losses[1:]:
+        assert loss == losses[0][0]
+        assert all(torch.equal(a, b) for a, b in zip(parameters, losses[0][1], strict=True))
+
+
+def test_evaluation_targets_and_any_timm_model():
+    x, target = _batch()
+    task = MultiGrainTask(timm.create_model('resnet10t', num_classes=4, global_pool='gem'))
+    assert set(task.train()(x, target)) == {'loss', 'output', 'classification_loss', 'instance_loss', 'beta'}
+    result = task.eval()(x, target[:, 0])
+    assert set(result) == {'loss', 'output'}
+    torch.testing.assert_close(result['loss'], F.cross_entropy(result['output'], target[:, 0]))
+
+
+@pytest.mark.parametrize('loss', ['contrastive', 'triplet', 'pml:TripletMarginLoss', 'pml:MultiSimilarityLoss'])
+def test_other_instance_losses(loss):
+    if loss.startswith('pml:'):
+        pytest.importorskip('pytorch_metric_learning')
+    task = MultiGrainTask(_model(), instance_loss=loss).train()
+    result = task(*_batch())
+    result['loss'].backward()
+    assert torch.isfinite(result['loss']) and 'beta' not in result
+    assert task.get_eval_model().trunk.conv1[0].weight.grad.abs().sum() > 0
+
+
+def test_optimizer_groups_clipping_and_amp():
+    task = MultiGrainTask(_model(learn_p=True)).train()
+    trainable = task.get_trainable_module()
+    assert trainable.no_weight_decay() == {'model.head.pool.p', 'instance_loss.beta'}
+    optimizer = create_optimizer_v2(trainable, opt='sgd', lr=0.1, weight_decay=0.1, layer_decay=0.5)
+    groups = {id(p): g for g in optimizer.param_groups for p in g['params']}
+    beta = trainable.instance_loss.beta
+    assert groups[id(beta)]['weight_decay'] == 0 and groups[id(beta)]['lr_scale'] == 1
+    assert len(groups) == len(list(trainable.parameters()))
+    assert any(p is beta for p in task.get_clip_parameters(exclude_head=True))
+    heads = list(trainable.model.head.fc.parameters())
+    assert not any(p is h for p in task.get_clip_parameters(exclude_head=True) for h in heads)
+    with torch.autocast('cpu', torch.bfloat16):
+        result = task(*_batch())
+    assert result['instance_loss'].dtype == torch.float32 and result['output'].dtype == torch.bfloat16
+    result['loss'].backward()
+    assert torch.isfinite(beta.grad).all() and beta.shape == (1,) and beta.dtype == torch.float32
+
+
+def test_ema_and_checkpoint_round_trip():
+    x, target = _batch()
+    # a boundary this low has more active positives than negatives, so that it moves
+    task = MultiGrainTask(_model(), instance_loss_kwargs=dict(beta_init=0.5)).train()
+    task.setup_ema(decay=0.5)
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1)
+    for step in range(2):
+        loss = task(x, target)['loss']
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        task.update_ema(step=step)
+    state, ema = task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)
+    assert state['state_dict'].keys() == _model().state_dict().keys()  # plain model keys for every timm script
+    beta, ema_beta = (s['instance_loss']['beta'].item() for s in (state['task_state'], ema['task_state_ema']))
+    assert beta > 0.5 and 0.5 < ema_beta < beta
+    again = MultiGrainTask(_model())
+    again.setup_ema(decay=0.5)
+    again.load_checkpoint_state(state['state_dict'], state['task_state'])
+    again.load_checkpoint_state(ema['state_dict_ema'], ema['task_state_ema'], ema=True)
+    assert again.get_task_state()['instance_loss']['beta'].item() == beta
+    assert again.get_task_state(ema=True)['instance_loss']['beta'].item() == ema_beta
+    assert torch.equal(again.get_eval_model(ema=True)(x), task.get_eval_model(ema=True)(x))
+    again.load_checkpoint_state(state['state_dict'])  # a plain timm checkpoint: beta stays
+    assert again.get_task_state()['instance_loss']['beta'].item() == beta
+    with pytest.raises(RuntimeError, match='this task has none'):
+        MultiGrainTask(_model(), classif_weight=1.).load_checkpoint_state(state['state_dict'], state['task_state'])
+
+
+@pytest.mark.slow
+def test_compiled_task():
+    x, target = _batch()
+    task = MultiGrainTask(_model(), sampling=UniformSampler(generator=0)).train()
+    expected = copy.deepcopy(task)(x, target)['loss']
+    task.compile(backend='aot_eager')
+    torch.testing.assert_close(task(x, target)['loss'], expected, rtol=1e-4, atol=1e-5)
+    assert 'trunk.conv1.0.weight' in task.get_checkpoint_state()['state_dict']
+    assert unwrap_model(task.get_eval_model()) is unwrap_model(task.get_trainable_module()).model
+
+
+def test_bad_arguments_and_batches():
+    x, target = _batch()
+    for kwargs, message in (
+            (dict(num_repeats=1), 'num_repeats=1 with classif_weight=0.5.*at least 2 copies'),
+            (dict(classif_weight=1.5), r'\(lambda\) = 1.5 is outside'),
+            (dict(classif_weight=float('nan')), r'\(lambda\) = nan is outside'),
+            (dict(sampling='hardest'), "unknown sampling 'hardest'"),
+            (dict(instance_loss='arc'), "unknown instance loss 'arc'")):
+        with pytest.raises(ValueError, match=message):
+            MultiGrainTask(_model(), **kwargs)
+    task = MultiGrainTask(_model()).train()
+    with pytest.raises(ValueError, match=r'integer targets \(B, 2\).*of shape \(12,\)'):
+        task(x, target[:, 0])
+    with pytest.raises(ValueError, match='copies of one instance'):
+        task(x[:3], target[:3])
+    with pytest.raises(ValueError, match='No two of the 12 images'):
+        task(x, torch.stack([target[:, 0], torch.arange(12)], 1))
+    assert torch.isfinite(task(x, target)['loss'])
+    with pytest.raises(ValueError, match='copies of one instance'):  # also later, in a short last batch
+        task(x[:3], target[:3])
+
+
+_WORKER = '''
+import sys, torch, torch.distributed as dist
+import timm, timm_multigrain
+from timm_multigrain.task import MultiGrainTask
+from tests.test_task import _batch, _AllPairs, _freeze_norms
+rank, world, path, gather = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == 'gather'
+dist.init_process_group('gloo', init_method=f'file://{path}.store', rank=rank, world_size=world)
+torch.manual_seed(0)
+model = timm.create_model('multigrain', trunk='resnet10t', num_classes=4)
+task = MultiGrainTask(model, sampling=_AllPairs(), gather=gather)
+task.prepare_distributed(device_ids=[torch.device('cpu')])
+_freeze_norms(task.train())
+x, target = _batch()
+half = len(x) // world
+for _ in range(2):  # a second step fails if a parameter was left out of the first one's reduction
+    task.zero_grad()
+    result = task(x[rank * half:][:half], target[rank * half:][:half])
+    result['loss'].backward()
+if rank == 0:
+    trainable = task.get_trainable_module().module
+    torch.save({n: p.grad for n, p in trainable.named_parameters()}, path)
+dist.destroy_process_group()
+'''
+
+
+class _AllPairs(UniformSampler):
+    """Every anchor and positive with the same negative, so that a draw does not differ between runs."""
+
+    def forward(self, embedding, target):
+        from timm_multigrain.loss import Triplets
+        index = range(len(target))
+        rows = [
+            (a, p, next(n for n in index if target[n] != target[a]))
+            for a in index for p in index if a != p and target[a] == target[p]]
+        return Triplets(*torch.tensor(rows).unbind(1))
+
+
+def _freeze_norms(task):
+    for module in task.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('gather', ['gather', 'local'])
+def test_two_processes(tmp_path, gather):
+    import subprocess
+    from pathlib import Path
+    script = tmp_path / 'worker.py'
+    script.write_text(_WORKER)
+    root = Path(__file__).resolve().parents[1]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(script), str(rank), '2', str(tmp_path / 'grads'), gather], cwd=root,
+            env={**__import__('os').environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'})
+        for rank in range(2)]
+    assert [p.wait(timeout=240) for p in processes] == [0, 0]
+    grads = torch.load(tmp_path / 'grads', weights_only=True)
+    assert all(g is not None for g in grads.values())
+    if gather == 'gather':  # the gradient of one process on the whole batch
+        x, target = _batch()
+        task = MultiGrainTask(_model(), sampling=_AllPairs())
+        _freeze_norms(task.train())
+        task(x, target)['loss'].backward()
+        for name, parameter in task.get_trainable_module().named_parameters():
+            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+    assert isinstance(MultiGrainTask(_model()).get_trainable_module().instance_loss, MarginLoss)
