@@ -1,4 +1,4 @@
-"""Checkpoints and inputs of the original implementation, rebuilt from the formula its reference numbers were made with."""
+"""Checkpoints and inputs of the original implementation, rebuilt from the formula behind its reference numbers."""
 import json
 import zlib
 from functools import lru_cache

@@ -75,7 +75,8 @@ def test_exponent_of_the_checkpoint(reference, p):
         model = _load('multigrain_resnet50', {**original.state_dict('resnet50'), 'pool.p': stored})
         assert model.gem_p == torch.tensor(p).item()
         _close(model(x), reference[f'resnet50.96x96.p{p}.logits'])
-        _close(model.forward_head(model.forward_features(x), pre_logits=True), reference[f'resnet50.96x96.p{p}.embedding'])
+        embedding = model.forward_head(model.forward_features(x), pre_logits=True)
+        _close(embedding, reference[f'resnet50.96x96.p{p}.embedding'])
 
 
 def test_integer_exponent_and_asked_for_exponent():

@@ -79,7 +79,7 @@ def test_images_are_those_of_timm(root, use_prefetcher):
 
     def seed():
         random.seed(0)
-        np.random.seed(0)  # noqa: NPY002
+        np.random.seed(0)
         torch.manual_seed(0)
 
     base = loader.loader if use_prefetcher else loader

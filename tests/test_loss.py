@@ -387,7 +387,7 @@ def test_metric_learning_with_and_without_triplets(batch):
 def test_metric_learning_precision_and_gradients(batch):
     pytest.importorskip('pytorch_metric_learning')
     embedding, target, triplets = batch
-    loss = create_instance_loss('pml:TripletMarginLoss')
+    loss = create_instance_loss('pml:NTXentLoss')
     expected = loss(embedding.bfloat16().float(), target, triplets)
     leaf = embedding.bfloat16().requires_grad_()
     with torch.autocast('cpu', torch.bfloat16):

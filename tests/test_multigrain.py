@@ -152,7 +152,8 @@ def test_onnx_with_dynamic_sides(tmp_path):
         x = torch.randn(3, 3, *size)
         with torch.no_grad():
             expected = model(x)
-        torch.testing.assert_close(torch.from_numpy(session.run(None, {'input': x.numpy()})[0]), expected, rtol=1e-3, atol=1e-4)
+        out = torch.from_numpy(session.run(None, {'input': x.numpy()})[0])
+        torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_pooling_variants():
@@ -203,8 +204,9 @@ def test_token_pooling_leaves_prefix_tokens_out():
         torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('trunk', ['swin_tiny_patch4_window7_224', 'mobilenetv3_small_050', 'vgg11', 'efficientformer_l1',
-                                   'mixer_s32_224', 'levit_128s', 'pit_ti_224', 'densenet121', 'regnetx_002'])
+@pytest.mark.parametrize('trunk', [
+    'swin_tiny_patch4_window7_224', 'mobilenetv3_small_050', 'vgg11', 'efficientformer_l1', 'mixer_s32_224',
+    'levit_128s', 'pit_ti_224', 'densenet121', 'regnetx_002'])
 def test_any_trunk_or_a_clear_error(trunk):
     try:
         model = timm_multigrain.MultiGrain(trunk, num_classes=3, device='meta')

@@ -142,6 +142,12 @@ def test_crow_favours_rare_channels():
     assert common < half < rare
 
 
+@pytest.mark.parametrize('pool', POOLS)
+def test_signed_map_equals_loop(pool):
+    x = torch.randn(2, 6, 5, 7, generator=torch.Generator().manual_seed(0)).double()
+    torch.testing.assert_close(pool()(x), SLOW[pool](x), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize('pool', [MAC, SPoC, CroW])
 def test_prefix_tokens_are_left_out(pool):
     x = relu_map(2, 9, 6)

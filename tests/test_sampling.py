@@ -121,6 +121,16 @@ def test_duplicate_rows_do_not_make_the_batch_uniform(numbers):
         torch.testing.assert_close(prob.double(), naive_probabilities(embedding, target)[0], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize('name', ['batch', 'row'])
+def test_duplicates_are_at_distance_zero(name):
+    """The squared distance of equal rows is often negative after rounding. Each row here has two copies."""
+    for n in (25, 37, 101):
+        embedding, _ = make_embedding('sphere', n, 1, 128)
+        prob, _ = create_sampler(name).probabilities(torch.cat([embedding] * 3), torch.arange(3 * n))
+        half = (torch.ones(3, 3) - torch.eye(3)) / 2
+        torch.testing.assert_close(prob, torch.kron(half, torch.eye(n)), rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize('dim', [2, 3, 16, 128, 512, 2048])
 @pytest.mark.parametrize('kind', ['sphere', 'noise', 'relu'])
 def test_row_equals_loops(kind, dim):
@@ -333,7 +343,7 @@ def draw_many(sampler, embedding, target, repeats):
 @pytest.mark.parametrize('name', NAMES)
 @pytest.mark.parametrize('max_positives', [None, 2])
 def test_frequencies_without_replacement(name, max_positives):
-    embedding, target = make_embedding('sphere', 3, 3, 6, seed=4)
+    embedding, target = make_embedding('relu', 3, 3, 12, seed=1)
     sampler = create_sampler(name, max_positives=max_positives, generator=0)
     prob = sampler.probabilities(embedding, target)[0]
     assert (prob.count_nonzero(1) >= 2).all()

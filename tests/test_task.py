@@ -10,7 +10,7 @@ from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
-import timm_multigrain  # noqa: F401
+import timm_multigrain  # noqa: F401 - registers the models
 from timm_multigrain.loss import MarginLoss, UniformSampler
 from timm_multigrain.task import MultiGrainTask
 
@@ -47,7 +47,8 @@ def test_objective_by_hand(weight):
     cross_entropy = F.cross_entropy(logits, target[:, 0])
     assert result['instance_loss'].item() == pytest.approx(total / active, rel=1e-4)
     assert result['classification_loss'].item() == pytest.approx(cross_entropy.item(), rel=1e-4)
-    assert result['loss'].item() == pytest.approx(weight * cross_entropy.item() + (1 - weight) * total / active, rel=1e-4)
+    expected = weight * cross_entropy.item() + (1 - weight) * total / active
+    assert result['loss'].item() == pytest.approx(expected, rel=1e-4)
     torch.testing.assert_close(result['output'], logits, rtol=1e-4, atol=1e-5)
 
 
@@ -123,7 +124,7 @@ def test_ema_and_checkpoint_round_trip():
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        task.update_ema(step=step)
+        task.update_ema(step=step + 2)  # the first ones copy
     state, ema = task.get_checkpoint_state(), task.get_checkpoint_state(ema=True)
     assert state['state_dict'].keys() == _model().state_dict().keys()  # plain model keys for every timm script
     beta, ema_beta = (s['instance_loss']['beta'].item() for s in (state['task_state'], ema['task_state_ema']))

@@ -21,7 +21,7 @@ _LAZY = {
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
-__all__ = ['MultiGrain', '__version__', 'checkpoint_filter_fn', 'register_multigrain', *_HOME]  # noqa: PLE0604
+__all__ = ['MultiGrain', '__version__', 'checkpoint_filter_fn', 'register_multigrain', *_HOME]
 
 
 def __getattr__(name: str):

@@ -17,12 +17,12 @@ PHOTOS = {'img_size': 96, 'epochs': 12}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--data-dir', metavar='DIR', help='image folder with train/ and val/ (default: draw a collection)')
-    add('-o', '--output', default='multigrain-demo', metavar='DIR', help='where page, model and results go (%(default)s)')
+    add('-o', '--output', default='multigrain-demo', metavar='DIR', help='folder of page, model, results (%(default)s)')
     add('--model', default='multigrain_resnet18', help='registered MultiGrain model (%(default)s)')
     add('--img-size', type=int, metavar='N', help='side of the training crop (64, 96 with --data-dir)')
     add('--epochs', type=int, metavar='N', help='epochs of each training (16, 12 with --data-dir)')
     add('--batch-size', type=int, default=48, metavar='N', help='samples a step, copies counted (%(default)s)')
-    add('--num-repeats', type=int, default=3, metavar='N', help='augmented copies of a picture in a batch (%(default)s)')
+    add('--num-repeats', type=int, default=3, metavar='N', help='copies of a picture in a batch (%(default)s)')
     add('--classif-weight', type=float, default=0.5, metavar='W', help='lambda of the joint model (%(default)s)')
     add('--sampling', default='row', choices=('row', 'batch', 'uniform'), help='negatives (%(default)s)')
     add('--lr', type=float, default=0.1, help='peak learning rate (%(default)s)')
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
     preset = DRAWN if args.data_dir is None else PHOTOS
     names = ('model', 'batch_size', 'num_repeats', 'classif_weight', 'sampling', 'lr', 'seed', 'workers')
     given = {name: getattr(args, name) for name in names}
-    sized = {name: getattr(args, name) or default for name, default in preset.items()}
-    result = run_demo(args.output, TrainSettings(**given, **sized), args.data_dir, command=shlex.join(
-        ['timm-multigrain', *sys.argv[1:]]))
+    sized = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in preset.items()}
+    command = shlex.join(['timm-multigrain', *sys.argv[1:]])
+    result = run_demo(args.output, TrainSettings(**given, **sized), args.data_dir, command)
     print(result)
     print(f'\nPage:  {Path(result.page).resolve()}\nModel: {Path(result.model_dir).resolve()}')
     return 0

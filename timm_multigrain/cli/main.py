@@ -14,7 +14,8 @@ _COMMANDS = {'demo': demo}
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand. What the user can mend is one sentence on stderr and exit status 2, not a traceback."""
     parser = argparse.ArgumentParser(
-        prog='timm-multigrain', description='MultiGrain for timm: one image embedding for classes, instances and copies.')
+        prog='timm-multigrain',
+        description='MultiGrain for timm: one image embedding for classes, instances and copies.')
     parser.add_argument('--version', action='version', version=f'timm_multigrain {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, module in _COMMANDS.items():

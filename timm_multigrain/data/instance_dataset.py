@@ -194,7 +194,7 @@ def _call(calls: list[_Call], name: str, function: Callable, *arguments: Any) ->
 
 
 def _random_states() -> tuple:
-    _, keys, *rest = np.random.get_state()  # noqa: NPY002, transforms use the global generator
+    _, keys, *rest = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), keys.tobytes(), *rest
 
 

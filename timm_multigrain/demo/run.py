@@ -25,10 +25,10 @@ _KINDS = ('original', *COPY_TRANSFORMS)
 _QUERIES = 6
 _NEIGHBORS = 10
 _INTRO = (
-    'Two models of the same kind, trained from scratch from the same seed, on the same pictures and augmentations, for the '
-    'same number of steps. One learns the classes only; the other, MultiGrain, also learns that the augmented copies of a '
-    'picture belong together. Each is asked for the class of held-out pictures, and to find edited copies of a held-out '
-    'picture among all held-out pictures and their copies.')
+    'Two models of the same kind, trained from scratch from the same seed, on the same pictures and augmentations, for '
+    'the same number of steps. One learns the classes only; the other, MultiGrain, also learns that augmented copies of '
+    'a picture belong together. Each is asked for the class of held-out pictures, and to find edited copies of a '
+    'held-out picture among all held-out pictures and their copies.')
 
 
 @dataclass(frozen=True)
@@ -80,31 +80,34 @@ def run_demo(
     }
     models = [train_model(name, folder, run) for name, run in runs.items()]
     scores = {trained.name: evaluate(trained.model, copies) for trained in models}
-    model_dir = _save(models[-1], folder, copies, settings, output / 'model')
+    model_dir = _save(models[-1], folder, copies, output / 'model')
     table = _score_table(scores)
     _write_json(output / 'results.json', folder, settings, scores)
     page = write_report(
         output / 'index.html', 'MultiGrain demo', _INTRO, [table, _copy_table(scores)],
         curves={trained.name: _curves(trained, settings.epochs) for trained in models},
-        gallery=_gallery(folder, copies, scores), notes=_notes(folder, settings, model_dir), command=command)
+        curves_x='epoch', gallery=_gallery(folder, copies, scores), notes=_notes(folder, settings, model_dir),
+        command=command)
     return DemoResult(scores, table, page, model_dir)
 
 
 def format_table(table: Table) -> str:
     """A table as aligned text."""
     rows = [list(table.headers)]
-    rows += [[f'{cell:.{table.digits}f}' if isinstance(cell, float) else str(cell) for cell in row] for row in table.rows]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in table.rows:
+        rows.append([f'{cell:.{table.digits}f}' if isinstance(cell, float) else str(cell) for cell in row])
+    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
     return '\n'.join(
-        '  '.join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True)))
+        '  '.join([row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], others, strict=True))])
         for row in rows)
 
 
-def _save(trained: TrainedModel, folder: PictureFolder, copies: CopySet, settings: TrainSettings, path: Path) -> Path:
+def _save(trained: TrainedModel, folder: PictureFolder, copies: CopySet, path: Path) -> Path:
     """Save the model, and see that what timm loads back measures the same."""
-    size = (3, settings.img_size, settings.img_size)
+    size = tuple(copies.images.shape[-3:])
     model = trained.model.to(memory_format=torch.contiguous_format)
-    save_pretrained(model, path, label_names=folder.class_names, data_config={'input_size': size, 'crop_pct': 224 / 256})
+    save_pretrained(
+        model, path, label_names=folder.class_names, data_config={'input_size': size, 'crop_pct': 224 / 256})
     loaded = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
     x = copies.images[:8, 0].float() / 255
     with torch.inference_mode():
@@ -116,13 +119,13 @@ def _save(trained: TrainedModel, folder: PictureFolder, copies: CopySet, setting
 def _score_table(scores: dict[str, DemoScores]) -> Table:
     headers = ['Model', 'top-1 (%)', 'copy mAP (%)']
     rows = [[name, s.top1, s.copy_map] for name, s in scores.items()]
-    return Table(headers, rows, best={h: 'max' for h in headers[1:]}, title='Classes and copies of held-out pictures')
+    return Table(headers, rows, best=dict.fromkeys(headers[1:], 'max'), title='Classes and copies of held-out pictures')
 
 
 def _copy_table(scores: dict[str, DemoScores]) -> Table:
     headers = ['Model', *COPY_TRANSFORMS]
     rows = [[name, *(s.copy_map_of[kind] for kind in COPY_TRANSFORMS)] for name, s in scores.items()]
-    return Table(headers, rows, best={h: 'max' for h in headers[1:]}, title='mAP (%) of each kind of copy alone')
+    return Table(headers, rows, best=dict.fromkeys(headers[1:], 'max'), title='mAP (%) of each kind of copy alone')
 
 
 def _curves(trained: TrainedModel, epochs: int) -> dict[str, tuple[list[float], list[float]]]:
@@ -174,9 +177,9 @@ def _notes(folder: PictureFolder, settings: TrainSettings, model_dir: Path) -> l
         f'{settings.model} at {settings.img_size} pixels, {settings.epochs} epochs, batches of {settings.batch_size} '
         f'({settings.num_repeats} augmented copies a picture in both trainings), seed {settings.seed}. Joint: lambda '
         f'{settings.classif_weight}, margin loss with {settings.sampling!r} negatives.',
-        'Copy mAP: every held-out picture is a query; its 8 edited copies are to be found among all held-out pictures and '
-        'all their copies, the query itself left out.',
-        f"Load the joint model: timm.create_model('local-dir:{model_dir}', pretrained=True) after import timm_multigrain.",
+        'Copy mAP: every held-out picture is a query; its 8 edited copies are to be found among all held-out pictures '
+        'and all their copies, the query itself left out.',
+        f"Load the joint model: import timm_multigrain; timm.create_model('local-dir:{model_dir}', pretrained=True)",
     ]
 
 

@@ -50,6 +50,13 @@ class TrainSettings:
     seed: int = 0
     workers: int = 2
 
+    def __post_init__(self):
+        for name, least in (('img_size', 32), ('epochs', 1), ('batch_size', 1), ('workers', 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f'{name} is {getattr(self, name)}: give at least {least}.')
+        if not 0 < self.lr < float('inf'):
+            raise ValueError(f'lr is {self.lr}: give a finite number above 0, such as 0.1.')
+
 
 @dataclass
 class TrainedModel:
@@ -59,7 +66,7 @@ class TrainedModel:
         name: Shown in tables.
         model: In eval mode.
         history: Value of each quantity at each step.
-        uniform_share: Share of anchors whose negatives fell back to uniform, over all steps; None without a sampler that can.
+        uniform_share: Share of anchors whose negatives fell back to uniform; None without a sampler that can.
     """
     name: str
     model: MultiGrain
@@ -73,6 +80,8 @@ def train_model(name: str, folder: PictureFolder, settings: TrainSettings, threa
     if threads:
         torch.set_num_threads(threads)
     model = timm.create_model(settings.model, num_classes=len(folder.class_names))
+    if not isinstance(model, MultiGrain):
+        raise ValueError(f"{settings.model!r} is not a MultiGrain model: timm.list_models('multigrain*') lists them.")
     task = MultiGrainTask(
         model, classif_weight=settings.classif_weight, sampling=settings.sampling, num_repeats=settings.num_repeats,
         verbose=False).train()
@@ -80,7 +89,7 @@ def train_model(name: str, folder: PictureFolder, settings: TrainSettings, threa
     loader = _train_loader(folder, settings)
     optimizer = _optimizer(task, settings)
     scheduler, _ = create_scheduler_v2(
-        optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=1, warmup_lr=settings.lr / 10, warmup_prefix=False,
+        optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=1, warmup_lr=settings.lr / 10,
         step_on_epochs=False, updates_per_epoch=len(loader))
     trained = TrainedModel(name, model, {})
     fallback = _FallbackCounter(task)
@@ -105,7 +114,7 @@ def train_model(name: str, folder: PictureFolder, settings: TrainSettings, threa
 
 def _seed(seed: int) -> None:
     torch.manual_seed(seed)
-    np.random.seed(seed)  # noqa: NPY002 - the augmentations draw from the global generators
+    np.random.seed(seed)
     random.seed(seed)
 
 

@@ -105,7 +105,6 @@ def _enter_select(layer: nn.Module, name: str, args: dict[str, Any]) -> None:
     if args['output_size'] not in (1, (1, 1)):
         raise ValueError(f'{name!r} pools to a single cell, got output_size={args["output_size"]}.')
     layer.pool = create_pool(name, input_fmt=args['input_fmt'], flatten=args['flatten'])
-    layer.flatten = nn.Identity()
     layer.pool_type = name
 
 
@@ -153,7 +152,7 @@ _SEAMS = (
     _Seam(
         'timm.layers', 'SelectAdaptivePool2d',
         {'__init__': 'pool_type'},
-        {'__init__': {'pool', 'flatten', 'pool_type'}, 'forward': {'pool', 'flatten'}},
+        {'__init__': {'pool', 'pool_type'}, 'forward': {'pool'}},
         _enter_select, lambda layer: None),
     _Seam(
         'timm.layers', 'ClNormMlpClassifierHead',

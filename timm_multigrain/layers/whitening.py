@@ -1,9 +1,9 @@
 """Whitening of the pooled embedding: L2, PCA, L2 (Berman et al., arXiv 1902.05509, section 3.5).
 
 The pooled embedding e of C channels gets a constant channel, z = [e; 1] / |[e; 1]|, and is projected,
-y = (z - mean) proj. The classifier that follows works on y: with its weight multiplied by the inverse projection it ranks
-the classes as before, while y / |y| is the whitened retrieval descriptor. The constant channel carries the classifier's
-bias through the projection.
+y = (z - mean) proj. The classifier that follows works on y: with its weight multiplied by the inverse projection it
+ranks the classes as before, while y / |y| is the whitened retrieval descriptor. The constant channel carries the
+classifier's bias through the projection.
 """
 import torch
 import torch.nn as nn
@@ -17,7 +17,7 @@ __all__ = ['Whitening']
 class Whitening(nn.Module):
     """L2 normalisation with a constant channel, then a stored affine projection.
 
-    A fresh layer centres nothing and keeps the first ``out_features`` channels: its state is meant to be loaded or fitted.
+    A fresh layer centres nothing and keeps the first ``out_features`` channels: its state is to be loaded or fitted.
 
     Args:
         in_features: Channels C of the pooled embedding.

@@ -24,7 +24,7 @@ class ContrastiveLoss(nn.Module):
         self.margin = margin
 
     def forward(self, embedding: Tensor, target: Tensor | None, triplets: Triplets) -> Tensor:
-        """Scalar, 0 without triplets; the target is in the triplets already. Errors and dtypes as in `margin_loss`."""
+        """Scalar, 0 without triplets; target unused, it is in the triplets. Errors and dtypes as in `margin_loss`."""
         positive, negative = distances(embedding, triplets)
         used = triplets[0] >= 0
         terms = (positive.square() + (self.margin - negative).clamp(min=0).square()) / 2
@@ -47,7 +47,7 @@ class TripletLoss(nn.Module):
         self.margin = margin
 
     def forward(self, embedding: Tensor, target: Tensor | None, triplets: Triplets) -> Tensor:
-        """Scalar, 0 if none is; the target is in the triplets already. Errors and dtypes as in `margin_loss`."""
+        """Scalar, 0 if none costs; target unused, it is in the triplets. Errors and dtypes as in `margin_loss`."""
         positive, negative = square_distances(embedding, triplets)
         terms = (positive - negative + self.margin).clamp(min=0) * (triplets[0] >= 0)
         return terms.sum() / (terms > 0).sum().clamp(min=1)

@@ -1,4 +1,4 @@
-"""Checkpoints of every origin as a state dict of ours: the original's containers and keys, timm's trunk weights, our own.
+"""Checkpoints of every origin as a state dict of ours: the original's containers and keys, timm's trunks, our own.
 
 The original implementation saves `model_state` beside the optimizer. Its keys are `features.<trunk>`, `pool.p`,
 `classifier.*` and, once whitened, `whitening.pca.pca_{m,P}`; PNASNet's body sits one level deeper.
@@ -21,12 +21,12 @@ _HEAD = {
 def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Convert a checkpoint for ``model``, a MultiGrain.
 
-    A whitened checkpoint gives the model its whitening. The checkpoint's p goes with it, unless a fixed ``gem_p`` was asked
-    for when the model was made.
+    A whitened checkpoint gives the model its whitening. The checkpoint's p goes with it, unless a fixed ``gem_p`` was
+    asked for when the model was made.
 
     Args:
-        state_dict: The original's container or bare state dict, with or without DataParallel's prefix; timm weights of the
-            trunk; or a state dict of ours.
+        state_dict: The original's container or bare state dict, with or without DataParallel's prefix; timm weights of
+            the trunk; or a state dict of ours.
         model: The model that will load it.
 
     Raises:

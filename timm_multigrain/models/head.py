@@ -15,8 +15,7 @@ _FIXED = {'avg': 1., 'max': float('inf')}
 class MultiGrainHead(nn.Module):
     """Pool the map to one embedding and classify it.
 
-    The embedding (``pre_logits=True``) is taken before dropout: in training the instance loss and the classifier see the
-    same vector, as in the paper.
+    The embedding (``pre_logits=True``) is taken before dropout, which belongs to the classifier.
 
     Args:
         feature_map: Format and channels of the trunk's map.
@@ -76,8 +75,8 @@ class MultiGrainHead(nn.Module):
             self.gem_args.update(p=float(pool.p.detach()), learn_p=isinstance(pool.p, nn.Parameter), per_channel=False)
         elif global_pool != 'gem':
             raise ValueError(
-                f"Unknown global_pool {global_pool!r} for a MultiGrain model: choose 'gem', 'gem4', 'gem_learn', 'avg', "
-                "'max', 'mac', 'spoc', 'rmac', 'crow', or '' for the unpooled map.")
+                f"Unknown global_pool {global_pool!r} for a MultiGrain model: choose 'gem', 'gem4', 'gem_learn', "
+                "'avg', 'max', 'mac', 'spoc', 'rmac', 'crow', or '' for the unpooled map.")
         self.global_pool = 'gem'  # 'gem4', 'avg' and the like are GeM with that exponent
         args = self.gem_args
         return GeM(
@@ -85,7 +84,7 @@ class MultiGrainHead(nn.Module):
             eps=args['eps'], input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens).to(device=device)
 
     def reset_pool(self, global_pool: str, device=None, dtype=None) -> None:
-        """Change the pooling. 'gem' keeps a GeM pool that is there, and brings one that was taken off back with its p."""
+        """Change the pooling. 'gem' keeps a GeM that is there, and brings one that was taken off back with its p."""
         if global_pool != self.global_pool:
             if isinstance(self.pool, GeM) and self.pool.p.ndim == 0 and not self.pool.p.is_meta:
                 self.gem_args.update(p=float(self.pool.p.detach()))

@@ -26,14 +26,15 @@ __all__ = ['MultiGrain', 'checkpoint_filter_fn']
 class MultiGrain(nn.Module):
     """A timm trunk, GeM pooling and a classifier, with all of timm's model verbs.
 
-    ``forward_features`` gives the trunk's last map, ``forward_head(..., pre_logits=True)`` the embedding (whitened, if a
-    whitening is fitted), ``forward`` the logits and ``embed`` the retrieval descriptor.
+    ``forward_features`` gives the trunk's last map, ``forward_head(..., pre_logits=True)`` the embedding (whitened, if
+    a whitening is fitted), ``forward`` the logits and ``embed`` the retrieval descriptor.
 
     Args:
         trunk: Name of any timm model that gives an NCHW, NHWC or NLC map.
         num_classes: Classes, 0 for a model whose output is the embedding.
         in_chans: Channels of the input image.
-        global_pool: 'gem', 'gem4', 'gem_learn', 'avg' (p = 1), 'max' (p = inf), 'mac', 'spoc', 'rmac', 'crow', '' for none.
+        global_pool: 'gem', 'gem4', 'gem_learn', 'avg' (p = 1), 'max' (p = inf), 'mac', 'spoc', 'rmac', 'crow', or ''
+            for none.
         gem_p: GeM exponent, > 0, inf allowed. None: 3, or the p of the pretrained weights.
         learn_p: Train the exponent.
         per_channel_p: One exponent a channel.
@@ -172,8 +173,8 @@ class MultiGrain(nn.Module):
 
         Args:
             num_classes: Classes, 0 for the embedding.
-            global_pool: Another pooling, '' for the unpooled map (with no classes only). None keeps the present one, and
-                brings GeM back where '' had taken it off and classes are asked for.
+            global_pool: Another pooling, '' for the unpooled map (with no classes only). None keeps the present one,
+                and brings GeM back where '' had taken it off and classes are asked for.
 
         Raises:
             ValueError: A negative number of classes, classes without pooling, or an unknown pooling.
@@ -200,7 +201,7 @@ class MultiGrain(nn.Module):
 
     @torch.jit.ignore
     def set_whitening(self, components: int) -> None:
-        """Make room for a whitening of so many components and a classifier of that width, both to be loaded or fitted."""
+        """Make room for a whitening of so many components and a classifier of that width, both to be loaded."""
         self.head.set_whitening(components, self.num_classes, **get_device_dtype(self))
         self.head_hidden_size = components
 
@@ -267,11 +268,12 @@ class MultiGrain(nn.Module):
         """
         if dim is not None and not (self.whitened and 1 <= dim <= self.embed_dim):
             raise ValueError(
-                f'dim={dim} needs a whitened embedding of at least that many components, which are ordered by strength; '
+                f'dim={dim} needs a whitened embedding of at least that many components, ordered by strength; '
                 f'this one has {self.embed_dim}, {"" if self.whitened else "not "}whitened.')
         if isinstance(x, torch.Tensor):
             if x.ndim != 4:
-                raise ValueError(f'embed() takes images (N, {self.in_chans}, H, W) or a list of them, got {tuple(x.shape)}.')
+                raise ValueError(
+                    f'embed() takes images (N, {self.in_chans}, H, W) or a list of them, got {tuple(x.shape)}.')
             embedding = self.forward_head(self.forward_features(x), pre_logits=True)
             return l2_normalize(embedding[:, :dim].float())
         if not len(x):

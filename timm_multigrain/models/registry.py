@@ -1,7 +1,7 @@
 """The registered `multigrain_*` models, their pretrained weights, and `register_multigrain` for any other timm trunk.
 
-Official weights: https://github.com/facebookresearch/multigrain, CC BY-NC 4.0. A tag reads fb_p<p>_l<lambda>[_aa]_in1k for
-the jointly trained ResNet-50 (lambda weighs cross-entropy against the margin loss, aa = AutoAugment) and
+Official weights: https://github.com/facebookresearch/multigrain, CC BY-NC 4.0. A tag reads fb_p<p>_l<lambda>[_aa]_in1k
+for the jointly trained ResNet-50 (lambda weighs cross-entropy against the margin loss, aa = AutoAugment) and
 fb_p<p>_<size>_in1k where only p was fine-tuned at a test size.
 """
 import sys

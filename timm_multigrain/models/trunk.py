@@ -69,8 +69,8 @@ def probe_trunk(trunk: nn.Module, name: str) -> FeatureMap:
         return FeatureMap('NLC', shape[2], prefix)
     got = f'of shape {shape}' if shape is not None else f'a {type(x).__name__}'
     raise ValueError(
-        f'Trunk {name!r} gives no map to pool: its output without pooling is {got}, while (N, C, H, W), (N, H, W, C) or '
-        f'(N, L, C) with C in {sorted(features)} is needed. Choose a trunk with spatial features, such as resnet50.')
+        f'Trunk {name!r} gives no map to pool: its output without pooling is {got}, while (N, C, H, W), (N, H, W, C) '
+        f'or (N, L, C) with C in {sorted(features)} is needed. Choose a trunk with spatial features, such as resnet50.')
 
 
 def _meta_forward(trunk: nn.Module, name: str):

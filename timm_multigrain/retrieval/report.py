@@ -265,7 +265,7 @@ def _neighbor(rank: int, neighbor: Neighbor) -> str:
     label, caption = RELATIONS[neighbor.relation], _text(neighbor.caption)
     return (
         f'<figure class="{neighbor.relation}">{_image(neighbor.image, f"Neighbour {rank}: {caption}, {label.lower()}")}'
-        f'<figcaption><span class="badge">{label}</span><br><span class="score">{neighbor.score:.2f}</span>{caption}'
+        f'<figcaption><span class="badge">{label}</span><br><span class="score">{neighbor.score:.2f}</span> {caption}'
         '</figcaption></figure>\n'
     )
 

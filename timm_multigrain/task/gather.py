@@ -1,4 +1,4 @@
-"""Share embeddings across the ranks of a distributed run, with gradients (the paper's negatives from the whole batch)."""
+"""Share embeddings across the ranks of a distributed run, with gradients: negatives from the whole batch."""
 import torch
 import torch.distributed as dist
 

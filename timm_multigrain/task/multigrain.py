@@ -156,8 +156,8 @@ class MultiGrainTask(ClassificationTask):
             return
         if trainable is None:
             raise RuntimeError(
-                f'The checkpoint holds the state of an instance loss ({", ".join(loss_state) or "empty"}), but this task '
-                'has none: resume with classif_weight below 1, or start from the weights alone.')
+                f'The checkpoint holds the state of an instance loss ({", ".join(loss_state) or "empty"}), but this '
+                'task has none: resume with classif_weight below 1, or start from the weights alone.')
         trainable.instance_loss.load_state_dict(loss_state, strict=strict)
 
     def _trainable(self, module: nn.Module | None, ema: bool) -> MultiGrainTrainableModule | None:
@@ -225,6 +225,6 @@ class MultiGrainTask(ClassificationTask):
                 f'batch size of at least {2 * self.num_repeats} and a data set of more than one image.')
         if not self._positives_seen and instances == len(instance):
             raise ValueError(
-                f'No two of the {len(instance)} images of the batch share an instance id, so there are no positives: load '
-                f'them with timm_multigrain.data.create_loader(num_repeats={self.num_repeats}).')
+                f'No two of the {len(instance)} images of the batch share an instance id, so there are no positives: '
+                f'load them with timm_multigrain.data.create_loader(num_repeats={self.num_repeats}).')
         self._positives_seen = True

@@ -1,0 +1,68 @@
+"""Saved folders load back in a fresh process, bit by bit, and a failed write leaves nothing behind."""
+import json
+import math
+import subprocess
+import sys
+
+import pytest
+import timm
+import torch
+
+import timm_multigrain
+from timm_multigrain.hub import save_pretrained
+
+
+def _model(name='multigrain_resnet18', **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=3, **kwargs)
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, dict(gem_p=math.inf), dict(learn_p=True, gem_p=2.5), dict(per_channel_p=True, learn_p=True), dict(whitening=20),
+    dict(in_chans=1), dict(global_pool='crow')])
+@torch.inference_mode()
+def test_round_trip(tmp_path, kwargs):
+    model = _model(**kwargs).train()
+    path = save_pretrained(model, tmp_path / 'model', label_names=['a', 'b', 'c'])
+    assert model.training and {p.name for p in path.iterdir()} == {'config.json', 'model.safetensors'}
+    loaded = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
+    x = torch.randn(2, model.in_chans, 64, 64)
+    assert torch.equal(loaded(x), model.eval()(x)) and loaded.gem_p == model.gem_p
+    config = json.loads((path / 'config.json').read_text(), parse_constant=pytest.fail)  # strict JSON
+    assert config['architecture'] == 'multigrain_resnet18' and config['label_names'] == ['a', 'b', 'c']
+
+
+def test_another_process_needs_only_the_import(tmp_path):
+    name = timm_multigrain.register_multigrain('resnet10t')
+    model = _model(name, gem_p=2.0).eval()
+    path = save_pretrained(model, tmp_path / 'model', data_config=dict(input_size=(3, 96, 96)))
+    code = (
+        'import timm, timm_multigrain, torch; '
+        f'm = timm.create_model("local-dir:{path}", pretrained=True).eval(); '
+        'print(m.gem_p, m.pretrained_cfg["input_size"], m(torch.ones(1, 3, 64, 64)).sum().item())')
+    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
+    with torch.inference_mode():
+        assert out.split() == ['2.0', '(3,', '96,', '96)', str(model(torch.ones(1, 3, 64, 64)).sum().item())]
+
+
+def test_tuned_model_keeps_its_exponent_and_replaces_the_old_folder(tmp_path):
+    model = _model()
+    save_pretrained(model, tmp_path / 'model')
+    model.set_gem_p(4.5)
+    save_pretrained(model, tmp_path / 'model')
+    assert timm.create_model(f'local-dir:{tmp_path / "model"}', pretrained=True).gem_p == 4.5
+    assert [p.name for p in tmp_path.iterdir()] == ['model']
+
+
+def test_bad_input_and_failed_writes_leave_nothing(tmp_path, monkeypatch):
+    model = _model()
+    with pytest.raises(ValueError, match='2 label names for 3 classes'):
+        save_pretrained(model, tmp_path / 'model', label_names=['a', 'b'])
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'photo.jpg').write_bytes(b'x')
+    with pytest.raises(FileExistsError, match='is not a saved model'):
+        save_pretrained(model, tmp_path / 'mine')
+    monkeypatch.setattr('timm_multigrain.hub.save_for_hf', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
+    with pytest.raises(OSError, match='disk full'):
+        save_pretrained(model, tmp_path / 'model')
+    assert [p.name for p in tmp_path.iterdir()] == ['mine'] and (tmp_path / 'mine' / 'photo.jpg').exists()
