@@ -21,7 +21,7 @@ INDICES = [2, 2, 2, 0, 0, 5, 2, 2, 7, 7, 7, 7]
 def draw_from_all(image):
     """A transform that takes numbers from the generators of torch, Python and numpy."""
     array = np.asarray(image, dtype=np.float64)
-    return torch.tensor(array * random.random() + np.random.rand() + torch.rand(1, dtype=torch.float64).item())  # noqa: NPY002
+    return torch.tensor(array * random.random() + np.random.rand() + torch.rand(1, dtype=torch.float64).item())
 
 
 def spoil_in_place(image):
@@ -80,7 +80,7 @@ class RandomCrop(Plain):
     draw = {
         'torch': lambda: int(torch.randint(9, ())),
         'random': lambda: random.randrange(9),
-        'numpy': lambda: np.random.randint(9),  # noqa: NPY002
+        'numpy': lambda: np.random.randint(9),
     }
 
     def __getitem__(self, index):
@@ -135,12 +135,12 @@ def root(tmp_path):
 
 def seed():
     random.seed(1)
-    np.random.seed(2)  # noqa: NPY002
+    np.random.seed(2)
     torch.manual_seed(3)
 
 
 def states():
-    return torch.rand(2).tolist(), random.random(), np.random.rand()  # noqa: NPY002
+    return torch.rand(2).tolist(), random.random(), np.random.rand()
 
 
 def assert_same_as_separate_reads(make, indices=INDICES):

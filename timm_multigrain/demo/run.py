@@ -26,7 +26,7 @@ _QUERIES = 6
 _NEIGHBORS = 10
 _INTRO = (
     'Two models of the same kind, trained from scratch from the same seed, on the same pictures and augmentations, for '
-    'the same number of steps. One learns the classes only; the other, MultiGrain, also learns that augmented copies of '
+    'the same number of steps. One learns the classes only; the other, MultiGrain, also that augmented copies of '
     'a picture belong together. Each is asked for the class of held-out pictures, and to find edited copies of a '
     'held-out picture among all held-out pictures and their copies.')
 
