@@ -1,6 +1,6 @@
 """Classification only against joint training with uniform, row and batch negatives, over several seeds.
 
-    python benchmarks/objectives.py --data-dir DIR [--seeds 0 1 2] [--img-size 64] [--epochs 20] [--results FILE]
+    python benchmarks/objectives.py --data-dir DIR [--seeds 0 1 2] [--img-size 64] [--epochs 16] [--results FILE]
 
 Trains the demo's model from scratch for every objective and seed ('batch' for the first seed only) and prints mean and
 spread of top-1 and of the mAP of finding edited copies. Every finished training is kept in the results file, so an
@@ -34,7 +34,7 @@ def main() -> None:
     parser.add_argument('--data-dir', required=True)
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--img-size', type=int, default=TrainSettings.img_size)
-    parser.add_argument('--epochs', type=int, default=20)
+    parser.add_argument('--epochs', type=int, default=16)
     parser.add_argument('--lr', type=float, default=TrainSettings.lr)
     parser.add_argument('--classif-weight', type=float, default=TrainSettings.classif_weight)
     parser.add_argument('--results', type=Path, default=Path('objectives.json'))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 # epochs and crop for a collection of a thousand small drawings, and for a few thousand photographs
 DRAWN = {'img_size': 64, 'epochs': 16}
-PHOTOS = {'img_size': 96, 'epochs': 12}
+PHOTOS = {'img_size': 64, 'epochs': 16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--num-repeats', type=int, default=3, metavar='N', help='copies of a picture in a batch (%(default)s)')
     add('--classif-weight', type=float, default=0.5, metavar='W', help='lambda of the joint model (%(default)s)')
     add('--sampling', default='row', choices=('row', 'batch', 'uniform'), help='negatives (%(default)s)')
-    add('--lr', type=float, default=0.1, help='peak learning rate (%(default)s)')
+    add('--lr', type=float, default=1e-3, help='peak learning rate (%(default)s)')
     add('--seed', type=int, default=0, help='seed of weights, order and augmentation (%(default)s)')
     add('--workers', type=int, default=2, metavar='N', help='processes that read pictures (%(default)s)')
 

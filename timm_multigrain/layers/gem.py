@@ -78,7 +78,8 @@ class GeM(nn.Module):
     """Generalized-mean pooling with one exponent, or one per channel, fixed or learnable.
 
     A fixed scalar p = inf is the plain maximum and p = 1 the plain mean. A learnable or per-channel p always uses the
-    clamped formula and has to be finite. Change p with `set_p` or by loading a state dict, not in place.
+    clamped formula and has to be finite. Change a fixed p with `set_p` or by loading a state dict, not in place; a
+    loaded p may be an integer, or one value for all channels, anything else that does not fit is an error.
 
     Args:
         p: Exponent > 0.
@@ -89,6 +90,9 @@ class GeM(nn.Module):
         flatten: Return (N, C); otherwise the pooled dimensions stay as 1.
         num_prefix_tokens: Leading tokens (class, registers) left out of the pooling, 'NLC' only.
         persistent: Whether a fixed p is part of the state dict.
+
+    Raises:
+        ValueError: A p that is not a number > 0, or no token beside the prefix tokens.
     """
 
     def __init__(

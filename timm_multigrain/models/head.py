@@ -68,11 +68,12 @@ class MultiGrainHead(nn.Module):
         if global_pool in _FIXED:
             self.gem_args.update(p=_FIXED[global_pool], learn_p=False, per_channel=False)
         elif is_multigrain_pool(global_pool) and global_pool != 'gem':
-            pool = create_pool(
-                global_pool, input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens, persistent=True)
+            with torch.device('cpu'):  # the exponent is read below, which the meta device could not
+                pool = create_pool(
+                    global_pool, input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens, persistent=True)
             if not isinstance(pool, GeM):
-                return pool
-            self.gem_args.update(p=float(pool.p.detach()), learn_p=isinstance(pool.p, nn.Parameter), per_channel=False)
+                return pool.to(device=device)
+            self.gem_args.update(p=float(pool.p.detach()), learn_p=pool.learn_p, per_channel=False)
         elif global_pool != 'gem':
             raise ValueError(
                 f"Unknown global_pool {global_pool!r} for a MultiGrain model: choose 'gem', 'gem4', 'gem_learn', "
