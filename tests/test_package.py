@@ -1,9 +1,10 @@
 """The package as a whole: what importing it loads, its public names, its command."""
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
-import timm
 
 import timm_multigrain
 from timm_multigrain.cli.main import main
@@ -43,6 +44,11 @@ def test_command(capsys):
     assert e.value.code == 0 and '--data-dir' in capsys.readouterr().out
 
 
-def test_supported_timm():
-    """The private seams are checked at import; this says so where a new timm is tried."""
-    assert tuple(int(v) for v in timm.__version__.split('.')[:2]) >= (1, 0)
+def test_old_timm_is_refused_in_one_sentence(tmp_path):
+    (tmp_path / 'timm').mkdir()
+    (tmp_path / 'timm' / '__init__.py').write_text('__version__ = "1.0.29.dev0"')
+    done = subprocess.run(
+        [sys.executable, '-c', 'import timm_multigrain'], capture_output=True, text=True,
+        env={**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{Path(timm_multigrain.__path__[0]).parent}'})
+    assert done.returncode
+    assert 'needs timm 1.0.31 or newer, found 1.0.29.dev0 in' in done.stderr.strip().splitlines()[-1]

@@ -5,6 +5,7 @@ relatives. Everything else is imported on first use, so the import itself stays 
 """
 import importlib
 
+from . import _timm  # noqa: F401 - first: it refuses a timm that the rest cannot be imported with
 from .layers.pool_factory import install as _install_pools
 from .models import MultiGrain, checkpoint_filter_fn, register_multigrain
 from .version import __version__
