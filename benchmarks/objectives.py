@@ -9,7 +9,6 @@ interrupted run goes on where it stopped.
 import argparse
 import dataclasses
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -20,6 +19,7 @@ import torch
 from timm_multigrain.demo.evaluation import evaluate, make_copy_set
 from timm_multigrain.demo.folder import open_folder
 from timm_multigrain.demo.training import TrainSettings, train_model
+from timm_multigrain.files import write_text
 
 OBJECTIVES = {
     'classification only': dict(classif_weight=1.0),
@@ -52,7 +52,7 @@ def main() -> None:
             key = json.dumps({'objective': name, **dataclasses.asdict(settings)}, sort_keys=True)
             if key not in results:
                 results[key] = _measure(f'{name}, seed {seed}', folder, copies, settings)
-                _write(args.results, results)
+                write_text(args.results, json.dumps(results, indent=1))
     _print(results, args)
 
 
@@ -66,15 +66,6 @@ def _measure(name, folder, copies, settings) -> dict:
                   uniform_share=trained.uniform_share, seconds=seconds)
     print(f'{name}: top-1 {scores.top1:.1f}, copy mAP {scores.copy_map:.1f}, {seconds:.0f} s', flush=True)
     return result
-
-
-def _write(path: Path, results: dict) -> None:
-    unfinished = path.with_name(f'.{path.name}.{os.getpid()}')
-    with open(unfinished, 'w') as file:
-        json.dump(results, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
 
 
 def _print(results: dict, args) -> None:

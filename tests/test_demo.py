@@ -11,6 +11,8 @@ from PIL import Image
 from timm_multigrain.cli.main import main
 from timm_multigrain.demo.evaluation import CopySet, _copy_map, evaluate
 from timm_multigrain.demo.folder import open_folder
+from timm_multigrain.demo.training import TrainSettings, train_model
+from timm_multigrain.task import MultiGrainTask
 
 
 def _folder(root, classes=('cat', 'dog'), splits=('train', 'val'), count=4, size=40):
@@ -49,6 +51,26 @@ def test_end_to_end(tmp_path, capsys):
     assert _demo(*args) == 0  # the same seed gives the same weights
     assert json.loads((out / 'results.json').read_text()) == results
     assert {p.name: p.read_bytes() for p in (out / 'model').iterdir()} == first
+
+
+def test_objectives_see_the_same_and_the_schedule_runs_without_a_terminal(tmp_path):
+    folder = open_folder(_folder(tmp_path / 'data', count=6))
+    seen = {}
+    for weight in (1.0, 0.5):
+        settings = TrainSettings(img_size=32, epochs=4, batch_size=6, classif_weight=weight, workers=0)
+        batches = seen[weight] = []
+        original = MultiGrainTask.forward
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(MultiGrainTask, 'forward', lambda task, x, target, batches=batches, original=original: (
+                batches.append((x.clone(), target)), original(task, x, target))[1])
+            history = train_model('run', folder, settings).history
+        assert max(history['learning rate']) == pytest.approx(settings.lr, rel=0.2)
+        assert history['learning rate'][-1] < 0.2 * settings.lr
+        seen[weight, 'start'] = history['cross-entropy'][0]
+    assert seen[1.0, 'start'] == seen[0.5, 'start']
+    assert len(seen[1.0]) == 8
+    for (x, target), (other_x, other_target) in zip(seen[1.0], seen[0.5], strict=True):
+        assert torch.equal(x, other_x) and torch.equal(target, other_target)
 
 
 @pytest.mark.slow

@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 from timm.models import save_for_hf
 
+from .files import fsync
+
 __all__ = ['save_pretrained']
 
 
@@ -49,7 +51,7 @@ def save_pretrained(
         save_for_hf(model, str(unfinished), model_config=config, safe_serialization=True, data_config=data_config)
         _check_saved(model, unfinished)
         for path in [*unfinished.iterdir(), unfinished]:
-            _fsync(path)
+            fsync(path)
         os.chmod(unfinished, 0o755)
         if directory.exists():
             shutil.rmtree(directory)
@@ -61,14 +63,6 @@ def save_pretrained(
 
 def _holds_model_or_nothing(directory: Path) -> bool:
     return {path.name for path in directory.iterdir()} <= {'config.json', 'model.safetensors'}
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @torch.no_grad()

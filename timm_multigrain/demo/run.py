@@ -2,7 +2,6 @@
 import dataclasses
 import json
 import os
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import timm
 import torch
 from PIL import Image
 
+from timm_multigrain.files import write_text
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.retrieval.report import GalleryRow, Neighbor, Table, write_report
 
@@ -23,7 +23,7 @@ __all__ = ['DemoResult', 'run_demo']
 
 _KINDS = ('original', *COPY_TRANSFORMS)
 _QUERIES = 6
-_NEIGHBORS = 10
+_NEIGHBORS = 8  # as many as there are copies
 _INTRO = (
     'Two models of the same kind, trained from scratch from the same seed, on the same pictures and augmentations, for '
     'the same number of steps. One learns the classes only; the other, MultiGrain, also that augmented copies of '
@@ -191,8 +191,4 @@ def _write_json(path: Path, folder: PictureFolder, settings: TrainSettings, scor
         'scores': {
             name: {'top1': s.top1, 'copy_map': s.copy_map, 'copy_map_of': s.copy_map_of} for name, s in scores.items()},
     }
-    with tempfile.NamedTemporaryFile('w', dir=path.parent, delete=False, encoding='utf-8') as file:
-        json.dump(content, file, indent=2)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(file.name, path)
+    write_text(path, json.dumps(content, indent=2))

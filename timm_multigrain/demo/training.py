@@ -10,7 +10,7 @@ from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
 
 from timm_multigrain.data import create_loader
-from timm_multigrain.loss import DistanceWeightedSampler
+from timm_multigrain.loss import DistanceWeightedSampler, create_sampler
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.task import MultiGrainTask
 
@@ -82,9 +82,10 @@ def train_model(name: str, folder: PictureFolder, settings: TrainSettings, threa
     model = timm.create_model(settings.model, num_classes=len(folder.class_names))
     if not isinstance(model, MultiGrain):
         raise ValueError(f"{settings.model!r} is not a MultiGrain model: timm.list_models('multigrain*') lists them.")
+    # negatives from a generator of their own: the global one gives every objective the same augmentations
     task = MultiGrainTask(
-        model, classif_weight=settings.classif_weight, sampling=settings.sampling, num_repeats=settings.num_repeats,
-        verbose=False).train()
+        model, classif_weight=settings.classif_weight, num_repeats=settings.num_repeats,
+        sampling=create_sampler(settings.sampling, generator=settings.seed), verbose=False).train()
     model.to(memory_format=torch.channels_last)
     loader = _train_loader(folder, settings)
     optimizer = _optimizer(task, settings)

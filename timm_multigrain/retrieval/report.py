@@ -9,7 +9,6 @@ import io
 import math
 import os
 import re
-import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.resources import files
@@ -17,6 +16,8 @@ from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
+
+from timm_multigrain.files import write_text
 
 __all__ = ['Curves', 'GalleryRow', 'Neighbor', 'Table', 'write_report']
 
@@ -121,7 +122,7 @@ def write_report(
         style=files(__package__).joinpath('report.css').read_text(encoding='utf-8'),
         body='\n'.join(sections),
     )
-    return _write_atomically(Path(path), page)
+    return write_text(path, page)
 
 
 PAGE = """<!DOCTYPE html>
@@ -277,17 +278,3 @@ def _image(image: Image.Image, escaped_alt: str) -> str:
     thumbnail.save(buffer, 'JPEG', quality=85)
     data = base64.b64encode(buffer.getvalue()).decode('ascii')
     return f'<img src="data:image/jpeg;base64,{data}" alt="{escaped_alt}" loading="lazy">'
-
-
-def _write_atomically(path: Path, text: str) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
-    try:
-        with open(unfinished, 'x', encoding='utf-8', newline='\n') as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    return path

@@ -1,0 +1,31 @@
+"""Files that appear whole or not at all."""
+import os
+import uuid
+from pathlib import Path
+
+__all__ = ['fsync', 'write_text']
+
+
+def write_text(path: str | os.PathLike, text: str) -> Path:
+    """Write a UTF-8 file under a temporary name, then rename; its folder is made if missing, an old file replaced."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
+    try:
+        with open(unfinished, 'x', encoding='utf-8', newline='\n') as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return path
+
+
+def fsync(path: str | os.PathLike) -> None:
+    """Flush a finished file, or the entries of a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
