@@ -2,6 +2,7 @@ from .gem import GeM, gem
 from .normalize import l2_normalize
 from .pool_factory import create_pool, is_multigrain_pool
 from .regional import MAC, RMAC, CroW, SPoC
+from .whitening import Whitening
 
 __all__ = [
     'MAC',
@@ -9,6 +10,7 @@ __all__ = [
     'CroW',
     'GeM',
     'SPoC',
+    'Whitening',
     'create_pool',
     'gem',
     'is_multigrain_pool',

@@ -2,8 +2,7 @@
 import torch
 import torch.nn as nn
 
-from timm_multigrain.layers import GeM, create_pool, is_multigrain_pool
-from timm_multigrain.layers.whitening import Whitening
+from timm_multigrain.layers import GeM, Whitening, create_pool, is_multigrain_pool
 
 from .trunk import FeatureMap
 

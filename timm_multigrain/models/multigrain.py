@@ -13,8 +13,7 @@ import torch.nn as nn
 from timm.layers import get_device_dtype
 from timm.models import get_model_traits
 
-from timm_multigrain.layers import GeM, l2_normalize
-from timm_multigrain.layers.whitening import Whitening
+from timm_multigrain.layers import GeM, Whitening, l2_normalize
 
 from .checkpoint import checkpoint_filter_fn  # timm looks it up beside the class
 from .head import MultiGrainHead
