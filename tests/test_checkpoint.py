@@ -83,6 +83,7 @@ def test_integer_exponent_and_asked_for_exponent():
     state = {**original.state_dict('resnet18'), 'pool.p': torch.tensor(2)}
     assert _load('multigrain_resnet18', state).gem_p == 2.0
     assert _load('multigrain_resnet18', state, gem_p=4).gem_p == 4.0
+    assert _load('multigrain_resnet18', state, global_pool='gem4').gem_p == 4.0
     learned = _load('multigrain_resnet18', state, gem_p=4, learn_p=True)
     assert learned.gem_p == 2.0 and isinstance(learned.head.pool.p, torch.nn.Parameter)
 

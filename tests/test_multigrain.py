@@ -187,6 +187,9 @@ def test_reset_classifier_keeps_the_pooling_and_its_exponent():
             torch.testing.assert_close(model.forward_head(model.forward_features(x), pre_logits=True), expected)
         model.reset_classifier(5, 'gem4')
         assert model.gem_p == 4 and model(x).shape == (2, 5)
+        with pytest.raises(ValueError, match="Unknown global_pool 'nothing'"):
+            model.reset_classifier(5, 'nothing')
+        assert model.gem_p == 4 and model.global_pool == 'gem'  # a refused change changes nothing
     frozen = _small('multigrain_resnet18').requires_grad_(False)
     frozen.reset_classifier(0, '')
     assert not [p for p in frozen.parameters() if p.requires_grad]
@@ -231,6 +234,7 @@ def test_any_trunk_or_a_clear_error(trunk):
     (dict(trunk='resnet18', num_classes=-1), 'num_classes=-1 is negative'),
     (dict(trunk='resnet18', whitening=600), 'choose 1 to 513'),
     (dict(trunk='resnet18', global_pool='gem-3'), 'gem-3'),
+    (dict(trunk='resnet18', global_pool='gem4', gem_p=2), "'gem4' and gem_p=2 disagree"),
 ])
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):

@@ -60,23 +60,23 @@ class MultiGrainHead(nn.Module):
 
     def _create_pool(self, global_pool: str, device=None, dtype=None) -> nn.Module:
         fmt = self.feature_map
+        if global_pool and global_pool not in _FIXED and not is_multigrain_pool(global_pool):
+            raise ValueError(
+                f"Unknown global_pool {global_pool!r} for a MultiGrain model: choose 'gem', 'gem4', 'gem_learn', "
+                "'avg', 'max', 'mac', 'spoc', 'rmac', 'crow', or '' for the unpooled map.")
         self.global_pool = global_pool
         self.pooled = bool(global_pool)  # the whitening and the classifier work on pooled embeddings only
         if not global_pool:
             return nn.Identity()
         if global_pool in _FIXED:
             self.gem_args.update(p=_FIXED[global_pool], learn_p=False, per_channel=False)
-        elif is_multigrain_pool(global_pool) and global_pool != 'gem':
+        elif global_pool != 'gem':
             with torch.device('cpu'):  # the exponent is read below, which the meta device could not
                 pool = create_pool(
                     global_pool, input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens, persistent=True)
             if not isinstance(pool, GeM):
                 return pool.to(device=device)
             self.gem_args.update(p=float(pool.p.detach()), learn_p=pool.learn_p, per_channel=False)
-        elif global_pool != 'gem':
-            raise ValueError(
-                f"Unknown global_pool {global_pool!r} for a MultiGrain model: choose 'gem', 'gem4', 'gem_learn', "
-                "'avg', 'max', 'mac', 'spoc', 'rmac', 'crow', or '' for the unpooled map.")
         self.global_pool = 'gem'  # 'gem4', 'avg' and the like are GeM with that exponent
         args = self.gem_args
         return GeM(

@@ -73,7 +73,6 @@ class MultiGrain(nn.Module):
         self.trunk_name = trunk
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.fixed_p = gem_p is not None and not learn_p  # asked for: wins over the p of pretrained weights
         self.trunk = create_trunk(trunk, pretrained_trunk, in_chans, **trunk_kwargs, **dd)
         feature_map = probe_trunk(self.trunk, trunk)
         self.output_fmt = feature_map.format
@@ -83,6 +82,10 @@ class MultiGrain(nn.Module):
         self.head = MultiGrainHead(
             feature_map, num_classes, global_pool=global_pool, gem_p=_parse_p(gem_p), learn_p=learn_p,
             per_channel_p=per_channel_p, gem_eps=gem_eps, drop_rate=drop_rate, whitening=whitening, **dd)
+        if gem_p is not None and global_pool != 'gem' and self.head.gem_args['p'] != _parse_p(gem_p):
+            raise ValueError(f'global_pool={global_pool!r} and gem_p={gem_p} disagree: give one of them.')
+        # an exponent that was asked for wins over the one of pretrained weights
+        self.fixed_p = not self.head.gem_args['learn_p'] and (gem_p is not None or global_pool != 'gem')
         self.head_hidden_size = self.head.embed_dim
         self._trunk_kwargs = trunk_kwargs
         self._recorded_args = {}
