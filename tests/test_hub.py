@@ -45,6 +45,22 @@ def test_another_process_needs_only_the_import(tmp_path):
         assert out.split() == ['2.0', '(3,', '96,', '96)', str(model(torch.ones(1, 3, 64, 64)).sum().item())]
 
 
+@torch.inference_mode()
+def test_a_model_made_by_its_class_or_on_any_trunk(tmp_path):
+    for i, make in enumerate((
+            lambda: timm_multigrain.MultiGrain('regnetx_002', num_classes=3, gem_p=2),
+            lambda: timm.create_model('multigrain', trunk='regnetx_002', num_classes=3, gem_p=2))):
+        model = make().eval()
+        path = save_pretrained(model, tmp_path / str(i))
+        loaded = timm.create_model(f'local-dir:{path}', pretrained=True).eval()
+        x = torch.randn(1, 3, 64, 64)
+        assert torch.equal(loaded(x), model(x)) and loaded.pretrained_cfg['first_conv'] == 'trunk.stem.conv'
+        grey = timm.create_model(f'local-dir:{path}', pretrained=True, in_chans=1, num_classes=5).eval()
+        assert grey(x[:, :1]).shape == (1, 5)
+        torch.testing.assert_close(
+            grey.trunk.stem.conv.weight, model.trunk.stem.conv.weight.sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
+
+
 def test_tuned_model_keeps_its_exponent_and_replaces_the_old_folder(tmp_path):
     model = _model()
     save_pretrained(model, tmp_path / 'model')

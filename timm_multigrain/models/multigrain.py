@@ -16,6 +16,7 @@ from timm.models import get_model_traits
 from timm_multigrain.layers import GeM, Whitening, l2_normalize
 
 from .checkpoint import checkpoint_filter_fn  # timm looks it up beside the class
+from .config import model_cfg
 from .head import MultiGrainHead
 from .trunk import create_trunk, probe_trunk
 
@@ -87,6 +88,7 @@ class MultiGrain(nn.Module):
         # an exponent that was asked for wins over the one of pretrained weights
         self.fixed_p = not self.head.gem_args['learn_p'] and (gem_p is not None or global_pool != 'gem')
         self.head_hidden_size = self.head.embed_dim
+        self.pretrained_cfg = self.default_cfg = model_cfg(self.trunk.pretrained_cfg, architecture='multigrain')
         self._trunk_kwargs = trunk_kwargs
         self._recorded_args = {}
         self._traits = {k: v for k, v in get_model_traits(self.trunk).items() if k in ('img_size', 'fixed_input_size')}

@@ -7,9 +7,16 @@ fb_p<p>_<size>_in1k where only p was fine-tuned at a test size.
 import sys
 
 import timm
-from timm.models import build_model_with_cfg, generate_default_cfgs, get_pretrained_cfg, register_model
+from timm.models import (
+    PretrainedCfg,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    get_pretrained_cfg,
+    register_model,
+)
 
 from .checkpoint import checkpoint_filter_fn
+from .config import model_cfg
 from .multigrain import MultiGrain
 
 __all__ = ['register_multigrain']
@@ -19,30 +26,8 @@ _JOINT = 'jointly trained on ImageNet-1k with repeated augmentation (3 copies an
 
 
 def _cfg(trunk: str, **kwargs) -> dict:
-    """Configuration of a model on this timm trunk, without weights unless given."""
     base = get_pretrained_cfg(trunk)
-    first_conv = base.first_conv
-    if first_conv is not None:
-        single = isinstance(first_conv, str)
-        first_conv = f'trunk.{first_conv}' if single else tuple(f'trunk.{name}' for name in first_conv)
-    return {
-        'url': '',
-        'num_classes': 1000,
-        'input_size': base.input_size,
-        'min_input_size': base.min_input_size,
-        'fixed_input_size': base.fixed_input_size,
-        'pool_size': base.pool_size,
-        'crop_pct': base.crop_pct,
-        'interpolation': base.interpolation,
-        'mean': base.mean,
-        'std': base.std,
-        'first_conv': first_conv,
-        'classifier': 'head.fc',
-        'paper_name': 'MultiGrain: a unified image embedding for classes and instances',
-        'paper_ids': 'arXiv:1902.05509',
-        'origin_url': 'https://github.com/facebookresearch/multigrain',
-        **kwargs,
-    }
+    return model_cfg(base.to_dict() if base else {}, **kwargs)
 
 
 def _fb_cfg(trunk: str, file: str, description: str, **kwargs) -> dict:
@@ -103,7 +88,10 @@ def _create_multigrain(variant: str, pretrained: bool = False, **kwargs) -> Mult
 @register_model
 def multigrain(pretrained: bool = False, **kwargs) -> MultiGrain:
     """MultiGrain on the timm model that `trunk` names, ResNet-50 without it."""
-    return _create_multigrain('multigrain', pretrained, **dict(dict(trunk='resnet50'), **kwargs))
+    trunk = kwargs.setdefault('trunk', 'resnet50')
+    if not isinstance(kwargs.get('pretrained_cfg'), (dict, PretrainedCfg)):
+        kwargs['pretrained_cfg'] = _cfg(trunk, architecture='multigrain')
+    return _create_multigrain('multigrain', pretrained, **kwargs)
 
 
 @register_model
