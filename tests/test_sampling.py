@@ -87,7 +87,7 @@ def naive_pairs(target, usable=None):
 
 def check_golden(numbers, tag):
     embedding, target = numbers[f'{tag}.embedding'], numbers[f'{tag}.target']
-    sampler = DistanceWeightedSampler(generator=0)
+    sampler = DistanceWeightedSampler('batch', generator=0)
     prob, uniform_row = sampler.probabilities(embedding, target)
     torch.testing.assert_close(prob.double(), numbers[f'{tag}.prob'], rtol=0, atol=2e-5)
     torch.testing.assert_close(prob.sum(1), torch.ones(len(prob)))
@@ -162,7 +162,7 @@ def test_batch_equals_row_without_underflow():
 
 def test_underflow_limits(golden):
     """The largest distance of a negative whose weight survives float32, by C and the closest pair of the batch."""
-    sampler = DistanceWeightedSampler()
+    sampler = DistanceWeightedSampler('batch')
     target = torch.tensor([0, 0, 1])
     for dim, limits in json.loads((golden / 'sampling.json').read_text())['limits'].items():
         for d, expected in limits['log_weight'].items():

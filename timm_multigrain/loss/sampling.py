@@ -159,7 +159,7 @@ class DistanceWeightedSampler(TripletSampler):
     rows that are not finite are left out.
 
     Args:
-        normalize: 'batch' or 'row'.
+        normalize: 'row' or 'batch'.
         cutoff: Distances below are raised to it (weight cap tau).
         nonzero_loss_cutoff: Negatives at this distance or beyond are not drawn, as their loss would be zero.
         max_positives: See `TripletSampler`.
@@ -168,7 +168,7 @@ class DistanceWeightedSampler(TripletSampler):
 
     def __init__(
             self,
-            normalize: str = 'batch',
+            normalize: str = 'row',
             cutoff: float = 0.5,
             nonzero_loss_cutoff: float = 1.4,
             max_positives: int | None = None,

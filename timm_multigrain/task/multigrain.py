@@ -69,7 +69,8 @@ class MultiGrainTask(ClassificationTask):
         instance_loss: 'margin', 'contrastive', 'triplet', 'pml:NAME' or a loss object.
         instance_loss_kwargs: Its arguments (beta_init, margin, ...).
         sampling: Negatives: 'row' or 'batch' (distance-weighted), 'uniform', or a sampler object.
-        num_repeats: Copies of each image in a batch, as the loader's.
+        num_repeats: Copies of each image in a batch, as the loader's. A sampler made by name uses at most that many
+            less one as positives of an anchor, so that its output has one size and a GPU need not wait for the host.
         gather: Take negatives from the batches of all ranks.
 
     Raises:
@@ -107,7 +108,9 @@ class MultiGrainTask(ClassificationTask):
         self._positives_seen = False
         if self.joint:
             loss = create_instance_loss(instance_loss, **(instance_loss_kwargs or {})).to(self.device)
-            self.sampler = create_sampler(sampling) if isinstance(sampling, str) else sampling
+            if isinstance(sampling, str):
+                sampling = create_sampler(sampling, max_positives=num_repeats - 1)
+            self.sampler = sampling
             self.trainable_module = MultiGrainTrainableModule(model, loss)
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'MultiGrainTask':
