@@ -106,6 +106,7 @@ def test_intermediates_and_features_only(name):
     torch.testing.assert_close(last, model.forward_features(x))
     assert [i.shape[1] for i in intermediates] == [info['num_chs'] for info in model.feature_info]
     backbone = _small(name, features_only=True).eval()
+    backbone.model.set_grad_checkpointing()
     assert [f.shape[1] for f in backbone(x)] == backbone.feature_info.channels()
     for feature, intermediate in zip(backbone(x), intermediates, strict=True):
         torch.testing.assert_close(feature, intermediate)
@@ -195,6 +196,25 @@ def test_reset_classifier_keeps_the_pooling_and_its_exponent():
     assert not [p for p in frozen.parameters() if p.requires_grad]
     model.double().reset_classifier(3)
     assert model.head.fc.weight.dtype == torch.float64 and not model.head.fc.training
+
+
+@pytest.mark.parametrize('name', SMALL)
+@torch.no_grad()
+def test_pruned_trunk_gets_a_head_of_its_width(name):
+    model = _small(name).eval()
+    x = torch.randn(2, 3, 64, 64)
+    expected = model(x)
+    last = len(model.feature_info) - 1
+    whole = copy.deepcopy(model)
+    whole.prune_intermediate_layers([last], prune_head=False)
+    torch.testing.assert_close(whole(x), expected)
+    tap = model.forward_intermediates(x, intermediates_only=True)[last - 1]
+    model.prune_intermediate_layers([last - 1], prune_norm=True)
+    torch.testing.assert_close(model(x), tap)
+    model.reset_classifier(7, 'avg')
+    assert model.head_hidden_size == model.embed_dim == model.num_features == tap.shape[1]
+    assert model(x).shape == (2, 7)
+    torch.testing.assert_close(model.forward_head(tap, pre_logits=True), tap.mean((2, 3)))
 
 
 def test_token_pooling_leaves_prefix_tokens_out():

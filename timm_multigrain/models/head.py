@@ -112,6 +112,12 @@ class MultiGrainHead(nn.Module):
         self.embed_dim = components
         self.reset_fc(num_classes, device=device, dtype=dtype)
 
+    def set_channels(self, channels: int) -> None:
+        """Take a map of so many channels from now on (a pruned trunk's); a whitening of other channels goes."""
+        self.feature_map = self.feature_map._replace(channels=channels)
+        self.whitening = nn.Identity()
+        self.embed_dim = channels
+
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         x = self.pool(x)
         if self.pooled:

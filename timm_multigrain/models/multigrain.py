@@ -237,10 +237,13 @@ class MultiGrain(nn.Module):
             prune_head: bool = True,
     ) -> list[int]:
         """Drop the layers behind the last of these intermediate maps. Arguments and result as in timm."""
-        channels = self.trunk.num_features
         indices = self.trunk.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
-        if prune_head or self.trunk.num_features != channels:
-            self.num_features = self.head_hidden_size = self.trunk.num_features
+        channels = probe_trunk(self.trunk, self.trunk_name).channels
+        pruned = channels != self.num_features
+        if pruned:
+            self.head.set_channels(channels)
+            self.num_features = self.head_hidden_size = channels
+        if prune_head or pruned:
             self.reset_classifier(0, '')
         return indices
 
