@@ -131,7 +131,10 @@ def _copy_table(scores: dict[str, DemoScores]) -> Table:
 def _curves(trained: TrainedModel, epochs: int) -> dict[str, tuple[list[float], list[float]]]:
     """Means over quarter epochs, at their middle."""
     curves = {}
-    for name, values in trained.history.items():
+    for name in ('cross-entropy', 'train top-1', 'margin loss', 'beta'):
+        if name not in trained.history:
+            continue
+        values = trained.history[name]
         chunks = torch.tensor(values).chunk(4 * epochs)
         step = len(values) / epochs / len(chunks[0])
         curves[name] = ([(i + 0.5) / step for i in range(len(chunks))], [chunk.mean().item() for chunk in chunks])
