@@ -1,6 +1,9 @@
 """The training task: the objective recomputed by hand, timm's task contract, and two real processes."""
 import copy
+import os
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import timm
@@ -221,15 +224,13 @@ def _freeze_norms(task):
 @pytest.mark.slow
 @pytest.mark.parametrize('gather', ['gather', 'local'])
 def test_two_processes(tmp_path, gather):
-    import subprocess
-    from pathlib import Path
     script = tmp_path / 'worker.py'
     script.write_text(_WORKER)
     root = Path(__file__).resolve().parents[1]
     processes = [
         subprocess.Popen(
             [sys.executable, str(script), str(rank), '2', str(tmp_path / 'grads'), gather], cwd=root,
-            env={**__import__('os').environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'})
+            env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'})
         for rank in range(2)]
     assert [p.wait(timeout=240) for p in processes] == [0, 0]
     grads = torch.load(tmp_path / 'grads', weights_only=True)
