@@ -173,3 +173,16 @@ def test_other_classes_channels_and_unknown_files():
         _load('multigrain_resnet18', timm.create_model('convnext_atto').state_dict())
     with pytest.raises(ValueError, match="'surprise' does not belong"):
         _load('multigrain_resnet18', {**state, 'surprise': torch.zeros(1)})
+
+
+def test_load_state_dict_takes_weights_of_the_trunk(tmp_path):
+    trunk = timm.create_model('resnet10t', num_classes=7)
+    path = tmp_path / 'timm.pth'
+    torch.save({'state_dict': {f'module.{k}': v for k, v in trunk.state_dict().items()}}, path)
+    model = timm.create_model('multigrain', trunk='resnet10t', num_classes=7, gem_p=2.5, checkpoint_path=path)
+    assert torch.equal(model.trunk.layer2[0].conv1.weight, trunk.layer2[0].conv1.weight)
+    assert torch.equal(model.head.fc.weight, trunk.fc.weight) and model.gem_p == 2.5
+    with pytest.raises(RuntimeError, match='size mismatch'):  # as timm's own models answer
+        timm.create_model('multigrain', trunk='resnet10t', num_classes=6, checkpoint_path=path)
+    with pytest.raises(ValueError, match='neither a MultiGrain one'):
+        model.load_state_dict({'blocks.0.weight': torch.zeros(1)})

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import timm
 
 import timm_multigrain
 from timm_multigrain.cli.main import main
@@ -52,3 +53,14 @@ def test_old_timm_is_refused_in_one_sentence(tmp_path):
         env={**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{Path(timm_multigrain.__path__[0]).parent}'})
     assert done.returncode
     assert 'needs timm 1.0.31 or newer, found 1.0.29.dev0 in' in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_checkout_of_timm_in_the_current_folder_does_not_hide_the_installed_one(tmp_path):
+    (tmp_path / 'timm').mkdir()
+    (tmp_path / 'timm' / '__init__.py').write_text('__version__ = "1.0.29.dev0"')
+    script = tmp_path / 'validate.py'
+    script.write_text('import timm, sys\nprint(timm.__version__, sys.argv[1:], __name__)\n')
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_multigrain', 'validate.py', '--flag'], capture_output=True, text=True,
+        cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(Path(timm_multigrain.__path__[0]).parent)})
+    assert done.stdout.split(maxsplit=1) == [timm.__version__, "['--flag'] __main__\n"], done.stderr

@@ -502,3 +502,15 @@ def test_create_sampler():
         sampler = create_sampler(name, cutoff=0.4, max_positives=1, generator=3)
         assert (sampler.normalize, sampler.cutoff, sampler.max_positives) == (name, 0.4, 1)
     assert Triplets._fields == ('anchor', 'positive', 'negative')
+
+
+@pytest.mark.parametrize('max_positives', [None, 2])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])
+def test_triplets_with_their_probabilities(max_positives, dtype):
+    embedding = F.normalize(torch.randn(12, 64, dtype=dtype), dim=1)
+    target = torch.arange(12) // 3
+    alone = DistanceWeightedSampler(max_positives=max_positives, generator=3)(embedding, target)
+    sampler = DistanceWeightedSampler(max_positives=max_positives, generator=3)
+    triplets, prob = sampler(embedding, target, return_prob=True)
+    assert all(torch.equal(a, b) for a, b in zip(alone, triplets, strict=True))
+    assert torch.equal(prob, sampler.probabilities(embedding, target)[0]) and prob.dtype == dtype

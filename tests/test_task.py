@@ -14,7 +14,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 import timm_multigrain  # noqa: F401 - registers the models
-from timm_multigrain.loss import MarginLoss, UniformSampler
+from timm_multigrain.loss import DistanceWeightedSampler, MarginLoss, UniformSampler
 from timm_multigrain.task import MultiGrainTask
 
 
@@ -178,41 +178,70 @@ def test_bad_arguments_and_batches():
         task(x[:3], target[:3])
 
 
+def test_statistics_by_hand():
+    x, target = _batch()
+    task = MultiGrainTask(_model().eval(), sampling=DistanceWeightedSampler(max_positives=2, generator=0),
+                          statistics=True)
+    task.train()
+    task.trainable_module.model.eval()
+    result = task(x, target)
+    with torch.no_grad():
+        embedding = task.trainable_module.model.embed(x).double()
+    sampler = DistanceWeightedSampler(max_positives=2, generator=0)
+    triplets, (prob, _) = sampler(embedding, target[:, 1]), sampler.probabilities(embedding, target[:, 1])
+    active, distances = [[], []], [[], []]
+    for a, p, n in zip(*(t.tolist() for t in triplets), strict=True):
+        for kind, other, sign in ((0, p, 1), (1, n, -1)):
+            distance = (embedding[a] - embedding[other]).norm().item()
+            distances[kind].append(distance)
+            active[kind].append(0.2 + sign * (distance - 1.2) > 0)
+    entropy = -(prob * prob.clamp(min=1e-300).log()).sum(1)
+    squares = [(a - b).square().sum().item() for a in embedding for b in embedding]
+    expected = {
+        'active_positives': sum(active[0]) / len(active[0]),
+        'active_negatives': sum(active[1]) / len(active[1]),
+        'positive_distance': sum(distances[0]) / len(distances[0]),
+        'negative_distance': sum(distances[1]) / len(distances[1]),
+        'effective_negatives': entropy.exp().mean().item(),
+        'spread': sum(squares) / len(squares) / 2,
+    }
+    found = {k: v.item() for k, v in result.items() if k in expected}
+    assert found == pytest.approx(expected, rel=2e-3)
+    assert not set(expected) & set(MultiGrainTask(_model()).train()(x, target))
+
+
+@pytest.mark.parametrize('loss', ['contrastive', 'triplet'])
+def test_statistics_of_other_losses(loss):
+    task = MultiGrainTask(_model(), instance_loss=loss, statistics=True).train()
+    names = set(task(*_batch())) - {'loss', 'output', 'classification_loss', 'instance_loss'}
+    assert names == {'spread', 'effective_negatives'}
+
+
 _WORKER = '''
 import sys, torch, torch.distributed as dist
 import timm, timm_multigrain
 from timm_multigrain.task import MultiGrainTask
-from tests.test_task import _batch, _AllPairs, _freeze_norms
+from timm_multigrain.loss import DistanceWeightedSampler
+from tests.test_task import _batch, _freeze_norms
 rank, world, path, gather = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4] == 'gather'
 dist.init_process_group('gloo', init_method=f'file://{path}.store', rank=rank, world_size=world)
 torch.manual_seed(0)
-model = timm.create_model('multigrain', trunk='resnet10t', num_classes=4)
-task = MultiGrainTask(model, sampling=_AllPairs(), gather=gather)
+model = timm.create_model('multigrain', trunk='resnet10t', num_classes=4).double()
+task = MultiGrainTask(model, sampling=DistanceWeightedSampler(max_positives=2), gather=gather)
 task.prepare_distributed(device_ids=[torch.device('cpu')])
 _freeze_norms(task.train())
 x, target = _batch()
 half = len(x) // world
 for _ in range(2):  # a second step fails if a parameter was left out of the first one's reduction
     task.zero_grad()
-    result = task(x[rank * half:][:half], target[rank * half:][:half])
+    task.sampler.generator = 5  # gathered, all ranks see the same batch and have to draw the same negatives
+    result = task(x[rank * half:][:half].double(), target[rank * half:][:half])
     result['loss'].backward()
 if rank == 0:
     trainable = task.get_trainable_module().module
     torch.save({n: p.grad for n, p in trainable.named_parameters()}, path)
 dist.destroy_process_group()
 '''
-
-
-class _AllPairs(UniformSampler):
-    """Every anchor and positive with the same negative, so that a draw does not differ between runs."""
-
-    def forward(self, embedding, target):
-        from timm_multigrain.loss import Triplets
-        index = range(len(target))
-        rows = [
-            (a, p, next(n for n in index if target[n] != target[a]))
-            for a in index for p in index if a != p and target[a] == target[p]]
-        return Triplets(*torch.tensor(rows).unbind(1))
 
 
 def _freeze_norms(task):
@@ -237,9 +266,10 @@ def test_two_processes(tmp_path, gather):
     assert all(g is not None for g in grads.values())
     if gather == 'gather':  # the gradient of one process on the whole batch
         x, target = _batch()
-        task = MultiGrainTask(_model(), sampling=_AllPairs())
+        task = MultiGrainTask(_model().double(), sampling=DistanceWeightedSampler(max_positives=2, generator=5))
         _freeze_norms(task.train())
-        task(x, target)['loss'].backward()
+        task(x.double(), target)['loss'].backward()
         for name, parameter in task.get_trainable_module().named_parameters():
-            torch.testing.assert_close(grads[name], parameter.grad, rtol=1e-4, atol=1e-6)
+            difference = (grads[name] - parameter.grad).norm()
+            assert difference <= 1e-6 * parameter.grad.norm() + 1e-12, name
     assert isinstance(MultiGrainTask(_model()).get_trainable_module().instance_loss, MarginLoss)

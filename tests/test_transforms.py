@@ -1,4 +1,5 @@
 """Lighting, training recipes and test-time sizes against the original implementation's numbers."""
+import copy
 import json
 import random
 
@@ -7,11 +8,12 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import create_transform as timm_transform
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
 from timm_multigrain.data import Lighting, create_eval_transform, create_transform, resize_shape
-from timm_multigrain.data.lighting import EIGENVALUES, EIGENVECTORS
+from timm_multigrain.data.lighting import EIGENVALUES, EIGENVECTORS, insert_lighting
 from timm_multigrain.data.transforms import Resize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -52,6 +54,52 @@ def test_lighting_by_hand(dtype, rescale):
                 value = (image[c, y, x].item() + shift) / (1.25 if rescale else 1)
                 tolerance = 2e-3 if dtype == torch.float16 else 1e-6
                 assert result[c, y, x].item() == pytest.approx(min(1, max(0, value)), abs=tolerance)
+
+
+def test_lighting_of_pictures_is_that_of_tensors_rounded():
+    image, alpha = picture(5, 4), torch.tensor([0.3, -0.2, 0.5])
+    expected = Lighting(0.1)(F.to_tensor(image), alpha) * 255
+    result = F.pil_to_tensor(Lighting(0.1)(image, alpha))
+    assert (result - expected).abs().max() <= 0.5 + 1e-4 and result.dtype == torch.uint8
+    with pytest.raises(ValueError, match='mode L'):
+        Lighting(0.1)(picture(5, 4, 'L'))
+
+
+@pytest.mark.parametrize('no_aug', [False, True])
+@pytest.mark.parametrize('prefetcher', [False, True])
+def test_lighting_inserted_before_the_normalisation(prefetcher, no_aug):
+    class Dataset:
+        transform = timm_transform(32, is_training=True, use_prefetcher=prefetcher, no_aug=no_aug, hflip=0.)
+
+    plain, image = copy.deepcopy(Dataset.transform), picture(40, 40)
+    lighting = Lighting(0.5)
+    insert_lighting(Dataset, lighting)
+
+    def run(transform):
+        random.seed(1)
+        torch.manual_seed(1)
+        return transform(image)
+
+    before, after = run(plain), run(Dataset.transform)
+    assert before.dtype == after.dtype == (torch.uint8 if prefetcher else torch.float32)
+    mean, std = torch.tensor(MEAN)[:, None, None], torch.tensor(STD)[:, None, None]
+    pixels = (before / 255, after / 255) if prefetcher else (before * std + mean, after * std + mean)
+    shift = pixels[1] * 1.5 - pixels[0]  # one number a channel, where nothing was clamped
+    inside = (pixels[1] > 0.01) & (pixels[1] < 0.99)
+    for channel in range(3):
+        assert shift[channel][inside[channel]].std() < (3e-3 if prefetcher else 1e-6)
+    assert shift[inside].abs().max() > 1e-3
+
+
+def test_lighting_inserted_into_every_scheduled_size():
+    class Dataset:
+        transforms = [timm_transform(size, is_training=True, use_prefetcher=True) for size in (32, 48)]
+
+    insert_lighting(Dataset, Lighting(0.1))
+    assert [sum(isinstance(s, Lighting) for s in t.transforms) for t in Dataset.transforms] == [1, 1]
+    Dataset.transforms = [T.Compose([T.RandomHorizontalFlip()])]
+    with pytest.raises(RuntimeError, match='no conversion to a tensor'):
+        insert_lighting(Dataset, Lighting(0.1))
 
 
 def test_lighting_draws_from_torch():

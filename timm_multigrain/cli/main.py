@@ -1,4 +1,7 @@
-"""The `timm-multigrain` command, also `python -m timm_multigrain`: one module a subcommand."""
+"""The `timm-multigrain` command, also `python -m timm_multigrain`: one module a subcommand.
+
+A first argument that ends in .py is one of timm's scripts, to be run with this package registered.
+"""
 import argparse
 import sys
 
@@ -13,9 +16,15 @@ _COMMANDS = {'demo': demo}
 
 def main(argv: list[str] | None = None) -> int:
     """Run a subcommand. What the user can mend is one sentence on stderr and exit status 2, not a traceback."""
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].endswith('.py'):
+        from timm_multigrain.launcher import launch
+        launch(argv[0], argv[1:])
+        return 0
     parser = argparse.ArgumentParser(
         prog='timm-multigrain',
-        description='MultiGrain for timm: one image embedding for classes, instances and copies.')
+        description='MultiGrain for timm: one image embedding for classes, instances and copies.',
+        epilog="With a first argument that ends in .py, such as PATH/train.py, it runs that script of timm's.")
     parser.add_argument('--version', action='version', version=f'timm_multigrain {__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, module in _COMMANDS.items():

@@ -3,8 +3,13 @@ NIPS 2012, section 4.1, as used by Berman et al., "MultiGrain", arXiv 1902.05509
 """
 import math
 
+import numpy as np
 import torch
+from PIL import Image
+from timm.data.transforms import MaybePILToTensor, MaybeToTensor
 from torch import nn
+from torch.utils.data import Dataset
+from torchvision.transforms import PILToTensor, ToTensor
 
 # principal components of the RGB values of ImageNet
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
@@ -26,7 +31,7 @@ class Lighting(nn.Module):
         rescale: Divide by 1 + std.
 
     Raises:
-        ValueError: Negative or non-finite std; an image that is not (..., 3, H, W) floating point.
+        ValueError: Negative or non-finite std; an image that is neither (..., 3, H, W) floating point nor RGB.
     """
 
     def __init__(self, std: float = 0.1, rescale: bool = True):
@@ -36,8 +41,21 @@ class Lighting(nn.Module):
         self.std = std
         self.rescale = rescale
 
-    def forward(self, image: torch.Tensor, alpha: torch.Tensor | None = None) -> torch.Tensor:
-        """(3, H, W) float in [0, 1] -> the same; `alpha` (3,) is drawn from torch's global generator unless given."""
+    def forward(
+            self,
+            image: torch.Tensor | Image.Image,
+            alpha: torch.Tensor | None = None,
+    ) -> torch.Tensor | Image.Image:
+        """(3, H, W) float in [0, 1] -> the same; `alpha` (3,) is drawn from torch's global generator unless given.
+
+        An RGB image of Pillow gives one, rounded to 8 bits.
+        """
+        if isinstance(image, Image.Image):
+            if image.mode != 'RGB':
+                raise ValueError(f'the image is of mode {image.mode}: lighting is made for RGB, convert it')
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
+            pixels = (self(pixels, alpha) * 255).round().to(torch.uint8)
+            return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
         if image.ndim < 3 or image.shape[-3] != 3 or not image.is_floating_point():
             raise ValueError(
                 f'the image is {tuple(image.shape)} {image.dtype}: give (3, H, W) floats in [0, 1], as after ToTensor')
@@ -51,3 +69,30 @@ class Lighting(nn.Module):
 
     def extra_repr(self) -> str:
         return f'std={self.std}, rescale={self.rescale}'
+
+
+def insert_lighting(dataset: Dataset, lighting: Lighting) -> None:
+    """Put lighting into the transforms that timm's create_loader gave a dataset, where the original has it: after all
+    that works on images and before the normalisation.
+
+    timm's prefetcher normalises on the device and its loader hands over 8-bit images: there the result is rounded to 8
+    bits. Without prefetcher nothing is.
+
+    Args:
+        dataset: With a `transform`, or the `transforms` of scheduled sizes, that have a conversion to tensors.
+        lighting: What to insert.
+
+    Raises:
+        RuntimeError: timm's transforms hold no conversion to tensors that is known.
+    """
+    composed = getattr(dataset, 'transforms', None)
+    for transform in composed if isinstance(composed, (list, tuple)) else [dataset.transform]:
+        steps = getattr(transform, 'transforms', [])
+        at = next((i for i, s in enumerate(steps) if isinstance(s, _TO_FLOAT + _TO_UINT8)), None)
+        if at is None:
+            raise RuntimeError(f'no conversion to a tensor found in {transform}, before which lighting could be put')
+        steps.insert(at + 1 if isinstance(steps[at], _TO_FLOAT) else at, lighting)
+
+
+_TO_FLOAT = (MaybeToTensor, ToTensor)
+_TO_UINT8 = (MaybePILToTensor, PILToTensor)

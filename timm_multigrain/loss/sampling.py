@@ -91,12 +91,26 @@ class TripletSampler(nn.Module):
         return log_prob.exp().to(torch.promote_types(embedding.dtype, torch.float32)), uniform_row
 
     @torch.no_grad()
-    def forward(self, embedding: Tensor, target: Tensor) -> Triplets:
-        """Draws triplets, ordered by anchor, then positive; arguments and errors as in `probabilities`."""
+    def forward(
+            self,
+            embedding: Tensor,
+            target: Tensor,
+            return_prob: bool = False,
+    ) -> Triplets | tuple[Triplets, Tensor]:
+        """Draws triplets, ordered by anchor, then positive; arguments and errors as in `probabilities`.
+
+        With `return_prob` also the probabilities (B, B), as `probabilities` gives them, without computing them twice.
+        """
         positives, negatives, log_prob, _ = self._log_probabilities(embedding, target)
-        batch_size = len(target)
+        triplets = self._triplets(positives, negatives, log_prob)
+        if return_prob:
+            return triplets, log_prob.exp().to(torch.promote_types(embedding.dtype, torch.float32))
+        return triplets
+
+    def _triplets(self, positives: Tensor, negatives: Tensor, log_prob: Tensor) -> Triplets:
+        batch_size = len(positives)
         slots = batch_size if self.max_positives is None else min(self.max_positives, batch_size)
-        index = torch.arange(batch_size, device=target.device)
+        index = torch.arange(batch_size, device=positives.device)
         num_draws = positives.sum(1).clamp(max=slots) * negatives.any(1)
         anchor = index[:, None].expand(-1, slots)
         positive = (positives * (batch_size - index)).topk(slots).indices

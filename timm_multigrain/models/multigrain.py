@@ -6,7 +6,7 @@ embedding, L2-normalised, is the retrieval descriptor. Training it for both is M
 """
 import copy
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
@@ -172,6 +172,15 @@ class MultiGrain(nn.Module):
         return 'head.fc' if name_only else self.head.fc
 
     @torch.jit.ignore
+    def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
+        """As any module's; takes also what `checkpoint_filter_fn` understands, such as timm's weights of the trunk.
+
+        timm loads `checkpoint_path` (train.py --initial-checkpoint, validate.py --checkpoint) without a filter.
+        """
+        if state_dict and not any(k.removeprefix('module.').startswith('trunk.') for k in state_dict):
+            state_dict = checkpoint_filter_fn(dict(state_dict), self)
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a fresh classifier; pooling, its exponent and a whitening stay.
 

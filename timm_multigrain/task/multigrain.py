@@ -12,9 +12,11 @@ from timm.utils import unwrap_model
 
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.loss import create_instance_loss, create_sampler
+from timm_multigrain.loss.sampling import TripletSampler
 from timm_multigrain.models import MultiGrain
 
 from .gather import all_gather_with_grad
+from .statistics import instance_statistics
 
 __all__ = ['MultiGrainTask', 'MultiGrainTrainableModule']
 
@@ -72,6 +74,7 @@ class MultiGrainTask(ClassificationTask):
         num_repeats: Copies of each image in a batch, as the loader's. A sampler made by name uses at most that many
             less one as positives of an anchor, so that its output has one size and a GPU need not wait for the host.
         gather: Take negatives from the batches of all ranks.
+        statistics: Add what to watch in a training to the result, see `timm_multigrain.task.statistics`.
 
     Raises:
         ValueError: lambda outside [0, 1], fewer than 2 repeats with lambda < 1, or an unknown loss or sampling.
@@ -88,6 +91,7 @@ class MultiGrainTask(ClassificationTask):
             sampling: str | nn.Module = 'row',
             num_repeats: int = 3,
             gather: bool = False,
+            statistics: bool = False,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
             verbose: bool = True,
@@ -104,6 +108,7 @@ class MultiGrainTask(ClassificationTask):
         self.classif_weight = classif_weight
         self.num_repeats = num_repeats
         self.gather = gather
+        self.statistics = statistics
         self.joint = classif_weight < 1
         self._positives_seen = False
         if self.joint:
@@ -177,7 +182,7 @@ class MultiGrainTask(ClassificationTask):
 
         Returns:
             'loss', 'output' (logits), and with an instance loss also 'classification_loss', 'instance_loss' and, if it
-            has one, 'beta', detached.
+            has one, 'beta', detached; then the statistics, if asked for.
 
         Raises:
             ValueError: Training without instance ids, or with a batch that has no two instances or no two copies.
@@ -194,7 +199,7 @@ class MultiGrainTask(ClassificationTask):
                 f'{tuple(target.shape)}. timm_multigrain.data.create_loader gives them.')
         logits, embedding, _ = self.trainable_module(input)
         classification_loss = self.criterion(logits, labels)
-        instance_loss = self._instance_loss(embedding, target[:, 1])
+        instance_loss, statistics = self._instance_loss(embedding, target[:, 1])
         loss = self.classif_weight * classification_loss + (1 - self.classif_weight) * instance_loss
         result = {
             'loss': loss,
@@ -205,17 +210,22 @@ class MultiGrainTask(ClassificationTask):
         beta = getattr(self._trainable(None, False).instance_loss, 'beta', None)
         if beta is not None:
             result['beta'] = beta.detach()
-        return result
+        return result | statistics
 
-    def _instance_loss(self, embedding: torch.Tensor, instance: torch.Tensor) -> torch.Tensor:
+    def _instance_loss(self, embedding: torch.Tensor, instance: torch.Tensor) -> tuple[torch.Tensor, dict]:
         with torch.autocast(embedding.device.type, enabled=False):
-            embedding = l2_normalize(embedding.float())
+            embedding = l2_normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)))
             if self.gather:
                 embedding, instance = all_gather_with_grad(embedding), all_gather_with_grad(instance)
             self._check_instances(instance)
             loss = self._trainable(None, False).instance_loss
-            triplets = self.sampler(embedding.detach(), instance) if loss.needs_triplets else None
-            return loss(embedding, instance, triplets)
+            triplets, prob = None, None
+            if loss.needs_triplets and self.statistics and isinstance(self.sampler, TripletSampler):
+                triplets, prob = self.sampler(embedding.detach(), instance, return_prob=True)
+            elif loss.needs_triplets:
+                triplets = self.sampler(embedding.detach(), instance)
+            value = loss(embedding, instance, triplets)
+            return value, instance_statistics(embedding, loss, triplets, prob) if self.statistics else {}
 
     def _check_instances(self, instance: torch.Tensor) -> None:
         # Reading ids back stops a GPU: done on the first batch, and on those small enough to hold one instance only.

@@ -1,0 +1,109 @@
+"""What the launcher prints and warns of, recomputed from the results it was given."""
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from timm_multigrain.train.monitor import Monitor
+
+GOOD = {'classification_loss': 2.0, 'instance_loss': 0.5, 'beta': 1.2, 'active_positives': 0.25,
+        'active_negatives': 0.5, 'effective_negatives': 12.34, 'spread': 0.4}
+
+
+def _result(**changes):
+    values = {k: torch.tensor([v] if k == 'beta' else v) for k, v in (GOOD | changes).items()}
+    return {'loss': torch.tensor(1.), 'output': torch.zeros(2, 3), **values}
+
+
+@pytest.fixture
+def log():
+    """A logger as train.py's, filtered by a monitor, with the list of its messages."""
+    monitor, messages = Monitor(), []
+    logger = logging.Logger('train')
+    logger.addFilter(monitor)
+    handler = logging.Handler()
+    handler.emit = lambda record: messages.append(record.getMessage())
+    logger.addHandler(handler)
+    return monitor, logger, messages
+
+
+def test_averages_and_log_line(log):
+    monitor, logger, messages = log
+    assert monitor.averages() == {}
+    for classification, beta in ((1., 1.2), (2., 1.1), (6., 1.0)):
+        monitor.update(_result(classification_loss=classification, beta=beta))
+    logger.info('Train: %d [ 0/3]', 7)
+    logger.info('Test: [0/1]')
+    assert messages == [
+        'Train: 7 [ 0/3]  CE: 6.00 (3.00)  Instance: 0.500 (0.500)  Beta: 1.0000  Active: 25% pos, 50% neg  '
+        'Negatives: 12.3', 'Test: [0/1]']
+    averages = monitor.averages()
+    assert averages == pytest.approx(GOOD | {'classification_loss': 3., 'beta': 1.0})
+    assert all(isinstance(v, float) for v in averages.values())
+    monitor.start()
+    logger.info('Train: 8 [ 0/3]')
+    assert messages[-1] == 'Train: 8 [ 0/3]' and monitor.averages() == {}
+
+
+def test_results_without_an_instance_loss_change_nothing(log):
+    monitor, logger, messages = log
+    monitor.update({'loss': torch.tensor(1.), 'output': torch.zeros(2, 3)})
+    logger.info('Train: 0')
+    assert messages == ['Train: 0'] and monitor.averages() == {}
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'active_positives': 0., 'active_negatives': 0.}, 'No pair costs anything'),
+    ({'beta': 2.5}, 'beta is 2.5'),
+    ({'beta': -0.1}, 'beta is -0.1'),
+    ({'spread': 1e-5}, 'collapsed'),
+    ({'instance_loss': float('nan')}, 'instance_loss not finite'),
+])
+def test_warns_once_an_epoch(log, caplog, change, message):
+    monitor, logger, _ = log
+    for _ in range(2):
+        monitor.update(_result(**change))
+        logger.info('Train: 0')
+    monitor.warn(monitor.averages())
+    assert [message in r.getMessage() for r in caplog.records] == [True]
+    assert caplog.records[0].levelname == 'WARNING'
+    monitor.start()
+    monitor.update(_result(**change))
+    logger.info('Train: 1')
+    assert len(caplog.records) == 2
+
+
+def test_a_healthy_training_is_silent(log, caplog):
+    monitor, logger, _ = log
+    for active in (0., 1.):  # one batch without active pairs is no failure of the window
+        monitor.update(_result(active_positives=0., active_negatives=active))
+    logger.info('Train: 0')
+    monitor.warn(monitor.averages())
+    assert not caplog.records
+
+
+_WORKER = '''
+import sys, torch, torch.distributed as dist
+from timm_multigrain.train.monitor import Monitor
+rank, path = int(sys.argv[1]), sys.argv[2]
+dist.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=2)
+monitor = Monitor()
+for value in [[1., 3.], [5., 7.]][rank]:
+    monitor.update({'loss': torch.tensor(0.), 'classification_loss': torch.tensor(value)})
+assert monitor.averages() == {'classification_loss': 4.0}, monitor.averages()
+dist.destroy_process_group()
+'''
+
+
+@pytest.mark.slow
+def test_averages_over_two_processes(tmp_path):
+    root = Path(__file__).resolve().parents[1]
+    processes = [
+        subprocess.Popen([sys.executable, '-c', _WORKER, str(rank), str(tmp_path / 'store')],
+                         env={**os.environ, 'PYTHONPATH': str(root), 'OMP_NUM_THREADS': '1'})
+        for rank in range(2)]
+    assert [p.wait(timeout=240) for p in processes] == [0, 0]

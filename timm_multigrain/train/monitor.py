@@ -1,0 +1,108 @@
+"""Running averages of the objective's parts for train.py's log lines and summary.csv, and warnings when it dies."""
+import logging
+import math
+
+import torch
+import torch.distributed as dist
+
+__all__ = ['Monitor']
+
+_logger = logging.getLogger(__name__)
+
+# Two unit vectors are at most 2 apart. A spread of 1e-4 is a root mean square distance of 0.014, far below the 0.5
+# under which the sampler no longer tells distances apart.
+BETA_RANGE = 0., 2.
+MIN_SPREAD = 1e-4
+
+
+class Monitor(logging.Filter):
+    """Collects the results of a `MultiGrainTask` over an epoch and appends them to train.py's 'Train: ...' lines.
+
+    Averages stay on the device; the host waits for them only where train.py logs, and at the end of an epoch. Log lines
+    show this process, the epoch's averages all of them.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.start()
+
+    def start(self) -> None:
+        """Begin an epoch."""
+        self.names, self.last, self.total, self.window, self.count, self.fresh = [], None, None, None, 0, 0
+        self.warned = set()
+
+    def update(self, result: dict[str, torch.Tensor]) -> None:
+        """Take the result of one batch."""
+        values = {k: v for k, v in result.items() if k not in ('loss', 'output')}
+        if not values:
+            return
+        self.names = list(values)
+        self.last = torch.stack([v.detach().float().reshape(()) for v in values.values()])
+        self.total = self.last.clone() if self.total is None else self.total + self.last
+        self.window = self.last.clone() if self.window is None else self.window + self.last
+        self.count += 1
+        self.fresh += 1
+
+    def averages(self) -> dict[str, float]:
+        """Averages over the epoch so far and over all processes, which have to call this together; the last beta."""
+        if self.total is None:
+            return {}
+        sums = torch.cat([self.total, self.total.new_tensor([self.count])])
+        if dist.is_available() and dist.is_initialized():
+            dist.all_reduce(sums)
+        averages = dict(zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True))
+        if 'beta' in averages:
+            averages['beta'] = self.last[self.names.index('beta')].item()
+        return averages
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Append to a log record of train.py; no record is held back."""
+        if self.fresh and str(record.msg).startswith('Train: '):
+            now = dict(zip(self.names, self.last.tolist(), strict=True))
+            mean = dict(zip(self.names, (self.total / self.count).tolist(), strict=True))
+            window = dict(zip(self.names, (self.window / self.fresh).tolist(), strict=True))
+            record.msg, record.args = f'{record.getMessage()}  {format_values(now, mean)}', ()
+            self.warn(window)
+            self.window, self.fresh = None, 0
+        return True
+
+    def warn(self, values: dict[str, float]) -> None:
+        """Say once an epoch what has gone wrong with the objective, from averages over some batches."""
+        for kind, message in _failures(values):
+            if kind not in self.warned:
+                self.warned.add(kind)
+                _logger.warning(message)
+
+
+def format_values(now: dict[str, float], mean: dict[str, float]) -> str:
+    """The parts as text, in the style of train.py: the last value (the average)."""
+    parts = []
+    for name, label in (('classification_loss', 'CE'), ('instance_loss', 'Instance')):
+        if name in now:
+            parts.append(f'{label}: {now[name]:#.3g} ({mean[name]:#.3g})')
+    if 'beta' in now:
+        parts.append(f'Beta: {now["beta"]:.4f}')
+    if 'active_positives' in now:
+        parts.append(f'Active: {now["active_positives"]:.0%} pos, {now["active_negatives"]:.0%} neg')
+    if 'effective_negatives' in now:
+        parts.append(f'Negatives: {now["effective_negatives"]:.1f}')
+    return '  '.join(parts)
+
+
+def _failures(values: dict[str, float]) -> list[tuple[str, str]]:
+    found = []
+    broken = [name for name, value in values.items() if not math.isfinite(value)]
+    if broken:
+        return [('finite', f'{", ".join(broken)} not finite: the training has diverged, lower --lr or --mg-beta-lr, or '
+                           'clip the gradients')]
+    if values.get('active_positives', 1) + values.get('active_negatives', 1) == 0:
+        found.append(('active', 'No pair costs anything: the margin loss does not train the embedding any more. Raise '
+                                '--mg-margin, or give stronger augmentation'))
+    low, high = BETA_RANGE
+    if not low < values.get('beta', 1.) < high:
+        found.append(('beta', f'beta is {values["beta"]:.3g}, outside the distances {low:g} to {high:g} of unit '
+                              'vectors: lower --mg-beta-lr'))
+    if values.get('spread', 1.) < MIN_SPREAD:
+        found.append(('spread', f'The embeddings of a batch are nearly equal (spread {values["spread"]:.1e}): they '
+                                'have collapsed, raise --mg-classif-weight or lower --lr'))
+    return found

@@ -1,0 +1,198 @@
+"""The plug-in's options for timm's train.py, and which of the script's own flags do not go with them."""
+import argparse
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from typing import Any
+
+import torch
+from timm.utils import ParseKwargs
+from torch import nn
+
+PREFIX = 'mg_'
+
+
+def _option(default: Any, help: str, type: type = str, metavar: str | None = None) -> Any:
+    metadata = {'help': help, 'type': type, 'metavar': metavar}
+    return field(metadata=metadata, **({'default_factory': dict} if type is dict else {'default': default}))
+
+
+@dataclass(frozen=True)
+class TrainOptions:
+    """MultiGrain's side of a training (arXiv 1902.05509, section 3); the help texts below say what each field is.
+
+    Raises:
+        ValueError: A value out of its range, or values that do not go together.
+        ImportError: An instance loss 'pml:NAME' without pytorch-metric-learning.
+    """
+    repeats: int = _option(3, 'augmented copies of an image in a batch, m in the paper; 1 for none', int, 'N')
+    classif_weight: float = _option(
+        0.5, 'lambda: weight of the classification loss, the instance loss has 1 - lambda', float, 'LAMBDA')
+    instance_loss: str = _option(
+        'margin', 'margin, contrastive, triplet, or pml:NAME for a loss of pytorch-metric-learning', str, 'LOSS')
+    margin: float | None = _option(
+        None, "the instance loss's margin (default: 0.2 for margin and triplet, 1 for contrastive)", float, 'ALPHA')
+    beta_init: float | None = _option(
+        None, 'initial boundary of the margin loss, learned from there (default: 1.2)', float, 'BETA')
+    beta_lr: float | None = _option(
+        None, "learning rate of the instance loss's parameters (beta), on train.py's schedule (default: the --lr)",
+        float, 'LR')
+    instance_loss_kwargs: dict = _option(
+        None, 'further arguments of the instance loss, such as use_triplets=False for pml:NAME', dict, 'NAME=VALUE')
+    sampling: str = _option(
+        'row', "negatives: row (distance-weighted), batch (as the original implementation: uniform from about 512 "
+        'channels on) or uniform', str, 'NAME')
+    gather: bool = _option(False, 'take negatives from the batches of all processes', bool)
+    epoch_len_factor: float = _option(
+        1.0, "samples of an epoch over images of the training set (the original's recipe: 2)", float, 'FACTOR')
+    lighting: float = _option(0.0, "PCA colour noise; the original's full augmentation uses 0.1", float, 'STD')
+
+    def __post_init__(self):
+        _check_values(self)
+        if self.joint:
+            self.create_loss()
+
+    @property
+    def joint(self) -> bool:
+        """Whether there is an instance loss."""
+        return self.classif_weight < 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether nothing of train.py is changed at all."""
+        return not self.joint and self.repeats == 1 and self.epoch_len_factor == 1 and not self.lighting
+
+    def loss_kwargs(self) -> dict[str, Any]:
+        """Arguments of the instance loss."""
+        named = {'margin': self.margin, 'beta_init': self.beta_init}
+        return {k: v for k, v in named.items() if v is not None} | self.instance_loss_kwargs
+
+    def create_loss(self) -> nn.Module:
+        """The instance loss, tried once on six unit vectors if it has no parameters whose shape that could break."""
+        from timm_multigrain.loss import UniformSampler, create_instance_loss
+
+        try:
+            loss = create_instance_loss(self.instance_loss, **self.loss_kwargs())
+        except TypeError as e:
+            raise ValueError(f'--mg-instance-loss {self.instance_loss} with {self.loss_kwargs()}: {e}') from e
+        if self.instance_loss.startswith('pml:') and not list(loss.parameters()):
+            embedding, instance = torch.eye(6), torch.arange(3).repeat_interleave(2)
+            loss(embedding, instance, UniformSampler(generator=0)(embedding, instance))
+        return loss
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[str, Any]) -> 'TrainOptions':
+        """Options from names with the prefix 'mg_'; other names are passed over.
+
+        Raises:
+            ValueError: A name with the prefix that is no option, or a value of the wrong type.
+        """
+        known = {PREFIX + f.name: f for f in fields(cls)}
+        given = {}
+        for name, value in values.items():
+            if name in known:
+                given[known[name].name] = _convert(name, value, known[name].metadata['type'], known[name].default)
+            elif name.startswith(PREFIX):
+                near = difflib.get_close_matches(name, known, n=1) or list(known)
+                raise ValueError(f'{name} is no option: did you mean {" or ".join(near)}?')
+        return cls(**given)
+
+    def __str__(self) -> str:
+        return ', '.join(f'{name}={value}' for name, value in asdict(self).items() if value not in (None, {}))
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Adds an option --mg-NAME for every field of `TrainOptions`."""
+    group = parser.add_argument_group('MultiGrain', 'Classes and instances on one embedding (arXiv 1902.05509).')
+    for option in fields(TrainOptions):
+        flag = f'--{PREFIX}{option.name}'.replace('_', '-')
+        meta = option.metadata
+        text = meta['help'].replace('%', '%%')
+        if meta['type'] is bool:
+            group.add_argument(flag, action='store_true', help=text)
+        elif meta['type'] is dict:
+            group.add_argument(flag, nargs='*', default={}, action=ParseKwargs, metavar=meta['metavar'], help=text)
+        else:
+            shown = '' if option.default is None else ' (default: %(default)s)'
+            group.add_argument(
+                flag, type=meta['type'], default=option.default, metavar=meta['metavar'], help=text + shown)
+
+
+def conflict(args: argparse.Namespace, options: TrainOptions) -> str | None:
+    """Why train.py's arguments do not go with the options, in one sentence, or None if they do."""
+    for name, refused, reason in _CONFLICTS:
+        value = getattr(args, name, None)
+        if value is not None and refused(value):
+            flag = f'--{name}'.replace('_', '-')
+            return f'{flag} ({value}) does not go with MultiGrain training: {reason}'
+    if options.joint and getattr(args, 'torchscript', False):
+        return '--torchscript does not go with the instance loss, which needs the embedding: use --torchcompile'
+    kind = str(getattr(args, 'dataset', '') or '').split('/')[0]
+    if kind in ('wds', 'tfds', 'hfids'):
+        return (f'--dataset {args.dataset} is read as a stream, and repeated augmentation reads images by their index: '
+                'use a folder, a tar or hfds/')
+    sizes = [args.batch_size, *(getattr(args, 'train_batch_sizes', None) or [])]
+    needed = 2 * options.repeats if options.joint else options.repeats
+    if min(sizes) < needed:
+        return (f'a batch size of {min(sizes)} is too small for {options.repeats} copies of an image: '
+                + (f'give at least {needed}, so that a batch holds two images' if options.joint
+                   else f'give at least {needed}'))
+    return None
+
+
+def _positive(value: float) -> bool:
+    return value > 0
+
+
+_MIXED = 'a mixture of two images is a copy of neither; leave it out'
+_CONFLICTS = (
+    ('mixup', _positive, _MIXED),
+    ('cutmix', _positive, _MIXED),
+    ('cutmix_minmax', bool, _MIXED),
+    ('aug_repeats', _positive, "timm's sampler deals the copies of an image out to different processes; "
+                               'leave it out and give --mg-repeats'),
+    ('aug_splits', _positive, 'leave it out, --mg-repeats gives the copies'),
+    ('jsd_loss', bool, 'leave it out, the instance loss compares the copies'),
+    ('split_bn', bool, 'it belongs to augmentation splits; leave it out'),
+    ('naflex_loader', bool, "its batches are not made by timm's create_loader; leave it out"),
+    ('kd_model_name', bool, 'distillation has a training task of its own; leave it out'),
+    ('multi_label', bool, 'an image needs exactly one class; leave it out'),
+)
+
+
+def _check_values(o: TrainOptions) -> None:
+    ranges = (
+        ('repeats', o.repeats >= 1, 'give at least 1, the paper uses 3'),
+        ('classif_weight', 0 <= o.classif_weight <= 1, 'give a lambda from 0 to 1, the paper uses 0.5'),
+        ('sampling', o.sampling in ('row', 'batch', 'uniform'), 'give row, batch or uniform'),
+        ('margin', o.margin is None or 0 <= o.margin < math.inf, 'give at least 0'),
+        ('beta_init', o.beta_init is None or 0 < o.beta_init < 2, 'distances of unit vectors lie between 0 and 2'),
+        ('beta_lr', o.beta_lr is None or 0 <= o.beta_lr < math.inf, 'give at least 0; 0 leaves beta as it is'),
+        ('epoch_len_factor', 0 < o.epoch_len_factor < math.inf, 'give more than 0'),
+        ('lighting', 0 <= o.lighting < math.inf, 'give at least 0, the original uses 0.1'),
+    )
+    for name, good, hint in ranges:
+        if not good:
+            raise ValueError(f'--{PREFIX}{name} {getattr(o, name)}'.replace('_', '-') + f': {hint}')
+    if o.joint and o.repeats < 2:
+        raise ValueError(
+            f'--mg-repeats {o.repeats} leaves the instance loss without positives: give at least 2, or '
+            '--mg-classif-weight 1 for classification only')
+    if o.beta_init is not None and o.instance_loss != 'margin':
+        raise ValueError(f'--mg-beta-init belongs to the margin loss, not to {o.instance_loss}: leave it out')
+
+
+def _convert(name: str, value: Any, kind: type, default: Any) -> Any:
+    """The value of a YAML file or of --model-kwargs, where argparse has not converted it."""
+    if value is None and default is None:
+        return value
+    good = {
+        int: isinstance(value, int) and not isinstance(value, bool),
+        float: isinstance(value, (int, float)) and not isinstance(value, bool),
+    }.get(kind, isinstance(value, kind))
+    if not good:
+        if default is MISSING or kind is dict:
+            raise ValueError(f'{name} is {value!r}: give a mapping of names to values')
+        raise ValueError(f'{name} is {value!r}: give {"true or false" if kind is bool else f"one {kind.__name__}"}')
+    return kind(value)

@@ -1,0 +1,66 @@
+"""The seams of timm's train.py: names of the script that are rebound, so that it trains MultiGrain unmodified.
+
+`main()` of the script looks these names up when it calls them. What is private to timm here is only that it does so:
+`check` refuses a script where it would not.
+"""
+import argparse
+import inspect
+import sys
+from collections.abc import Callable
+from types import CodeType, FunctionType, ModuleType
+from typing import Any, NoReturn
+
+import timm
+
+SEAMS = ('ClassificationTask', 'create_loader', 'create_optimizer_v2', 'train_one_epoch')
+EPOCH_ARGUMENTS = ('epoch', 'loader', 'task')
+_REMEDY = 'take train.py of timm 1.0.27 or newer (https://github.com/huggingface/pytorch-image-models)'
+
+
+def stop(message: object) -> NoReturn:
+    """End the program with one sentence, as argparse does, without its page of usage."""
+    print(f'timm_multigrain: error: {message}', file=sys.stderr)
+    raise SystemExit(2)
+
+
+def check(script: ModuleType) -> None:
+    """Stop unless `script` is a train.py whose seams are known."""
+    where = getattr(script, '__file__', script.__name__)
+    used = set()
+    for value in vars(script).values():
+        if isinstance(value, FunctionType) and value.__module__ == script.__name__:
+            used |= _names(value.__code__)
+    missing = [name for name in SEAMS if not hasattr(script, name) or name not in used]
+    missing += [name for name in ('main', 'parser') if not hasattr(script, name)]
+    if missing:
+        stop(f'{where} is no train.py this plug-in works with, it does not use {", ".join(missing)}: {_REMEDY}')
+    if 'get_trainable_module' not in used:
+        stop(f'{where} is older than timm 1.0.27 and would leave the parameters of the instance loss untrained: '
+             f'{_REMEDY}')
+    parameters = inspect.signature(script.train_one_epoch).parameters
+    lacking = [name for name in EPOCH_ARGUMENTS if name not in parameters]
+    if lacking:
+        stop(f'train_one_epoch of {where} does not take {", ".join(lacking)}: {_REMEDY}')
+    if not isinstance(script.parser, argparse.ArgumentParser):
+        stop(f'{where} has no argparse parser named parser: {_REMEDY}')
+
+
+def _names(code: CodeType) -> set[str]:
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            names |= _names(constant)
+    return names
+
+
+def epoch_arguments(function: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a call of train_one_epoch that the plug-in looks at, by name."""
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    bound.apply_defaults()
+    return {name: bound.arguments[name] for name in EPOCH_ARGUMENTS}
+
+
+def import_failed(path: str, error: ImportError) -> NoReturn:
+    """Stop with a script that wants another timm, or a package that is not there."""
+    stop(f'{path} cannot be imported beside timm {timm.__version__} ({error}): take the script of that version, '
+         f'git clone --branch v{timm.__version__} https://github.com/huggingface/pytorch-image-models')
