@@ -7,11 +7,11 @@ import sys
 
 from timm_multigrain.version import __version__
 
-from . import demo
+from . import demo, recipe
 
 __all__ = ['main']
 
-_COMMANDS = {'demo': demo}
+_COMMANDS = {'demo': demo, 'recipe': recipe}
 
 
 def main(argv: list[str] | None = None) -> int:

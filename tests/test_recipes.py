@@ -1,0 +1,310 @@
+"""The recipes: that a train.py takes them, and that timm makes of resnet50_paper what the original trained with.
+
+TIMM_SCRIPTS names folders with a train.py, separated as in PATH; without it their options are those written down here.
+"""
+import argparse
+import configparser
+import math
+import os
+import subprocess
+import sys
+from dataclasses import fields
+from importlib.resources import files
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import timm
+import torch
+import yaml
+from PIL import Image
+from timm.data import create_transform
+from timm.data.auto_augment import AutoAugment
+from timm.data.transforms import MaybePILToTensor, RandomResizedCropAndInterpolation
+from timm.optim import create_optimizer_v2, optimizer_kwargs
+from timm.scheduler import create_scheduler_v2, scheduler_kwargs
+from torch import nn
+from torchvision import transforms as T
+
+from timm_multigrain import launcher
+from timm_multigrain.cli.main import main
+from timm_multigrain.data.lighting import Lighting, insert_lighting
+from timm_multigrain.task import MultiGrainTask
+from timm_multigrain.train.optimizer import split_off
+from timm_multigrain.train.options import PREFIX, TrainOptions, add_options, conflict
+
+ROOT = Path(__file__).resolve().parents[1]
+NAMES = ['finetune', 'resnet50_autoaugment', 'resnet50_modern', 'resnet50_paper']
+PAPER = ['resnet50_paper', 'resnet50_autoaugment']
+SCRIPTS = [Path(folder) / 'train.py' for folder in os.environ.get('TIMM_SCRIPTS', '').split(os.pathsep) if folder]
+
+# options of train.py that the recipes use, and their types; in a list for an option with several values
+KNOWN = {
+    'aa': str, 'amp': bool, 'amp_dtype': str, 'batch_size': int, 'channels_last': bool, 'color_jitter': float,
+    'crop_pct': float, 'decay_milestones': [int], 'decay_rate': float, 'dist_bn': str, 'epochs': int,
+    'grad_accum_steps': int, 'hflip': float, 'img_size': int, 'interpolation': str, 'layer_decay': float, 'lr': float,
+    'lr_base': float, 'lr_base_scale': str, 'lr_base_size': int, 'min_lr': float, 'model': str, 'model_ema': bool,
+    'model_ema_decay': float, 'model_ema_warmup': bool, 'model_kwargs': dict, 'momentum': float, 'opt': str,
+    'opt_kwargs': dict, 'pretrained': bool, 'ratio': [float], 'reprob': float, 'scale': [float], 'sched': str,
+    'sched_on_updates': bool, 'smoothing': float, 'sync_bn': bool, 'train_interpolation': str, 'vflip': float,
+    'warmup_epochs': int, 'warmup_lr': float, 'weight_decay': float,
+}
+NULLABLE = {'aa', 'color_jitter'}
+
+
+def _path(name):
+    return files('timm_multigrain.recipes') / f'{name}.yaml'
+
+
+def _recipe(name):
+    return yaml.safe_load(_path(name).read_text(encoding='ascii'))
+
+
+def _of_type(value, kind):
+    # YAML values go past argparse's conversion, so 1e-4, which YAML reads as text, would reach timm as text
+    if isinstance(kind, list):
+        return isinstance(value, list) and all(_of_type(v, kind[0]) for v in value)
+    return type(value) is kind or (kind is float and type(value) is int)
+
+
+def _type_of_action(action):
+    if isinstance(action, argparse._StoreTrueAction):
+        return bool
+    if isinstance(action.default, dict):
+        return dict
+    return [action.type] if action.nargs == '+' else action.type
+
+
+# --- what train.py takes
+
+@pytest.mark.parametrize('name', NAMES)
+def test_keys_and_types(name):
+    recipe = _recipe(name)
+    options = {PREFIX + field.name for field in fields(TrainOptions)}
+    assert recipe.keys() <= KNOWN.keys() | options
+    for key, value in recipe.items():
+        if key in KNOWN:
+            assert (value is None and key in NULLABLE) or _of_type(value, KNOWN[key]), key
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_options_are_accepted_and_go_together(name):
+    recipe = _recipe(name)
+    options = TrainOptions.from_mapping(recipe)
+    assert (options.repeats, options.classif_weight, options.instance_loss) == (3, 0.5, 'margin')
+    assert conflict(argparse.Namespace(**recipe), options) is None
+    loss = options.create_loss()
+    assert (loss.margin, loss.beta.item()) == (0.2, pytest.approx(1.2))
+
+
+@pytest.mark.skipif(not SCRIPTS, reason='TIMM_SCRIPTS names no folder with a train.py')
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.parent.name)
+def test_known_options_are_those_of_the_script(script, monkeypatch):
+    parser = _load(script, monkeypatch).parser
+    actions = {action.dest: action for action in parser._actions}
+    for dest, kind in KNOWN.items():
+        assert _type_of_action(actions[dest]) == kind, dest
+
+
+@pytest.mark.skipif(not SCRIPTS, reason='TIMM_SCRIPTS names no folder with a train.py')
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda path: path.parent.name)
+@pytest.mark.parametrize('name', NAMES)
+def test_script_parses_recipe(script, name, monkeypatch):
+    module = _load(script, monkeypatch)
+    add_options(module.parser)
+    dests = {action.dest for action in module.parser._actions}
+    monkeypatch.setattr(sys, 'argv', ['train.py', '-c', str(_path(name)), '--data-dir', 'images', '--num-classes', '7'])
+    args, _ = module._parse_args()
+    recipe = _recipe(name)
+    assert recipe.keys() <= dests
+    assert {key: getattr(args, key) for key in recipe} == recipe
+    assert (args.data_dir, args.num_classes) == ('images', 7)
+    options = TrainOptions.from_mapping(vars(args))
+    assert options == TrainOptions.from_mapping(recipe)
+    assert conflict(args, options) is None
+
+
+def _load(script, monkeypatch):
+    monkeypatch.setitem(sys.modules, script.stem, None)  # load_script enters it there; this takes it out again
+    return launcher.load_script(script)
+
+
+# --- the recipes of the paper
+
+@pytest.mark.parametrize('name', PAPER)
+def test_paper_objective_and_batch(name):
+    recipe = _recipe(name)
+    options = TrainOptions.from_mapping(recipe)
+    assert (options.sampling, options.gather, options.beta_lr, options.epoch_len_factor) == ('batch', False, None, 2)
+    assert recipe['batch_size'] * 8 == 512 and recipe['smoothing'] == 0
+    assert 'lr_base' not in recipe
+
+
+def test_autoaugment_differs_in_augmentation_only():
+    paper, autoaugment = _recipe('resnet50_paper'), _recipe('resnet50_autoaugment')
+    assert paper.keys() == autoaugment.keys()
+    assert {k for k in paper if paper[k] != autoaugment[k]} == {'aa', 'color_jitter', 'mg_lighting'}
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_paper_schedule(name):
+    args = SimpleNamespace(**_recipe(name))
+    parameter = nn.Parameter(torch.zeros(1))
+    optimizer = create_optimizer_v2([parameter], **optimizer_kwargs(args))
+    scheduler, num_epochs = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=10)
+    rates = []
+    for epoch in range(num_epochs):
+        rates.append(optimizer.param_groups[0]['lr'])
+        scheduler.step_update(10 * (epoch + 1))
+        scheduler.step(epoch + 1)
+    assert rates == pytest.approx([0.2] * 31 + [0.02] * 30 + [0.002] * 30 + [0.0002] * 29)
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_paper_optimizer(name):
+    args = SimpleNamespace(**_recipe(name))
+    model = timm.create_model('multigrain_resnet18', num_classes=3, **args.model_kwargs)
+    optimizer = create_optimizer_v2(model, **optimizer_kwargs(cfg=args), **args.opt_kwargs)
+    assert type(optimizer) is torch.optim.SGD
+    decay = {}
+    for group in optimizer.param_groups:
+        assert (group['lr'], group['momentum'], group['nesterov'], group['dampening']) == (0.2, 0.9, False, 0)
+        decay.update((p, group['weight_decay']) for p in group['params'])
+    batch_norm = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    assert batch_norm and all(decay[p] == 1e-4 for m in batch_norm for p in (m.weight, m.bias))
+    assert {decay[p] for p in model.parameters()} == {1e-4}
+
+
+@pytest.mark.parametrize('name', PAPER)
+def test_paper_model(name):
+    recipe = _recipe(name)
+    model = timm.create_model(recipe['model'], pretrained=False, **recipe['model_kwargs'])
+    assert model.gem_p == 3 and model.trunk_name == 'resnet50'
+    last = [block.bn3.weight for stage in (1, 2, 3, 4) for block in getattr(model.trunk, f'layer{stage}')]
+    assert len(last) == 16 and all((weight == 1).all() for weight in last)
+
+
+def test_paper_augmentation():
+    recipe = _recipe('resnet50_paper')
+    dataset = SimpleNamespace(transform=_train_transform(recipe))
+    insert_lighting(dataset, Lighting(recipe['mg_lighting']))
+    crop, flip, jitter, lighting, to_tensor = dataset.transform.transforms
+    _check_crop(crop, flip)
+    assert isinstance(jitter, T.ColorJitter) and jitter.hue is None
+    for factor in (jitter.brightness, jitter.contrast, jitter.saturation):
+        assert factor == pytest.approx((0.7, 1.3))
+    assert (lighting.std, lighting.rescale) == (0.1, True)
+    assert isinstance(to_tensor, MaybePILToTensor)
+
+
+def test_autoaugment_augmentation():
+    crop, flip, policy, to_tensor = _train_transform(_recipe('resnet50_autoaugment')).transforms
+    _check_crop(crop, flip)
+    assert isinstance(policy, AutoAugment) and len(policy.policy) == 25
+    assert {op.kwargs['resample'] for sub_policy in policy.policy for op in sub_policy} == {Image.BILINEAR}
+    assert {op.kwargs['fillcolor'] for sub_policy in policy.policy for op in sub_policy} == {(124, 116, 104)}
+    assert isinstance(to_tensor, MaybePILToTensor)
+
+
+@pytest.mark.parametrize('name', [*PAPER, 'finetune'])
+def test_validation_preprocessing(name):
+    recipe = _recipe(name)
+    size = recipe['img_size']
+    resize, crop, _ = create_transform(
+        (3, size, size), crop_pct=recipe['crop_pct'], interpolation=recipe['interpolation'], use_prefetcher=True,
+    ).transforms
+    assert resize.size == int(256 / 224 * size) == 256
+    assert resize.interpolation is T.InterpolationMode.BILINEAR and tuple(crop.size) == (224, 224)
+
+
+def _train_transform(recipe):
+    size = recipe['img_size']
+    names = {'scale': 'scale', 'ratio': 'ratio', 'hflip': 'hflip', 'vflip': 'vflip', 'color_jitter': 'color_jitter',
+             'aa': 'auto_augment', 'train_interpolation': 'interpolation', 'reprob': 're_prob'}
+    given = {argument: recipe[key] for key, argument in names.items()}
+    return create_transform((3, size, size), is_training=True, use_prefetcher=True, **given)
+
+
+def _check_crop(crop, flip):
+    assert isinstance(crop, RandomResizedCropAndInterpolation) and crop.size == (224, 224)
+    assert crop.interpolation is T.InterpolationMode.BILINEAR
+    assert crop.scale == (0.08, 1) and crop.ratio == (3 / 4, 4 / 3)
+    assert isinstance(flip, T.RandomHorizontalFlip) and flip.p == 0.5
+
+
+# --- the other recipes
+
+def test_finetune_learning_rates():
+    args = SimpleNamespace(**_recipe('finetune'), momentum=0.9)
+    model = timm.create_model(args.model, num_classes=5, **args.model_kwargs)
+    trainable = MultiGrainTask(model, nn.CrossEntropyLoss(), device=torch.device('cpu')).get_trainable_module()
+    optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(cfg=args))
+    beta = trainable.instance_loss.beta
+    split_off(optimizer, [beta], args.mg_beta_lr)
+    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=100)
+    scheduler.step_update(100 * args.warmup_epochs)
+    assert type(optimizer) is torch.optim.AdamW
+    group = {p: group for group in optimizer.param_groups for p in group['params']}
+    # the cosine has run through the first of ten epochs where the warm-up ends
+    peak = 0.5 * (1 + math.cos(math.pi * args.warmup_epochs / args.epochs))
+    rates = {model.head.fc.weight: args.lr, model.trunk.conv1.weight: args.lr * 0.9 ** 17, beta: 1e-3}
+    for parameter, lr in rates.items():
+        assert group[parameter]['lr'] == pytest.approx(peak * lr, rel=0.01)
+    assert (group[beta]['weight_decay'], group[model.trunk.bn1.weight]['weight_decay']) == (0, 0)
+    assert group[model.trunk.conv1.weight]['weight_decay'] == args.weight_decay
+
+
+def test_modern_has_the_samples_of_the_paper():
+    modern, paper = _recipe('resnet50_modern'), _recipe('resnet50_paper')
+    assert modern['epochs'] * modern['mg_epoch_len_factor'] == paper['epochs'] * paper['mg_epoch_len_factor']
+    rate = modern['lr_base'] * 8 * modern['batch_size'] / modern['lr_base_size']
+    assert math.isclose(rate, 0.375) and '0.375 on 8 GPUs' in _path('resnet50_modern').read_text()
+    assert 'lr' not in modern
+
+
+@pytest.mark.parametrize('name', NAMES)
+def test_text(name):
+    text = _path(name).read_bytes().decode('ascii')  # train.py opens it in the encoding of the locale
+    lines = text.splitlines()
+    assert lines[0].startswith('# ') and lines[0].endswith('.')
+    assert all(len(line) <= 120 for line in lines) and text.endswith('\n')
+    assert f'timm-multigrain recipe {name} > {name}.yaml' in text
+    assert f'-m timm_multigrain PATH/train.py -c {name}.yaml --data-dir DIR' in text and 'torchrun' in text
+    recipe = _recipe(name)
+    assert ('split' in text) == bool(recipe['batch_size'] % recipe['mg_repeats'])
+
+
+# --- command and package
+
+def test_command_prints_the_file():
+    command = [sys.executable, '-m', 'timm_multigrain', 'recipe', 'resnet50_paper']
+    printed = subprocess.run(command, capture_output=True, check=True).stdout
+    assert printed == (ROOT / 'timm_multigrain' / 'recipes' / 'resnet50_paper.yaml').read_bytes()
+
+
+@pytest.mark.parametrize('arguments', [[], ['--list'], ['finetune', '--list']])
+def test_command_lists_recipes(arguments, capsys):
+    assert main(['recipe', *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == NAMES
+    for line, name in zip(lines, NAMES, strict=True):
+        assert line.endswith(_path(name).read_text().splitlines()[0].removeprefix('# '))
+
+
+def test_unknown_recipe(capsys):
+    assert main(['recipe', 'resnet50_papr']) == 2
+    out, err = capsys.readouterr()
+    assert not out and len(err.splitlines()) == 1
+    assert "there is no recipe 'resnet50_papr': did you mean resnet50_paper" in err
+    assert main(['recipe', 'zzz']) == 2
+    err = capsys.readouterr().err
+    assert all(name in err for name in NAMES)
+
+
+def test_a_wheel_holds_the_recipes():
+    config = configparser.ConfigParser()
+    config.read(ROOT / 'setup.cfg')
+    assert config['options.package_data']['timm_multigrain.recipes'] == '*.yaml'
+    assert (ROOT / 'timm_multigrain' / 'recipes' / '__init__.py').is_file()  # what `packages = find:` looks for
+    assert sorted(p.name for p in files('timm_multigrain.recipes').iterdir() if p.name.endswith('.yaml')) == [
+        f'{name}.yaml' for name in NAMES]
