@@ -207,4 +207,5 @@ def test_auto_outside_of_train_py():
 def test_created_losses_are_float32_and_new():
     options = TrainOptions(beta_init=0.9)
     first, second = options.create_loss(), options.create_loss()
-    assert first.beta is not second.beta and first.beta.dtype == torch.float32 and first.beta.item() == pytest.approx(.9)
+    assert first.beta is not second.beta and first.beta.dtype == torch.float32
+    assert first.beta.item() == pytest.approx(0.9)

@@ -1,0 +1,123 @@
+"""Resuming: what cannot be resumed is said at once, and what can continues exactly."""
+import argparse
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+import timm_multigrain  # noqa: F401 - registers the models
+from timm_multigrain.task import MultiGrainTask
+from timm_multigrain.train.options import TrainOptions
+from timm_multigrain.train.resume import resume_problem
+
+ROOT = Path(__file__).resolve().parents[1]
+STANDIN = Path(__file__).with_name('standin_train.py')
+SCRIPTS = [STANDIN, *(Path(f) / 'train.py' for f in os.environ.get('TIMM_SCRIPTS', '').split(os.pathsep) if f)]
+
+
+def _checkpoint(path, joint=True, **changes):
+    model = timm.create_model('multigrain', trunk='resnet10t', num_classes=3)
+    task = MultiGrainTask(model, classif_weight=0.5 if joint else 1.0, instance_loss=changes.pop('loss', 'margin'))
+    args = argparse.Namespace(model='multigrain', mg_instance_loss='margin')
+    torch.save({'epoch': 0, 'arch': 'multigrain', 'args': args, **task.get_checkpoint_state(), **changes}, path)
+    return str(path)
+
+
+def _problem(path, model='multigrain', **options):
+    return resume_problem(argparse.Namespace(resume=path, model=model), TrainOptions(**options))
+
+
+def test_what_can_be_resumed(tmp_path):
+    joint, classes = _checkpoint(tmp_path / 'j.pth'), _checkpoint(tmp_path / 'c.pth', joint=False)
+    assert _problem(joint) is None and _problem(joint, instance_loss_kwargs={'margin': 0.3}) is None
+    assert _problem(classes, classif_weight=1) is None
+    assert resume_problem(argparse.Namespace(resume=''), TrainOptions()) is None
+
+
+def test_what_cannot_be_resumed(tmp_path):
+    joint, classes = _checkpoint(tmp_path / 'j.pth'), _checkpoint(tmp_path / 'c.pth', joint=False)
+    (tmp_path / 'text.pth').write_text('no checkpoint')
+    torch.save({'conv1.weight': torch.zeros(2)}, tmp_path / 'weights.pth')
+    torch.save({'state_dict': print}, tmp_path / 'code.pth')
+    truncated = tmp_path / 'truncated.pth'
+    truncated.write_bytes(Path(joint).read_bytes()[:5000])
+    cases = [
+        (str(tmp_path / 'none.pth'), {}, 'no such file'),
+        (str(tmp_path / 'text.pth'), {}, 'no checkpoint that can be read safely'),
+        (str(truncated), {}, 'no checkpoint that can be read safely'),
+        (str(tmp_path / 'code.pth'), {}, 'no checkpoint that can be read safely'),
+        (str(tmp_path / 'weights.pth'), {}, 'weights but no state of a training'),
+        (classes, {}, 'without an instance loss'),
+        (joint, {'classif_weight': 1}, 'with an instance loss'),
+        (joint, {'model': 'resnet50'}, 'checkpoint of multigrain, and --model is resnet50'),
+        (joint, {'instance_loss': 'triplet'}, 'trained with the instance loss margin, and --mg-instance-loss is trip'),
+    ]
+    for path, changes, message in cases:
+        text = _problem(path, **changes)
+        assert message in text and '\n' not in text, (path, text)
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp('pictures')
+    rng = np.random.default_rng(0)
+    for split, number in (('train', 8), ('validation', 2)):
+        for name in 'abc':
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
+    return root
+
+
+def _command(script, folder, output, *flags):
+    return [
+        sys.executable, '-m', 'timm_multigrain', str(script), '--data-dir', str(folder), '--model', 'multigrain',
+        '--model-kwargs', 'trunk=resnet10t', '--num-classes', '3', '--input-size', '3', '32', '32', '-b', '12',
+        '--epochs', '9', '--opt', 'adamw', '--lr', '0.003', '--warmup-epochs', '1', '--no-aug', '--model-ema',
+        '--model-ema-decay', '0.9', '--device', 'cpu', '-j', '1', '--output', str(output), *flags]
+
+
+def _environment():
+    return {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
+
+
+def _load(path):
+    torch.serialization.add_safe_globals([argparse.Namespace])
+    return torch.load(path, weights_only=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda p: f'{p.parent.name}/{p.name}')
+def test_killed_and_resumed_equals_uninterrupted(script, folder, tmp_path):
+    command = _command(script, folder, tmp_path, '--experiment', 'whole')
+    subprocess.run(command, check=True, env=_environment(), capture_output=True)
+    process = subprocess.Popen(_command(script, folder, tmp_path, '--experiment', 'killed'), env=_environment(),
+                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    saved = tmp_path / 'killed' / 'checkpoint-1.pth.tar'
+    deadline = time.time() + 240
+    while not saved.exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert saved.exists() and not (tmp_path / 'killed' / 'checkpoint-8.pth.tar').exists()
+    resume = ['--experiment', 'resumed', '--resume', str(tmp_path / 'killed' / 'last.pth.tar')]
+    subprocess.run(_command(script, folder, tmp_path, *resume), check=True, env=_environment(), capture_output=True)
+    whole, resumed = (_load(tmp_path / name / 'last.pth.tar') for name in ('whole', 'resumed'))
+    assert whole['epoch'] == resumed['epoch'] == 8
+    assert whole['task_state']['instance_loss']['beta'] != 1.2
+    for key in ('state_dict', 'state_dict_ema'):
+        assert whole[key].keys() == resumed[key].keys()
+        for name, value in whole[key].items():
+            assert (value.double() - resumed[key][name].double()).abs().max().item() == 0.0, (key, name)
+    for key in ('task_state', 'task_state_ema'):
+        assert torch.equal(whole[key]['instance_loss']['beta'], resumed[key]['instance_loss']['beta'])
+    assert not torch.equal(*(whole[key]['instance_loss']['beta'] for key in ('task_state', 'task_state_ema')))
