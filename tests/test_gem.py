@@ -437,3 +437,22 @@ class TestErrors:
     def test_bad_eps(self, eps):
         with pytest.raises(ValueError, match='GeM needs eps > 0, got'):
             GeM(eps=eps)
+
+
+@pytest.mark.parametrize('p', [1.0, 3.0, math.inf, torch.tensor(2.5)])
+@pytest.mark.parametrize('dim', [(-2, -1), (2, 3), (-1, 2), (1, 2), (1,)])
+def test_dimensions_are_taken_out(p, dim):
+    x = torch.rand(2, 3, 1, 4)  # an own dimension of size 1 stays
+    kept = gem(x, p, dim=dim, keepdim=True)
+    shape = [n for i, n in enumerate(x.shape) if i not in [d % 4 for d in dim]]
+    assert torch.equal(gem(x, p, dim=dim), kept.reshape(shape))
+
+
+def test_older_onnx_exporter(tmp_path):
+    pytest.importorskip('onnx')
+    onnxruntime = pytest.importorskip('onnxruntime')
+    torch.onnx.export(GeM(3.0), (torch.rand(2, 5, 4, 6),), tmp_path / 'gem.onnx', dynamo=False)
+    session = onnxruntime.InferenceSession(tmp_path / 'gem.onnx', providers=['CPUExecutionProvider'])
+    x = torch.rand(2, 5, 4, 6)
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(found), GeM(3.0)(x), rtol=1e-5, atol=1e-6)

@@ -14,9 +14,9 @@ GOOD = {'classification_loss': 2.0, 'instance_loss': 0.5, 'beta': 1.2, 'active_p
         'active_negatives': 0.5, 'effective_negatives': 12.34, 'spread': 0.4}
 
 
-def _result(**changes):
+def _result(size=2, **changes):
     values = {k: torch.tensor([v] if k == 'beta' else v) for k, v in (GOOD | changes).items()}
-    return {'loss': torch.tensor(1.), 'output': torch.zeros(2, 3), **values}
+    return {'loss': torch.tensor(1.), 'output': torch.zeros(size, 3), **values}
 
 
 @pytest.fixture
@@ -47,6 +47,13 @@ def test_averages_and_log_line(log):
     monitor.start()
     logger.info('Train: 8 [ 0/3]')
     assert messages[-1] == 'Train: 8 [ 0/3]' and monitor.averages() == {}
+
+
+def test_averages_weigh_batches_by_their_size(log):
+    monitor, _, _ = log
+    for size, value in ((1, 9.), (3, 1.)):
+        monitor.update(_result(size, instance_loss=value))
+    assert monitor.averages()['instance_loss'] == pytest.approx(3.)
 
 
 def test_results_without_an_instance_loss_change_nothing(log):
@@ -93,7 +100,7 @@ rank, path = int(sys.argv[1]), sys.argv[2]
 dist.init_process_group('gloo', init_method=f'file://{path}', rank=rank, world_size=2)
 monitor = Monitor()
 for value in [[1., 3.], [5., 7.]][rank]:
-    monitor.update({'loss': torch.tensor(0.), 'classification_loss': torch.tensor(value)})
+    monitor.update({'output': torch.zeros(4, 3), 'classification_loss': torch.tensor(value)})
 assert monitor.averages() == {'classification_loss': 4.0}, monitor.averages()
 dist.destroy_process_group()
 '''

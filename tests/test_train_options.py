@@ -121,6 +121,7 @@ def _args(**changes):
     ({'dataset': 'tfds/imagenet2012'}, 'read as a stream'),
     ({'batch_size': 5}, 'give at least 6'),
     ({'train_batch_sizes': [12, 4]}, 'a batch size of 4 is too small'),
+    ({'opt': 'adahessian'}, 'choose another optimizer'),
 ])
 def test_flags_that_do_not_go_together(change, message):
     text = conflict(_args(**change), TrainOptions())

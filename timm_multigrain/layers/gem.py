@@ -56,7 +56,12 @@ def gem(
     else:
         ratio, peak = _scale(x, eps, dim)
         y = ratio.pow(p).mean(dim, keepdim=True).pow(1. / p) * peak
-    return (y if keepdim else y.squeeze(dim)).to(x.dtype)
+    if not keepdim:  # one by one: torch's older ONNX exporter takes no squeeze of several dimensions
+        axes = [d % x.dim() for d in dim]
+        axes.sort(reverse=True)
+        for axis in axes:
+            y = y.squeeze(axis)
+    return y.to(x.dtype)
 
 
 def _scale(x: torch.Tensor, eps: float, dim: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -171,7 +171,6 @@ class MultiGrain(nn.Module):
         """The classifier, or its name in the model."""
         return 'head.fc' if name_only else self.head.fc
 
-    @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
         """As any module's; takes also what `checkpoint_filter_fn` understands, such as timm's weights of the trunk.
 
@@ -181,6 +180,7 @@ class MultiGrain(nn.Module):
             state_dict = checkpoint_filter_fn(dict(state_dict), self)
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
+    @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Give the model a fresh classifier; pooling, its exponent and a whitening stay.
 

@@ -28,7 +28,8 @@ class Monitor(logging.Filter):
 
     def start(self) -> None:
         """Begin an epoch."""
-        self.names, self.last, self.total, self.window, self.count, self.fresh = [], None, None, None, 0, 0
+        self.names, self.last, self.total, self.window = [], None, None, None
+        self.samples, self.fresh = 0, 0  # in the total and in the window
         self.warned = set()
 
     def update(self, result: dict[str, torch.Tensor]) -> None:
@@ -36,18 +37,19 @@ class Monitor(logging.Filter):
         values = {k: v for k, v in result.items() if k not in ('loss', 'output')}
         if not values:
             return
+        size = len(result['output'])  # train.py weighs its average loss by the size of a batch, too
         self.names = list(values)
         self.last = torch.stack([v.detach().float().reshape(()) for v in values.values()])
-        self.total = self.last.clone() if self.total is None else self.total + self.last
-        self.window = self.last.clone() if self.window is None else self.window + self.last
-        self.count += 1
-        self.fresh += 1
+        self.total = size * self.last if self.total is None else self.total + size * self.last
+        self.window = size * self.last if self.window is None else self.window + size * self.last
+        self.samples += size
+        self.fresh += size
 
     def averages(self) -> dict[str, float]:
         """Averages over the epoch so far and over all processes, which have to call this together; the last beta."""
         if self.total is None:
             return {}
-        sums = torch.cat([self.total, self.total.new_tensor([self.count])])
+        sums = torch.cat([self.total, self.total.new_tensor([self.samples])])
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(sums)
         averages = dict(zip(self.names, (sums[:-1] / sums[-1]).tolist(), strict=True))
@@ -59,7 +61,7 @@ class Monitor(logging.Filter):
         """Append to a log record of train.py; no record is held back."""
         if self.fresh and str(record.msg).startswith('Train: '):
             now = dict(zip(self.names, self.last.tolist(), strict=True))
-            mean = dict(zip(self.names, (self.total / self.count).tolist(), strict=True))
+            mean = dict(zip(self.names, (self.total / self.samples).tolist(), strict=True))
             window = dict(zip(self.names, (self.window / self.fresh).tolist(), strict=True))
             record.msg, record.args = f'{record.getMessage()}  {format_values(now, mean)}', ()
             self.warn(window)

@@ -128,6 +128,12 @@ def conflict(args: argparse.Namespace, options: TrainOptions) -> str | None:
             return f'{flag} ({value}) does not go with MultiGrain training: {reason}'
     if options.joint and getattr(args, 'torchscript', False):
         return '--torchscript does not go with the instance loss, which needs the embedding: use --torchcompile'
+    if options.joint and 'adahessian' in str(getattr(args, 'opt', '')):
+        return ('--opt adahessian needs second derivatives, and the boundary of the margin loss has none: '
+                'choose another optimizer')
+    channels = getattr(args, 'in_chans', None) or (getattr(args, 'input_size', None) or [3])[0]
+    if options.lighting and channels != 3:
+        return f'--mg-lighting is colour noise of RGB images, and these have {channels} channels: leave it out'
     kind = str(getattr(args, 'dataset', '') or '').split('/')[0]
     if kind in ('wds', 'tfds', 'hfids'):
         return (f'--dataset {args.dataset} is read as a stream, and repeated augmentation reads images by their index: '

@@ -1,0 +1,795 @@
+"""timm's training script under the launcher: every feature of it, with MultiGrain's objective.
+
+The script is the stand-in beside this file, and each train.py in the folders that TIMM_SCRIPTS lists. With such folders
+timm's other scripts are run too.
+"""
+import argparse
+import csv
+import json
+import logging
+import os
+import re
+import runpy
+import subprocess
+import sys
+from collections import namedtuple
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+import yaml
+from PIL import Image
+from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
+
+from timm_multigrain import launcher
+from timm_multigrain.data import RepeatedAugSampler
+from timm_multigrain.layers import GeM
+from timm_multigrain.loss import create_sampler
+from timm_multigrain.task import MultiGrainTask
+from timm_multigrain.train.options import TrainOptions
+from timm_multigrain.train.plugin import TrainPlugin
+
+FOLDERS = [Path(folder) for folder in os.environ.get('TIMM_SCRIPTS', '').split(os.pathsep) if folder]
+SCRIPTS = [Path(__file__).with_name('standin_train.py'), *(folder / 'train.py' for folder in FOLDERS)]
+IMAGES = 24  # of the training set
+MODEL = '--model', 'multigrain', '--model-kwargs', 'trunk=test_resnet'
+RESNET18 = '--model', 'multigrain_resnet18'
+# One epoch of two steps at a learning rate that moves the boundary; what a test gives comes after and wins.
+FLAGS = (
+    '--num-classes', '3', '--img-size', '32', '-b', '12', '-j', '0', '--device', 'cpu', '--epochs', '1',
+    '--warmup-epochs', '0', '--lr', '0.1', '--log-interval', '1', '--checkpoint-hist', '2')
+START = torch.tensor([1.2])
+
+Batch = namedtuple('Batch', 'images targets result')
+
+
+@dataclass
+class Run:
+    """What a training left behind, and the batches its task saw; without a task of ours these are empty."""
+    folder: Path
+    rows: list[dict[str, float]] = field(default_factory=list)
+    checkpoint: dict = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
+    task: MultiGrainTask | None = None
+    loader: object = None
+    batches: list[Batch] = field(default_factory=list)
+
+    @property
+    def beta(self) -> torch.Tensor:
+        return self.checkpoint['task_state']['instance_loss']['beta']
+
+    @property
+    def groups(self) -> list[dict]:
+        return self.checkpoint['optimizer']['param_groups']
+
+    def state_of(self, parameter: int) -> dict:
+        return self.checkpoint['optimizer']['state'][parameter]
+
+
+class Lines(logging.Handler):
+    """Log messages as a list."""
+
+    def __init__(self, lines: list[str]):
+        super().__init__()
+        self.lines = lines
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+@contextmanager
+def restored(script: Path):
+    """Puts back what a script changes in its process."""
+    root, own = logging.getLogger(), logging.getLogger('train')
+    kept = sys.argv, sys.path, root.handlers, own.filters, launcher.running
+    level = root.level
+    sys.path, root.handlers, own.filters = [*sys.path], [], []
+    try:
+        yield
+    finally:
+        sys.argv, sys.path, root.handlers, own.filters, launcher.running = kept
+        root.setLevel(level)
+        for name in (script.stem, 'timm_multigrain.auto'):
+            sys.modules.pop(name, None)
+
+
+def record(patch: pytest.MonkeyPatch, run: Run) -> None:
+    """Has a run keep its batches, as the task saw and judged them."""
+    forward, create_loader = MultiGrainTask.forward, TrainPlugin.create_loader
+
+    def seen_forward(task, images, targets):
+        result = forward(task, images, targets)
+        run.task = task
+        # train.py divides the loss in place
+        run.batches.append(Batch(images.clone(), targets.clone(), {k: v.detach().clone() for k, v in result.items()}))
+        return result
+
+    def seen_create_loader(plugin, *args, is_training=False, **kwargs):
+        loader = create_loader(plugin, *args, is_training=is_training, **kwargs)
+        run.loader = loader if is_training else run.loader
+        return loader
+
+    patch.setattr(MultiGrainTask, 'forward', seen_forward)
+    patch.setattr(TrainPlugin, 'create_loader', seen_create_loader)
+
+
+def plainly(script: str, argv: list[str]) -> None:
+    """As `python SCRIPT ARGV`."""
+    sys.argv = [script, *argv]
+    runpy.run_path(script, run_name='__main__')
+
+
+def finished(folder: Path) -> tuple[list[dict[str, float]], dict]:
+    """Rows of summary.csv and the last checkpoint."""
+    with (folder / 'summary.csv').open() as file:
+        rows = [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return rows, torch.load(folder / 'last.pth.tar', weights_only=True)
+
+
+def arguments(images: Path, folder: Path, *flags: str, model: tuple[str, ...] = MODEL) -> list[str]:
+    """Of a training whose results go to `folder`."""
+    places = '--data-dir', images, '--output', folder.parent, '--experiment', folder.name
+    return [str(word) for word in (*model, *FLAGS, *places, *flags)]
+
+
+def training(script: Path, images: Path, folder: Path, *flags: str, start=launcher.launch, **kwargs) -> Run:
+    """A training in this process."""
+    run = Run(folder)
+    with restored(script), pytest.MonkeyPatch.context() as patch:
+        logging.getLogger().addHandler(Lines(run.log))
+        record(patch, run)
+        start(str(script), arguments(images, folder, *flags, **kwargs))
+    run.rows, run.checkpoint = finished(folder)
+    return run
+
+
+def python(*command: object, cwd: Path, **env: object) -> subprocess.CompletedProcess:
+    """A Python of its own."""
+    places = Path(__file__).resolve().parents[1], cwd, os.environ.get('PYTHONPATH', '')
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(filter(None, map(str, places))), **env}
+    return subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def one_thread():
+    """Models as small as these are slower with several, by far where processes share the cores."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope='session')
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    generator = np.random.default_rng(0)
+    for split, number in (('train', IMAGES // 3), ('validation', 2)):
+        for label in range(3):
+            (root / split / str(label)).mkdir(parents=True)
+            for i in range(number):
+                pixels = generator.integers(0, 256, (5, 5, 3), dtype=np.uint8)
+                pixels[..., label] //= 2
+                path = root / split / str(label) / f'{i}.png'
+                Image.fromarray(pixels).resize((40, 40), Image.Resampling.BICUBIC).save(path)
+    return root
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda path: path.parent.name)
+def script(request):
+    return request.param
+
+
+@pytest.fixture
+def train(script, images, tmp_path):
+    """Trains with the launcher, or with another `start`, in folders of their own."""
+    def run(*flags, **kwargs):
+        return training(script, images, tmp_path / f'run{len(list(tmp_path.glob("run*")))}', *flags, **kwargs)
+
+    return run
+
+
+def assert_joint(run: Run, weight: float = 0.5, model: str = 'multigrain', **kwargs) -> None:
+    """Both losses were trained, and the checkpoint is one of timm's with the boundary beside the model."""
+    row = run.rows[-1]
+    joint = weight * row['train_classification_loss'] + (1 - weight) * row['train_instance_loss']
+    assert row['train_loss'] == pytest.approx(joint, rel=1e-4)
+    assert run.beta.shape == (1,) and run.beta.dtype == torch.float32
+    assert torch.isfinite(run.beta) and not torch.equal(run.beta, START)
+    assert len(run.groups[-1]['params']) == 1 and run.groups[-1]['weight_decay'] == 0
+    assert_plain_keys(run, model, **kwargs)
+
+
+def assert_plain_keys(run: Run, model: str = 'multigrain', **kwargs) -> None:
+    kwargs = kwargs or ({'trunk': 'test_resnet'} if model == 'multigrain' else {})
+    fresh = timm.create_model(model, num_classes=3, **kwargs)
+    assert fresh.state_dict().keys() == run.checkpoint['state_dict'].keys()
+    fresh.load_state_dict(run.checkpoint['state_dict'], strict=True)
+
+
+def assert_same(one: dict, other: dict, **tolerance) -> None:
+    """Two nested containers of tensors and numbers are equal."""
+    torch.testing.assert_close(one, other, **(tolerance or dict(rtol=0, atol=0)))
+
+
+def weights(run: Run, key: str = 'state_dict') -> dict[str, torch.Tensor]:
+    """Without the running statistics of batch norm."""
+    return {k: v for k, v in run.checkpoint[key].items() if 'running_' not in k and 'tracked' not in k}
+
+
+def gradients(run: Run) -> list[torch.Tensor]:
+    """Those of a first step without weight decay: what momentum starts with; the boundary's last."""
+    return [run.state_of(i)['momentum_buffer'] for group in run.groups for i in group['params']]
+
+
+def ids(run: Run) -> list[int]:
+    return torch.cat([batch.targets for batch in run.batches])[:, 1].tolist()
+
+
+def order(epoch: int = 0, repeats: int = 3, **kwargs) -> list[int]:
+    sampler = RepeatedAugSampler(IMAGES, repeats, seed=42, **kwargs)
+    sampler.set_epoch(epoch)
+    return list(sampler)
+
+
+def test_defaults(train):
+    run = train('--epochs', '2')
+    assert_joint(run)
+    assert [row['epoch'] for row in run.rows] == [0, 1]
+    assert ids(run) == order(0) + order(1)
+    for row, batches in zip(run.rows, (run.batches[:2], run.batches[2:]), strict=True):
+        for name in ('classification_loss', 'instance_loss', 'active_positives', 'effective_negatives'):
+            mean = torch.stack([batch.result[name] for batch in batches]).mean()
+            assert row[f'train_{name}'] == pytest.approx(mean.item(), rel=1e-5), name
+        assert row['train_beta'] == pytest.approx(batches[-1].result['beta'].item())
+        assert 1 <= row['train_effective_negatives'] <= 9
+    lines = [line for line in run.log if line.startswith('Train: ')]
+    assert len(lines) == 4
+    for line, batch in zip(lines, run.batches, strict=True):
+        assert f'CE: {batch.result["classification_loss"]:#.3g} (' in line
+        assert f'Beta: {batch.result["beta"].item():.4f}' in line
+    settings = yaml.safe_load((run.folder / 'args.yaml').read_text())
+    assert settings['mg_repeats'] == 3 and settings['mg_classif_weight'] == 0.5
+    assert {f'mg_{option.name}' for option in fields(TrainOptions)} <= settings.keys()
+
+
+def test_help(script, capsys):
+    with restored(script), pytest.raises(SystemExit) as stopped:
+        launcher.launch(str(script), ['--help'])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0 and '--batch-size' in shown
+    for option in fields(TrainOptions):
+        assert f'  --mg-{option.name}'.replace('_', '-') in shown
+
+
+def test_gradient_accumulation(train):
+    adam = '-b', '6', '--opt', 'adamw', '--lr', '1e-3'
+    steps = []
+    for flags in (adam, (*adam, '--grad-accum-steps', '2')):
+        run = train(*flags)
+        assert_joint(run)
+        assert len(run.batches) == 4
+        steps.append(run.state_of(run.groups[-1]['params'][0])['step'].item())
+    assert steps == [4, 2]
+
+
+def test_ema(train):
+    run = train('-b', '6', '--model-ema', '--model-ema-decay', '0.5')
+    assert_joint(run)
+    betas = [*(batch.result['beta'] for batch in run.batches[1:]), run.beta]  # after each of the steps
+    expected = betas[0]
+    for beta in betas[1:]:
+        expected = expected.lerp(beta, 0.5)
+    averaged = run.checkpoint['task_state_ema']['instance_loss']['beta']
+    torch.testing.assert_close(averaged, expected)
+    assert not torch.equal(averaged, run.beta) and not torch.equal(averaged, START)
+    ema, plain = weights(run, 'state_dict_ema'), weights(run)
+    assert ema.keys() == plain.keys()
+    assert not torch.equal(ema['trunk.conv1.0.weight'], plain['trunk.conv1.0.weight'])
+
+
+@pytest.mark.parametrize(('flags', 'stored'), [
+    (('--amp', '--amp-dtype', 'bfloat16'), torch.float32), (('--model-dtype', 'bfloat16'), torch.bfloat16)])
+def test_precision(train, flags, stored):
+    run = train(*flags)
+    assert_joint(run)
+    for batch in run.batches:
+        assert batch.result['output'].dtype == torch.bfloat16
+        assert batch.result['instance_loss'].dtype == batch.result['beta'].dtype == torch.float32
+    assert {v.dtype for k, v in weights(run).items() if k != 'head.pool.p'} == {stored}
+    first = train().rows[0]
+    assert run.rows[0]['train_loss'] == pytest.approx(first['train_loss'], rel=0.1)
+    assert run.rows[0]['train_loss'] != first['train_loss']
+
+
+def test_channels_last(train):
+    run = train('--channels-last')
+    assert_joint(run)
+    weight = run.checkpoint['state_dict']['trunk.layer1.0.conv1.weight']
+    for tensor in (weight, *(batch.images for batch in run.batches)):
+        assert tensor.is_contiguous(memory_format=torch.channels_last) and not tensor.is_contiguous()
+
+
+@pytest.mark.slow
+def test_compiled(train, monkeypatch):
+    compiled, compile = [], torch.compile
+
+    def seen(module, *args, backend='inductor', **kwargs):
+        compiled.append((type(module).__name__, backend))
+        return compile(module, *args, backend=backend, **kwargs)
+
+    monkeypatch.setattr(torch, 'compile', seen)
+    torch._dynamo.reset()
+    flags = '--model-ema', '--model-ema-decay', '0.5'
+    run = train(*flags, '--torchcompile', 'eager')
+    torch._dynamo.reset()
+    assert compiled == [('MultiGrainTrainableModule', 'eager'), ('MultiGrain', 'eager'), ('MultiGrain', 'eager')]
+    assert_joint(run)
+    same = train(*flags)
+    for key in ('state_dict', 'state_dict_ema', 'task_state', 'task_state_ema'):
+        assert_same(run.checkpoint[key], same.checkpoint[key], rtol=1e-4, atol=1e-6)
+
+
+def test_without_prefetcher(train):
+    run, prefetched = train('--no-aug', '--no-prefetcher'), train('--no-aug')
+    assert_joint(run)
+    assert isinstance(prefetched.loader, PrefetchLoader) and not isinstance(run.loader, PrefetchLoader)
+    for batch, same in zip(run.batches, prefetched.batches, strict=True):
+        assert torch.equal(batch.targets, same.targets)
+        torch.testing.assert_close(batch.images, same.images)
+
+
+_START_METHOD = '''
+import multiprocessing
+from multiprocessing.process import BaseProcess
+
+multiprocessing.set_start_method('{method}')
+start = BaseProcess.start
+
+
+def announced(process):
+    print('worker by', multiprocessing.get_start_method(), flush=True)
+    start(process)
+
+
+BaseProcess.start = announced
+'''
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+def test_workers(script, images, train, tmp_path, method):
+    (tmp_path / 'start_method.py').write_text(_START_METHOD.format(method=method))
+    same = train('--no-aug')
+    flags = '-j', '2', '--no-aug', '--device-modules', 'start_method'
+    done = python(
+        '-m', 'timm_multigrain', script, *arguments(images, tmp_path / 'workers', *flags), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count(f'worker by {method}') == 4  # two each for training and validation
+    rows, checkpoint = finished(tmp_path / 'workers')
+    assert rows[0] == pytest.approx(same.rows[0], rel=1e-3)
+    for key in ('state_dict', 'task_state'):
+        assert_same(checkpoint[key], same.checkpoint[key], rtol=1e-3, atol=1e-4)
+
+
+def test_multi_epochs_loader(train):
+    run = train('--use-multi-epochs-loader', '--epochs', '2')
+    assert_joint(run)
+    assert isinstance(run.loader.loader, MultiEpochsDataLoader)
+    assert ids(run) == order(0) + order(1) and order(0) != order(1)
+
+
+@pytest.fixture
+def scheduled(script, train):
+    """A training with batches of 12 and of 6."""
+    if 'train_img_sizes' not in script.read_text().replace('-', '_'):
+        pytest.skip('this train.py has no scheduled sizes')
+    return train('--train-img-sizes', '32', '48', '--train-batch-sizes', '12', '6', '--epochs', '3')
+
+
+def test_scheduled_sizes(scheduled):
+    run = scheduled
+    assert not torch.equal(run.beta, START)
+    assert_plain_keys(run)
+    assert {(batch.images.shape[-1], len(batch.targets)) for batch in run.batches} == {(32, 12), (48, 6)}
+    for batch in run.batches:
+        assert torch.equal(batch.targets[::3], batch.targets[2::3])
+
+
+def test_averages_of_batches_of_several_sizes(scheduled):
+    assert_joint(scheduled)
+
+
+def test_clipping(train):
+    one = '-b', '24', '--weight-decay', '0'
+    free = gradients(train(*one))
+    norm = torch.stack([g.norm() for g in free]).norm()
+    assert norm > 1 and free[-1].abs() > 0.012
+    clipped = train(*one, '--clip-grad', '1.0')
+    assert_joint(clipped)
+    for gradient, before in zip(gradients(clipped), free, strict=True):
+        torch.testing.assert_close(gradient, before / norm)
+    adaptive = train(*one, '--clip-grad', '0.01', '--clip-mode', 'agc')
+    *_, head, bias, beta = gradients(adaptive)
+    torch.testing.assert_close(beta.abs(), 0.01 * START)
+    assert torch.equal(head, free[-3]) and torch.equal(bias, free[-2])
+    assert gradients(adaptive)[0].norm() < 0.9 * free[0].norm()
+
+
+def test_layer_decay(train):
+    run = train('--layer-decay', '0.7')
+    assert_joint(run)
+    *groups, own = run.groups
+    assert 'lr_scale' not in own and own['lr'] == 0.1
+    scales = {group['lr_scale'] for group in groups}
+    assert {1., 0.7} < scales and all(group['lr'] == pytest.approx(0.1 * group['lr_scale']) for group in groups)
+    assert sum(len(group['params']) for group in run.groups) == len(list(run.task.parameters()))
+
+
+@pytest.mark.parametrize(('opt', 'lr', 'setting'), [
+    ('sgd', '0.1', ('nesterov', True)), ('momentum', '0.1', ('nesterov', False)), ('adamw', '1e-3', ('amsgrad', False)),
+    ('lamb', '1e-3', ('trust_clip', False)), ('muon', '1e-2', ('ns_steps', 5)),
+    ('lookahead_sgd', '0.1', ('lookahead_k', 6))])
+def test_optimizers(train, opt, lr, setting):
+    run = train('--opt', opt, '--lr', lr, '--epochs', '2', '-b', '6')
+    assert_joint(run)
+    own = run.groups[-1]
+    assert own.keys() == run.groups[0].keys() and own[setting[0]] == setting[1]
+    state = run.state_of(own['params'][0])
+    kept = [v for v in state.values() if isinstance(v, torch.Tensor) and v.ndim]
+    assert kept and all(v.shape == (1,) for v in kept)
+    assert own.get('lookahead_step', 8) == 8 and opt.startswith('lookahead') == ('lookahead_slow_buff' in state)
+
+
+@pytest.mark.parametrize(('flags', 'factor'), [
+    (('--sched', 'step', '--decay-epochs', '1', '--decay-rate', '0.1', '--epochs', '3'), 0.01),
+    (('--sched', 'cosine', '--epochs', '2'), 0.5)])
+@pytest.mark.parametrize('own', [None, 0.01])
+def test_schedules(train, flags, factor, own):
+    run = train(*flags, *(('--mg-beta-lr', str(own)) if own else ()))
+    assert_joint(run)
+    *groups, last = run.groups
+    assert last['initial_lr'] == (own or 0.1) and last['lr'] == pytest.approx((own or 0.1) * factor)
+    for group in groups:
+        assert group['lr'] == pytest.approx(0.1 * factor)
+    mean = sum(group['lr'] for group in run.groups) / len(run.groups)
+    assert run.rows[-1]['lr'] == pytest.approx(mean)
+
+
+def test_own_learning_rate_moves_the_boundary(train):
+    one = '-b', '24', '--momentum', '0', '--opt', 'momentum'
+    moved = [(train(*one, *flags).beta - START).item() for flags in ((), ('--mg-beta-lr', '0.02'))]
+    assert moved[1] == pytest.approx(0.2 * moved[0], rel=1e-3) and moved[0] != 0
+    assert torch.equal(train('--mg-beta-lr', '0').beta, START)
+
+
+def test_gradient_checkpointing(train):
+    run, same = train('--grad-checkpointing'), train()
+    assert_joint(run)
+    assert [r.task.get_eval_model().trunk.grad_checkpointing for r in (run, same)] == [True, False]
+    assert_same(weights(run), weights(same), rtol=1e-4, atol=1e-6)
+
+
+def _binary(output, label):
+    soft = torch.full_like(output, 0.1 / 3).scatter_(1, label[:, None], 0.9 + 0.1 / 3)
+    return F.binary_cross_entropy_with_logits(output, soft)
+
+
+@pytest.mark.parametrize(('flags', 'loss'), [
+    (('--smoothing', '0.1'), lambda output, label: F.cross_entropy(output, label, label_smoothing=0.1)),
+    (('--smoothing', '0'), F.cross_entropy),
+    (('--bce-loss',), _binary)], ids=['smoothing', 'no smoothing', 'bce'])
+def test_classification_losses(train, flags, loss):
+    run = train(*flags)
+    assert_joint(run)
+    for batch in run.batches:
+        expected = loss(batch.result['output'], batch.targets[:, 0])
+        assert batch.result['classification_loss'].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_recovery(train):
+    run = train('--recovery-interval', '1')
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        first, second = (torch.load(run.folder / f'recovery-0-{i}.pth.tar', weights_only=True) for i in range(2))
+    assert torch.equal(first['task_state']['instance_loss']['beta'], run.batches[1].result['beta'])
+    assert torch.equal(second['task_state']['instance_loss']['beta'], run.beta)
+
+
+def test_resume(train):
+    flags = '--epochs', '2', '--no-aug', '--opt', 'adamw', '--lr', '1e-3', '--mg-sampling', 'uniform', '--model-ema'
+    whole = train(*flags)
+    rest = train(*flags, '--resume', whole.folder / 'checkpoint-0.pth.tar')
+    assert [row['epoch'] for row in rest.rows] == [1] and ids(rest) == order(1)
+    for key in ('state_dict', 'state_dict_ema', 'task_state', 'task_state_ema', 'optimizer'):
+        assert_same(rest.checkpoint[key], whole.checkpoint[key])
+
+
+def test_initial_checkpoint(train, tmp_path):
+    torch.manual_seed(5)
+    plain = timm.create_model('resnet18', num_classes=3)
+    torch.save({'state_dict': plain.state_dict()}, tmp_path / 'plain.pth')
+    # --lr 0 is none at all: train.py computes one from --lr-base then
+    run = train(
+        '--initial-checkpoint', tmp_path / 'plain.pth', '--lr', '0', '--lr-base', '0', '--mg-beta-lr', '0.1',
+        model=RESNET18)
+    assert_joint(run, model='multigrain_resnet18')
+    stored = run.checkpoint['state_dict']
+    for name, parameter in plain.named_parameters():
+        assert torch.equal(stored[f'head.{name}' if name.startswith('fc.') else f'trunk.{name}'], parameter), name
+
+
+@pytest.mark.parametrize('flags', [(), ('--no-prefetcher',)], ids=['prefetcher', 'no prefetcher'])
+def test_lighting(train, flags):
+    run, plain = (train('--no-aug', *flags, *more) for more in (('--mg-lighting', '0.1'), ()))
+    assert_joint(run)
+    seen = set()
+    for batch, same in zip(run.batches, plain.batches, strict=True):
+        assert torch.equal(batch.targets, same.targets)
+        for image, before in zip(batch.images / 2 + 0.5, same.images / 2 + 0.5, strict=True):  # mean and std are 0.5
+            assert image.min() >= 0 and image.max() <= 1
+            inside = (image > 0) & (image < 1)
+            shift = [(1.1 * image - before)[c][inside[c]] for c in range(3)]
+            for channel in shift:  # one value for a whole image and channel, up to 8 bits
+                assert channel.std() < 0.01
+            seen.add(tuple(round(channel.mean().item(), 4) for channel in shift))
+    assert len(seen) > 20  # every copy has its own
+
+
+def test_epoch_length(train):
+    run = train('--mg-epoch-len-factor', '2', '--opt', 'adamw', '--lr', '1e-3')
+    assert_joint(run)
+    assert len(run.loader) == len(run.batches) == 4 and ids(run) == order(epoch_len_factor=2)
+    assert run.state_of(run.groups[-1]['params'][0])['step'] == 4
+
+
+@pytest.mark.parametrize('loss', ['contrastive', 'triplet', 'pml:TripletMarginLoss'])
+def test_instance_losses(train, loss):
+    if loss.startswith('pml:'):
+        pytest.importorskip('pytorch_metric_learning')
+    run, usual = train('--mg-instance-loss', loss), train()
+    row = run.rows[0]
+    assert row['train_loss'] == pytest.approx(
+        0.5 * row['train_classification_loss'] + 0.5 * row['train_instance_loss'], rel=1e-4)
+    assert 'train_beta' not in row and 'beta' not in run.checkpoint['task_state']['instance_loss']
+    assert row['train_instance_loss'] != pytest.approx(usual.rows[0]['train_instance_loss'], rel=1e-3)
+    assert len(run.groups) == len(usual.groups) - 1
+    assert_plain_keys(run)
+    assert not torch.equal(*(r.checkpoint['state_dict']['trunk.conv1.0.weight'] for r in (run, usual)))
+
+
+@pytest.mark.parametrize('sampling', ['row', 'batch', 'uniform'])
+def test_sampling(train, sampling):
+    run = train('--mg-sampling', sampling)
+    assert_joint(run)
+    assert repr(run.task.sampler) == repr(create_sampler(sampling)) and run.task.sampler.max_positives == 2
+    assert (run.rows[0]['train_effective_negatives'] == pytest.approx(9)) == (sampling == 'uniform')
+
+
+def test_classification_only(train):
+    run = train('--mg-classif-weight', '1')
+    assert 'task_state' not in run.checkpoint and 'train_instance_loss' not in run.rows[0]
+    assert ids(run) == order() and order()[0] == order()[2]
+    for batch in run.batches:
+        expected = F.cross_entropy(batch.result['output'], batch.targets[:, 0], label_smoothing=0.1)
+        torch.testing.assert_close(batch.result['loss'], expected)
+    assert_plain_keys(run)
+
+
+def test_gem_on_a_model_of_timm(train):
+    run = train('--gp', 'gem', model=('--model', 'test_resnet'))
+    assert_joint(run, model='test_resnet', global_pool='gem')
+    assert any(isinstance(module, GeM) for module in run.task.get_eval_model().modules())
+
+
+def test_yaml(train, tmp_path):
+    config = tmp_path / 'settings.yaml'
+    config.write_text('{mg_repeats: 2, mg_classif_weight: 0.3, mg_instance_loss_kwargs: {margin: 0.1}, smoothing: 0}')
+    run = train('-c', config)
+    assert_joint(run, weight=0.3)
+    assert ids(run) == order(repeats=2)
+    assert run.task.get_trainable_module().instance_loss.margin == 0.1
+    assert_joint(train('-c', config, '--mg-classif-weight', '0.8'), weight=0.8)
+
+
+_AUTO = '--device-modules', 'timm_multigrain.auto'
+
+
+@pytest.mark.slow
+def test_auto_in_a_process(script, images, train, tmp_path):
+    flags = *_AUTO, '--model-kwargs', 'trunk=test_resnet', 'mg_repeats=2', 'mg_classif_weight=0.3'
+    done = python(script, *arguments(images, tmp_path / 'auto', *flags), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    rows, checkpoint = finished(tmp_path / 'auto')
+    same = train('--mg-repeats', '2', '--mg-classif-weight', '0.3')
+    assert_joint(same, weight=0.3)
+    assert rows[0] == pytest.approx(same.rows[0], rel=1e-3)
+    assert_same(checkpoint['task_state'], same.checkpoint['task_state'], rtol=1e-3, atol=1e-5)
+
+
+def test_auto_by_yaml(train, tmp_path):
+    config = tmp_path / 'settings.yaml'
+    settings = dict(
+        device_modules=['timm_multigrain.auto'],
+        model_kwargs=dict(trunk='test_resnet', mg_repeats=2, mg_instance_loss_kwargs=dict(margin=0.1)))
+    config.write_text(yaml.safe_dump(settings))
+    run = train('-c', config, model=MODEL[:2], start=plainly)
+    assert_joint(run)
+    assert ids(run) == order(repeats=2)
+    assert run.task.get_trainable_module().instance_loss.margin == 0.1
+
+
+def test_auto_beside_the_launcher(train):
+    run = train(*_AUTO, '--mg-repeats', '2')
+    assert_joint(run)
+    assert ids(run) == order(repeats=2)
+    assert all(line.count('CE: ') == 1 for line in run.log if line.startswith('Train: '))
+
+
+@pytest.mark.parametrize(('setting', 'message'), [
+    ('mg_repeat=2', 'mg_repeat is no option: did you mean mg_repeats?'),
+    ('mg_repeats=two', "mg_repeats is 'two': give one int"),
+    ('mg_repeats=1', '--mg-repeats 1 leaves the instance loss without positives')])
+def test_auto_refuses(train, capsys, setting, message):
+    with pytest.raises(SystemExit) as stopped:
+        train(*_AUTO, '--model-kwargs', 'trunk=test_resnet', setting, start=plainly)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error
+    assert error.startswith('timm_multigrain: error: ') and error.count('\n') == 1
+
+
+_MIXED = 'a mixture of two images is a copy of neither'
+
+
+@pytest.mark.parametrize(('flags', 'message'), [
+    ('--mixup 0.2', f'--mixup (0.2) does not go with MultiGrain training: {_MIXED}'),
+    ('--cutmix 1', _MIXED), ('--cutmix-minmax 0.2 0.8', _MIXED),
+    ('--aug-repeats 3', 'leave it out and give --mg-repeats'), ('--aug-splits 2', '--mg-repeats gives the copies'),
+    ('--jsd-loss', '--jsd-loss'), ('--split-bn', '--split-bn'), ('--naflex-loader', '--naflex-loader'),
+    ('--kd-model-name resnet18', 'distillation'), ('--torchscript', 'use --torchcompile'),
+    ('--dataset wds/x', 'is read as a stream'), ('-b 5', 'a batch size of 5 is too small for 3 copies'),
+    ('--mg-repeats 1', 'without positives'), ('--mg-classif-weight 2', 'give a lambda from 0 to 1'),
+    ('--mg-instance-loss arc', "'arc'"), ('--mg-margin nan', '--mg-margin nan'),
+    ('--model-kwargs mg_repeats=2', 'give --mg-repeats here'), ('--mg-epoch-len-factor 0.1', 'no full batch of 12'),
+    ('--resume missing.pth', 'there is no such file'),
+    ('--input-size 1 32 32 --mg-lighting 0.1', 'RGB'),
+    ('--opt adahessian', 'second derivatives')])
+def test_refuses(train, capsys, tmp_path, flags, message):
+    with pytest.raises(SystemExit) as stopped:
+        train(*flags.split())
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith('timm_multigrain: error: ')]
+    assert stopped.value.code == 2 and len(error) == 1 and message in error[0]
+    assert not list(tmp_path.glob('*/*.pth.tar'))
+
+
+@pytest.mark.parametrize('flags', [(), ('--model-ema', '--grad-accum-steps', '2')])
+def test_nothing_changes_without_the_objective(train, flags):
+    run = train('--mg-repeats', '1', '--mg-classif-weight', '1', *flags)
+    plain = train(*flags, start=plainly)
+    assert not run.batches and run.rows == plain.rows and 'task_state' not in run.checkpoint
+    for key in ('state_dict', 'optimizer', *(('state_dict_ema',) if flags else ())):
+        assert_same(run.checkpoint[key], plain.checkpoint[key])
+    assert not torch.equal(*(r.checkpoint['state_dict']['head.fc.weight'] for r in (run, train(*flags))))
+
+
+def test_same_seed(train):
+    flags = '--epochs', '2', '--reprob', '0.3', '--aa', 'rand-m7'
+    runs = [train(*flags, '--seed', seed) for seed in ('7', '7', '8')]
+    for key in ('state_dict', 'optimizer', 'task_state'):
+        assert_same(runs[0].checkpoint[key], runs[1].checkpoint[key])
+    assert runs[0].rows == runs[1].rows and runs[0].rows != runs[2].rows
+    assert ids(runs[0]) != ids(runs[2])
+
+
+_OTHER_SCRIPT = '''
+import sys
+
+import helper
+import timm
+
+if __name__ == '__main__':
+    model = timm.create_model('multigrain_resnet18', num_classes=3)
+    pool = timm.create_model('test_resnet', global_pool='gem').global_pool
+    print(helper.NAME, sys.argv, __name__, type(model).__name__, pool.pool_type)
+'''
+
+
+@pytest.mark.slow
+def test_other_scripts(tmp_path):
+    folder = tmp_path / 'checkout'
+    (folder / 'timm').mkdir(parents=True)
+    (folder / 'timm' / '__init__.py').write_text('raise ImportError("the timm of the checkout")')
+    (folder / 'helper.py').write_text('NAME = "beside the script"')
+    (folder / 'other.py').write_text(_OTHER_SCRIPT)
+    done = python('-m', 'timm_multigrain', 'other.py', '--flag', 'x', cwd=folder, PYTHONPATH='')
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "beside the script ['other.py', '--flag', 'x'] __main__ MultiGrain gem\n"
+    missing = python('-m', 'timm_multigrain', 'nowhere.py', cwd=folder, PYTHONPATH='')
+    assert missing.returncode == 2 and 'nowhere.py: there is no such file' in missing.stderr
+
+
+@pytest.fixture(scope='session', params=FOLDERS, ids=lambda path: path.name)
+def trained(request, images, tmp_path_factory):
+    """A folder of timm's scripts and a run of its train.py."""
+    folder = tmp_path_factory.mktemp('trained') / 'run'
+    run = training(request.param / 'train.py', images, folder, '-vb', '6', model=RESNET18)
+    assert_joint(run, model='multigrain_resnet18')
+    return request.param, run
+
+
+def other_script(path: Path, *flags: object, cwd: Path) -> subprocess.CompletedProcess:
+    """One of timm's scripts on the model that `trained` gives."""
+    done = python(
+        '-m', 'timm_multigrain', path, *RESNET18, '--num-classes', '3', '--img-size', '32', '-b', '6', *flags, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def reference(run: Run) -> torch.nn.Module:
+    model = timm.create_model('multigrain_resnet18', num_classes=3)
+    model.load_state_dict(run.checkpoint['state_dict'])
+    return model.eval()
+
+
+@pytest.mark.slow
+def test_validate(trained, images, tmp_path):
+    folder, run = trained
+    done = other_script(
+        folder / 'validate.py', '--checkpoint', run.folder / 'last.pth.tar', '--data-dir', images, '-j', '0',
+        '--device', 'cpu', '--crop-pct', '0.875', cwd=tmp_path)
+    result = json.loads(done.stdout.split('--result\n')[1])
+    assert result['top1'] == pytest.approx(run.rows[0]['eval_top1'], abs=1e-3)
+    loss = re.search(r'Loss: +([0-9.]+) ', done.stderr).group(1)
+    assert float(loss) == pytest.approx(run.rows[0]['eval_loss'], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_inference(trained, images, tmp_path):
+    pytest.importorskip('pandas')
+    folder, run = trained
+    other_script(
+        folder / 'inference.py', '--checkpoint', run.folder / 'last.pth.tar', '--data-dir', images, '-j', '0',
+        '--device', 'cpu', '--topk', '0', '--output-type', 'logit', '--results-separate-col', '--results-format', 'csv',
+        '--results-file', tmp_path / 'found.csv', '--fullname', cwd=tmp_path)
+    with (tmp_path / 'found.csv').open() as file:
+        rows = list(csv.DictReader(file))
+    model = reference(run)
+    transform = timm.data.create_transform(**{**timm.data.resolve_model_data_config(model), 'input_size': (3, 32, 32)})
+    assert len(rows) == 6
+    for row in rows:
+        image = Image.open(images / 'validation' / row['filename']).convert('RGB')
+        logits = [float(row[f'logit_{i}']) for i in range(3)]
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.tensor([logits]), model(transform(image)[None]), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.slow
+def test_benchmark(trained, tmp_path):
+    folder, run = trained
+    done = other_script(
+        folder / 'benchmark.py', '--device', 'cpu', '--bench', 'both', '--num-warm-iter', '1',
+        '--num-bench-iter', '5', cwd=tmp_path)
+    result = json.loads(done.stdout.split('--result\n')[1])
+    assert result['infer_samples_per_sec'] > 0 and result['train_samples_per_sec'] > 0
+    parameters = sum(p.numel() for p in reference(run).parameters())
+    assert result['param_count'] == pytest.approx(parameters / 1e6, abs=0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('exporter', ['--dynamo', ''])
+def test_onnx_export(trained, tmp_path, exporter):
+    onnxruntime = pytest.importorskip('onnxruntime')
+    folder, run = trained
+    other_script(
+        folder / 'onnx_export.py', tmp_path / 'model.onnx', '--checkpoint', run.folder / 'last.pth.tar',
+        *filter(None, [exporter]), cwd=tmp_path)
+    session = onnxruntime.InferenceSession(str(tmp_path / 'model.onnx'), providers=['CPUExecutionProvider'])
+    x = torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    found = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    with torch.inference_mode():
+        torch.testing.assert_close(torch.from_numpy(found), reference(run)(x), rtol=1e-3, atol=1e-3)
