@@ -178,6 +178,21 @@ def test_bad_arguments_and_batches():
         task(x[:3], target[:3])
 
 
+def test_instance_loss_runs_outside_autocast():
+    class Loss(torch.nn.Module):
+        needs_triplets = False
+
+        def forward(self, embedding, target, triplets):
+            self.dtypes = embedding.dtype, (embedding @ embedding.T).dtype
+            return embedding.sum()
+
+    task = MultiGrainTask(_model(), instance_loss=Loss()).train()
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        result = task(*_batch())
+    assert result['output'].dtype == torch.bfloat16
+    assert task.get_trainable_module().instance_loss.dtypes == (torch.float32, torch.float32)
+
+
 def test_statistics_by_hand():
     x, target = _batch()
     task = MultiGrainTask(_model().eval(), sampling=DistanceWeightedSampler(max_positives=2, generator=0),
