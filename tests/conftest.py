@@ -2,8 +2,10 @@
 import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 GOLDEN = Path(__file__).resolve().parent / 'golden'
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
@@ -33,3 +35,17 @@ def shared_data() -> Path:
     if not path.is_dir():
         pytest.skip('the real photographs are not beside this checkout')
     return path
+
+
+@pytest.fixture(scope='session')
+def noise_folder(tmp_path_factory):
+    """Image folder of noise: 3 classes, 12 pictures of 40 x 40 each for training, 2 for validation."""
+    root = tmp_path_factory.mktemp('pictures')
+    rng = np.random.default_rng(0)
+    for split, number in (('train', 12), ('validation', 2)):
+        for name in 'abc':
+            (root / split / name).mkdir(parents=True)
+            for i in range(number):
+                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
+    return root

@@ -6,11 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import timm_multigrain  # noqa: F401 - registers the models
 
@@ -19,28 +17,15 @@ STANDIN = Path(__file__).with_name('standin_train.py')
 SCRIPTS = [STANDIN, *(Path(f) / 'train.py' for f in os.environ.get('TIMM_SCRIPTS', '').split(os.pathsep) if f)]
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp('pictures')
-    rng = np.random.default_rng(0)
-    for split, number in (('train', 12), ('validation', 2)):
-        for name in 'abc':
-            (root / split / name).mkdir(parents=True)
-            for i in range(number):
-                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
-    return root
-
-
 def _torchrun(*command):
     environment = {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
     launcher = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     return subprocess.run([*launcher, *map(str, command)], env=environment, capture_output=True, text=True, timeout=400)
 
 
-def _flags(folder, output, name):
+def _flags(noise_folder, output, name):
     return [
-        '--data-dir', folder, '--model', 'multigrain', '--num-classes', 3, '--input-size', 3, 64, 64, '-b', 9,
+        '--data-dir', noise_folder, '--model', 'multigrain', '--num-classes', 3, '--input-size', 3, 64, 64, '-b', 9,
         '--epochs', 2, '--lr', 0.01, '--no-aug', '--device', 'cpu', '-j', 0, '--log-interval', 1, '--output', output,
         '--experiment', name]
 
@@ -54,11 +39,11 @@ def _result(output, name):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda p: f'{p.parent.name}/{p.name}')
-def test_two_processes_train_one_model(script, folder, tmp_path):
+def test_two_processes_train_one_model(script, noise_folder, tmp_path):
     betas = {}
     for name, extra in (('local', ['--model-ema']), ('gathered', ['--mg-gather', '--grad-accum-steps', 2])):
         trunk = ['--model-kwargs', 'trunk=resnet10t']
-        done = _torchrun('-m', 'timm_multigrain', script, *_flags(folder, tmp_path, name), *trunk, *extra)
+        done = _torchrun('-m', 'timm_multigrain', script, *_flags(noise_folder, tmp_path, name), *trunk, *extra)
         assert done.returncode == 0, done.stderr[-3000:]
         checkpoint, rows = _result(tmp_path, name)
         model = timm.create_model('multigrain', trunk='resnet10t', num_classes=3)
@@ -74,12 +59,12 @@ def test_two_processes_train_one_model(script, folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_fallback_and_a_refusal_under_torchrun(folder, tmp_path):
+def test_the_fallback_and_a_refusal_under_torchrun(noise_folder, tmp_path):
     settings = ['--device-modules', 'timm_multigrain.auto', '--model-kwargs', 'trunk=resnet10t', 'mg_repeats=2']
-    done = _torchrun(STANDIN, *_flags(folder, tmp_path, 'auto'), *settings)
+    done = _torchrun(STANDIN, *_flags(noise_folder, tmp_path, 'auto'), *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint, rows = _result(tmp_path, 'auto')
     assert 'beta' in checkpoint['task_state']['instance_loss'] and 'train_beta' in rows[0]
-    done = _torchrun('-m', 'timm_multigrain', STANDIN, *_flags(folder, tmp_path, 'no'), '--mixup', '0.5')
+    done = _torchrun('-m', 'timm_multigrain', STANDIN, *_flags(noise_folder, tmp_path, 'no'), '--mixup', '0.5')
     assert done.returncode and 'timm_multigrain: error: --mixup (0.5) does not go with' in done.stderr
     assert not (tmp_path / 'no').exists()

@@ -7,11 +7,9 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 import timm_multigrain  # noqa: F401 - registers the models
 from timm_multigrain.task import MultiGrainTask
@@ -65,22 +63,9 @@ def test_what_cannot_be_resumed(tmp_path):
         assert message in text and '\n' not in text, (path, text)
 
 
-@pytest.fixture(scope='module')
-def folder(tmp_path_factory):
-    root = tmp_path_factory.mktemp('pictures')
-    rng = np.random.default_rng(0)
-    for split, number in (('train', 8), ('validation', 2)):
-        for name in 'abc':
-            (root / split / name).mkdir(parents=True)
-            for i in range(number):
-                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
-    return root
-
-
-def _command(script, folder, output, *flags):
+def _command(script, noise_folder, output, *flags):
     return [
-        sys.executable, '-m', 'timm_multigrain', str(script), '--data-dir', str(folder), '--model', 'multigrain',
+        sys.executable, '-m', 'timm_multigrain', str(script), '--data-dir', str(noise_folder), '--model', 'multigrain',
         '--model-kwargs', 'trunk=resnet10t', '--num-classes', '3', '--input-size', '3', '32', '32', '-b', '12',
         '--epochs', '9', '--opt', 'adamw', '--lr', '0.003', '--warmup-epochs', '1', '--no-aug', '--model-ema',
         '--model-ema-decay', '0.9', '--device', 'cpu', '-j', '1', '--output', str(output), *flags]
@@ -97,10 +82,10 @@ def _load(path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda p: f'{p.parent.name}/{p.name}')
-def test_killed_and_resumed_equals_uninterrupted(script, folder, tmp_path):
-    command = _command(script, folder, tmp_path, '--experiment', 'whole')
+def test_killed_and_resumed_equals_uninterrupted(script, noise_folder, tmp_path):
+    command = _command(script, noise_folder, tmp_path, '--experiment', 'whole')
     subprocess.run(command, check=True, env=_environment(), capture_output=True)
-    process = subprocess.Popen(_command(script, folder, tmp_path, '--experiment', 'killed'), env=_environment(),
+    process = subprocess.Popen(_command(script, noise_folder, tmp_path, '--experiment', 'killed'), env=_environment(),
                                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     saved = tmp_path / 'killed' / 'checkpoint-1.pth.tar'
     deadline = time.time() + 240
@@ -109,8 +94,9 @@ def test_killed_and_resumed_equals_uninterrupted(script, folder, tmp_path):
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
     assert saved.exists() and not (tmp_path / 'killed' / 'checkpoint-8.pth.tar').exists()
-    resume = ['--experiment', 'resumed', '--resume', str(tmp_path / 'killed' / 'last.pth.tar')]
-    subprocess.run(_command(script, folder, tmp_path, *resume), check=True, env=_environment(), capture_output=True)
+    command = _command(script, noise_folder, tmp_path, '--experiment', 'resumed',
+                       '--resume', str(tmp_path / 'killed' / 'last.pth.tar'))
+    subprocess.run(command, check=True, env=_environment(), capture_output=True)
     whole, resumed = (_load(tmp_path / name / 'last.pth.tar') for name in ('whole', 'resumed'))
     assert whole['epoch'] == resumed['epoch'] == 8
     assert whole['task_state']['instance_loss']['beta'] != 1.2
