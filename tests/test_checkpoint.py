@@ -114,8 +114,6 @@ def test_cross_entropy_and_its_gradient_with_respect_to_p(reference):
 @pytest.mark.slow
 @pytest.mark.parametrize('network, sizes, rel', [
     ('senet154', [(96, 128), (97, 131)], 1e-5),
-    # timm pads PNASNet as TensorFlow does: equal at sides = 11 mod 32 only
-    ('pnasnet5large', [(139, 107), (331, 331)], 2e-4),
 ])
 @torch.inference_mode()
 def test_forward_of_large_networks(models, reference, network, sizes, rel):
@@ -186,3 +184,37 @@ def test_load_state_dict_takes_weights_of_the_trunk(tmp_path):
         timm.create_model('multigrain', trunk='resnet10t', num_classes=6, checkpoint_path=path)
     with pytest.raises(ValueError, match='neither a MultiGrain one'):
         model.load_state_dict({'blocks.0.weight': torch.zeros(1)})
+
+
+@pytest.mark.parametrize('key, value', [
+    ('features.layer1.0.conv1.weight', math.nan), ('features.bn1.running_var', math.inf),
+    ('features.bn1.bias', -math.inf), ('classifier.weight', math.nan)])
+def test_values_that_are_not_finite_are_named(key, value):
+    state = original.state_dict('resnet18')
+    state[key] = state[key].clone()
+    state[key].view(-1)[3] = value
+    ours = key.replace('features.', 'trunk.').replace('classifier.', 'head.fc.')
+    with pytest.raises(ValueError, match=rf"'{ours}' in the checkpoint holds {'NaN' if math.isnan(value) else 'inf'}"):
+        _load('multigrain_resnet18', state)
+    with pytest.raises(ValueError, match='only p > 0'):
+        _load('multigrain_resnet18', {**original.state_dict('resnet18'), 'pool.p': torch.tensor(0.0)})
+
+
+def test_exponent_as_a_number_and_for_each_channel():
+    state = original.state_dict('resnet18')
+    for p in (2.5, 2, torch.tensor([2.0])):
+        assert _load('multigrain_resnet18', {**state, 'pool.p': p}).gem_p == float(p)
+    each = torch.linspace(1, 4, 512)
+    assert _load('multigrain_resnet18', {**state, 'pool.p': torch.tensor(2.5)}, per_channel_p=True).gem_p == [2.5] * 512
+    model = timm.create_model('multigrain_resnet18', per_channel_p=True)
+    with torch.no_grad():
+        model.head.pool.p.copy_(each)
+    assert _load('multigrain_resnet18', model.state_dict(), per_channel_p=True).gem_p == each.tolist()
+    with pytest.raises(RuntimeError, match=r'head\.pool\.p'):
+        _load('multigrain_resnet18', model.state_dict())
+
+
+def test_checkpoints_without_weights():
+    for checkpoint in ({'epoch': 3}, {'model_state': {}, 'extra': {}}, {'model_state': None}):
+        with pytest.raises(ValueError, match=r'holds no weights, only entries such as \['):
+            checkpoint_filter_fn(checkpoint, timm.create_model('multigrain_resnet18'))

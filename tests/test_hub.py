@@ -78,7 +78,28 @@ def test_bad_input_and_failed_writes_leave_nothing(tmp_path, monkeypatch):
     (tmp_path / 'mine' / 'photo.jpg').write_bytes(b'x')
     with pytest.raises(FileExistsError, match='is not a saved model'):
         save_pretrained(model, tmp_path / 'mine')
-    monkeypatch.setattr('timm_multigrain.hub.save_for_hf', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
+    monkeypatch.setattr(
+        'timm_multigrain.hub.save.save_for_hf', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
     with pytest.raises(OSError, match='disk full'):
         save_pretrained(model, tmp_path / 'model')
     assert [p.name for p in tmp_path.iterdir()] == ['mine'] and (tmp_path / 'mine' / 'photo.jpg').exists()
+
+
+def test_a_card_in_the_folder_is_kept(tmp_path):
+    path = save_pretrained(_model(), tmp_path / 'model')
+    (path / 'README.md').write_text('mine')
+    save_pretrained(_model(gem_p=2), path)
+    assert (path / 'README.md').read_text() == 'mine' and [p.name for p in tmp_path.iterdir()] == ['model']
+    assert timm.create_model(f'local-dir:{path}').gem_p == 2
+    (path / 'more.safetensors').write_bytes(b'')
+    with pytest.raises(FileExistsError, match='is not a saved model'):
+        save_pretrained(_model(), path)
+
+
+def test_weights_that_hold_nan_are_refused(tmp_path):
+    model = _model()
+    with torch.no_grad():
+        model.head.fc.weight[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r'head\.fc\.weight of the model holds NaN'):
+        save_pretrained(model, tmp_path / 'model')
+    assert not list(tmp_path.iterdir())

@@ -29,7 +29,8 @@ def _small(name, **kwargs):
 
 def test_registered_names():
     assert set(NAMES) >= {f'multigrain_resnet{d}' for d in (18, 34, 50, 101, 152)}
-    assert set(NAMES) >= {'multigrain', 'multigrain_senet154', 'multigrain_pnasnet5large', VIT}
+    assert set(NAMES) >= {'multigrain', 'multigrain_senet154', VIT}
+    assert set(NAMES) >= {'multigrain_pnasnet5large', 'multigrain_nasnetamobile'}
     pretrained = timm.list_models('multigrain*', pretrained=True)
     assert [n for n in pretrained if n.startswith('multigrain_resnet50')] == [
         'multigrain_resnet50.fb_p1_l1_in1k', 'multigrain_resnet50.fb_p1_l05_in1k', 'multigrain_resnet50.fb_p3_l1_in1k',

@@ -7,11 +7,12 @@ import sys
 
 from timm_multigrain.version import __version__
 
-from . import demo, recipe
+from . import convert, demo, publish, publish_official, recipe
 
 __all__ = ['main']
 
-_COMMANDS = {'demo': demo, 'recipe': recipe}
+_COMMANDS = {
+    'demo': demo, 'recipe': recipe, 'convert': convert, 'publish': publish, 'publish-official': publish_official}
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,12 +1,12 @@
 """Checkpoints of every origin as a state dict of ours: the original's containers and keys, timm's trunks, our own.
 
 The original implementation saves `model_state` beside the optimizer. Its keys are `features.<trunk>`, `pool.p`,
-`classifier.*` and, once whitened, `whitening.pca.pca_{m,P}`; PNASNet's body sits one level deeper.
+`classifier.*` and, once whitened, `whitening.pca.pca_{m,P}`; the NASNets' bodies sit one level deeper.
 """
 import torch
 from timm.models import get_pretrained_cfg_value
 
-__all__ = ['checkpoint_filter_fn']
+__all__ = ['checkpoint_filter_fn', 'model_state']
 
 _BODY = ('features.0.base_net.', 'features.module.', 'features.')
 _HEAD = {
@@ -30,13 +30,13 @@ def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, 
         model: The model that will load it.
 
     Raises:
-        ValueError: The keys are of none of these.
+        ValueError: The keys are of none of these, or a value is NaN or infinite (p alone may be infinite).
     """
-    state = state_dict.get('model_state', state_dict)
-    state = {k.removeprefix('module.'): v for k, v in state.items()}
-    if any(k.startswith('features.') for k in state) and 'classifier.weight' in state:
-        state = _from_original(state)
-    elif not any(k.startswith('trunk.') for k in state):
+    state = model_state(state_dict, own=model.state_dict())
+    if isinstance(state.get('head.pool.p'), int | float):
+        state['head.pool.p'] = torch.tensor(float(state['head.pool.p']))
+    _check_finite(state)
+    if not any(k.startswith('trunk.') for k in state):
         state = _from_trunk(state, model)
     if 'head.whitening.proj' in state and state['head.whitening.proj'].shape[1] != getattr(
             model.head.whitening, 'out_features', None):
@@ -46,7 +46,42 @@ def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, 
         state.pop('head.pool.p', None)
     elif model.fixed_p or 'head.pool.p' not in state:
         state['head.pool.p'] = own_p
+    elif state['head.pool.p'].numel() == 1:  # for each channel, where the model has one a channel
+        state['head.pool.p'] = state['head.pool.p'].detach().reshape(()).expand(own_p.shape).clone()
     return state
+
+
+def model_state(state_dict: dict, own: dict | None = None) -> dict[str, torch.Tensor]:
+    """The weights in a checkpoint, the original's under our names, others under their own.
+
+    Args:
+        state_dict: As for `checkpoint_filter_fn`.
+        own: State dict of the model that will load it, to tell the original's names from a trunk's (timm's DenseNet).
+
+    Raises:
+        ValueError: There are none, or a key that the original does not have among its own.
+    """
+    state = state_dict.get('model_state', state_dict) if isinstance(state_dict, dict) else {}
+    if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
+        entries = f'only entries such as {list(state_dict)[:4]}' if state_dict else 'nothing'
+        raise ValueError(f'The checkpoint holds no weights, {entries}.')
+    state = {str(k).removeprefix('module.'): v for k, v in state.items()}
+    original = 'classifier.weight' in state and any(
+        k.startswith('features.') and f'trunk.{k}' not in (own or {}) for k in state)
+    return _from_original(state) if original else state
+
+
+def _check_finite(state: dict) -> None:
+    for k, v in state.items():
+        if not isinstance(v, torch.Tensor) or not v.is_floating_point():
+            continue
+        if k == 'head.pool.p':
+            if not (v > 0).all():
+                raise ValueError(f'The exponent p in the checkpoint is {v.tolist()}: only p > 0 can be pooled with.')
+        elif not torch.isfinite(v).all():
+            raise ValueError(
+                f'{k!r} in the checkpoint holds {"NaN" if v.isnan().any() else "infinity"}: its training diverged or '
+                'the file is damaged, take another one.')
 
 
 def _from_original(state: dict) -> dict:

@@ -7,82 +7,65 @@ fb_p<p>_<size>_in1k where only p was fine-tuned at a test size.
 import sys
 
 import timm
-from timm.models import (
-    PretrainedCfg,
-    build_model_with_cfg,
-    generate_default_cfgs,
-    get_pretrained_cfg,
-    register_model,
-)
+from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 
 from .checkpoint import checkpoint_filter_fn
-from .config import model_cfg
+from .config import official_cfg, paper_cfg, trunk_cfg
 from .multigrain import MultiGrain
 
 __all__ = ['register_multigrain']
 
-_URL = 'https://dl.fbaipublicfiles.com/multigrain/'
-_JOINT = 'jointly trained on ImageNet-1k with repeated augmentation (3 copies an image)'
+_COPIES = 'repeated augmentation (3 copies an image)'
 
-
-def _cfg(trunk: str, **kwargs) -> dict:
-    base = get_pretrained_cfg(trunk)
-    return model_cfg(base.to_dict() if base else {}, **kwargs)
-
-
-def _fb_cfg(trunk: str, file: str, description: str, **kwargs) -> dict:
-    """Configuration of official weights: trained and tested on the shorter side 256, centre crop 224, bilinear."""
-    return _cfg(trunk, **{
-        'url': _URL + file, 'license': 'cc-by-nc-4.0', 'description': description, 'crop_pct': 0.875,
-        'interpolation': 'bilinear', **kwargs})
-
-
-def _paper_cfg(trunk: str) -> dict:
-    return _cfg(trunk, crop_pct=0.875, interpolation='bilinear')
-
+# tag: file on the authors' server, training, top-1
+_JOINT = {
+    'fb_p3_l05_aa_in1k': (
+        'joint_3BAA_0.5.pth', f'p = 3, lambda = 0.5, AutoAugment, {_COPIES}', '78.2 at 224, 79.4 at longer side 500'),
+    'fb_p3_l05_in1k': (
+        'joint_3B_0.5.pth', f'p = 3, lambda = 0.5, full augmentation, {_COPIES}',
+        '77.4 at 224, 78.6 at longer side 500 with p = 4'),
+    'fb_p1_l05_in1k': (
+        'joint_1B_0.5.pth', f'p = 1, lambda = 0.5, full augmentation, {_COPIES}', '77.0 at 224'),
+    'fb_p3_l1_in1k': (
+        'joint_3B_1.0.pth', f'p = 3, lambda = 1 (classification only), full augmentation, {_COPIES}', '76.9 at 224'),
+    'fb_p1_l1_in1k': (
+        'joint_1B_1.0.pth', f'p = 1, lambda = 1 (classification only), full augmentation, {_COPIES}', '76.8 at 224'),
+}
 
 default_cfgs = generate_default_cfgs({
-    'multigrain.untrained': _paper_cfg('resnet50'),
-    'multigrain_resnet18.untrained': _paper_cfg('resnet18'),
-    'multigrain_resnet34.untrained': _paper_cfg('resnet34'),
-    'multigrain_resnet50.fb_p3_l05_aa_in1k': _fb_cfg(
-        'resnet50', 'multigrain_models/joint_3BAA_0.5.pth',
-        f'p = 3, lambda = 0.5, AutoAugment, {_JOINT}; top-1 78.2 at 224'),
-    'multigrain_resnet50.fb_p3_l05_in1k': _fb_cfg(
-        'resnet50', 'multigrain_models/joint_3B_0.5.pth',
-        f'p = 3, lambda = 0.5, {_JOINT}; top-1 77.4 at 224, 78.6 at longer side 500 with p = 4'),
-    'multigrain_resnet50.fb_p1_l05_in1k': _fb_cfg(
-        'resnet50', 'multigrain_models/joint_1B_0.5.pth', f'p = 1, lambda = 0.5, {_JOINT}; top-1 77.0 at 224'),
-    'multigrain_resnet50.fb_p3_l1_in1k': _fb_cfg(
-        'resnet50', 'multigrain_models/joint_3B_1.0.pth',
-        'p = 3, lambda = 1 (classification only), repeated augmentation; top-1 76.9 at 224'),
-    'multigrain_resnet50.fb_p1_l1_in1k': _fb_cfg(
-        'resnet50', 'multigrain_models/joint_1B_1.0.pth',
-        'p = 1, lambda = 1 (classification only), repeated augmentation; top-1 76.8 at 224'),
-    'multigrain_resnet101.untrained': _paper_cfg('resnet101'),
-    'multigrain_resnet152.untrained': _paper_cfg('resnet152'),
-    'multigrain_senet154.fb_p16_400_in1k': _fb_cfg(
+    'multigrain.untrained': paper_cfg('resnet50'),
+    'multigrain_resnet18.untrained': paper_cfg('resnet18'),
+    'multigrain_resnet34.untrained': paper_cfg('resnet34'),
+    **{
+        f'multigrain_resnet50.{tag}': official_cfg('resnet50', f'multigrain_models/{file}', training, top1)
+        for tag, (file, training, top1) in _JOINT.items()
+    },
+    'multigrain_resnet101.untrained': paper_cfg('resnet101'),
+    'multigrain_resnet152.untrained': paper_cfg('resnet152'),
+    'multigrain_senet154.fb_p16_400_in1k': official_cfg(
         'legacy_senet154', 'finetuned_models/senet154-finetune400.pth',
-        'p = 1.6 fine-tuned at 400 pixels on a trained SENet-154; top-1 83.0 at 400', test_input_size=(3, 400, 400)),
-    'multigrain_pnasnet5large.fb_p17_500_in1k': _fb_cfg(
+        'p = 1.6 fine-tuned at 400 pixels with cross-entropy only (lambda = 1), the rest of a trained SENet-154',
+        '83.0 at 400, 83.1 at 450', test_input_size=(3, 400, 400)),
+    'multigrain_pnasnet5large.fb_p17_500_in1k': official_cfg(
         'pnasnet5large', 'finetuned_models/pnasnet5large-finetune500.pth',
-        'p = 1.7 fine-tuned at 500 pixels on a trained PNASNet-5-Large; top-1 83.6 at 500',
-        test_input_size=(3, 500, 500)),
-    'multigrain_convnext_tiny.untrained': _cfg('convnext_tiny'),
-    'multigrain_efficientnet_b0.untrained': _cfg('efficientnet_b0'),
-    'multigrain_vit_small_patch14_dinov2.untrained': _cfg('vit_small_patch14_dinov2'),
+        'p = 1.7 fine-tuned at 500 pixels with cross-entropy only (lambda = 1), the rest of a trained PNASNet-5-Large',
+        '83.6 at 500', test_input_size=(3, 500, 500)),
+    'multigrain_nasnetamobile.fb_p17_350_in1k': official_cfg(
+        'nasnetamobile', 'finetuned_models/nasnetamobile-finetune350.pth',
+        'p = 1.7 fine-tuned at 350 pixels with cross-entropy only (lambda = 1), the rest of a trained NASNet-A-Mobile',
+        '75.1 at 350', test_input_size=(3, 350, 350)),
+    'multigrain_convnext_tiny.untrained': trunk_cfg('convnext_tiny'),
+    'multigrain_efficientnet_b0.untrained': trunk_cfg('efficientnet_b0'),
+    'multigrain_vit_small_patch14_dinov2.untrained': trunk_cfg('vit_small_patch14_dinov2'),
 })
 
 
 def _create_multigrain(variant: str, pretrained: bool = False, **kwargs) -> MultiGrain:
-    return build_model_with_cfg(
-        MultiGrain,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(feature_cls='getter', out_indices=None),
-        **kwargs,
-    )
+    kwargs['feature_cfg'] = dict(feature_cls='getter', out_indices=None)
+    if pretrained:
+        from .pretrained import build_pretrained  # importing the package stays quick without it
+        return build_pretrained(MultiGrain, variant, **kwargs)
+    return build_model_with_cfg(MultiGrain, variant, False, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
 
 
 @register_model
@@ -90,7 +73,7 @@ def multigrain(pretrained: bool = False, **kwargs) -> MultiGrain:
     """MultiGrain on the timm model that `trunk` names, ResNet-50 without it."""
     trunk = kwargs.setdefault('trunk', 'resnet50')
     if not isinstance(kwargs.get('pretrained_cfg'), (dict, PretrainedCfg)):
-        kwargs['pretrained_cfg'] = _cfg(trunk, architecture='multigrain')
+        kwargs['pretrained_cfg'] = trunk_cfg(trunk, architecture='multigrain')
     return _create_multigrain('multigrain', pretrained, **kwargs)
 
 
@@ -132,8 +115,14 @@ def multigrain_senet154(pretrained: bool = False, **kwargs) -> MultiGrain:
 
 @register_model
 def multigrain_pnasnet5large(pretrained: bool = False, **kwargs) -> MultiGrain:
-    """MultiGrain, PNASNet-5-Large. timm pads it as TensorFlow does: equal to the original at sides = 11 mod 32 only."""
+    """MultiGrain, PNASNet-5-Large with the original's padding, which is timm's at sides of 11 modulo 32 only."""
     return _create_multigrain('multigrain_pnasnet5large', pretrained, **dict(kwargs, trunk='pnasnet5large'))
+
+
+@register_model
+def multigrain_nasnetamobile(pretrained: bool = False, **kwargs) -> MultiGrain:
+    """MultiGrain, NASNet-A-Mobile, a trunk that timm does not have."""
+    return _create_multigrain('multigrain_nasnetamobile', pretrained, **dict(kwargs, trunk='nasnetamobile'))
 
 
 @register_model
@@ -185,6 +174,6 @@ def register_multigrain(trunk: str) -> str:
     entrypoint.__name__ = entrypoint.__qualname__ = name
     entrypoint.__module__ = __name__
     entrypoint.__doc__ = f'MultiGrain, {arch}.'
-    default_cfgs.update(generate_default_cfgs({f'{name}.untrained': _cfg(arch)}))
+    default_cfgs.update(generate_default_cfgs({f'{name}.untrained': trunk_cfg(arch)}))
     setattr(sys.modules[__name__], name, register_model(entrypoint))
     return name

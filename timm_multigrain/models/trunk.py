@@ -7,6 +7,9 @@ import torch
 import torch.nn as nn
 from torch.func import functional_call
 
+from . import nasnet  # noqa: F401 - registers the trunk nasnetamobile
+from .nasnet_padding import restore_padding
+
 __all__ = ['FeatureMap', 'create_trunk', 'probe_trunk']
 
 
@@ -26,6 +29,8 @@ class FeatureMap(NamedTuple):
 def create_trunk(name: str, pretrained: bool | str = False, in_chans: int = 3, **kwargs) -> nn.Module:
     """Create a timm model that gives its last feature map instead of logits.
 
+    PNASNet-5-Large gets the padding of the original implementation, see `restore_padding`.
+
     Args:
         name: Any timm model name, also with a tag ('resnet50.a1_in1k') or a source ('hf-hub:...').
         pretrained: Load timm's weights: True for the model's default ones, or the name of a tag.
@@ -44,10 +49,13 @@ def create_trunk(name: str, pretrained: bool | str = False, in_chans: int = 3, *
     if name.startswith('multigrain'):
         raise ValueError(f'Trunk {name!r} is a MultiGrain model itself: name the timm model inside it.')
     try:
-        return timm.create_model(
+        trunk = timm.create_model(
             name, pretrained=bool(pretrained), num_classes=0, global_pool='', in_chans=in_chans, **kwargs)
     except AssertionError as e:
         raise ValueError(f'Trunk {name!r} cannot be built without its pooling and classifier ({e}).') from e
+    if isinstance(trunk, timm.models.PNASNet5Large):
+        restore_padding(trunk)
+    return trunk
 
 
 def probe_trunk(trunk: nn.Module, name: str) -> FeatureMap:

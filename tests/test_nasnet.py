@@ -1,0 +1,263 @@
+"""The NASNet trunks: the original's padding by its definition, and its reference numbers with odd and even sizes."""
+import copy
+import io
+import json
+
+import pytest
+import timm
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from safetensors.torch import load_file
+from timm.models import group_parameters
+
+import timm_multigrain
+from timm_multigrain.models.nasnet_padding import FloorConv2d, crop_like, floor_pool2d, restore_padding
+from timm_multigrain.models.trunk import create_trunk
+
+from . import original
+
+BODY = 'features.0.base_net.'
+
+
+def _close(a, b, rel):
+    torch.testing.assert_close(a, b, rtol=0, atol=rel * b.abs().max().item())
+
+
+def _check_forward(model, reference, network, sizes, rel):
+    for height, width in sizes:
+        key = f'{network}.{height}x{width}.p3.0.'
+        features = model.forward_features(original.image(height, width))
+        embedding = model.forward_head(features, pre_logits=True)
+        _close(embedding, reference[key + 'embedding'], rel)
+        _close(model.head.classify(embedding), reference[key + 'logits'], rel)
+
+
+def _mobile(num_classes=1000):
+    torch.manual_seed(0)
+    model = timm.create_model('multigrain', trunk='nasnetamobile', num_classes=num_classes).eval()
+    for module in model.modules():  # every layer counts, and rows of a batch differ
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.6, 1)
+            nn.init.uniform_(module.bias, -0.1, 0.1)
+            nn.init.uniform_(module.running_mean, -0.1, 0.1)
+    return model
+
+
+def _side_of_map(side, rounds_down):
+    """Side of the last map: a 3x3 convolution of stride 2, then four halvings, each up or down."""
+    side = (side - 1) // 2
+    for down in rounds_down:
+        side = side // 2 if down else -(-side // 2)
+    return side
+
+
+@pytest.fixture(scope='module')
+def mobile():
+    """NASNet-A-Mobile with the reference weights under the original's keys, filled from the names of the model."""
+    model = timm.create_model('multigrain', trunk='nasnetamobile', num_classes=1001).eval()
+    keys = {f'{BODY}{k}': tuple(v.shape) for k, v in model.trunk.state_dict().items()}
+    keys.update({f'{name}.{part}': (1001, 1056)[:n] for name in (f'{BODY}last_linear', 'classifier')
+                 for part, n in (('weight', 2), ('bias', 1))}, **{'pool.p': ()})
+    state = {key: original.fill(key, shape) for key, shape in keys.items()}
+    assert model.load_state_dict(state) == ([], [])
+    return model, keys
+
+
+@torch.inference_mode()
+def test_forward_of_nasnetamobile(mobile, golden):
+    reference = load_file(golden / 'forward_nasnetamobile.safetensors')
+    _check_forward(mobile[0], reference, 'nasnetamobile', [(96, 128), (97, 131)], 1e-5)
+
+
+@torch.inference_mode()
+def test_all_keys_and_numbers_of_nasnetamobile(mobile, shared_golden):
+    model, keys = mobile
+    stored = json.loads((shared_golden / 'checkpoint_keys_nasnetamobile.json').read_text())['without_whitening']
+    assert keys == {key: tuple(shape) for key, (shape, _) in stored.items()}
+    reference = load_file(shared_golden / 'forward_other.safetensors')
+    for height, width in ((96, 128), (97, 131)):
+        normalized = reference[f'nasnetamobile.{height}x{width}.p3.0.normalized']
+        _close(model.embed(original.image(height, width)), normalized, 1e-5)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_forward_of_pnasnet5large(golden):
+    reference = load_file(golden / 'forward.safetensors')
+    model = timm.create_model('multigrain_pnasnet5large').eval()
+    model.load_state_dict(original.state_dict('pnasnet5large'))
+    # float32 rounding grows through the cells: the original itself differs by 5e-5 between releases of torch
+    _check_forward(model, reference, 'pnasnet5large', [(96, 128), (97, 131), (139, 107), (331, 331)], 1e-4)
+
+
+@pytest.mark.slow
+@torch.inference_mode()
+def test_restored_padding_of_pnasnet5large():
+    torch.manual_seed(0)
+    plain = timm.create_model('pnasnet5large', num_classes=0, global_pool='').eval()
+    restored = create_trunk('pnasnet5large').eval()
+    assert list(restored.state_dict()) == list(plain.state_dict())
+    restored.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 75, 107)  # 11 modulo 32: timm's padding is the same
+    torch.testing.assert_close(restored(x), plain(x))
+    x = torch.randn(1, 3, 97, 131)
+    expected = restored(x)
+    last, taps = restored.forward_intermediates(x)
+    assert torch.equal(last, expected) and torch.equal(taps[-1], expected)
+    assert [tuple(t.shape[2:]) for t in taps] == [(48, 65), (24, 33), (12, 17), (6, 8), (3, 4)]
+    traced = torch.fx.symbolic_trace(restored)
+    for size in ((97, 131), (64, 96)):
+        x = torch.randn(1, 3, *size)
+        torch.testing.assert_close(traced(x), restored(x))
+    torch.testing.assert_close(torch.jit.script(restored)(x), restored(x))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name, rounds_down', [
+    ('pnasnet5large', (False, False, True, False)), ('nasnetamobile', (False, True, True, True))])
+def test_size_of_the_map_for_every_remainder_of_32(name, rounds_down):
+    trunk = create_trunk(name, device='meta').eval()
+    assert {p.device.type for p in trunk.parameters()} == {'meta'}
+    for side in range(64, 80):
+        out = trunk(torch.empty(1, 3, side, side + 16, device='meta'))
+        assert out.shape[2:] == (_side_of_map(side, rounds_down), _side_of_map(side + 16, rounds_down))
+
+
+def test_pnasnet5large_keeps_its_mode_and_parameters():
+    trunk = timm.create_model('pnasnet5large', num_classes=0, device='meta').eval()
+    before = dict(trunk.named_parameters())
+    restore_padding(trunk)
+    after = dict(trunk.named_parameters())
+    assert list(before) == list(after) and all(before[k] is after[k] for k in before)
+    assert not any(module.training for module in trunk.modules())
+    # timm's other modules are left alone: none of its dynamic paddings is there any more
+    assert not [n for n, m in trunk.named_modules() if type(m).__name__.endswith('Same')]
+
+
+@pytest.mark.parametrize('side', [7, 8])
+def test_rounding_down_is_padding_in_front_and_dropping_the_first(side):
+    x = torch.randn(2, 3, side, side + 1)
+    in_front = F.pad(x, (1, 0, 1, 0))
+    for k in (3, 5, 7):
+        conv = FloorConv2d(3, 3, k, groups=3, bias=False)
+        expected = F.conv2d(in_front, conv.weight, stride=2, padding=k // 2, groups=3)[:, :, 1:, 1:]
+        torch.testing.assert_close(conv(x), expected)
+    for pool in (nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False)):
+        torch.testing.assert_close(floor_pool2d(type(pool))(x), pool(in_front)[:, :, 1:, 1:])
+    point = FloorConv2d(3, 4, 1)
+    expected = F.conv2d(x, point.weight, point.bias, stride=2)[:, :, :side // 2, :(side + 1) // 2]
+    torch.testing.assert_close(point(x), expected)
+
+
+@torch.no_grad()
+def test_cropping_cell_crops_what_it_sums():
+    torch.manual_seed(0)
+    trunk = timm.create_model('pnasnet5large', num_classes=0, device='meta')
+    cell = type(trunk.cell_5)(6, 4, 10, 4, pad_type='same', match_prev_layer_dims=True).eval()
+    trunk.cell_5 = cell
+    restore_padding(trunk)
+    cropping = trunk.cell_5
+    right = torch.randn(2, 10, 4, 3)
+    same = torch.randn(2, 6, 8, 6)
+    torch.testing.assert_close(cropping(same, right), cell(same, right))
+    larger = torch.randn(2, 6, 9, 7)
+    out = cropping(larger, right)
+    left, inner = cell.conv_prev_1x1(larger), cell.conv_1x1(right)
+    assert left.shape[2:] == (5, 4) and out.shape == (2, 20, 4, 3)
+    torch.testing.assert_close(
+        out[:, :4], (cell.comb_iter_0_left(left) + cell.comb_iter_0_right(left))[:, :, :4, :3])
+    torch.testing.assert_close(out[:, 4:16], cell(same, right)[:, 4:16])  # these see the right input alone
+    torch.testing.assert_close(out[:, 16:], cell.comb_iter_4_left(left)[:, :, :4, :3] + inner)
+    assert torch.equal(crop_like(larger, right), larger[:, :, :4, :3])
+
+
+@torch.no_grad()
+def test_nasnetamobile_as_a_timm_model():
+    model = timm.create_model('nasnetamobile', num_classes=5, drop_rate=0.2).eval()
+    x = torch.randn(2, 3, 96, 64)
+    assert model(x).shape == (2, 5) and model.get_classifier() is model.last_linear
+    features = model.forward_features(x)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), features.mean((2, 3)))
+    model.reset_classifier(0, '')
+    assert torch.equal(model(x), features) and features.shape == (2, 1056, 3, 2) and features.min() >= 0
+    model.reset_classifier(3, 'max')
+    torch.testing.assert_close(model(x), model.last_linear(features.amax((2, 3))))
+    taps = timm.create_model('nasnetamobile', features_only=True).eval()
+    assert [tuple(t.shape[1:]) for t in taps(x)] == [
+        (32, 47, 31), (44, 24, 16), (264, 12, 8), (528, 6, 4), (1056, 3, 2)]
+    assert taps.feature_info.channels() == [32, 44, 264, 528, 1056]
+    cfg = model.pretrained_cfg
+    assert cfg['mean'] == cfg['std'] == (0.5, 0.5, 0.5) and not timm.is_model_pretrained('nasnetamobile')
+    with pytest.raises(RuntimeError, match='No pretrained weights exist'):
+        timm.create_model('nasnetamobile', pretrained=True)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_intermediates_pruning_and_layer_order_of_nasnetamobile():
+    model = _mobile()
+    x = torch.randn(1, 3, 65, 97)
+    expected = model.forward_features(x)
+    last, taps = model.forward_intermediates(x)
+    assert torch.equal(last, expected) and torch.equal(taps[-1], expected)
+    hooks = timm.create_model('nasnetamobile', features_only=True).eval()
+    hooks.body.load_state_dict(model.trunk.state_dict())
+    for tap, hooked in zip(taps, hooks(x), strict=True):
+        assert torch.equal(tap, hooked)
+    for i in range(5):
+        stopped, (tap,) = model.forward_intermediates(x, indices=[i], stop_early=True)
+        assert torch.equal(tap, taps[i]) and torch.equal(stopped, tap)
+        pruned = copy.deepcopy(model)
+        assert pruned.prune_intermediate_layers([i - 5]) == [i]
+        assert torch.equal(pruned(x), tap) and pruned.num_features == tap.shape[1]
+    with pytest.raises(ValueError, match=r'indices=\[5\] do not name'):
+        model.forward_intermediates(x, indices=[5])
+    with pytest.raises(ValueError, match="output_fmt='NLC'"):
+        model.forward_intermediates(x, output_fmt='NLC')
+    groups = group_parameters(model, model.group_matcher(), reverse=True)
+    order = [groups[f'trunk.{name}.{leaf}'] for name in model.trunk.layer_names
+             for leaf in (('conv.weight',) if name == 'conv0' else ('conv_1x1.conv.weight',))]
+    assert order == [0, 0, 0, *range(1, 15)] and groups['head.fc.weight'] == max(groups.values())
+
+
+def test_gradients_and_checkpointing_of_nasnetamobile():
+    model = _mobile(num_classes=3).train()
+    x = torch.randn(2, 3, 65, 65)
+    gradients = []
+    for checkpointing in (False, True):
+        twin = copy.deepcopy(model)
+        twin.set_grad_checkpointing(checkpointing)
+        twin(x).pow(2).sum().backward()
+        gradients.append({n: p.grad for n, p in twin.named_parameters()})
+        assert all(g is not None for g in gradients[-1].values())
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_script_fx_compile_export_of_nasnetamobile():
+    model = _mobile(num_classes=3)
+    odd, even = torch.randn(2, 3, 65, 97), torch.randn(2, 3, 64, 96)
+    buffer = io.BytesIO()
+    torch.jit.save(torch.jit.script(model), buffer)
+    buffer.seek(0)
+    dims = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    exported = torch.export.export(model, (odd,), dynamic_shapes=(dims,)).module()
+    for form in (torch.jit.load(buffer), torch.fx.symbolic_trace(model), exported):
+        for x in (odd, even):  # with and without a position to crop
+            torch.testing.assert_close(form(x), model(x))
+    torch.testing.assert_close(torch.compile(model, backend='aot_eager', fullgraph=True)(odd), model(odd))
+    channels_last = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    torch.testing.assert_close(channels_last(odd), model(odd), rtol=1e-3, atol=1e-5)
+    assert model.bfloat16()(odd.bfloat16()).dtype == torch.bfloat16
+
+
+def test_register_multigrain_takes_the_trunk():
+    name = timm_multigrain.register_multigrain('nasnetamobile')
+    model = timm.create_model(name, num_classes=2, in_chans=1)
+    assert name == 'multigrain_nasnetamobile' and model.num_features == 1056
+    assert model.pretrained_cfg['first_conv'] == 'trunk.conv0.conv'
+    assert model.pretrained_cfg['mean'] == (0.5, 0.5, 0.5)
+    assert model(torch.randn(2, 1, 64, 64)).shape == (2, 2)

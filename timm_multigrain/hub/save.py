@@ -1,0 +1,140 @@
+"""Models on disk in the layout of the Hugging Face Hub: config.json and model.safetensors, as timm reads them."""
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+
+from timm_multigrain.files import fsync
+
+__all__ = ['model_folder', 'save_pretrained', 'write_model']
+
+CONFIG, WEIGHTS, CARD = 'config.json', 'model.safetensors', 'README.md'
+
+
+def save_pretrained(
+        model: nn.Module,
+        directory: str | os.PathLike,
+        label_names: Sequence[str] | None = None,
+        data_config: dict | None = None,
+) -> Path:
+    """Save a model so that ``timm.create_model('local-dir:<directory>', pretrained=True)`` gives it back.
+
+    The folder appears whole or not at all, and is loaded back and compared with the model before this returns.
+
+    Args:
+        model: A MultiGrain made by ``timm.create_model``, in any mode; it is not changed.
+        directory: Folder to write; an earlier one is replaced, its README.md kept.
+        label_names: Names of the classes, in the order of the classifier's rows.
+        data_config: Preprocessing the weights were trained for (input_size, crop_pct, mean, std, interpolation).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The number of label names is not that of the classes, or the weights hold NaN.
+        FileExistsError: The path is a file, or a folder that holds other things than a saved model.
+        OSError: The folder cannot be written.
+        RuntimeError: What was written does not load back to the same outputs.
+    """
+    directory = Path(directory)
+    with model_folder(directory) as unfinished:
+        write_model(model, unfinished, label_names, data_config, shown=directory)
+        if (directory / CARD).is_file():
+            shutil.copyfile(directory / CARD, unfinished / CARD)
+    return directory
+
+
+@contextmanager
+def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder that takes the place of ``directory`` once the block has ended without an error.
+
+    Raises:
+        FileExistsError: The path is a file, or a folder that holds other things than a saved model.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and _holds_model_or_nothing(directory)):
+        raise FileExistsError(f'{directory} exists and is not a saved model: name another folder.')
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=directory.parent))
+    try:
+        unfinished = work / 'new'
+        unfinished.mkdir()
+        yield unfinished
+        for path in [*unfinished.iterdir(), unfinished]:
+            fsync(path)
+        if directory.exists():
+            os.rename(directory, work / 'old')
+        os.rename(unfinished, directory)
+    finally:
+        if (work / 'old').exists() and not directory.exists():
+            os.rename(work / 'old', directory)
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def write_model(
+        model: nn.Module,
+        directory: Path,
+        label_names: Sequence[str] | None = None,
+        data_config: dict | None = None,
+        pretrained_cfg: dict | None = None,
+        shown: str | os.PathLike | None = None,
+) -> nn.Module:
+    """Write a model's config.json and model.safetensors, load them back and compare.
+
+    Args:
+        model: As for `save_pretrained`.
+        directory: Folder that is there.
+        label_names: As for `save_pretrained`.
+        data_config: As for `save_pretrained`.
+        pretrained_cfg: Fields of timm's configuration to set, such as license.
+        shown: Name of the folder in errors.
+
+    Returns:
+        The model as it was loaded back, in eval mode.
+
+    Raises:
+        ValueError, OSError, RuntimeError: As `save_pretrained`.
+    """
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise ValueError(f'{len(label_names)} label names for {model.num_classes} classes: give one name a class.')
+    broken = next((k for k, v in model.state_dict().items() if v.is_floating_point() and v.isnan().any()), None)
+    if broken is not None:
+        raise ValueError(f'{broken} of the model holds NaN: take a checkpoint of before the training diverged.')
+    config = {'pretrained_cfg': dict(pretrained_cfg or {})}
+    if label_names is not None:
+        config['label_names'] = list(label_names)
+    try:
+        save_for_hf(model, str(directory), model_config=config, safe_serialization=True, data_config=data_config)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f'{WEIGHTS} could not be written to {shown or directory}: {e}; free space there, or name another '
+                      'folder.') from e
+    return _check_saved(model, directory, shown or directory)
+
+
+def _holds_model_or_nothing(directory: Path) -> bool:
+    return {path.name for path in directory.iterdir()} <= {CONFIG, WEIGHTS, CARD}
+
+
+@torch.no_grad()
+def _check_saved(model: nn.Module, directory: Path, shown: str | os.PathLike) -> nn.Module:
+    loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
+    parameter = next(model.parameters())
+    x = torch.linspace(-2, 2, 3 * 64 * 64).reshape(1, 3, 64, 64)[:, :1].expand(1, loaded.in_chans, 64, 64)
+    size = loaded.pretrained_cfg['input_size'][1:] if loaded.pretrained_cfg.get('fixed_input_size') else None
+    x = nn.functional.interpolate(x, size=size, mode='bilinear') if size else x
+    training = model.training
+    try:
+        expected = model.eval()(x.to(parameter))
+    finally:
+        model.train(training)
+    if not torch.equal(loaded.to(parameter)(x.to(parameter)), expected):
+        raise RuntimeError(f'The model saved to {shown} does not give the same outputs when it is loaded back.')
+    return loaded
