@@ -7,6 +7,8 @@ import pytest
 import torch
 from PIL import Image
 
+from .weight_server import weight_server
+
 GOLDEN = Path(__file__).resolve().parent / 'golden'
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
 
@@ -49,3 +51,12 @@ def noise_folder(tmp_path_factory):
                 pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(root / split / name / f'{i}.png')
     return root
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server of weights, and a cache of downloads of its own."""
+    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
+    monkeypatch.setenv('no_proxy', '127.0.0.1')
+    with weight_server() as running:
+        yield running

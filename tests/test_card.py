@@ -102,10 +102,11 @@ def test_a_second_publication_keeps_what_people_wrote(hub):
     text = text.replace('tags:\n', 'tags:\n- boats\n').replace('| classes | 3 |', '| classes | 99 |')
     text = re.sub(r'(  results:\n)', r'\1' + THEIRS, text) + '\n## Limits\n\nNo ships: $x \\1 \\g<0>$.\n'
     repo.commit('main', {**repo.commits[repo.refs['main']], 'README.md': (text.encode(), False)})
-    publish(tiny_model(1, gem_p=4), 'me/model', metrics=[figure(71.25), HOLIDAYS])
+    about = r'Made with \1 and \d+.'
+    publish(tiny_model(1, gem_p=4), 'me/model', metrics=[figure(71.25), HOLIDAYS], description=about)
     new = repo.files()['README.md'].decode()
     limits = '\n## Limits\n\nNo ships: $x \\1 \\g<0>$.\n'
-    for kept in ('# My boats\n\nA photo of *every* boat.\n', '## How to use it', limits):
+    for kept in ('# My boats\n\nA photo of *every* boat.\n', '## How to use it', limits, about):
         assert kept in new
     data = ModelCard(new).data
     assert data.language == 'en' and data.widget == [{'src': 'boat.jpg', 'title': 'a | b'}] and data.tags[0] == 'boats'
@@ -116,7 +117,7 @@ def test_a_second_publication_keeps_what_people_wrote(hub):
     assert new.count('begin usage') == new.count('end usage') == new.count('<!-- timm_multigrain: ') == 1
     # once more without anything new: not a byte changes, and the figures stay with the same weights
     commits = len(repo.commits)
-    publish(tiny_model(1, gem_p=4), 'me/model')
+    publish(tiny_model(1, gem_p=4), 'me/model', description=about)
     assert repo.files()['README.md'].decode() == new and len(repo.commits) == commits
 
 

@@ -16,21 +16,11 @@ from timm_multigrain.models.recognize import recognize_model
 
 from . import original
 from .original_files import container, refused, write
-from .weight_server import weight_server
 
 
 @pytest.fixture(scope='module')
 def reference(golden):
     return load_file(golden / 'forward.safetensors')
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A server of weights, and a cache of downloads of its own."""
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    monkeypatch.setenv('no_proxy', '127.0.0.1')
-    with weight_server() as running:
-        yield running
 
 
 @pytest.fixture

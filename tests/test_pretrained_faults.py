@@ -16,19 +16,9 @@ from timm_multigrain.models.reading import UnreadableWeightsError, Weights, read
 
 from . import original
 from .original_files import container, refused, write
-from .weight_server import weight_server
 
 NAME = 'multigrain_resnet18'
 BY_HAND = 'give the file: pretrained_cfg_overlay=dict(file=PATH)'
-
-
-@pytest.fixture
-def server(tmp_path, monkeypatch):
-    """A server of weights, and a cache of downloads of its own."""
-    monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
-    monkeypatch.setenv('no_proxy', '127.0.0.1')
-    with weight_server() as running:
-        yield running
 
 
 @pytest.fixture(scope='module')

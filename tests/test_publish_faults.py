@@ -71,6 +71,16 @@ def test_a_repository_that_cannot_be_deleted_is_named(hub):
         publish(tiny_model(), 'me/model', license='mit')
 
 
+def test_a_repository_that_others_have_filled_is_not_deleted(hub, monkeypatch):
+    def fill(api, repo_id, *args, **kwargs):
+        hub.repos[repo_id].commit('main', {'data.csv': (b'1,2', False)})
+        raise RuntimeError('broken')
+    monkeypatch.setattr(HfApi, 'create_commit', fill)
+    with pytest.raises(RuntimeError, match=f'broken {hub.endpoint}/me/model holds files and is left as it is'):
+        publish(tiny_model(), 'me/model', license='mit')
+    assert hub.repos['me/model'].files() == {'data.csv': b'1,2'}
+
+
 def test_an_interrupted_upload_leaves_no_repository(hub, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
