@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from .hub_server import hub_server, use
 from .weight_server import weight_server
 
 GOLDEN = Path(__file__).resolve().parent / 'golden'
@@ -60,3 +61,11 @@ def server(tmp_path, monkeypatch):
     monkeypatch.setenv('no_proxy', '127.0.0.1')
     with weight_server() as running:
         yield running
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hugging Face Hub on loopback that huggingface_hub talks to, and a cache of its own."""
+    with hub_server() as server:
+        use(server, monkeypatch, tmp_path / 'home')
+        yield server

@@ -12,7 +12,6 @@ from timm_multigrain.hub import Metric, publish, read_metrics
 from timm_multigrain.hub.card import CITATION, CardFacts, load_card, make_card, usage_snippet
 from timm_multigrain.hub.metrics import parse_metrics
 
-from .hub_server import hub_server, use
 from .tiny import figure, tiny_model
 
 HOLIDAYS = dict(task='retrieval', dataset='INRIA Holidays', metric='mAP', value=92.5, size=500, p='inf',
@@ -20,13 +19,6 @@ HOLIDAYS = dict(task='retrieval', dataset='INRIA Holidays', metric='mAP', value=
 COPYDAYS = dict(task='copy-detection', dataset='INRIA Copydays', metric='mAP', value=75, size=224, p=None,
                 protocol='crop', whitening='20,000 images', split='strong', source_name='paper',
                 source_url='https://arxiv.org/abs/1902.05509')
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_server() as server:
-        use(server, monkeypatch, tmp_path / 'home')
-        yield server
 
 
 def _card(model=None, base=None, **facts):

@@ -16,17 +16,10 @@ from safetensors.torch import load
 import timm_multigrain
 from timm_multigrain.hub import publish, save_pretrained
 
-from .hub_server import environment, hub_server, use
+from .hub_server import environment
 from .tiny import figure, image_for, tiny_model
 
 FILES = {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_server() as server:
-        use(server, monkeypatch, tmp_path / 'home')
-        yield server
 
 
 @pytest.mark.parametrize('kwargs', [

@@ -6,15 +6,8 @@ from huggingface_hub import HfApi
 from timm_multigrain.cli.main import main
 from timm_multigrain.hub import publish, save_pretrained
 
-from .hub_server import Fault, hub_server, use
+from .hub_server import Fault
 from .tiny import tiny_model
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_server() as server:
-        use(server, monkeypatch, tmp_path / 'home')
-        yield server
 
 
 @pytest.mark.parametrize('fault, error, created', [

@@ -12,17 +12,10 @@ from timm_multigrain.hub.official import official_metrics, official_tags
 from timm_multigrain.hub.verify import file_sha256
 
 from . import original
-from .hub_server import Fault, hub_server, use
+from .hub_server import Fault
 from .tiny import tiny_model
 
 TAG = 'multigrain_resnet50.fb_p3_l05_in1k'
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_server() as server:
-        use(server, monkeypatch, tmp_path / 'home')
-        yield server
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@ import argparse
 import json
 from pathlib import Path
 
-import pytest
 import timm
 import torch
 from timm.models import get_pretrained_cfg
@@ -12,15 +11,7 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.hub.source import load_source
 
-from .hub_server import hub_server, use
 from .tiny import figure, image_for, tiny_model
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_server() as server:
-        use(server, monkeypatch, tmp_path / 'home')
-        yield server
 
 
 def _checkpoint(path, weights, ema=None, **args):

@@ -8,15 +8,8 @@ import torch
 
 from timm_multigrain.hub import publish, verified_hub_file
 
-from .hub_server import Fault, hub_server, use
+from .hub_server import Fault
 from .tiny import tiny_model
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    with hub_server() as server:
-        use(server, monkeypatch, tmp_path / 'home')
-        yield server
 
 
 @pytest.fixture
