@@ -1,0 +1,175 @@
+"""Archives of image sets: what they may write, and what a download is checked against."""
+import hashlib
+import io
+import json
+import os
+import stat
+import tarfile
+import zipfile
+
+import pytest
+
+from timm_multigrain.retrieval.archives import RemoteFile, fetch_files, unpack
+
+FILES = {'jpg/a.jpg': b'aaa' * 50, 'jpg/b.jpg': b'', 'c.txt': os.urandom(5000)}
+
+
+def tar(entries, mode='w:gz'):
+    """Bytes of a tar archive; an entry is content, or a TarInfo for what is no plain file."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode=mode) as file:
+        for name, content in entries.items():
+            if isinstance(content, tarfile.TarInfo):
+                content.name = name
+                file.addfile(content)
+            else:
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                file.addfile(info, io.BytesIO(content))
+    return buffer.getvalue()
+
+
+def zipped(entries, mode=None):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as file:
+        for name, content in entries.items():
+            info = zipfile.ZipInfo(name)
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr = (mode or 0) << 16
+            file.writestr(info, content)
+    return buffer.getvalue()
+
+
+def special(kind, link=''):
+    info = tarfile.TarInfo()
+    info.type, info.linkname = kind, link
+    return info
+
+
+def tree(folder):
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def write(path, content):
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize('content', [tar(FILES), tar(FILES, 'w'), zipped(FILES), zipped(FILES, stat.S_IFREG | 0o777)],
+                         ids=['tgz', 'tar', 'zip', 'unix zip'])
+def test_unpacks_what_is_in_it(tmp_path, content):
+    assert unpack(write(tmp_path / 'archive', content), tmp_path / 'out') == 3
+    assert tree(tmp_path / 'out') == FILES
+    assert not os.stat(tmp_path / 'out' / 'c.txt').st_mode & stat.S_IXUSR
+    unpack(tmp_path / 'archive', tmp_path / 'out')  # again, over itself
+    assert tree(tmp_path / 'out') == FILES
+
+
+UNSAFE = ['../up.txt', 'jpg/../../up.txt', '/tmp/absolute.txt', 'C:/x.txt', 'a\\..\\up.txt', '..']
+
+
+@pytest.mark.parametrize('make', [tar, zipped])
+@pytest.mark.parametrize('name', UNSAFE)
+def test_paths_that_lead_out(tmp_path, make, name):
+    archive = write(tmp_path / 'archive', make({'first.jpg': b'x', name: b'y'}))
+    with pytest.raises(ValueError, match='not safe to unpack'):
+        unpack(archive, tmp_path / 'out')
+    assert tree(tmp_path) == {'archive': archive.read_bytes()}  # not even the good file before it
+
+
+@pytest.mark.parametrize('entry', [
+    special(tarfile.SYMTYPE, '/etc/passwd'), special(tarfile.SYMTYPE, 'a.jpg'), special(tarfile.LNKTYPE, 'a.jpg'),
+    special(tarfile.FIFOTYPE), special(tarfile.CHRTYPE)],
+    ids=['symlink', 'symlink inside', 'hard link', 'fifo', 'device'])
+def test_links_and_devices(tmp_path, entry):
+    archive = write(tmp_path / 'archive', tar({'a.jpg': b'x', 'b': entry}))
+    with pytest.raises(ValueError, match="would write 'b', a link or a device"):
+        unpack(archive, tmp_path / 'out')
+    assert not tree(tmp_path / 'out')
+
+
+def test_a_link_in_a_zip(tmp_path):
+    archive = write(tmp_path / 'archive', zipped({'b': b'/etc/passwd'}, stat.S_IFLNK | 0o777))
+    with pytest.raises(ValueError, match='no plain file'):
+        unpack(archive, tmp_path / 'out')
+
+
+def test_a_link_that_was_there_before(tmp_path):
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'elsewhere').mkdir()
+    (tmp_path / 'out' / 'jpg').symlink_to(tmp_path / 'elsewhere')
+    with pytest.raises(ValueError, match='through a link'):
+        unpack(write(tmp_path / 'archive', tar(FILES)), tmp_path / 'out')
+    assert not tree(tmp_path / 'elsewhere')
+
+
+@pytest.mark.parametrize('make', [tar, zipped])
+def test_bombs(tmp_path, make):
+    archive = write(tmp_path / 'archive', make({'a': bytes(20 << 20)}))
+    with pytest.raises(ValueError, match='becomes larger'):
+        unpack(archive, tmp_path / 'out')
+    with pytest.raises(ValueError, match='more than 2 files'):
+        unpack(write(tmp_path / 'many', make(FILES)), tmp_path / 'out', max_files=2)
+    assert not list((tmp_path / 'out').iterdir())
+
+
+@pytest.mark.parametrize('content', [b'', b'<html>not found</html>', tar(FILES)[:-40], tar(FILES, 'w')[:700],
+                                     zipped(FILES)[:-10], zipped(FILES)[:60]])
+def test_damaged(tmp_path, content):
+    with pytest.raises(ValueError, match='is no whole archive'):
+        unpack(write(tmp_path / 'archive', content), tmp_path / 'out')
+    assert not list((tmp_path / 'out').iterdir())
+
+
+def test_fetch(server, tmp_path):
+    archive, plain = tar(FILES), b'ground truth'
+    remotes = [RemoteFile(server.add('set.tar.gz', archive, cuts=1), 'images'),
+               RemoteFile(server.add('gnd.pkl', plain), sha256=hashlib.sha256(plain).hexdigest())]
+    lines = []
+    fetch_files(remotes, tmp_path / 'set', lines.append)
+    found = tree(tmp_path / 'set')
+    manifest = json.loads(found.pop('downloads.json'))
+    assert found == {'gnd.pkl': plain, **{f'images/{name}': content for name, content in FILES.items()}}
+    assert manifest[remotes[0].url] == {
+        'bytes': len(archive), 'sha256': hashlib.sha256(archive).hexdigest(), 'done': True}
+    assert 'trusted' in lines[0] and 'as known' in lines[1]
+    assert any(asked for asked in server.ranges)  # the cut connection went on where it was
+    asked = len(server.ranges)
+    fetch_files(remotes, tmp_path / 'set', lines.append)
+    assert len(server.ranges) == asked and 'there already' in lines[2]
+
+
+def test_fetch_goes_on_after_a_failure(server, tmp_path):
+    good = RemoteFile(server.add('a.zip', zipped({'a.jpg': b'a'})))
+    bad = RemoteFile(good.url.replace('a.zip', 'b.zip'))
+    with pytest.raises(FileNotFoundError, match=r'b\.zip could not be downloaded.*unpack it into'):
+        fetch_files([good, bad], tmp_path / 'set', lambda line: None)
+    server.add('b.zip', zipped({'b.jpg': b'b'}))
+    asked = len(server.ranges)
+    fetch_files([good, bad], tmp_path / 'set', lambda line: None)
+    assert len(server.ranges) == asked + 1
+    assert sorted(tree(tmp_path / 'set')) == ['a.jpg', 'b.jpg', 'downloads.json']
+
+
+def test_content_that_is_not_what_is_known(server, tmp_path):
+    wrong = RemoteFile(server.add('a.tar', tar(FILES, 'w')), sha256='0' * 64)
+    with pytest.raises(ValueError, match=r'not the 0000000.*was deleted'):
+        fetch_files([wrong], tmp_path / 'set', lambda line: None)
+    assert not tree(tmp_path / 'set')
+
+
+def test_content_that_changed_since_it_was_first_trusted(server, tmp_path):
+    """An unsafe archive is not kept, but its hash is: what comes next from there has to be equal."""
+    remote = RemoteFile(server.add('a.tar', tar({'../a': b''}, 'w')))
+    with pytest.raises(ValueError, match='not safe'):
+        fetch_files([remote], tmp_path / 'set', lambda line: None)
+    server.add('a.tar', tar(FILES, 'w'))
+    with pytest.raises(ValueError, match=r'downloads\.json has from its first download'):
+        fetch_files([remote], tmp_path / 'set', lambda line: None)
+
+
+@pytest.mark.parametrize('content', ['{', '[]', '{"a": 1}'])
+def test_a_damaged_manifest(tmp_path, content):
+    (tmp_path / 'downloads.json').write_text(content)
+    with pytest.raises(ValueError, match=r'downloads\.json is no'):
+        fetch_files([RemoteFile('http://127.0.0.1:9/a.tar')], tmp_path)
