@@ -1,0 +1,55 @@
+"""An index written without a model, for tests of what is done with one."""
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+
+from timm_multigrain.collection.records import RECORD, record_row
+from timm_multigrain.collection.store import Store, StoreWriter
+
+CLASSES = ['boat', 'car', 'tree']
+
+
+def unit_vectors(count: int, dim: int = 16, seed: int = 0) -> np.ndarray:
+    """Random unit rows, (count, dim) float32."""
+    vectors = np.random.default_rng(seed).standard_normal((count, dim)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def write_index(folder, vectors: np.ndarray, paths=None, classes=None, root='/pictures', dtype='float32') -> Path:
+    """Make an index of these descriptors.
+
+    Args:
+        folder: Where to.
+        vectors: (N, D).
+        paths: Paths below root; numbered ones by default.
+        classes: Number of each image's most probable class, of `CLASSES`.
+        root: The folder they are said to be in.
+        dtype: Of the descriptors.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    model = {
+        'name': 'multigrain', 'trunk': 'test_resnet', 'source': None, 'options': {}, 'weights_sha256': '0' * 64,
+        'pool': 'gem', 'p': [3.0], 'whitening': None, 'dim': vectors.shape[1], 'num_classes': len(CLASSES),
+        'label_names': CLASSES, 'license': None}
+    config = {'model': model, 'protocol': {'size': 64}, 'dim': vectors.shape[1], 'dtype': dtype, 'versions': {}}
+    StoreWriter.create(folder, config)
+    writer = StoreWriter(Store(folder))
+    writer.roots.append(os.fspath(root))
+    add_images(writer, vectors, paths, classes)
+    writer.close()
+    return folder
+
+
+def add_images(writer: StoreWriter, vectors: np.ndarray, paths=None, classes=None) -> None:
+    """Append to an index and commit."""
+    count = len(vectors)
+    paths = [f'{i}.jpg' for i in range(count)] if paths is None else paths
+    classes = [i % len(CLASSES) for i in range(count)] if classes is None else classes
+    rows = np.array([record_row(
+        root=0, size=(640, 480), bytes=1000 + i, mtime_ns=i, sha256=hashlib.sha256(str(i).encode()).digest(),
+        classes=[classes[i]], probabilities=[0.75]) for i in range(count)], dtype=RECORD)
+    writer.add([os.fsencode(path) for path in paths], rows, vectors)
+    writer.commit()

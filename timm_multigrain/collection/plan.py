@@ -1,0 +1,135 @@
+"""What an update of an index has to do: the folders as they are now against the index as it is."""
+import hashlib
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from .scan import FoundFile, Scan
+from .store import Store
+
+__all__ = ['Plan', 'make_plan', 'sha256_of']
+
+
+@dataclass
+class Plan:
+    """Work of an update. Numbers of records are those of the record file.
+
+    Attributes:
+        embed: Files to go through the model, new or changed.
+        replaces: For a file of `embed` that has changed, by its absolute path: the record that is to go.
+        renew: (file, record, hash) of files with a known content: its vector is taken over, the record goes.
+        copy: (file, record, hash) of new files with the content of a file that stays.
+        gone: Records of files that are there no more.
+        unchanged: Number of files that are as they were.
+        moved: How many of `renew` are at another place; the others are as they were but for the time.
+        still_skipped: Number of files that could not be read before and have not changed.
+        recovered: Files that were listed as unreadable and are not there any more.
+    """
+    embed: list[FoundFile] = field(default_factory=list)
+    replaces: dict[bytes, int] = field(default_factory=dict)
+    renew: list[tuple[FoundFile, int, bytes]] = field(default_factory=list)
+    copy: list[tuple[FoundFile, int, bytes]] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
+    unchanged: int = 0
+    moved: int = 0
+    still_skipped: int = 0
+    recovered: list[bytes] = field(default_factory=list)
+
+
+def make_plan(store: Store, scan: Scan, folders: Sequence[bytes], retry: bool = False) -> Plan:
+    """Compare a scan with an index.
+
+    Files of the same size and time as when they were indexed are taken to be unchanged. Others are read: what has a
+    known content keeps its descriptor.
+
+    Args:
+        store: The index.
+        scan: What is there.
+        folders: The folders that were scanned; images of other folders are left alone.
+        retry: Try files again that could not be read and have not changed.
+    """
+    plan, known, suspects = Plan(), _known(store), []
+    present = set()
+    for file in scan.files:
+        path = os.path.join(folders[file.root], file.path)
+        present.add(path)
+        number, skipped = known.pop(path, None), store.skipped.get(path)
+        if number is not None:
+            record = store.all_records[number]
+            if (record['bytes'], record['mtime_ns']) == (file.size, file.mtime_ns):
+                plan.unchanged += 1
+            elif record['bytes'] == file.size and (digest := sha256_of(path)) == record['sha256'].tobytes():
+                plan.renew.append((file, number, digest))
+            else:
+                plan.embed.append(file)
+                plan.replaces[path] = number
+        elif skipped and not retry and (skipped['size'], skipped['mtime_ns']) == (file.size, file.mtime_ns):
+            plan.still_skipped += 1
+        else:
+            suspects.append(file)
+    gone = {path: number for path, number in known.items() if _is_gone(path, folders, scan.unreadable)}
+    plan.recovered = [path for path in store.skipped
+                      if path not in present and _is_gone(path, folders, scan.unreadable)]
+    _find_known_contents(plan, store, suspects, gone, folders)
+    plan.gone = sorted(gone.values())
+    return plan
+
+
+def sha256_of(path: bytes | str) -> bytes | None:
+    """Hash of a file; None if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, 'rb') as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.digest()
+
+
+def _known(store: Store) -> dict[bytes, int]:
+    """Record number of each absolute path."""
+    roots = [store.root(i) for i in range(len(store.manifest.roots))]
+    return {os.path.join(roots[record['root']], store.relative_path(record)): int(number)
+            for number, record in zip(store.rows, store.records, strict=True)}
+
+
+def _is_gone(path: bytes, folders: Sequence[bytes], unreadable) -> bool:
+    """Whether a path that the scan has not met would have been met if it were there."""
+    return any(_below(path, folder) for folder in folders) and not any(_below(path, other) for other in unreadable)
+
+
+def _below(path: bytes, folder: bytes) -> bool:
+    return path == folder or path.startswith(folder.rstrip(b'/') + b'/')
+
+
+def _find_known_contents(plan: Plan, store: Store, suspects: list, gone: dict[bytes, int], folders) -> None:
+    """Deal out new files: moved, a copy of one that is there, or to embed. Only those of a known size are read."""
+    sizes = set(store.records['bytes'].tolist())
+    by_hash = defaultdict(list)
+    if any(file.size in sizes for file in suspects):
+        missing = set(gone.values())
+        for number, digest in zip(store.rows.tolist(), store.records['sha256'], strict=True):
+            # the end of the list is taken first: a moved file's record before one of a file that is still there
+            by_hash[digest.tobytes()].insert(len(by_hash[digest.tobytes()]) if number in missing else 0, number)
+    path_of = {number: path for path, number in gone.items()}
+    for file in suspects:
+        digest = sha256_of(os.path.join(folders[file.root], file.path)) if file.size in sizes else None
+        numbers = by_hash.get(digest)
+        if not numbers:
+            plan.embed.append(file)
+        elif numbers[-1] in path_of:
+            number = numbers.pop()
+            del gone[path_of.pop(number)]
+            plan.renew.append((file, number, digest))
+            plan.moved += 1
+        else:
+            plan.copy.append((file, numbers[-1], digest))
+
+
+def vectors_of(store: Store, numbers: Sequence[int]) -> np.ndarray:
+    """Descriptors of some records, (n, D)."""
+    return store.vectors_at(store.all_records['vector'][np.asarray(numbers, dtype=np.int64)].astype(np.int64))

@@ -1,0 +1,68 @@
+"""What the index knows of an image besides its descriptor: a record of fixed size, so that a million are one array."""
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+__all__ = ['RECORD', 'TOP', 'Record', 'classes_of', 'record_row', 'top_classes']
+
+TOP = 5  # classes kept of an image
+
+# vector is the row of vectors.bin: a file that was moved gets a new record and keeps its vector
+RECORD = np.dtype([
+    ('path_offset', '<u8'), ('path_length', '<u4'), ('root', '<u4'), ('vector', '<u8'), ('bytes', '<u8'),
+    ('mtime_ns', '<i8'), ('width', '<u4'), ('height', '<u4'), ('sha256', 'u1', 32),
+    ('classes', '<i4', TOP), ('probabilities', '<f4', TOP),
+])
+
+
+@dataclass(frozen=True)
+class Record:
+    """An indexed image.
+
+    Attributes:
+        path: Where it was when it was indexed, as os.fsdecode gives it: bytes that are not UTF-8 are surrogate escapes.
+        width: Pixels, as the picture is shown (turned as its EXIF orientation says, where the index does so).
+        height: Pixels.
+        bytes: Size of the file.
+        sha256: Hash of the file, hexadecimal.
+        mtime_ns: When the file was last changed, nanoseconds since 1970.
+        classes: (name, probability) of the most probable classes, best first; empty for a model without classes.
+    """
+    path: str
+    width: int
+    height: int
+    bytes: int
+    sha256: str
+    mtime_ns: int
+    classes: tuple[tuple[str, float], ...] = ()
+
+
+def record_row(
+        *, root: int, size: tuple[int, int], bytes: int, mtime_ns: int, sha256: bytes,
+        classes: Sequence[int] = (), probabilities: Sequence[float] = (), vector: int = 0,
+) -> np.ndarray:
+    """One row of the record file, () of `RECORD`; the path is filled in when it is written."""
+    row = np.zeros((), dtype=RECORD)
+    row['root'] = root
+    row['width'], row['height'] = size
+    row['bytes'], row['mtime_ns'], row['vector'] = bytes, mtime_ns, vector
+    row['sha256'] = np.frombuffer(sha256, dtype=np.uint8)
+    row['classes'] = -1
+    row['classes'][:len(classes)] = classes
+    row['probabilities'][:len(classes)] = probabilities
+    return row
+
+
+def top_classes(logits) -> tuple[np.ndarray, np.ndarray]:
+    """The most probable classes of (n, K) logits: (n, min(K, TOP)) class numbers and probabilities, best first."""
+    probabilities, classes = logits.float().softmax(dim=1).topk(min(TOP, logits.shape[1]), dim=1)
+    return classes.cpu().numpy(), probabilities.cpu().numpy()
+
+
+def classes_of(row: np.ndarray, label_names: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
+    """(name, probability) of a record's classes; the number stands for a class without a name."""
+    return tuple(
+        (label_names[number] if label_names else str(number), float(probability))
+        for number, probability in zip(row['classes'].tolist(), row['probabilities'].tolist(), strict=True)
+        if number >= 0)
