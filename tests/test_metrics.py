@@ -103,7 +103,7 @@ def test_result_prints():
     (np.zeros((1, 3)), [[[0]]], None, 'list of integers'),
     (np.array([[0., np.nan]]), [[0]], None, r'scores\[0\] holds NaN'),
     (torch.tensor([[0., 1.], [float('nan'), 0.]]), [[0], [0]], None, r'scores\[1\] holds NaN'),
-    (np.zeros((2, 3)), [[0]], None, '2 rows of scores, 1 relevant'),
+    (np.zeros((2, 3)), [[0]], None, '2 rows of scores for 1 queries'),
     (np.zeros((1, 3)), [[0]], [[1], [2]], '2 ignore lists'),
     (np.zeros(3), [[0]], None, 'shape'),
     (np.zeros((0, 3)), [], None, 'at least one query'),

@@ -1,0 +1,105 @@
+"""Exact nearest neighbours by inner product, a piece of the database at a time.
+
+Memory holds the queries, one piece of the database and its scores, whatever the size of the database.
+"""
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+__all__ = ['SimilarityChunks', 'nearest', 'similarity_chunks']
+
+Vectors = torch.Tensor | np.ndarray
+CHUNK_BYTES = 32 << 20
+
+
+class SimilarityChunks:
+    """Similarities of Q queries to a database as (Q, n) float32 pieces in its order.
+
+    It can be iterated again if the database can: a tensor, a list or an object with `__iter__`, not a generator.
+    """
+
+    def __init__(self, queries: Vectors, database: Vectors | Iterable[Vectors], chunk_size: int | None = None) -> None:
+        self.queries = _to_tensor(queries, 'queries')
+        self.database = database
+        fitting = max(1, CHUNK_BYTES // (4 * max(1, *self.queries.shape)))
+        self.chunk_size = fitting if chunk_size is None else chunk_size
+        if self.chunk_size < 1:
+            raise ValueError(f'chunk_size is {chunk_size}, and has to be 1 or more.')
+        self._used = False
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        if self._used and iter(self.database) is self.database:
+            raise ValueError('The database is a generator that was read already: pass an object that can be iterated '
+                             'again, such as a list of shards.')
+        self._used = True
+        for shard in [self.database] if isinstance(self.database, Vectors) else self.database:
+            shard = _to_tensor(shard, 'database', self.queries.shape[1], convert=False)
+            for start in range(0, len(shard), self.chunk_size):
+                piece = shard[start:start + self.chunk_size]
+                yield self.queries @ piece.to(self.queries.device, torch.float32).T
+
+
+def similarity_chunks(queries: Vectors, database: Vectors | Iterable[Vectors],
+                      chunk_size: int | None = None) -> SimilarityChunks:
+    """Similarities (inner products) of queries to a database, piece by piece.
+
+    Args:
+        queries: (Q, D) vectors; their device is where the work is done.
+        database: (N, D) vectors, or shards (n, D) of them in order.
+        chunk_size: Database vectors at a time, by default as many as keep a piece at 32 MiB.
+
+    Returns:
+        An iterable of (Q, n) float32 tensors; see `SimilarityChunks` on reading it twice.
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    return SimilarityChunks(queries, database, chunk_size)
+
+
+def nearest(
+        queries: Vectors,
+        database: Vectors | Iterable[Vectors],
+        k: int,
+        chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k database vectors with the largest inner products, exactly.
+
+    Args:
+        queries: (Q, D) vectors; their device is where the work is done.
+        database: (N, D) vectors, or shards (n, D) of them in order.
+        k: How many; all N if there are fewer.
+        chunk_size: Database vectors at a time, by default as many as keep a piece at 32 MiB.
+
+    Returns:
+        Scores (Q, k) float32, highest first, and database indices (Q, k) int64; equal scores by index.
+
+    Raises:
+        ValueError: If shapes disagree, k is below 1, or a score is NaN.
+    """
+    if k < 1:
+        raise ValueError(f'k is {k}, and has to be 1 or more.')
+    best = start = None
+    for chunk in similarity_chunks(queries, database, chunk_size):
+        if chunk.isnan().any():
+            raise ValueError('A similarity is NaN: the vectors hold NaN or infinity.')
+        start = start or 0
+        indices = torch.arange(start, start + chunk.shape[1], device=chunk.device).expand(len(chunk), -1)
+        if best is not None:
+            chunk, indices = torch.cat([best[0], chunk], 1), torch.cat([best[1], indices], 1)
+        order = chunk.sort(dim=1, descending=True, stable=True).indices[:, :k]
+        best = chunk.gather(1, order), indices.gather(1, order)
+        start = int(indices[0, -1]) + 1
+    if best is None:
+        empty = torch.empty(len(queries), 0)
+        return empty, empty.long()
+    return best
+
+
+def _to_tensor(vectors: Vectors, name: str, dim: int | None = None, convert: bool = True) -> torch.Tensor:
+    vectors = torch.as_tensor(vectors).detach()
+    if vectors.ndim != 2 or dim not in (None, vectors.shape[1]):
+        wanted = '(vectors, dimensions)' if dim is None else f'(vectors, {dim}), the dimensions of the queries'
+        raise ValueError(f'{name} must have shape {wanted}, got {tuple(vectors.shape)}.')
+    return vectors.float() if convert else vectors
