@@ -102,9 +102,12 @@ def _count(scores: Scores, labelled: Sequence[np.ndarray], pooled: bool = False)
             held = None
     _check_range(labelled, end)
     if counter is None:
-        counter = _Counter(picked.values, pooled)
-        for _, block in _blocks(scores, len(labelled)):
+        counter, again = _Counter(picked.values, pooled), 0
+        for start, block in _blocks(scores, len(labelled)):
             counter.add(block)
+            again = start + block.shape[1]
+        if again != end:
+            raise ValueError(f'The scores had {end} items when read first and {again} when read again.')
     return counter
 
 

@@ -20,7 +20,7 @@ class SimilarityChunks:
     """
 
     def __init__(self, queries: Vectors, database: Vectors | Iterable[Vectors], chunk_size: int | None = None) -> None:
-        self.queries = _to_tensor(queries, 'queries')
+        self.queries = as_vectors(queries, 'queries')
         self.database = database
         fitting = max(1, CHUNK_BYTES // (4 * max(1, *self.queries.shape)))
         self.chunk_size = fitting if chunk_size is None else chunk_size
@@ -33,8 +33,8 @@ class SimilarityChunks:
             raise ValueError('The database is a generator that was read already: pass an object that can be iterated '
                              'again, such as a list of shards.')
         self._used = True
-        for shard in [self.database] if isinstance(self.database, Vectors) else self.database:
-            shard = _to_tensor(shard, 'database', self.queries.shape[1], convert=False)
+        for shard in shards_of(self.database):
+            shard = as_vectors(shard, 'database', self.queries.shape[1], convert=False)
             for start in range(0, len(shard), self.chunk_size):
                 piece = shard[start:start + self.chunk_size]
                 yield self.queries @ piece.to(self.queries.device, torch.float32).T
@@ -78,8 +78,7 @@ def nearest(
     Raises:
         ValueError: If shapes disagree, k is below 1, or a score is NaN.
     """
-    if k < 1:
-        raise ValueError(f'k is {k}, and has to be 1 or more.')
+    check_rank(k)
     best = start = None
     for chunk in similarity_chunks(queries, database, chunk_size):
         if chunk.isnan().any():
@@ -97,7 +96,19 @@ def nearest(
     return best
 
 
-def _to_tensor(vectors: Vectors, name: str, dim: int | None = None, convert: bool = True) -> torch.Tensor:
+def shards_of(database: Vectors | Iterable[Vectors]) -> Iterable[Vectors]:
+    """A whole as its only shard."""
+    return [database] if isinstance(database, Vectors) else database
+
+
+def check_rank(k: int) -> None:
+    """Raises ValueError for a number of neighbours below 1."""
+    if k < 1:
+        raise ValueError(f'k is {k}, and has to be 1 or more.')
+
+
+def as_vectors(vectors: Vectors, name: str, dim: int | None = None, convert: bool = True) -> torch.Tensor:
+    """(n, dim) tensor, float32 if `convert`; ValueError for another shape."""
     vectors = torch.as_tensor(vectors).detach()
     if vectors.ndim != 2 or dim not in (None, vectors.shape[1]):
         wanted = '(vectors, dimensions)' if dim is None else f'(vectors, {dim}), the dimensions of the queries'
