@@ -1,0 +1,72 @@
+"""Arguments that commands share: which model, which protocol, on which device."""
+import argparse
+
+__all__ = [
+    'add_extraction_arguments', 'add_model_arguments', 'add_protocol_arguments', 'extraction_from_args',
+    'model_from_args', 'protocol_from_args']
+
+_PROTOCOLS = ('crop', 'longer-side')
+_DTYPES = ('float32', 'bfloat16', 'float16')
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:
+    """MODEL, --pool, --p, --no-pretrained, --no-ema."""
+    add = parser.add_argument_group('model').add_argument
+    if positional:
+        parser.add_argument('model', metavar='MODEL', help='folder, checkpoint of train.py, multigrain_NAME[.TAG], '
+                                                           'hf-hub:USER/NAME, or any timm model')
+    add('--pool', metavar='NAME', help='pooling: gem, mac, spoc, rmac, crow, avg (default: the model\'s, gem for a '
+                                       'timm model)')
+    add('--p', type=float, metavar='P', help="exponent of GeM (default: the model's)")
+    add('--no-pretrained', action='store_true', help='random weights')
+    add('--no-ema', action='store_true', help="a checkpoint's plain weights, not the averaged ones")
+
+
+def model_from_args(args: argparse.Namespace):
+    """The model that the arguments name, see `open_model`."""
+    from timm_multigrain.models.opening import open_model
+
+    return open_model(args.model, pool=args.pool, p=args.p, pretrained=not args.no_pretrained, ema=not args.no_ema)
+
+
+def add_protocol_arguments(parser: argparse.ArgumentParser, kind: str = 'crop') -> None:
+    """--size, --protocol, --scales, --flip, --no-exif."""
+    add = parser.add_argument_group('protocol').add_argument
+    add('--size', type=int, metavar='N', help="side of the crop, or longer side, in pixels (default: the model's)")
+    add('--protocol', choices=_PROTOCOLS, default=kind,
+        help='shorter side 256/224 of the size and centre crop, or longer side without crop (%(default)s)')
+    add('--scales', nargs='+', metavar='F', help="average over the input at these scales; 'ms' for 1 0.7071 0.5")
+    add('--flip', action='store_true', help='average over the image and its mirror image')
+    add('--no-exif', action='store_true', help='leave images as they are stored, whatever their EXIF orientation says')
+
+
+def protocol_from_args(args: argparse.Namespace, model):
+    """The protocol that the arguments describe, with the model's own size and normalisation by default."""
+    from timm_multigrain.retrieval.protocol import MS_SCALES, Protocol
+
+    scales = args.scales
+    if scales is not None:
+        try:
+            scales = MS_SCALES if scales == ['ms'] else tuple(float(scale) for scale in scales)
+        except ValueError:
+            raise ValueError(f"--scales {' '.join(scales)}: give numbers, or 'ms'.") from None
+    return Protocol.for_model(
+        model, size=args.size, kind=args.protocol, scales=scales, flip=args.flip, exif=not args.no_exif)
+
+
+def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
+    """--batch-size, --workers, --device, --dtype."""
+    add = parser.add_argument_group('extraction').add_argument
+    add('--batch-size', type=int, default=32, metavar='N', help='images of a batch (%(default)s)')
+    add('--workers', type=int, metavar='N', help='processes that read images (default: by the number of cores)')
+    add('--device', metavar='NAME', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
+    add('--dtype', choices=_DTYPES, default='float32', help='arithmetic (%(default)s)')
+
+
+def extraction_from_args(args: argparse.Namespace) -> dict:
+    """Keyword arguments of `embed_images` and `extract`."""
+    import torch
+
+    device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
+    dtype = None if args.dtype == 'float32' else getattr(torch, args.dtype)
+    return {'batch_size': args.batch_size, 'workers': args.workers, 'device': device, 'dtype': dtype}

@@ -1,0 +1,110 @@
+"""How an image becomes the network's input at test time, and how several views of it become one descriptor.
+
+Single scale: Berman et al., arXiv 1902.05509, section 4. Several scales: Radenović et al., arXiv 1711.02512.
+"""
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from torchvision import transforms as T
+
+from timm_multigrain.data.transforms import create_eval_transform, resize_shape, to_rgb
+
+__all__ = ['MS_SCALES', 'Protocol']
+
+MS_SCALES = (1., 2 ** -0.5, 0.5)
+_LONGEST = 32  # times the shorter side: what a centre crop has no use for
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Test protocol.
+
+    Attributes:
+        size: Side of the crop, or longer side, in pixels.
+        kind: 'crop' (shorter side int(256 / 224 * size), then the central size x size pixels) or 'longer-side' (longer
+            side becomes size, nothing is cut off).
+        scales: Factors of the input's sides; the descriptor is the average over them.
+        flip: Average the descriptors of the image and its mirror image at each scale.
+        exif: Turn images upright as their EXIF orientation says.
+        mean: Normalisation mean, RGB.
+        std: Normalisation standard deviation, RGB.
+
+    Raises:
+        ValueError: Unknown kind, a size below 1, or a scale that is not above 0.
+    """
+    size: int = 224
+    kind: str = 'crop'
+    scales: tuple[float, ...] = (1.,)
+    flip: bool = False
+    exif: bool = True
+    mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
+    std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+
+    def __post_init__(self):
+        create_eval_transform(self.size, self.kind, self.mean, self.std)  # its errors
+        for name in ('scales', 'mean', 'std'):
+            object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
+            raise ValueError(f'scales are {self.scales}: give factors above 0, such as 1 0.7071 0.5')
+
+    @classmethod
+    def for_model(cls, model: torch.nn.Module, **kwargs) -> 'Protocol':
+        """The protocol for a model: its own size, mean and standard deviation unless they are given."""
+        cfg = getattr(model, 'pretrained_cfg', None) or {}
+        size = (cfg.get('test_input_size') or cfg.get('input_size') or (3, 224, 224))[-1]
+        own = {'size': size, 'mean': cfg.get('mean'), 'std': cfg.get('std')}
+        given = {k: v for k, v in kwargs.items() if v is not None}
+        return cls(**{**{k: v for k, v in own.items() if v is not None}, **given})
+
+    def __str__(self) -> str:
+        name = f'crop {self.size}' if self.kind == 'crop' else f'longer side {self.size}'
+        if self.scales != (1.,):
+            name += ', scales ' + ' '.join(f'{scale:.4g}' for scale in self.scales)
+        return name + ', flip' * self.flip + ', EXIF ignored' * (not self.exif)
+
+    def to_dict(self) -> dict:
+        """Its attributes as JSON has them."""
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        """PIL image to (3, H, W) uint8, resized and cropped."""
+        image = to_rgb(image)
+        if self.kind == 'crop':
+            image = _cut_long_ends(image)
+        transform = create_eval_transform(self.size, self.kind)
+        return T.functional.pil_to_tensor(T.Compose(transform.transforms[:-2])(image))
+
+    def shape(self, width: int, height: int) -> tuple[int, int]:
+        """(H, W) of the network's input for an image of this size."""
+        if self.kind == 'crop':
+            return self.size, self.size
+        return resize_shape(width, height, self.size, largest=True)
+
+    def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
+        """(..., 3, H, W) uint8 to float32, as ToTensor and Normalize do."""
+        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
+        return (pixels.to(torch.float32) / 255).sub_(mean).div_(std)
+
+    def views(self, x: torch.Tensor) -> Iterator[list[torch.Tensor]]:
+        """Scale by scale, the views of normalised images (N, 3, H, W): the images, and their mirror images."""
+        for scale in self.scales:
+            y = x
+            if scale != 1:
+                size = [max(1, math.floor(side * scale)) for side in x.shape[-2:]]
+                y = F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+            yield [y, y.flip(-1)] if self.flip else [y]
+
+
+def _cut_long_ends(image: Image.Image) -> Image.Image:
+    """Without the ends that a centre crop cuts off: enlarging them would take gigabytes for a 1 x 20,000 image."""
+    longest = _LONGEST * min(image.size)
+    if max(image.size) <= longest:
+        return image
+    width, height = image.size
+    left, top = (max(0, (side - longest) // 2) for side in image.size)
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
