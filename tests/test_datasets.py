@@ -1,0 +1,415 @@
+"""Benchmarks in their published layouts: what is read, what is judged, and what is said of what is missing."""
+import json
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_multigrain.retrieval.archives import RemoteFile
+from timm_multigrain.retrieval.datasets import disc21, download_benchmark, load_benchmark, revisited, ukbench
+from timm_multigrain.retrieval.datasets.candidates import best_pairs
+from timm_multigrain.retrieval.datasets.disc21 import read_pairs
+from timm_multigrain.retrieval.datasets.holidays import read_turns
+from timm_multigrain.retrieval.datasets.revisited import read_ground_truth
+
+
+def touch(root, names):
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return root
+
+
+def draw(root, names, size=(8, 6)):
+    """Images whose left half is black and right half white."""
+    for name in names:
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.new('RGB', size)
+        image.paste((255, 255, 255), (size[0] // 2, 0, *size))
+        image.save(path)
+    return root
+
+
+def trapezoid(order, relevant):
+    """Average precision of Holidays, by its definition: precision before and at each relevant item."""
+    found, total = 0, 0.
+    for rank, item in enumerate(order):
+        if item in relevant:
+            before = found / rank if rank else 1.
+            found += 1
+            total += (before + found / (rank + 1)) / 2
+    return total / len(relevant)
+
+
+def pieces(scores, number=3):
+    """The scores as a stream that can be read more than once."""
+    return torch.from_numpy(scores).tensor_split(number, dim=1)
+
+
+
+
+
+def holidays_names(shared_data):
+    return [line.split()[0] for line in (shared_data / 'gt' / 'holidays_images.dat').read_text().splitlines()]
+
+
+def test_holidays_as_published(tmp_path, shared_data):
+    names = holidays_names(shared_data)
+    benchmark = load_benchmark('holidays', touch(tmp_path, [f'jpg/{name}' for name in names]))
+    assert list(benchmark.database.names) == names and benchmark.num_queries == 500
+    assert [names[row] for row in benchmark.query_rows] == [name for name in names if int(name[:-4]) % 100 == 0]
+    scores = np.random.default_rng(0).standard_normal((500, 1491)).astype(np.float32)
+    figure, = benchmark.measure(pieces(scores))
+    wanted = []
+    for score, row in zip(scores, benchmark.query_rows, strict=True):
+        group = {i for i, name in enumerate(names) if name[:4] == names[row][:4] and i != row}
+        wanted.append(trapezoid([i for i in np.argsort(-score) if i != row], group))
+    assert figure.metric == 'mAP' and figure.value == pytest.approx(100 * np.mean(wanted), rel=1e-12)
+
+
+def test_holidays_incomplete(tmp_path, shared_data):
+    touch(tmp_path, holidays_names(shared_data)[:-5])
+    with pytest.raises(FileNotFoundError, match=r'lacks 5 of the 1491 .*\.jpg and 2 more; its archives'):
+        load_benchmark('holidays', tmp_path)
+    with pytest.raises(FileNotFoundError, match='is no folder, so INRIA Holidays is not there; its archives'):
+        load_benchmark('holidays', tmp_path / 'none')
+    with pytest.raises(FileNotFoundError, match=r'lacks 1491 .*jpg1\.tar\.gz and jpg2'):
+        load_benchmark('holidays', touch(tmp_path / 'other', ['a.jpg']))
+
+
+def test_holidays_subset_and_twice(tmp_path, shared_data):
+    whole = [name for name in holidays_names(shared_data) if name[:4] in ('1000', '1003')]
+    touch(tmp_path, [*whole, '100100.jpg'])
+    benchmark = load_benchmark('holidays', tmp_path, subset=True)
+    assert list(benchmark.database.names) == whole and benchmark.title == 'INRIA Holidays (2 of its scenes)'
+    touch(tmp_path, ['copy/100000.jpg'])
+    with pytest.raises(ValueError, match=r'has the image 100000\.jpg more than once'):
+        load_benchmark('holidays', tmp_path, subset=True)
+    with pytest.raises(ValueError, match='no whole scene'):
+        load_benchmark('holidays', touch(tmp_path / 'x', ['100100.jpg']), subset=True)
+
+
+@pytest.mark.parametrize('form', ['json', 'txt'])
+def test_holidays_upright(tmp_path, shared_data, form):
+    names = [name for name in holidays_names(shared_data) if name[:4] == '1003']
+    draw(tmp_path, names)
+    turns = {names[0]: 90, names[1]: -90}
+    path = tmp_path / f'turns.{form}'
+    path.write_text(json.dumps(turns) if form == 'json' else '# clockwise\n' + ''.join(
+        f'{name} {turn}\n' for name, turn in turns.items()))
+    benchmark = load_benchmark('holidays', tmp_path, upright=path, subset=True)
+    assert benchmark.title.endswith(', upright')
+    turned, back = benchmark.database.load(0), benchmark.database.load(1)
+    assert turned.size == back.size == (6, 8)
+    # the white half was right: a clockwise turn brings it to the bottom, the other one to the top
+    assert turned.getpixel((3, 7))[0] > 200 > 50 > turned.getpixel((3, 0))[0]
+    assert back.getpixel((3, 0))[0] > 200 > 50 > back.getpixel((3, 7))[0]
+
+
+@pytest.mark.parametrize('text', ['a.jpg', 'a.jpg 45', 'a.jpg x', 'a.jpg 90 1', 'a.jpg 90\na.jpg 0'])
+def test_turns_of_another_form(tmp_path, text):
+    (tmp_path / 'turns.txt').write_text(text)
+    with pytest.raises(ValueError, match=r'turns\.txt'):
+        read_turns(tmp_path / 'turns.txt')
+
+
+@pytest.mark.parametrize('content', ['[]', '{"a.jpg": "x"}', '{"a.jpg": 90.5}', '{"a.jpg": null}', '{"a": true}', '{'])
+def test_turns_of_another_form_in_json(tmp_path, content):
+    (tmp_path / 'turns.json').write_text(content)
+    with pytest.raises(ValueError, match=r'turns\.json'):
+        read_turns(tmp_path / 'turns.json')
+
+
+def test_ukbench_as_published(tmp_path, monkeypatch):
+    monkeypatch.setattr(ukbench, 'NUM_IMAGES', 40)
+    names = [f'ukbench{i:05}.jpg' for i in range(40)]
+    touch(tmp_path, [f'{folder}/{name}' for name in names for folder in ('full', 'thumbnails')])
+    benchmark = load_benchmark('ukbench', tmp_path)
+    assert all('full' in str(path) for path in benchmark.database.paths) and benchmark.title == 'UKBench'
+    scores = np.random.default_rng(0).standard_normal((40, 40)).astype(np.float32)
+    figure, = benchmark.measure(pieces(scores))
+    wanted = np.mean([sum(i // 4 == q // 4 for i in np.argsort(-scores[q])[:4]) for q in range(40)])
+    assert figure.metric == 'N-S' and figure.value == pytest.approx(wanted, rel=1e-12)
+
+
+def test_ukbench_subset(tmp_path, shared_data):
+    benchmark = load_benchmark('ukbench', shared_data / 'instances' / 'ukbench', subset=True)
+    assert len(benchmark.database) == benchmark.num_queries == 56 and '56 of its images' in benchmark.title
+    with pytest.raises(FileNotFoundError, match=r'lacks 10144 of the 10200 .*ukbench00056\.jpg'):
+        load_benchmark('ukbench', shared_data / 'instances' / 'ukbench')
+    with pytest.raises(ValueError, match='a part only of 1 groups of UKBench: ukbench00004 to 00007'):
+        load_benchmark('ukbench', touch(tmp_path, [f'ukbench{i:05}.jpg' for i in range(7)]), subset=True)
+    with pytest.raises(ValueError, match='has no image of UKBench'):
+        load_benchmark('ukbench', touch(tmp_path / 'x', ['a.jpg']), subset=True)
+
+
+def copydays(root, blocks=6):
+    originals = [f'{200000 + 100 * i}.jpg' for i in range(blocks)]
+    names = [f'original/{name}' for name in originals]
+    names += [f'{family}/{strength}/{name}' for family in ('crops', 'jpegqual') for strength in (10, 5)
+              for name in originals]
+    names += [f'strong/{200000 + 100 * i + 1 + k}.jpg' for i in range(blocks) for k in range(1 + i % 2)]
+    return touch(root, names)
+
+
+def test_copydays(tmp_path):
+    benchmark = load_benchmark('copydays', copydays(tmp_path), subset=True)
+    assert len(benchmark.database) == 6 and benchmark.num_queries == 24 + 9
+    scores = np.random.default_rng(0).standard_normal((33, 10)).astype(np.float32)  # 4 distractors
+    figures = {(f.metric, f.split): f.value for f in benchmark.measure(pieces(scores))}
+    ap, strong, pairs = {}, [], []
+    for query, name in enumerate(benchmark.queries.names):
+        family, *strength, base = name.split('/')
+        truth = list(benchmark.database.names).index(f'original/{base[:4]}00.jpg')
+        value = trapezoid(list(np.argsort(-scores[query])), {truth})
+        family = {'crops': 'crop', 'jpegqual': 'jpeg'}.get(family, family)
+        for split in {family + ', all' if strength else family, ' '.join([family, *strength])}:
+            ap.setdefault(('mAP', split), []).append(value)
+        if family == 'strong':
+            pairs += [(scores[query, i], i == truth) for i in range(10)]
+    found = 0
+    for rank, (_, hit) in enumerate(sorted(pairs, key=lambda pair: -pair[0]), 1):
+        found += hit
+        strong.append(found / rank if hit else 0)
+    wanted = {key: 100 * np.mean(values) for key, values in ap.items()}
+    wanted['uAP', 'strong'] = 100 * np.sum(strong) / 9
+    assert figures == pytest.approx(wanted, rel=1e-6) and len(wanted) == 8
+
+
+def test_copydays_incomplete(tmp_path):
+    with pytest.raises(FileNotFoundError, match='original holds 6 images of INRIA Copydays, not 157'):
+        load_benchmark('copydays', copydays(tmp_path / 'a'))
+    with pytest.raises(FileNotFoundError, match='strong holds 0 images'):
+        load_benchmark('copydays', touch(tmp_path / 'b', ['original/200000.jpg']), subset=True)
+    touch(tmp_path / 'a', ['strong/299901.jpg'])
+    with pytest.raises(ValueError, match=r'1 copies without their original: strong/299901\.jpg'):
+        load_benchmark('copydays', tmp_path / 'a', subset=True)
+    touch(tmp_path / 'c', [f'original/{200000 + 100 * i}.jpg' for i in range(157)])
+    touch(tmp_path / 'c', [f'strong/{200000 + 100 * (i % 157) + 1 + i // 157}.jpg' for i in range(229)])
+    assert load_benchmark('copydays', tmp_path / 'c').title == 'INRIA Copydays'
+    touch(tmp_path / 'c', ['crops/10/200000.jpg'])
+    with pytest.raises(FileNotFoundError, match='lacks 156 of the 157 images of "crop 10"'):
+        load_benchmark('copydays', tmp_path / 'c')
+    touch(tmp_path / 'd', ['original/200000.jpg', 'originals/200000.jpg', 'strong/200001.jpg'])
+    with pytest.raises(ValueError, match='original image 200000 twice'):
+        load_benchmark('copydays', tmp_path / 'd', subset=True)
+
+
+def small_truth():
+    return {'imlist': ['a', 'b', 'c', 'd', 'e'], 'qimlist': ['q0', 'q1'], 'gnd': [
+        {'bbx': [1, 1, 5, 5], 'easy': [0], 'hard': [1, 2], 'junk': [3]},
+        {'bbx': [0, 0, 8.5, 6], 'easy': [], 'hard': [4], 'junk': []}]}
+
+
+@pytest.mark.parametrize('suffix', ['pkl', 'json'])
+def test_revisited(tmp_path, suffix):
+    truth = small_truth()
+    draw(tmp_path, [f'jpg/{name}.jpg' for name in 'abcde'] + ['jpg/q0.jpg', 'jpg/q1.jpg'])
+    path = tmp_path / f'gnd_roxford5k.{suffix}'
+    path.write_bytes(pickle.dumps(truth) if suffix == 'pkl' else json.dumps(truth).encode())
+    benchmark = load_benchmark('roxford5k', tmp_path, ground_truth=path, subset=True)
+    assert benchmark.title == 'Revisited Oxford (5 images and 2 queries)'
+    assert benchmark.queries.load(0).size == (4, 4)
+    scores = np.array([[.9, .1, .8, 1., .7, .75], [.1, .2, .3, .4, .35, .05]], np.float32)  # a distractor
+    figures = {(f.metric, f.split): f.value for f in benchmark.measure(pieces(scores, 2))}
+    # Medium: d is junk; a and c lead, b follows e and the distractor. Of the second query, e is behind d.
+    first = (1 + (1 + 1) / 2 + (2 / 4 + 3 / 5) / 2) / 3
+    assert figures['mAP', 'Medium'] == pytest.approx(100 * (first + (0 + 1 / 2) / 2) / 2)
+    assert figures['mAP', 'Easy'] == pytest.approx(100)  # the second query has no easy image and is left out
+    hard = (1 + (1 / 3 + 2 / 4) / 2) / 2
+    assert figures['mAP', 'Hard'] == pytest.approx(100 * (hard + 1 / 4) / 2)
+    assert figures['mP@1', 'Medium'] == pytest.approx(50)
+
+
+def test_revisited_as_published(tmp_path, shared_data):
+    path = shared_data / 'gt' / 'gnd_rparis6k.pkl'
+    images, queries, entries = read_ground_truth(path)
+    assert len(images) == 6322 and len(queries) == len(entries) == 70
+    touch(tmp_path, [f'jpg/{name}.jpg' for name in [*images, *queries]])
+    benchmark = load_benchmark('rparis6k', tmp_path, ground_truth=path)
+    assert benchmark.title == 'Revisited Paris' and list(benchmark.database.names) == images
+    with pytest.raises(ValueError, match='where Revisited Oxford has 4993 and 70'):
+        load_benchmark('roxford5k', tmp_path, ground_truth=path)
+    (tmp_path / 'jpg' / f'{images[0]}.jpg').unlink()
+    with pytest.raises(FileNotFoundError, match=f'lacks 1 of the 6392 images of Revisited Paris: {images[0]}'):
+        load_benchmark('rparis6k', tmp_path, ground_truth=path)
+    with pytest.raises(FileNotFoundError, match=r'gnd_rparis6k\.pkl: there is no ground truth'):
+        load_benchmark('rparis6k', tmp_path)
+
+
+def break_truth(truth, how):
+    first = truth['gnd'][0]
+    if how == 'no box':
+        del first['bbx']
+    elif how == 'out of range':
+        first['easy'] = [5]
+    elif how == 'negative':
+        first['junk'] = [-1]
+    elif how == 'twice':
+        first['junk'] = [0]
+    elif how == 'floats':
+        first['easy'] = [0.5]
+    elif how == 'empty box':
+        first['bbx'] = [5, 1, 5, 5]
+    elif how == 'half a box':
+        first['bbx'] = [5, 1]
+    elif how == 'nothing to find':
+        for entry in truth['gnd']:
+            entry['easy'] = entry['hard'] = []
+    elif how == 'missing entry':
+        truth['gnd'].pop()
+    elif how == 'image twice':
+        truth['imlist'][1] = 'a'
+    elif how == 'no list':
+        del truth['imlist']
+    return truth
+
+
+@pytest.mark.parametrize('how', [
+    'no box', 'out of range', 'negative', 'twice', 'floats', 'empty box', 'half a box', 'nothing to find',
+    'missing entry', 'image twice', 'no list'])
+def test_revisited_ground_truth_of_another_form(tmp_path, how):
+    path = tmp_path / 'gnd.json'
+    path.write_text(json.dumps(break_truth(small_truth(), how)))
+    with pytest.raises(ValueError, match=r'gnd\.json') as error:
+        read_ground_truth(path)
+    assert '\n' not in str(error.value)
+
+
+def write_csv(root, lines, name='dev_ground_truth.csv'):
+    root.mkdir(exist_ok=True)
+    (root / name).write_text('\n'.join(['query_id,reference_id', *lines]) + '\n')
+    return root
+
+
+def test_disc21(tmp_path, monkeypatch):
+    monkeypatch.setattr(disc21, 'NUM_REFERENCES', 5)
+    monkeypatch.setattr(disc21, 'MAX_PAIRS', 12)
+    touch(tmp_path, [f'references/R{i:06}.jpg' for i in range(5)] + [f'queries/Q{i:05}.jpg' for i in range(6)]
+          + ['training/T000000.jpg'])
+    write_csv(tmp_path, ['Q00000,R000003', 'Q00001,', 'Q00002,R000001', 'Q00003,'])
+    benchmark = load_benchmark('disc21', tmp_path)
+    assert list(benchmark.queries.names) == [f'Q{i:05}' for i in range(4)]  # the dev queries, not all in the folder
+    assert benchmark.title == 'DISC21 (4 queries)' and len(benchmark.training) == 1
+    scores = np.random.default_rng(1).standard_normal((4, 5)).astype(np.float32)
+    scores[2, 1] = 3
+    figures = {f.metric: f.value for f in benchmark.measure(pieces(scores))}
+    pairs = sorted(((scores[q, r], (q, r) in {(0, 3), (2, 1)}) for q in range(4) for r in range(5)), reverse=True)[:12]
+    hits = np.array([hit for _, hit in pairs])
+    precision = hits.cumsum() / np.arange(1, 13)
+    assert figures['uAP'] == pytest.approx(100 * (precision * hits).sum() / 2)
+    assert figures['recall@P90'] == pytest.approx(100 * (hits.cumsum() / 2)[precision >= .9].max())
+
+
+def test_disc21_which_queries(tmp_path, shared_data):
+    touch(tmp_path, ['R000001.jpg', 'R000002.jpg', 'Q00000.jpg', 'Q00001.jpg', 'Q00002.jpg'])
+    write_csv(tmp_path, ['Q00000,R000002', 'Q00002,R000001'])
+    with pytest.raises(ValueError, match='does not say which queries there are'):
+        load_benchmark('disc21', tmp_path)
+    benchmark = load_benchmark('disc21', tmp_path, subset=True)
+    assert list(benchmark.database.names) == ['R000001', 'R000002'] and benchmark.num_queries == 2
+    (tmp_path / 'list.txt').write_text('Q00000\nQ00001.jpg\nQ00002\n')
+    benchmark = load_benchmark('disc21', tmp_path, subset=True, queries=tmp_path / 'list.txt')
+    assert benchmark.num_queries == 3 and benchmark.pairs == [(0, 1), (2, 0)]
+    (tmp_path / 'list.txt').write_text('Q00001\n')
+    with pytest.raises(ValueError, match='lacks 2 queries that'):
+        load_benchmark('disc21', tmp_path, subset=True, queries=tmp_path / 'list.txt')
+    queries, pairs = read_pairs(shared_data / 'gt' / 'disc21_subset_1_ground_truth.csv')
+    assert len(queries) == len(pairs) == 4991
+    write_csv(tmp_path, ['Q00000,'], 'other_ground_truth.csv')
+    with pytest.raises(FileNotFoundError, match='several files of ground truth'):
+        load_benchmark('disc21', tmp_path)
+    with pytest.raises(FileNotFoundError, match='no ground truth of DISC21'):
+        load_benchmark('disc21', touch(tmp_path / 'x', ['a.jpg']))
+
+
+@pytest.mark.parametrize('lines', [
+    ['Q1'], ['Q1,R1,0.5'], [',R1'], ['Q1,R1', 'Q1,R1'], ['Q1,'], ['Q1,R1', 'Q1,'], []])
+def test_disc21_ground_truth_of_another_form(tmp_path, lines):
+    write_csv(tmp_path, lines)
+    with pytest.raises(ValueError, match=r'dev_ground_truth\.csv'):
+        read_pairs(tmp_path / 'dev_ground_truth.csv')
+
+
+def test_disc21_names_a_reference_that_is_none(tmp_path, monkeypatch):
+    monkeypatch.setattr(disc21, 'NUM_REFERENCES', 2)
+    write_csv(tmp_path, ['Q00000,R000002', 'Q00001,'])
+    with pytest.raises(ValueError, match='names 1 references that DISC21 does not have: R000002'):
+        load_benchmark('disc21', tmp_path)
+
+
+def test_own_folders(tmp_path):
+    names = ['a/0.jpg', 'a/1.jpg', 'a/2.png', 'b/0.jpg', 'b/1.jpg', 'alone/0.jpg']
+    benchmark = load_benchmark('folder', touch(tmp_path / 'mine', names))
+    assert list(benchmark.database.names) == sorted(names) and benchmark.num_queries == 5
+    scores = np.random.default_rng(0).standard_normal((5, 6)).astype(np.float32)
+    figure, = benchmark.measure(pieces(scores))
+    groups, wanted = [name[:2] for name in sorted(names)], []
+    for score, row in zip(scores, benchmark.query_rows, strict=True):
+        relevant = {i for i in range(6) if groups[i] == groups[row] and i != row}
+        wanted.append(trapezoid([i for i in np.argsort(-score) if i != row], relevant))
+    assert figure.value == pytest.approx(100 * np.mean(wanted), rel=1e-12)
+    touch(tmp_path / 'mine', ['loose.jpg'])
+    with pytest.raises(ValueError, match=r'images outside of groups \(loose\.jpg\)'):
+        load_benchmark('folder', tmp_path / 'mine')
+    with pytest.raises(ValueError, match='no two of a group'):
+        load_benchmark('folder', touch(tmp_path / 'one', ['a/0.jpg', 'b/0.jpg']))
+
+
+def test_own_ground_truth(tmp_path):
+    touch(tmp_path, ['x/0.jpg', 'x/1.jpg', 'x/2.jpg', 'x/3.jpg', 'y/0.jpg'])
+    truth = tmp_path / 'gt.json'
+    truth.write_text(json.dumps({'x/0.jpg': 5, 'x/1.jpg': -1, 'x/2.jpg': 5, 'x/3.jpg': -2, 'y/0.jpg': 5}))
+    benchmark = load_benchmark('folder', tmp_path / 'x', ground_truth=truth)
+    assert list(benchmark.database.names) == ['0.jpg', '1.jpg', '2.jpg'] and list(benchmark.query_rows) == [0, 2]
+    assert load_benchmark('folder', tmp_path).num_queries == 3  # gt.json of the folder itself
+    truth.write_text(json.dumps({'x/0.jpg': 5, 'x/9.jpg': 5}))
+    with pytest.raises(FileNotFoundError, match=r'lacks 1 of the 2 images that .*gt\.json names there: x/9\.jpg'):
+        load_benchmark('folder', tmp_path)
+    for wrong in ({'x/0.jpg': 'a'}, {'x/0.jpg': -3}, {'x/0.jpg': True}, {'x/0.jpg': 1.5}, []):
+        truth.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=r'gt\.json'):
+            load_benchmark('folder', tmp_path)
+
+
+def test_grocery(shared_data):
+    benchmark = load_benchmark(
+        'folder', shared_data / 'instances' / 'grocery', ground_truth=shared_data / 'instances' / 'gt.json')
+    assert len(benchmark.database) == benchmark.num_queries == 31 * 8
+
+
+def test_names_and_options(tmp_path):
+    with pytest.raises(ValueError, match="'holiday' is no benchmark: take holidays"):
+        load_benchmark('holiday', tmp_path)
+    with pytest.raises(ValueError, match='ukbench has no option upright; it has subset'):
+        load_benchmark('ukbench', tmp_path, upright='x')
+    with pytest.raises(ValueError, match='DISC21: it is given out, against its terms'):
+        download_benchmark('disc21', tmp_path)
+
+
+def test_download(tmp_path, server, monkeypatch):
+    """From an address to a benchmark that loads."""
+    from .test_archives import tar, zipped
+    content = pickle.dumps(small_truth())
+    images = draw(tmp_path / 'made', [f'{name}.jpg' for name in [*'abcde', 'q0', 'q1']])
+    archive = zipped({f'oxford/{path.name}': path.read_bytes() for path in images.iterdir()})
+    monkeypatch.setitem(revisited.DOWNLOADS, 'roxford5k', None)
+    monkeypatch.setitem(
+        __import__('timm_multigrain.retrieval.datasets', fromlist=['x'])._DOWNLOADS, 'roxford5k',
+        (RemoteFile(server.add('gnd_roxford5k.pkl', content)), RemoteFile(server.add('a.zip', archive), 'jpg')))
+    lines = []
+    download_benchmark('roxford5k', tmp_path / 'set', lines.append)
+    assert len(lines) == 2 and tar
+    assert len(load_benchmark('roxford5k', tmp_path / 'set', subset=True).database) == 5
+
+
+@pytest.mark.parametrize('limit', [1, 7, 50, 60, 100])
+def test_best_pairs(limit):
+    scores = np.random.default_rng(limit).permutation(60).reshape(5, 12).astype(np.float32)
+    rows, columns, values = best_pairs(pieces(scores, 4), limit)
+    wanted = np.argsort(-scores.ravel())[:limit]
+    assert (rows * 12 + columns == wanted).all() and (values == scores.ravel()[wanted]).all()

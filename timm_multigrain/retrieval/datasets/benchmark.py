@@ -1,0 +1,70 @@
+"""What a benchmark is: the images to search among, the images to search with, and how the ranking is judged."""
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import numpy as np
+import torch
+
+from timm_multigrain.retrieval.images import ImageSource
+
+__all__ = ['Benchmark', 'Figure', 'RowsOf', 'Scores']
+
+Scores = Iterable[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured value.
+
+    Attributes:
+        metric: 'mAP', 'mP@10', 'N-S', 'uAP', 'recall@P90'.
+        value: In the unit it is quoted in: percent, or of 4 for N-S.
+        split: Part of the set, such as 'Medium'.
+    """
+    metric: str
+    value: float
+    split: str | None = None
+
+
+class RowsOf:
+    """Some rows of streamed scores, that can be iterated as often as the scores."""
+
+    def __init__(self, scores: Scores, rows: np.ndarray):
+        self.scores = scores
+        self.rows = torch.from_numpy(rows)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        return (piece[self.rows.to(piece.device)] for piece in self.scores)
+
+
+@dataclass(frozen=True, eq=False)
+class Benchmark(ABC):
+    """A set of images with ground truth.
+
+    Attributes:
+        title: Name in tables and figures, with what makes it another than the published one.
+        database: Images to search among.
+        queries: Images to search with; None where they are images of the database.
+        query_rows: Which images of the database the queries are, (Q,) integers; None where they are others.
+    """
+    title: str
+    database: ImageSource
+    queries: ImageSource | None = None
+    query_rows: np.ndarray | None = None
+
+    task: ClassVar[str] = 'retrieval'
+
+    @property
+    def num_queries(self) -> int:
+        return len(self.query_rows) if self.queries is None else len(self.queries)
+
+    @abstractmethod
+    def measure(self, scores: Scores) -> list[Figure]:
+        """Judge a ranking.
+
+        Args:
+            scores: Similarities as (Q, n) pieces of columns, in the order of the database and then of the
+                distractors. It can be iterated more than once.
+        """
