@@ -3,21 +3,18 @@
 Pictures are inline JPEG thumbnails, charts inline SVG, and the page forbids itself to load anything. It follows the
 reader's light or dark setting; no meaning is carried by colour alone.
 """
-import base64
-import html
 import io
 import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.resources import files
 from itertools import groupby
 from pathlib import Path
 
 from PIL import Image
 
-from timm_multigrain.files import write_text
+from .page import escape, inline_image, write_page
 
 __all__ = ['Curves', 'GalleryRow', 'Neighbor', 'Table', 'write_report']
 
@@ -25,7 +22,6 @@ Curves = Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
 
 RELATIONS = {'copy': 'Copy', 'class': 'Same class', 'other': 'Other'}
 LINE_STYLES = [('#2f7fe6', ''), ('#e0701a', '6 3'), ('#1a9e62', '2 2'), ('#a65bd6', '8 2 2 2')]
-THUMBNAIL_SIDE = 200
 
 
 @dataclass(frozen=True)
@@ -109,45 +105,15 @@ def write_report(
         ImportError: If there are curves to draw and matplotlib is not installed.
         ValueError: If a series has not as many values as steps.
     """
-    sections = [f'<h1>{_text(title)}</h1>\n<p>{_text(intro)}</p>']
+    sections = [f'<h1>{escape(title)}</h1>\n<p>{escape(intro)}</p>']
     sections += _section('Results', map(_table, tables))
     sections += _section('Training', _charts(curves or {}, curves_x))
     groups = groupby(gallery, key=lambda row: (id(row.query), row.query_caption))
     sections += _section('Nearest images', (_query(list(rows)) for _, rows in groups), _relations_key())
-    notes = ''.join(f'<li>{_text(note)}</li>' for note in notes)
+    notes = ''.join(f'<li>{escape(note)}</li>' for note in notes)
     sections += _section('Notes', [f'<ul>{notes}</ul>'] if notes else [])
-    sections += _section('Repeat it', [f'<pre><code>{_text(command)}</code></pre>'] if command else [])
-    page = PAGE.format(
-        title=_text(title),
-        style=files(__package__).joinpath('report.css').read_text(encoding='utf-8'),
-        body='\n'.join(sections),
-    )
-    return write_text(path, page)
-
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
-
-
-def _text(value: object) -> str:
-    """Escaped for elements and quoted attributes; what UTF-8 or HTML cannot hold is shown by a stand-in."""
-    text = str(value).encode('utf-8', 'backslashreplace').decode('utf-8')
-    return html.escape(re.sub(r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]', '\ufffd', text))
+    sections += _section('Repeat it', [f'<pre><code>{escape(command)}</code></pre>'] if command else [])
+    return write_page(path, title, '\n'.join(sections))
 
 
 def _section(title: str, parts: Iterable[str], lead: str = '') -> list[str]:
@@ -163,7 +129,7 @@ def _table(table: Table) -> str:
     def show(value: object) -> str:
         if value is None or (isinstance(value, float) and math.isnan(value)):
             return '–'
-        return f'{value:.{table.digits}f}' if isinstance(value, float) else _text(value)
+        return f'{value:.{table.digits}f}' if isinstance(value, float) else escape(value)
 
     best = {}
     for header, which in table.best.items():
@@ -180,9 +146,9 @@ def _table(table: Table) -> str:
             else:
                 cells.append(f'<td>{show(value)}</td>')
         rows.append(f'<tr>{"".join(cells)}</tr>')
-    caption = f'<caption>{_text(table.title)}</caption>' if table.title else ''
-    head = ''.join(f'<th scope="col">{_text(header)}</th>' for header in table.headers)
-    label = _text(table.title or 'Results')
+    caption = f'<caption>{escape(table.title)}</caption>' if table.title else ''
+    head = ''.join(f'<th scope="col">{escape(header)}</th>' for header in table.headers)
+    label = escape(table.title or 'Results')
     return (
         f'<div class="card scroll" role="region" aria-label="{label}" tabindex="0"><table>{caption}'
         f'<thead><tr>{head}</tr></thead>\n<tbody>' + '\n'.join(rows) + '</tbody></table></div>'
@@ -199,16 +165,16 @@ def _charts(curves: Curves, x_label: str) -> list[str]:
         for run, (steps, values) in lines.items():
             if len(steps) != len(values):
                 raise ValueError(f'{run}, {name}: {len(values)} values for {len(steps)} steps.')
-        title = f'{_text(name)} <span class="faint">by {_text(x_label)}</span>'
+        title = f'{escape(name)} <span class="faint">by {escape(x_label)}</span>'
         label = '; '.join(f'{run} from {v[0]:.3g} to {v[-1]:.3g}' for run, (_, v) in lines.items() if len(v))
         svg = _chart(lines, styles, f'chart{i}-').replace(
-            '<svg ', f'<svg role="img" aria-label="{_text(name)} by {_text(x_label)}: {_text(label)}" ', 1)
+            '<svg ', f'<svg role="img" aria-label="{escape(name)} by {escape(x_label)}: {escape(label)}" ', 1)
         charts.append(f'<figure class="card"><figcaption>{title}</figcaption>{svg}</figure>')
     if not charts:
         return []
     key = ''.join(
         f'<li><svg viewBox="0 0 34 6" aria-hidden="true"><path d="M0 3h34" stroke="{color}" stroke-width="3" '
-        f'stroke-dasharray="{dashes}"/></svg>{_text(run)}</li>' for run, (color, dashes) in styles.items()
+        f'stroke-dasharray="{dashes}"/></svg>{escape(run)}</li>' for run, (color, dashes) in styles.items()
     )
     return [f'<ul class="key">{key}</ul>', f'<div class="charts">{"".join(charts)}</div>']
 
@@ -246,35 +212,27 @@ def _relations_key() -> str:
 
 def _query(rows: Sequence[GalleryRow]) -> str:
     """One query with what every model finds for it."""
-    caption, models = _text(rows[0].query_caption), []
+    caption, models = escape(rows[0].query_caption), []
     for row in rows:
         copies = sum(neighbor.relation == 'copy' for neighbor in row.neighbors)
         found = f'{copies} of {len(row.neighbors)} are copies'
         strip = ''.join(_neighbor(rank, neighbor) for rank, neighbor in enumerate(row.neighbors, 1))
-        prediction = f'<p class="prediction faint">{_text(row.prediction)}</p>' if row.prediction else ''
+        prediction = f'<p class="prediction faint">{escape(row.prediction)}</p>' if row.prediction else ''
         models.append(
-            f'<section class="model"><header><h3>{_text(row.model_name)}</h3><span class="faint">{found}</span>'
+            f'<section class="model"><header><h3>{escape(row.model_name)}</h3><span class="faint">{found}</span>'
             f'</header><div class="strip">{strip}</div>{prediction}</section>'
         )
     return (
-        f'<article class="card query"><figure>{_image(rows[0].query, f"Query: {caption}")}'
+        f'<article class="card query"><figure>{inline_image(rows[0].query, f"Query: {caption}")}'
         f'<figcaption><strong>Query</strong><br>{caption}</figcaption></figure><div>{"".join(models)}</div></article>'
     )
 
 
 def _neighbor(rank: int, neighbor: Neighbor) -> str:
-    label, caption = RELATIONS[neighbor.relation], _text(neighbor.caption)
+    label, caption = RELATIONS[neighbor.relation], escape(neighbor.caption)
+    image = inline_image(neighbor.image, f'Neighbour {rank}: {caption}, {label.lower()}')
     return (
-        f'<figure class="{neighbor.relation}">{_image(neighbor.image, f"Neighbour {rank}: {caption}, {label.lower()}")}'
+        f'<figure class="{neighbor.relation}">{image}'
         f'<figcaption><span class="badge">{label}</span><br><span class="score">{neighbor.score:.2f}</span> {caption}'
         '</figcaption></figure>\n'
     )
-
-
-def _image(image: Image.Image, escaped_alt: str) -> str:
-    thumbnail = image.convert('RGB')
-    thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    thumbnail.save(buffer, 'JPEG', quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode('ascii')
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{escaped_alt}" loading="lazy">'
