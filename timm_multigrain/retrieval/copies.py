@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .ranking import Array, Indices, Scores, outranking_pairs, to_indices
+from .ranking import Array, Indices, Labelled, Scores, outranking_pairs
 from .result import Result
 
 if TYPE_CHECKING:
@@ -132,8 +132,8 @@ def micro_average_precision_of_scores(scores: Scores, relevant: Sequence[Indices
         ValueError: If shapes disagree, a score is NaN, there is no true pair, or indices are not integers, repeat or
             lie outside 0 to N - 1.
     """
-    labelled = [to_indices(found, f'relevant[{query}]') for query, found in enumerate(relevant)]
-    num_true = sum(map(len, labelled))
+    labelled = Labelled.of([relevant], ['relevant'])
+    num_true = len(labelled.items)
     if not num_true:
         raise ValueError('No query has a relevant item: there is nothing to find.')
     above, values = outranking_pairs(scores, labelled)

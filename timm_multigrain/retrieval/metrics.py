@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .ranking import Indices, Scores, outranking, to_indices
+from .ranking import Indices, Labelled, Scores, outranking, ranks_in_rows, to_indices
 from .result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['RetrievalResult', 'average_precision', 'mean_average_precision']
+__all__ = ['RetrievalResult', 'average_precision', 'average_precisions', 'mean_average_precision']
 
 
 @dataclass(frozen=True, eq=False)
@@ -66,9 +66,24 @@ def average_precision(ranks_of_relevant: Indices, num_relevant: int) -> float:
     ranks = np.sort(to_indices(ranks_of_relevant, 'ranks_of_relevant'))
     if num_relevant < max(1, len(ranks)):
         raise ValueError(f'num_relevant is {num_relevant} with {len(ranks)} relevant ranks.')
-    found = np.arange(len(ranks))
-    before = np.where(ranks == 0, 1., found / np.maximum(ranks, 1))
-    return float((before + (found + 1) / (ranks + 1)).sum() / (2 * num_relevant))
+    return float(_trapezia(ranks, np.arange(len(ranks))).sum() / num_relevant)
+
+
+def average_precisions(ranks: np.ndarray, found: np.ndarray, rows: np.ndarray, num_queries: int) -> np.ndarray:
+    """Trapezoidal average precision of many ranked lists, all of whose relevant items were found.
+
+    Args:
+        ranks: 0-based ranks of the relevant items, (L,), ascending within a query.
+        found: How many relevant items of the query stand before each.
+        rows: Query of each, ascending.
+        num_queries: Number of queries.
+
+    Returns:
+        (num_queries,) float64; NaN for a query without relevant items.
+    """
+    sums = np.bincount(rows, _trapezia(ranks, found), num_queries)
+    counts = np.bincount(rows, minlength=num_queries)
+    return np.where(counts == 0, np.nan, sums / np.maximum(counts, 1))
 
 
 def mean_average_precision(
@@ -89,22 +104,16 @@ def mean_average_precision(
             repeat, lie outside 0 to N - 1, or are both relevant and ignored.
     """
     ignore = [()] * len(relevant) if ignore is None else ignore
-    if len(relevant) != len(ignore):
-        raise ValueError(f'{len(relevant)} relevant lists, {len(ignore)} ignore lists.')
-    labelled = [_labelled(query, *lists) for query, lists in enumerate(zip(relevant, ignore, strict=True))]
-    above = outranking(scores, labelled)
-    return RetrievalResult(np.array([_ap(row[:len(found)]) for row, found in zip(above, relevant, strict=True)]))
+    labelled = Labelled.of((relevant, ignore), ('relevant', 'ignore'))
+    for query, items in enumerate(relevant):
+        if not len(items):
+            raise ValueError(f'relevant[{query}] is empty: leave queries without a relevant item out.')
+    above, wanted = outranking(scores, labelled), labelled.kinds == 0
+    rows = labelled.rows[wanted]
+    return RetrievalResult(average_precisions(*ranks_in_rows(above[wanted], rows), rows, len(relevant)))
 
 
-def _labelled(query: int, relevant: Indices, ignore: Indices) -> np.ndarray:
-    """Relevant items, then the ignored ones."""
-    relevant, ignore = to_indices(relevant, f'relevant[{query}]'), to_indices(ignore, f'ignore[{query}]')
-    if not len(relevant):
-        raise ValueError(f'relevant[{query}] is empty: leave queries without a relevant item out.')
-    if len(both := np.intersect1d(relevant, ignore)):
-        raise ValueError(f'Query {query}: items {both} are both relevant and ignored.')
-    return np.concatenate([relevant, ignore])
-
-
-def _ap(above: np.ndarray) -> float:
-    return average_precision(np.sort(above) + np.arange(len(above)), len(above))
+def _trapezia(ranks: np.ndarray, found: np.ndarray) -> np.ndarray:
+    """Mean of the precision just before each relevant item and at it."""
+    before = np.where(ranks == 0, 1., found / np.maximum(ranks, 1))
+    return (before + (found + 1) / (ranks + 1)) / 2

@@ -6,22 +6,70 @@ a stream of pieces, and neither is copied as a whole. Ties count against the sys
 unlabelled item stands before every labelled one.
 """
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-__all__ = ['Array', 'Indices', 'Scores', 'outranking', 'outranking_pairs', 'to_indices']
+from .counting import Array, count_reaching, to_numpy
 
-Array = np.ndarray | torch.Tensor
+__all__ = ['Array', 'Indices', 'Labelled', 'Scores', 'outranking', 'outranking_pairs', 'ranks_in_rows', 'to_indices']
+
 Indices = Sequence[int] | Array
 Scores = Array | Iterable[Array]
 
 HELD_BYTES = 32 << 20  # of a stream, kept until the last labelled item has come by
-PIECE = 4096  # scores sorted at a time: they stay in the cache
 
 
-def outranking(scores: Scores, labelled: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """For each labelled item of each query, how many unlabelled items score at least as much.
+@dataclass(frozen=True, eq=False)
+class Labelled:
+    """Labelled items of Q queries, one after the other.
+
+    Attributes:
+        items: Database indices, (L,) int64.
+        rows: Query of each, (L,) int64, ascending.
+        kinds: Which list of the query each is from, (L,) int64, ascending within a query.
+        num_queries: Q.
+    """
+    items: np.ndarray
+    rows: np.ndarray
+    kinds: np.ndarray
+    num_queries: int
+
+    @classmethod
+    def of(cls, lists: Sequence[Sequence[Indices]], names: Sequence[str]) -> 'Labelled':
+        """From one list or several for each query, such as the relevant and the ignored items, laid one after another.
+
+        Args:
+            lists: For each name a sequence of Q lists.
+            names: Name of each in errors.
+
+        Raises:
+            ValueError: If there are not as many lists of each name, or the items of a query are no integers, negative
+                or repeat.
+        """
+        counts = ', '.join(f'{len(queries)} lists of {name} items' for name, queries in zip(names, lists, strict=True))
+        if len({len(queries) for queries in lists}) > 1:
+            raise ValueError(f'There are {counts}: one of each is needed for a query.')
+        arrays = [_to_array(items, f'{name}[{query}]') for query, group in enumerate(zip(*lists, strict=True))
+                  for name, items in zip(names, group, strict=True)]
+        sizes = np.array([len(items) for items in arrays], dtype=np.int64).reshape(-1, len(names))
+        items = np.concatenate(arrays) if arrays else np.empty(0, dtype=np.int64)
+        rows = np.repeat(np.arange(len(sizes)), sizes.sum(1))
+        kinds = np.repeat(np.tile(np.arange(len(names)), len(sizes)), sizes.ravel())
+        order = np.lexsort((items, rows))
+        repeated = np.flatnonzero((np.diff(items[order]) == 0) & (np.diff(rows[order]) == 0))
+        if len(repeated) or (items < 0).any():
+            for array, (query, name) in zip(arrays, ((q, n) for q in range(len(sizes)) for n in names), strict=True):
+                to_indices(array, f'{name}[{query}]')
+            place = order[repeated[0]]
+            raise ValueError(f'Query {rows[place]}: item {items[place]} is in more than one list of '
+                             f'{", ".join(names)}.')
+        return cls(items, rows, kinds, len(sizes))
+
+
+def outranking(scores: Scores, labelled: Labelled) -> np.ndarray:
+    """For each labelled item, how many unlabelled items score at least as much for its query.
 
     A stream is read once if the scores that come before its last labelled item fit 32 MiB, as they do where
     distractors follow a labelled set. Otherwise it is read twice, and so has to be something that can be iterated
@@ -30,35 +78,41 @@ def outranking(scores: Scores, labelled: Sequence[np.ndarray]) -> list[np.ndarra
     Args:
         scores: Similarities of Q queries to N items, higher is nearer: (Q, N), or (Q, n) pieces in the order of the
             items. Any real dtype, infinities allowed.
-        labelled: Distinct indices of the labelled items of each query, Q int64 arrays; some may be empty.
+        labelled: The items.
 
     Returns:
-        Q int64 arrays, in the order of `labelled`.
+        (L,) int64.
 
     Raises:
         ValueError: If shapes or dtypes disagree, a score is NaN, an index is out of range, or a stream would have to
             be read twice and cannot.
     """
-    counter = _count(scores, labelled)
-    return counter.unlabelled()
+    return _count(scores, labelled).unlabelled()
 
 
-def outranking_pairs(scores: Scores, labelled: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+def outranking_pairs(scores: Scores, labelled: Labelled) -> tuple[np.ndarray, np.ndarray]:
     """As `outranking` with all pairs of a query and an item in one ranking.
 
-    Args:
-        scores: As `outranking` takes them.
-        labelled: Likewise; L in all.
-
     Returns:
-        For the labelled pairs, query by query: how many unlabelled pairs, of any query, score at least as much, (L,)
-        int64, and their scores, (L,).
-
-    Raises:
-        ValueError: As `outranking`.
+        How many unlabelled pairs, of any query, score at least as much as each labelled one, (L,) int64, and the
+        scores of those, (L,).
     """
     counter = _count(scores, labelled, pooled=True)
-    return counter.unlabelled()[0], np.concatenate(counter.values)
+    return counter.unlabelled(), counter.values
+
+
+def ranks_in_rows(above: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """0-based ranks of the items that are looked for, in rankings without the other labelled ones.
+
+    Args:
+        above: Of those items, what `outranking` gives, (L,).
+        rows: Query of each, ascending.
+
+    Returns:
+        Ranks, ascending within a query, and how many of the items stand before each; both (L,) int64.
+    """
+    found = np.arange(len(rows)) - np.searchsorted(rows, rows)
+    return above[np.lexsort((above, rows))] + found, found
 
 
 def to_indices(values: Indices, name: str) -> np.ndarray:
@@ -67,90 +121,115 @@ def to_indices(values: Indices, name: str) -> np.ndarray:
     Raises:
         ValueError: If they are not integers, negative, or repeat.
     """
+    values = _to_array(values, name)
+    if len(values) and values.min() < 0:
+        raise ValueError(f'{name} holds the negative value {values.min()}.')
+    if len(np.unique(values)) < len(values):
+        raise ValueError(f'{name} holds a value more than once.')
+    return values
+
+
+def _to_array(values: Indices, name: str) -> np.ndarray:
     values = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
     if not values.size:
         return np.empty(0, dtype=np.int64)
     if values.ndim != 1 or values.dtype.kind not in 'iu':
         raise ValueError(f'{name} must be a list of integers, got shape {values.shape} of {values.dtype}.')
-    if values.min() < 0:
-        raise ValueError(f'{name} holds the negative value {values.min()}.')
-    if len(np.unique(values)) < len(values):
-        raise ValueError(f'{name} holds a value more than once.')
-    return values.astype(np.int64)
+    return values.astype(np.int64, copy=False)
 
 
-def _count(scores: Scores, labelled: Sequence[np.ndarray], pooled: bool = False) -> '_Counter':
+def _count(scores: Scores, labelled: Labelled, pooled: bool = False) -> '_Counter':
     """Read the scores, once or twice."""
-    last = max((indices.max() for indices in labelled if len(indices)), default=-1)
-    picked, held, counter, end = _Picked(labelled), [], None, 0
-    for start, block in _blocks(scores, len(labelled)):
+    last = labelled.items.max(initial=-1)
+    counter, held, end = _Counter(labelled, pooled), [], 0
+    for start, block in _blocks(scores, labelled.num_queries):
         end = start + block.shape[1]
-        if counter is not None:
-            counter.add(block)
+        if counter.complete:
+            counter.count(block)
             continue
-        picked.add(start, block)
-        if held is not None:
-            held.append(block if isinstance(scores, Array) else _copy(block))
-        if end > last and held is not None:
-            counter = _Counter(picked.values, pooled)
+        counter.pick(start, block)
+        if held is None:
+            continue
+        held.append(block if isinstance(scores, Array) else _copy(block))
+        if end > last:
+            counter.complete = True
             while held:
-                counter.add(held.pop())
-        elif held and sum(map(_num_bytes, held)) > HELD_BYTES:
+                counter.count(held.pop())
+        elif sum(block.nbytes for block in held) > HELD_BYTES:
             if iter(scores) is scores:
                 raise ValueError(f'Item {last} of the scores is labelled, too far into the stream to hold what comes '
                                  'before: pass an object that can be iterated twice, or labelled items first.')
             held = None
-    _check_range(labelled, end)
-    if counter is None:
-        counter, again = _Counter(picked.values, pooled), 0
-        for start, block in _blocks(scores, len(labelled)):
-            counter.add(block)
-            again = start + block.shape[1]
-        if again != end:
-            raise ValueError(f'The scores had {end} items when read first and {again} when read again.')
+    if end <= last:
+        query = labelled.rows[labelled.items.argmax()]
+        raise ValueError(f'Query {query}: index {last} is out of range for {end} items.')
+    return counter if counter.complete else _count_again(scores, counter, end)
+
+
+def _count_again(scores: Scores, counter: '_Counter', num_items: int) -> '_Counter':
+    end = 0
+    counter.complete = True
+    for start, block in _blocks(scores, counter.labelled.num_queries):
+        counter.count(block)
+        end = start + block.shape[1]
+    if end != num_items:
+        raise ValueError(f'The scores had {num_items} items when read first and {end} when read again.')
     return counter
 
 
-class _Picked:
-    """Scores of the labelled items, as their pieces come by."""
-
-    def __init__(self, labelled: Sequence[np.ndarray]) -> None:
-        self.labelled = labelled
-        self.values: list[np.ndarray] = []
-
-    def add(self, start: int, block: Array) -> None:
-        for query, indices in enumerate(self.labelled):
-            here = np.flatnonzero((indices >= start) & (indices < start + block.shape[1]))
-            columns = indices[here] - start
-            found = _to_numpy(block[query][torch.from_numpy(columns) if isinstance(block, torch.Tensor) else columns])
-            if len(self.values) == query:
-                self.values.append(np.empty(len(indices), found.dtype))
-            self.values[query][here] = found
-
-
 class _Counter:
-    """Number of scores that reach each of the labelled ones: those of the same query, or of any (`pooled`)."""
+    """Number of scores that reach those of the labelled items: of the same query, or of any (`pooled`).
 
-    def __init__(self, values: Sequence[np.ndarray], pooled: bool) -> None:
-        self.values = values
-        self.rankings = [np.concatenate(values)] if pooled else values
-        self.levels = [np.sort(row) for row in self.rankings]
-        self.counts = [np.zeros(len(row), dtype=np.int64) for row in self.rankings]
+    Attributes:
+        complete: Whether the scores of all labelled items have been picked.
+        values: Those scores, (L,).
+    """
 
-    def add(self, block: Array) -> None:
+    def __init__(self, labelled: Labelled, pooled: bool) -> None:
+        self.labelled = labelled
+        self.pooled = pooled
+        self.complete = False
+        self.values: np.ndarray | None = None
+        self.order: np.ndarray | None = None
+        self.counts = np.zeros(len(labelled.items), dtype=np.int64)
+
+    def pick(self, start: int, block: Array) -> None:
+        inside = (self.labelled.items >= start) & (self.labelled.items < start + block.shape[1])
+        rows, columns = self.labelled.rows[inside], self.labelled.items[inside] - start
+        if isinstance(block, torch.Tensor):
+            rows, columns = torch.from_numpy(rows), torch.from_numpy(columns)
+        found = to_numpy(block[rows, columns])
+        if self.values is None:
+            self.values = np.empty(len(inside), found.dtype)
+        self.values[inside] = found
+
+    def count(self, block: Array) -> None:
+        if self.order is None:
+            self._sort_levels()
+        if not self.pooled:
+            self.counts += count_reaching(block, self.levels, self.rows)
+            return
         for query in range(len(block)):
-            ranking = query % len(self.levels)
-            levels, counts = self.levels[ranking], self.counts[ranking]
-            for start in range(0, block.shape[1], PIECE):
-                scores = np.sort(_to_numpy(block[query, start:start + PIECE]))
-                if np.isnan(scores[-1]):  # NaN sorts last
-                    raise ValueError(f'scores[{query}] holds NaN.')
-                counts += len(scores) - np.searchsorted(scores, levels)
+            self.counts += count_reaching(block[query:query + 1], self.levels, self.rows)
 
-    def unlabelled(self) -> list[np.ndarray]:
+    def unlabelled(self) -> np.ndarray:
         """The counts without the labelled items' own, in the order of the labelled items."""
-        return [(counts - len(row) + np.searchsorted(levels, levels))[np.searchsorted(levels, row)]
-                for row, levels, counts in zip(self.rankings, self.levels, self.counts, strict=True)]
+        if self.order is None:
+            self._sort_levels()
+        ends = np.searchsorted(self.rows, self.rows, side='right')
+        new = (self.levels[1:] != self.levels[:-1]) | (self.rows[1:] != self.rows[:-1])
+        firsts = np.concatenate([[True], new])[:len(self.levels)]
+        same = np.maximum.accumulate(np.where(firsts, np.arange(len(firsts)), 0))  # first of the equal levels
+        unlabelled = np.empty_like(self.counts)
+        unlabelled[self.order] = self.counts - (ends - same)
+        return unlabelled
+
+    def _sort_levels(self) -> None:
+        if np.isnan(self.values).any():
+            raise ValueError(f'scores[{self.labelled.rows[np.isnan(self.values)][0]}] holds NaN.')
+        rows = np.zeros_like(self.labelled.rows) if self.pooled else self.labelled.rows
+        self.order = np.lexsort((self.values, rows))
+        self.levels, self.rows = self.values[self.order], rows[self.order]
 
 
 def _blocks(scores: Scores, num_queries: int) -> Iterator[tuple[int, Array]]:
@@ -161,7 +240,7 @@ def _blocks(scores: Scores, num_queries: int) -> Iterator[tuple[int, Array]]:
             got = tuple(block.shape) if isinstance(block, Array) else type(block).__name__
             raise ValueError(f'scores must have shape (queries, items) with at least one query, got {got}.')
         if len(block) != num_queries:
-            raise ValueError(f'{len(block)} rows of scores for {num_queries} queries.')
+            raise ValueError(f'There are {len(block)} rows of scores for {num_queries} queries.')
         if dtype not in (None, block.dtype):
             raise ValueError(f'Pieces of scores are {dtype} and {block.dtype}: they must have one dtype.')
         dtype = block.dtype
@@ -170,24 +249,5 @@ def _blocks(scores: Scores, num_queries: int) -> Iterator[tuple[int, Array]]:
         start += block.shape[1]
 
 
-def _check_range(labelled: Sequence[np.ndarray], num_items: int) -> None:
-    for query, indices in enumerate(labelled):
-        if len(indices) and indices.max() >= num_items:
-            raise ValueError(f'Query {query}: index {indices.max()} is out of range for {num_items} items.')
-
-
-def _to_numpy(scores: Array) -> np.ndarray:
-    if isinstance(scores, torch.Tensor):
-        scores = scores.detach().cpu()
-        scores = (scores.float() if scores.dtype in (torch.float16, torch.bfloat16) else scores).numpy()
-    if scores.dtype.kind not in 'fiub':
-        raise ValueError(f'scores must be real numbers, got {scores.dtype}.')
-    return scores
-
-
 def _copy(block: Array) -> Array:
     return block.clone() if isinstance(block, torch.Tensor) else block.copy()
-
-
-def _num_bytes(block: Array) -> int:
-    return block.nbytes

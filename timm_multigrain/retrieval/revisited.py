@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .metrics import average_precision
-from .ranking import Indices, Scores, outranking, to_indices
+from .metrics import average_precisions
+from .ranking import Indices, Labelled, Scores, outranking, ranks_in_rows
 from .result import Result
 
 if TYPE_CHECKING:
@@ -116,42 +116,29 @@ def revisited_scores(
         ValueError: If shapes disagree, a score is NaN, no query has an image to find, or indices are not integers,
             repeat or lie outside 0 to N - 1.
     """
-    labelled = [_labelled(number, query) for number, query in enumerate(queries)]
-    if not any(len(query.easy) or len(query.hard) for query in queries):
+    names = ('easy', 'hard', 'junk')
+    labelled = Labelled.of([[getattr(query, name) for query in queries] for name in names], names)
+    if not (labelled.kinds < 2).any():
         raise ValueError('No query has an easy or a hard image: there is nothing to find.')
     if min(kappas, default=1) < 1:
         raise ValueError(f'kappas are {list(kappas)}, and have to be 1 or more.')
-    # In each protocol the images labelled otherwise are taken out, so that the unlabelled ones are all that is wrong.
+    # Each protocol takes out the images that are labelled otherwise, so that what is wrong is unlabelled in all three.
     above = outranking(scores, labelled)
-    easy, medium, hard = [], [], []
-    for row, query in zip(above, queries, strict=True):
-        first, both = len(query.easy), len(query.easy) + len(query.hard)
-        easy.append(row[:first])
-        medium.append(row[:both])
-        hard.append(row[first:both])
-    return RevisitedResult(_part('Easy', easy, kappas), _part('Medium', medium, kappas), _part('Hard', hard, kappas))
+    wanted = {'Easy': labelled.kinds == 0, 'Medium': labelled.kinds < 2, 'Hard': labelled.kinds == 1}
+    return RevisitedResult(*(
+        _part(name, above[images], labelled.rows[images], len(queries), kappas) for name, images in wanted.items()))
 
 
-def _labelled(number: int, query: RevisitedQuery) -> np.ndarray:
-    """Easy, then hard, then junk images."""
-    indices = np.concatenate([
-        to_indices(getattr(query, name), f'{name} of query {number}') for name in ('easy', 'hard', 'junk')])
-    values, counts = np.unique(indices, return_counts=True)
-    if (counts > 1).any():
-        raise ValueError(f'Query {number}: images {values[counts > 1]} are in more than one of easy, hard and junk.')
-    return indices
-
-
-def _part(name: str, above: Sequence[np.ndarray], kappas: Sequence[int]) -> RevisitedPart | None:
-    if not any(map(len, above)):
+def _part(name: str, above: np.ndarray, rows: np.ndarray, num_queries: int,
+          kappas: Sequence[int]) -> RevisitedPart | None:
+    if not len(rows):
         return None
-    ap = np.full(len(above), np.nan)
-    precisions = {k: np.full(len(above), np.nan) for k in kappas}
-    for query, row in enumerate(above):
-        if len(row):
-            ranks = np.sort(row) + np.arange(len(row))
-            ap[query] = average_precision(ranks, len(row))
-            for k, values in precisions.items():
-                depth = min(k, ranks[-1] + 1)
-                values[query] = (ranks < depth).sum() / depth
+    ranks, found = ranks_in_rows(above, rows)
+    ap = average_precisions(ranks, found, rows, num_queries)
+    end = np.zeros(num_queries)
+    end[rows] = ranks + 1  # the last one of a query stays
+    precisions = {}
+    for k in kappas:
+        depth = np.where(np.isnan(ap), np.nan, np.minimum(k, end))
+        precisions[k] = np.bincount(rows, ranks < depth[rows], num_queries) / depth
     return RevisitedPart(name, ap, precisions)

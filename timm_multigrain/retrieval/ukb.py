@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .ranking import Indices, Scores, outranking
+from .ranking import Indices, Labelled, Scores, outranking, ranks_in_rows
 from .result import Result
 
 if TYPE_CHECKING:
@@ -69,5 +69,6 @@ def ukb_score(scores: Scores, groups: Indices) -> UKBScore:
         raise ValueError(f'Group {odd} has {counts[counts != GROUP][0]} images, not {GROUP}: leave it out, or the '
                          'score is none of UKBench.')
     members = np.argsort(places, kind='stable').reshape(-1, GROUP)[places]
-    above = outranking(scores, list(members))
-    return UKBScore(np.array([(np.sort(row) + np.arange(GROUP) < GROUP).sum() for row in above]))
+    labelled = Labelled.of([members], ['group'])
+    ranks, _ = ranks_in_rows(outranking(scores, labelled), labelled.rows)
+    return UKBScore((ranks < GROUP).reshape(-1, GROUP).sum(1))
