@@ -1,7 +1,6 @@
 """Make or update an index: find the images, embed what is new, commit batch after batch."""
 import dataclasses
 import os
-import sys
 import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -12,16 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from timm_multigrain.version import __version__
-
-from .errors import OtherModel
 from .lock import index_lock
 from .manifest import MANIFEST
-from .model import SAVED, check_same_model, describe_model, open_described
+from .opening import OpenedIndex, check_place, open_or_create
 from .plan import Plan, make_plan, sha256_of, vectors_of
 from .records import RECORD, record_row, top_classes
 from .scan import FoundFile, Scan, scan_folders
-from .store import CONFIG, DATA_FILES, Store, StoreWriter
+from .store import Store, StoreWriter
 from .tidy import compact_if_worthwhile, delete_leftovers
 
 __all__ = ['BuildReport', 'build_index']
@@ -98,7 +94,8 @@ def build_index(
         out: The index folder; a new one is made.
         model: What `open_model` opens (a saved folder, a checkpoint, a name), or a MultiGrain, which is saved in the
             index. None takes the index's own; a new index needs one.
-        protocol: Preprocessing; None takes the index's own, or what the model is made for.
+        protocol: Preprocessing, or a function that makes it from the model; None takes the index's own, or what the
+            model is made for.
         model_options: Keyword arguments of `open_model`, such as pool and p.
         batch_size: Images that go through the model, and are committed, together.
         workers: Processes that read images; None for as many as there are cores.
@@ -116,30 +113,26 @@ def build_index(
         IndexInUse: Another process is writing to it.
         OtherModel: The index was built with another model or preprocessing.
         DamagedIndex, NewerFormat: The index cannot be read.
-        OSError: No room on the disk; what is committed is whole.
+        NotWritten: No room on the disk; what is committed is whole.
         ValueError: No folders or no model for a new index.
     """
     start, out = time.monotonic(), Path(out)
-    options = dict(model=model, protocol=protocol, model_options=model_options, half=half, device=device)
     folders = [os.path.realpath(os.fsencode(folder)) for folder in dirs]
     for folder in folders:
         if not os.path.isdir(folder):
             kind_of = NotADirectoryError if os.path.lexists(folder) else FileNotFoundError
             raise kind_of(f'{os.fsdecode(folder)!r} is no folder: give folders with pictures in them.')
-    _check_place(out)
+    check_place(out)
     if not folders and not (out / MANIFEST).exists():
         raise ValueError(f'{out} is a new index: give the folders that it is to be made of.')
     out.mkdir(parents=True, exist_ok=True)
     with index_lock(out):
-        opened = _open_or_create(out, **options)
+        opened = open_or_create(out, model, protocol, model_options, half)
         writer = StoreWriter(opened.store)
         try:
             delete_leftovers(writer)
             update = _Update(opened, writer, folders, retry, remove_missing)
             update.run(dict(batch_size=batch_size, workers=workers, device=device, dtype=dtype, progress=progress))
-        except OSError as e:
-            raise OSError(f'{out} could not be written to ({e}): it is whole, with what was committed before; free '
-                          'space there and run the same again.') from e
         finally:
             writer.close()
         compact_if_worthwhile(out)
@@ -149,80 +142,11 @@ def build_index(
         update.report, images=len(Store(out).rows), seconds=time.monotonic() - start, faiss=faiss)
 
 
-@dataclass
-class _Opened:
-    store: Store
-    model: torch.nn.Module | None
-    protocol: Any
-    device: str | None
-
-    def get_model(self) -> torch.nn.Module:
-        """Opened when there is something to embed, which often there is not."""
-        if self.model is None:
-            self.model = open_described(self.store.config['model'], self.store.folder)
-        return self.model
-
-
-def _check_place(out: Path) -> None:
-    """An index, what a killed process left of a new one, an empty folder or nothing."""
-    if not os.path.lexists(out):
-        return
-    if not out.is_dir():
-        raise FileExistsError(f'{out} is a file: name a folder for the index.')
-    if not (out / MANIFEST).exists():
-        own = {'lock', CONFIG, SAVED, *(f'{name}.1.bin' for name in DATA_FILES)}
-        other = sorted(path.name for path in out.iterdir() if path.name not in own and not path.name.startswith('.'))
-        if other:
-            raise FileExistsError(f'{out} holds other things ({other[0]!r}): name a new folder for the index.')
-
-
-def _open_or_create(out: Path, model, protocol, model_options, half: bool, device) -> _Opened:
-    from .queries import protocol_from_json
-
-    if not (out / MANIFEST).exists():
-        if model is None:
-            raise ValueError(f'{out} is a new index: name the model that it is to be made with.')
-        return _create(out, model, protocol, model_options, half, device)
-    store = Store(out)
-    described = store.config['model']
-    if model is not None:
-        shown = model if isinstance(model, str) else 'This model'
-        if isinstance(model, str):
-            from timm_multigrain.models.opening import open_model
-            model = open_model(model, **{**described['options'], **(model_options or {})})
-        check_same_model(described, model, out, shown)
-    own = protocol_from_json(store.config['protocol'])
-    if protocol is not None and protocol != own:
-        raise OtherModel(f'{out} was built with {own}, not {protocol}: leave those options out, or make another index.')
-    return _Opened(store, model, own, device)
-
-
-def _create(out: Path, model, protocol, model_options, half: bool, device) -> _Opened:
-    import timm
-
-    from timm_multigrain.hub import save_pretrained
-    from timm_multigrain.models.opening import open_model
-    from timm_multigrain.retrieval.protocol import Protocol
-
-    source = None
-    if isinstance(model, str):
-        source = os.path.abspath(model) if os.path.exists(model) else model
-        model = open_model(model, **(model_options or {}))
-    else:
-        save_pretrained(model, out / SAVED, model.pretrained_cfg.get('label_names'))
-    protocol = Protocol.for_model(model) if protocol is None else protocol
-    StoreWriter.create(out, {
-        'model': describe_model(model, source, model_options if source else None),
-        'protocol': protocol.to_dict(), 'dim': model.embed_dim, 'dtype': 'float16' if half else 'float32',
-        'versions': {'timm_multigrain': __version__, 'timm': timm.__version__, 'torch': torch.__version__,
-                     'python': sys.version.split()[0]}})
-    return _Opened(Store(out), model, protocol, device)
-
-
 class _Update:
     """One run over the folders; ``report`` fills as it goes on."""
 
-    def __init__(self, opened: _Opened, writer: StoreWriter, folders: list[bytes], retry: bool, remove_missing: bool):
+    def __init__(
+            self, opened: OpenedIndex, writer: StoreWriter, folders: list[bytes], retry: bool, remove_missing: bool):
         self.opened, self.store, self.writer = opened, opened.store, writer
         self.retry, self.remove_missing = retry, remove_missing
         self.folders = folders or [self.store.root(i) for i in range(len(self.store.manifest.roots))]

@@ -79,10 +79,10 @@ class Manifest:
         return cls(value['generation'], value['config'], files, tuple(value['roots']), value['faiss'])
 
 
-def is_index(folder: str | os.PathLike) -> bool:
+def is_index(folder: str | bytes | os.PathLike) -> bool:
     """Whether a folder is an index, damaged or not."""
     try:
-        with open(Path(folder) / MANIFEST, 'rb') as file:
+        with open(Path(os.fsdecode(folder)) / MANIFEST, 'rb') as file:
             return _FIRST_LINE.match(file.read(80)) is not None
     except OSError:
         return False

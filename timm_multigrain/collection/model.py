@@ -1,26 +1,17 @@
 """The model an index was built with: described in config.json, told from any other by the hash of its weights."""
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from timm_multigrain.models.opening import open_model, weights_sha256
+
 from .errors import OtherModel
 
-__all__ = ['check_same_model', 'describe_model', 'label_names_of', 'open_described', 'weights_sha256']
+__all__ = ['check_same_model', 'describe_model', 'label_names_of', 'open_described']
 
 SAVED = 'model'  # folder inside the index for a model that no name leads back to
-
-
-def weights_sha256(model: torch.nn.Module) -> str:
-    """Hash of every parameter and persistent buffer: names, types, shapes and bytes. The device plays no part."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.detach().cpu().contiguous()
-        digest.update(f'{name} {tensor.dtype} {tuple(tensor.shape)}\n'.encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
 
 
 def describe_model(model: torch.nn.Module, source: str | None, options: Mapping[str, Any] | None = None) -> dict:
@@ -67,8 +58,6 @@ def open_described(described: Mapping[str, Any], folder: Path, device: str | Non
         OtherModel: What its name leads to has other weights now.
         OSError, ValueError, RuntimeError: It cannot be opened.
     """
-    from timm_multigrain.models.opening import open_model
-
     source = described['source'] or str(folder / SAVED)
     try:
         model = open_model(source, **described['options'])

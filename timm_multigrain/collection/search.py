@@ -1,6 +1,7 @@
 """Nearest images of descriptors."""
 import difflib
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ import torch
 __all__ = ['exact_search', 'open_collection', 'rows_of_class', 'search_index']
 
 MILVUS = 'milvus:'
+CHUNK = 1 << 25  # bytes of descriptors that are compared at a time
 
 
 def open_collection(name: str | os.PathLike):
@@ -58,19 +60,30 @@ def exact_search(vectors, queries: np.ndarray, k: int, rows: np.ndarray | None =
     Returns:
         Products (Q, min(k, N)) and rows (Q, min(k, N)).
     """
-    n = len(vectors) if rows is None else len(rows)
-    best_scores = np.empty((len(queries), 0), dtype=np.float32)
-    best_rows = np.empty((len(queries), 0), dtype=np.int64)
-    step = max(1, (1 << 25) // (vectors.shape[1] * 4))
+    n, k = (len(vectors) if rows is None else len(rows)), min(k, len(vectors) if rows is None else len(rows))
+    queries = torch.from_numpy(queries)
+    best_scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    best_rows = np.full((len(queries), k), -1, dtype=np.int64)
+    step = max(k, CHUNK // (vectors.shape[1] * 4))
     for start in range(0, n, step):
         numbers = np.arange(start, min(start + step, n)) if rows is None else rows[start:start + step]
         chunk = vectors[start:start + step] if rows is None else vectors[numbers]
-        scores = queries @ chunk.astype(np.float32, copy=False).T
-        best_scores = np.concatenate([best_scores, scores], axis=1)
-        best_rows = np.concatenate([best_rows, np.broadcast_to(numbers, scores.shape)], axis=1)
-        order = np.argsort(-best_scores, axis=1, kind='stable')[:, :k]
-        best_scores, best_rows = (np.take_along_axis(a, order, axis=1) for a in (best_scores, best_rows))
+        scores = (_to_float32(chunk) @ queries.T).T.numpy()
+        # after the first chunk only a few are better than the worst of the best; an equal one that comes later is not
+        better = np.flatnonzero((scores > best_scores[:, -1:]).any(axis=0))
+        if not len(better):
+            continue
+        found = np.concatenate([best_scores, scores[:, better]], axis=1)
+        found_rows = np.concatenate([best_rows, np.broadcast_to(numbers[better], (len(queries), len(better)))], axis=1)
+        order = np.argsort(-found, axis=1, kind='stable')[:, :k]
+        best_scores, best_rows = np.take_along_axis(found, order, axis=1), np.take_along_axis(found_rows, order, axis=1)
     return best_scores, best_rows
+
+
+def _to_float32(chunk: np.ndarray) -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # that the map is read-only: nothing is written to it
+        return torch.from_numpy(chunk).float()
 
 
 def _check_queries(vectors, dim: int) -> np.ndarray:

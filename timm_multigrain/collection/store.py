@@ -25,7 +25,7 @@ import numpy as np
 from timm_multigrain.files import write_text
 
 from .blocks import CheckedFile, Extent, GrowingFile
-from .errors import DamagedIndex
+from .errors import DamagedIndex, writing
 from .manifest import Manifest
 from .records import RECORD
 
@@ -193,18 +193,18 @@ class StoreWriter:
         rows['path_length'] = lengths
         if vectors is not None:
             rows['vector'] = np.arange(self.num_vectors, self.num_vectors + len(rows))
-            self._files['vectors'].append(np.ascontiguousarray(vectors, dtype=self.dtype))
-        self._files['paths'].append(b''.join(paths))
-        self._files['records'].append(rows)
+            self._append('vectors', np.ascontiguousarray(vectors, dtype=self.dtype))
+        self._append('paths', b''.join(paths))
+        self._append('records', rows)
 
     def remove(self, records: Sequence[int]) -> None:
         """These records hold no more."""
-        self._files['removed'].append(np.asarray(records, dtype='<u8'))
+        self._append('removed', np.asarray(records, dtype='<u8'))
 
     def skip(self, path: bytes, reason: str, size: int = 0, mtime_ns: int = 0) -> None:
         """Note a file that cannot be indexed; with an empty reason, that it is to be forgotten."""
         entry = {'path': os.fsdecode(path), 'reason': reason, 'size': size, 'mtime_ns': mtime_ns}
-        self._files['skipped'].append(json.dumps(entry).encode() + b'\n')
+        self._append('skipped', json.dumps(entry).encode() + b'\n')
 
     def commit(self, **changes) -> None:
         """Make what was appended part of the index.
@@ -212,13 +212,18 @@ class StoreWriter:
         Args:
             changes: Other fields of the manifest, such as faiss.
         """
-        files = {name: file.sync() for name, file in self._files.items()}
-        manifest = Manifest(**{**vars(self.manifest), **changes, 'files': files, 'roots': tuple(self.roots)})
-        if manifest != self.manifest:
-            manifest.write(self.folder)
-            self.manifest = manifest
+        with writing(self.folder):
+            files = {name: file.sync() for name, file in self._files.items()}
+            manifest = Manifest(**{**vars(self.manifest), **changes, 'files': files, 'roots': tuple(self.roots)})
+            if manifest != self.manifest:
+                manifest.write(self.folder)
+                self.manifest = manifest
         for file in self._files.values():
             file.committed()
+
+    def _append(self, name: str, data: bytes | np.ndarray) -> None:
+        with writing(self.folder):
+            self._files[name].append(data)
 
     def rollback(self) -> None:
         """Undo what is not committed."""

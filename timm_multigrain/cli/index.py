@@ -1,0 +1,59 @@
+"""Index the images below some folders, or bring an index up to date.
+
+    timm-multigrain index ~/Pictures -o pictures.index --model my-model
+    timm-multigrain index -o pictures.index
+
+Every image goes through the model once: its descriptor, its most probable classes, its size and its hash are kept. Run
+again, it finds what is new, changed, moved and removed, and leaves the rest alone; stopped, it goes on where it was.
+"""
+import argparse
+import sys
+
+from .arguments import add_extraction_arguments, add_model_arguments, add_protocol_arguments, extraction_from_args
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('dirs', nargs='*', metavar='DIR', help='folders with images, looked through with all below them (default: '
+                                               'those of the index)')
+    add('-o', '--output', required=True, metavar='INDEX', help='index folder, made if it is not there')
+    add('--model', metavar='MODEL', help='folder, checkpoint of train.py, multigrain_NAME[.TAG], hf-hub:USER/NAME, or '
+                                         "any timm model (default: the index's; needed for a new one)")
+    add('--half', action='store_true', help='keep descriptors of a new index as 16-bit numbers, in half the space')
+    add('--kind', choices=('auto', 'exact', 'hnsw', 'ivf-pq'), default='auto',
+        help='structure for search: by the number of images, or this one (%(default)s)')
+    add('--retry', action='store_true', help='try files again that could not be read before')
+    add('--remove-missing', action='store_true', help='forget the images of a folder even if all of them are gone')
+    add('--list-skipped', action='store_true', help='print the files that could not be read, with the reason')
+    add_model_arguments(parser, positional=False)
+    add_protocol_arguments(parser)
+    add_extraction_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from timm_multigrain.collection import build_index
+    from timm_multigrain.retrieval.images import printable
+
+    options = {'pool': args.pool, 'p': args.p, 'pretrained': not args.no_pretrained, 'ema': not args.no_ema}
+    defaults = {'pool': None, 'p': None, 'pretrained': True, 'ema': True}
+    changed = {key: value for key, value in options.items() if value != defaults[key]}
+    report = build_index(
+        args.dirs, args.output, args.model, _protocol_options(args), model_options=changed, half=args.half,
+        retry=args.retry, remove_missing=args.remove_missing, kind=args.kind, **extraction_from_args(args))
+    for path, reason in report.unreadable.items():
+        print(f'not looked into: {printable(path)}: {reason}', file=sys.stderr)
+    if args.list_skipped:
+        for path, reason in report.skipped.items():
+            print(f'{printable(path)}: {reason}')
+    elif report.new_skipped:
+        print(f'{report.new_skipped:,} files could not be read; --list-skipped shows them.', file=sys.stderr)
+    print(report)
+    return 0
+
+
+def _protocol_options(args: argparse.Namespace):
+    """What the command line says of the protocol, to be completed by the model's own; None if it says nothing."""
+    from .arguments import protocol_from_args
+
+    given = (args.size, args.scales, args.flip, args.no_exif, args.protocol) != (None, None, False, False, 'crop')
+    return (lambda model: protocol_from_args(args, model)) if given else None

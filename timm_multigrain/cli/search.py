@@ -1,0 +1,51 @@
+"""Find the images of an index that are nearest to some pictures.
+
+    timm-multigrain search pictures.index query.jpg
+    timm-multigrain search pictures.index query.jpg --crop 120,40,200,200 -k 20 --html found.html
+
+INDEX is a folder that `timm-multigrain index` has made, or milvus:URI, where one was exported to. Scores are cosine
+similarities of descriptors, 1 for the same picture. With --json there is a line of JSON for each image found.
+"""
+import argparse
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add('index', metavar='INDEX', help='index folder, or milvus:URI')
+    add('images', nargs='+', metavar='IMAGE', help='pictures to search for')
+    add('-k', type=int, default=10, metavar='N', help='images to find for each (%(default)s)')
+    add('--crop', type=_crop, metavar='X,Y,W,H', help='search for this part: left, top, width, height in pixels')
+    add('--class', dest='class_name', metavar='NAME', help='only images whose most probable class is this one')
+    add('--html', metavar='FILE', help='write a page with the pictures')
+    add('--json', action='store_true', help='print a line of JSON for each image found')
+    add('--model', metavar='MODEL', help='where the model of the index is now, if it was moved')
+
+
+def run(args: argparse.Namespace) -> int:
+    from timm_multigrain.collection.results import json_lines, table, write_search_page
+    from timm_multigrain.collection.search import open_collection
+
+    index = open_collection(args.index)
+    if args.model:
+        index.model(args.model)
+    found = index.search_images(args.images, args.k, crop=args.crop, class_name=args.class_name)
+    if args.json:
+        for line in json_lines(args.images, found):
+            print(line)
+    else:
+        print(table(args.images, found))
+    if args.html:
+        page = write_search_page(args.html, args.index, args.images, found, args.crop, args.class_name)
+        if not args.json:
+            print(f'\nPage: {page.resolve()}')
+    return 0
+
+
+def _crop(text: str) -> tuple[float, ...]:
+    try:
+        x, y, width, height = (float(number) for number in text.split(','))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is not left,top,width,height, such as 10,20,300,200') from None
+    if not (width > 0 and height > 0):
+        raise argparse.ArgumentTypeError(f'{text!r} has no area: give a width and a height above 0')
+    return x, y, width, height
