@@ -3,17 +3,22 @@ import os
 import uuid
 from pathlib import Path
 
-__all__ = ['fsync', 'write_text']
+__all__ = ['fsync', 'write_bytes', 'write_text']
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:
     """Write a UTF-8 file under a temporary name, then rename; its folder is made if missing, an old file replaced."""
+    return write_bytes(path, text.encode('utf-8'))
+
+
+def write_bytes(path: str | os.PathLike, data: bytes) -> Path:
+    """Write a file as `write_text` does."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
     try:
-        with open(unfinished, 'x', encoding='utf-8', newline='\n') as file:
-            file.write(text)
+        with open(unfinished, 'xb') as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)

@@ -55,12 +55,13 @@ def protocol_from_args(args: argparse.Namespace, model):
 
 
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
-    """--batch-size, --workers, --device, --dtype."""
+    """--batch-size, --workers, --device, --dtype, --fast."""
     add = parser.add_argument_group('extraction').add_argument
     add('--batch-size', type=int, default=32, metavar='N', help='images of a batch (%(default)s)')
     add('--workers', type=int, metavar='N', help='processes that read images (default: by the number of cores)')
     add('--device', metavar='NAME', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
     add('--dtype', choices=_DTYPES, default='float32', help='arithmetic (%(default)s)')
+    add('--fast', action='store_true', help='fold batch norms, images channels last: equal up to rounding only')
 
 
 def extraction_from_args(args: argparse.Namespace) -> dict:
@@ -69,4 +70,4 @@ def extraction_from_args(args: argparse.Namespace) -> dict:
 
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = None if args.dtype == 'float32' else getattr(torch, args.dtype)
-    return {'batch_size': args.batch_size, 'workers': args.workers, 'device': device, 'dtype': dtype}
+    return {'batch_size': args.batch_size, 'workers': args.workers, 'device': device, 'dtype': dtype, 'fast': args.fast}

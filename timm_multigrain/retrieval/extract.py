@@ -1,25 +1,19 @@
-"""Descriptors of many images: decoded by workers, embedded in batches of one shape.
-
-On the CPU a batch is run image by image: convolutions and matrix products choose other orders of summation for other
-numbers of rows, and a batch is no faster there. So an image has the same descriptor, bit for bit, in whatever company
-it is embedded. `fast` gives that up.
-"""
+"""Descriptors of many images: decoded by workers, embedded in batches of one shape, kept in memory or on disk."""
 import contextlib
 import math
 import os
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from timm_multigrain.layers import GeM, l2_normalize
 from timm_multigrain.models import MultiGrain
 
 from .descriptors import Descriptors
+from .embedder import Decoded, Embedded, Embedder
 from .images import ImageSource, UnreadableImage
 from .protocol import Protocol
 
@@ -27,29 +21,6 @@ __all__ = ['Embedded', 'embed_images', 'extract']
 
 _CHUNK = 4  # images a worker hands over at once
 _PENDING = 8  # batches of images that may wait for others of their shape
-
-
-class Embedded(NamedTuple):
-    """Some images, embedded.
-
-    Attributes:
-        indices: (n,) int64, numbers of the images in the source.
-        vectors: (n, D) float32 on the CPU.
-        logits: (n, K) float32 on the CPU, None unless asked for.
-        sizes: (width, height) of each image as it was read.
-    """
-    indices: np.ndarray
-    vectors: torch.Tensor
-    logits: torch.Tensor | None
-    sizes: list[tuple[int, int]]
-
-
-class Decoded(NamedTuple):
-    """An image as the network sees it before normalisation, or why it could not be read."""
-    index: int
-    pixels: np.ndarray | None
-    size: tuple[int, int]
-    message: str
 
 
 def embed_images(
@@ -67,9 +38,12 @@ def embed_images(
         on_error: Callable[[int, str], None] | None = None,
         indices: Sequence[int] | None = None,
         dim: int | None = None,
+        fast: bool = False,
         progress: bool = True,
 ) -> Iterator[Embedded]:
     """Embed images, a batch of equal shape at a time, in no particular order; every readable one exactly once.
+
+    On the CPU the result is the same bit for bit whatever the batch size, and that of ``model.embed`` of each image.
 
     Args:
         model: Model, moved to the device; in eval mode while this runs.
@@ -85,24 +59,25 @@ def embed_images(
         on_error: Told the number of a skipped image, and why.
         indices: Numbers of the images to embed; all by default.
         dim: Keep the first components of a whitened descriptor and normalise again.
+        fast: Fold batch norms and lay images out channels last: faster, equal up to rounding only.
         progress: Show a bar if stderr is a terminal.
 
     Raises:
         UnreadableImage: With errors='raise'.
-        ValueError: Impossible arguments, or a descriptor that is not finite.
+        ValueError: Impossible arguments, or an embedding that is not finite.
     """
     if errors not in ('skip', 'raise'):
         raise ValueError(f"errors={errors!r}: give 'skip' or 'raise'.")
-    embedder = _Embedder(model, protocol, device=device, dtype=dtype, descriptor=descriptor, logits=logits, dim=dim)
+    embedder = Embedder(
+        model, protocol, device=device, dtype=dtype, descriptor=descriptor, logits=logits, dim=dim, fast=fast)
     indices = range(len(source)) if indices is None else indices
-    return _embed(embedder, _decode(source, protocol, indices, workers), len(indices), batch_size, errors, on_error,
-                  progress)
+    stream = decode(source, protocol, indices, workers)
+    return _embed(embedder, stream, len(indices), Batches(batch_size, errors, on_error), progress)
 
 
-def _embed(embedder, stream, total, batch_size, errors, on_error, progress) -> Iterator[Embedded]:
-    with tqdm(total=total, desc='Embedding', unit='image', disable=None if progress else True) as bar, \
-            embedder.evaluating(), contextlib.closing(stream):
-        for out in embedder.run(_batches(stream, batch_size, errors, on_error, bar)):
+def _embed(embedder: Embedder, stream, total: int, batches: 'Batches', progress: bool) -> Iterator[Embedded]:
+    with progress_bar(total, progress) as bar, embedder.evaluating(), contextlib.closing(stream):
+        for out in embedder.run(batches(stream, bar)):
             bar.update(len(out.indices))
             yield out
 
@@ -111,7 +86,9 @@ def extract(
         model: MultiGrain,
         source: ImageSource,
         protocol: Protocol,
+        out_dir: str | os.PathLike | None = None,
         *,
+        shard_size: int = 1024,
         strict: bool = False,
         **kwargs,
 ) -> Descriptors:
@@ -121,25 +98,43 @@ def extract(
         model: Model.
         source: Images.
         protocol: Size, crop, scales, flip.
+        out_dir: Folder to keep them in, see `extract_shards`; in memory only if None.
+        shard_size: Images of a file in the folder.
         strict: Stop at the first image that cannot be read instead of leaving it out.
-        **kwargs: As of `embed_images`.
+        **kwargs: As of `embed_images`: batch_size, workers, device, dtype, descriptor, dim, fast, progress.
 
     Raises:
         UnreadableImage: With ``strict``.
-        ValueError: No image could be read.
+        ValueError: No image could be read, or as `extract_shards`.
     """
+    if out_dir is not None:
+        from .sharded import extract_shards
+        extract_shards(model, source, protocol, out_dir, shard_size=shard_size, strict=strict, **kwargs)
+        return Descriptors.load(out_dir)
     skipped = {}
     parts = list(embed_images(
         model, source, protocol, errors='raise' if strict else 'skip', on_error=skipped.__setitem__, **kwargs))
     if not parts:
-        reason = next(iter(skipped.values()), 'the list is empty')
-        raise ValueError(f'None of {len(source)} images could be read: {reason}.')
+        raise ValueError(none_readable(len(source), skipped.values()))
+    indices, vectors = in_order(parts)
+    return Descriptors(
+        tuple(source.names[i] for i in indices), vectors, {source.names[i]: skipped[i] for i in sorted(skipped)},
+        {'protocol': protocol.to_dict()})
+
+
+def in_order(parts: list[Embedded]) -> tuple[list[int], torch.Tensor]:
+    """Numbers of the images in ascending order, and their vectors."""
     indices = np.concatenate([part.indices for part in parts])
     order = np.argsort(indices)
-    return Descriptors(
-        tuple(source.names[i] for i in indices[order].tolist()),
-        torch.cat([part.vectors for part in parts])[torch.from_numpy(order)],
-        {source.names[i]: skipped[i] for i in sorted(skipped)}, {'protocol': protocol.to_dict()})
+    return indices[order].tolist(), torch.cat([part.vectors for part in parts])[torch.from_numpy(order)]
+
+
+def none_readable(number: int, reasons: Iterable[str]) -> str:
+    return f'None of {number} images could be read: {next(iter(reasons), "the list is empty")}.'
+
+
+def progress_bar(total: int, progress: bool = True, title: str = 'Embedding') -> tqdm:
+    return tqdm(total=total, desc=title, unit='image', disable=None if progress else True)
 
 
 class _Images(Dataset):
@@ -160,7 +155,13 @@ class _Images(Dataset):
             return Decoded(index, None, (0, 0), str(e))
 
 
-def _decode(source: ImageSource, protocol: Protocol, indices: Sequence[int], workers: int | None) -> Iterator[Decoded]:
+def decode(
+        source: ImageSource,
+        protocol: Protocol,
+        indices: Sequence[int],
+        workers: int | None = None,
+) -> Iterator[Decoded]:
+    """Images read and resized by worker processes, in the order of the indices."""
     if workers is None:
         workers = min(8, max(0, (os.cpu_count() or 1) - 1))
     if workers < 0:
@@ -175,122 +176,42 @@ def _decoded(loader: Iterable[list[Decoded]]) -> Iterator[Decoded]:
         yield from chunk
 
 
-def _batches(stream, batch_size, errors, on_error, bar) -> Iterator[list[Decoded]]:
-    """Lists of images of one shape, at most ``batch_size`` of them."""
-    if batch_size < 1:
-        raise ValueError(f'batch_size={batch_size}: give at least 1.')
-    buckets = defaultdict(list)
-    pending = 0
-    for item in stream:
-        if item.pixels is None:
-            if errors == 'raise':
-                raise UnreadableImage(item.message)
-            if on_error is not None:
-                on_error(item.index, item.message)
-            bar.update(1)
-            continue
-        bucket = buckets[item.pixels.shape]
-        bucket.append(item)
-        pending += 1
-        if len(bucket) == batch_size:
-            pending -= batch_size
-            yield buckets.pop(item.pixels.shape)
-        elif pending >= _PENDING * batch_size:
-            fullest = max(buckets, key=lambda shape: len(buckets[shape]))
-            pending -= len(buckets[fullest])
-            yield buckets.pop(fullest)
-    yield from buckets.values()
+class Batches:
+    """Sorts decoded images into batches of one shape; how many may wait for others of their shape is bounded.
 
+    Args:
+        batch_size: Most images of a batch.
+        errors: 'raise' at an image that could not be read, or 'skip' it.
+        on_error: Told the number of a skipped image, and why.
+    """
 
-class _Embedder:
-    """A model under a protocol: lists of decoded images of one shape to descriptors on the CPU."""
+    def __init__(self, batch_size: int, errors: str = 'skip', on_error: Callable[[int, str], None] | None = None):
+        if batch_size < 1:
+            raise ValueError(f'batch_size={batch_size}: give at least 1.')
+        self.batch_size, self.errors, self.on_error = batch_size, errors, on_error
 
-    def __init__(self, model, protocol, *, device, dtype, descriptor, logits, dim):
-        if dim is not None and not (descriptor and model.whitened and 1 <= dim <= model.embed_dim):
-            raise ValueError(f'dim={dim} needs descriptors of a whitened embedding of at least so many components; '
-                             f'this one has {model.embed_dim}, {"" if model.whitened else "not "}whitened.')
-        if logits and not model.num_classes:
-            raise ValueError('logits=True needs a model with a classifier: this one has num_classes=0.')
-        if model.in_chans != 3:
-            raise ValueError(f'The model takes {model.in_chans} channels: only one of RGB images can embed them.')
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f'dtype={dtype}: give torch.bfloat16, torch.float16 or None.')
-        self.model, self.protocol = model, protocol
-        self.device = torch.device(device) if device is not None else next(model.parameters()).device
-        self.dtype = None if dtype == torch.float32 else dtype
-        self.descriptor, self.logits, self.dim = descriptor, logits, dim
-        self.one_by_one = self.device.type == 'cpu'
+    def __call__(self, stream: Iterable[Decoded], bar: tqdm) -> Iterator[list[Decoded]]:
+        """Batches of a stream; the bar moves for images that are skipped."""
+        buckets, pending = defaultdict(list), 0
+        for item in stream:
+            if item.pixels is None:
+                self._skip(item)
+                bar.update(1)
+                continue
+            shape = item.pixels.shape
+            buckets[shape].append(item)
+            pending += 1
+            if len(buckets[shape]) < self.batch_size:
+                if pending < _PENDING * self.batch_size:
+                    continue
+                shape = max(buckets, key=lambda shape: len(buckets[shape]))
+            batch = buckets.pop(shape)
+            pending -= len(batch)
+            yield batch
+        yield from buckets.values()
 
-    @contextlib.contextmanager
-    def evaluating(self):
-        training = self.model.training
-        self.model.to(self.device).eval()
-        try:
-            yield
-        finally:
-            self.model.train(training)
-
-    def run(self, batches: Iterable[list[Decoded]]) -> Iterator[Embedded]:
-        """Results one batch late: a GPU works on the next batch while the last one's results are handed out."""
-        waiting = deque()
-        for items in batches:
-            waiting.append(self._launch(items))
-            if len(waiting) > 1:
-                yield self._collect(*waiting.popleft())
-        while waiting:
-            yield self._collect(*waiting.popleft())
-
-    @torch.inference_mode()
-    def _launch(self, items: list[Decoded]):
-        pixels = torch.from_numpy(np.stack([item.pixels for item in items]))
-        if self.device.type == 'cuda':
-            pixels = pixels.pin_memory().to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            parts = pixels.split(1) if self.one_by_one else [pixels.to(self.device)]
-            out = [self._forward(self.protocol.normalize(part)) for part in parts]
-        vectors, logits = (torch.cat(o) if o[0] is not None else None for o in zip(*out, strict=True))
-        event = None
-        if self.device.type == 'cuda':
-            vectors, logits = (v if v is None else v.to('cpu', non_blocking=True) for v in (vectors, logits))
-            event = torch.cuda.Event()
-            event.record()
-        return items, vectors, logits, event
-
-    def _collect(self, items, vectors, logits, event) -> Embedded:
-        if event is not None:
-            event.synchronize()
-        vectors = vectors.cpu()
-        if not torch.isfinite(vectors).all():
-            broken = [item.index for item, row in zip(items, vectors, strict=True) if not torch.isfinite(row).all()]
-            raise ValueError(f'The embedding of image number {broken[0]} and {len(broken) - 1} more is not finite: '
-                             f'{"take bfloat16 or float32" if self.dtype else "the weights are damaged"}.')
-        return Embedded(np.array([item.index for item in items]), vectors.clone(),
-                        None if logits is None else logits.cpu().clone(), [item.size for item in items])
-
-    def _forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        scales, logits = [], []
-        for views in self.protocol.views(x):
-            vectors = []
-            for view in views:
-                embedding = self.model.forward_head(self.model.forward_features(view), pre_logits=True)
-                if self.logits:
-                    logits.append(self.model.head.classify(embedding).float())
-                embedding = embedding.float()
-                vectors.append(l2_normalize(embedding[:, :self.dim]) if self.descriptor else embedding)
-            scales.append(self._mean(vectors))
-        return self._mean(scales, gem=True), torch.stack(logits).mean(0) if logits else None
-
-    def _mean(self, vectors: list[torch.Tensor], gem: bool = False) -> torch.Tensor:
-        """Mean of vectors over the views; of descriptors, normalised again."""
-        if len(vectors) == 1:
-            return vectors[0]
-        stacked = torch.stack(vectors)
-        pool = self.model.head.pool
-        if not (gem and self.descriptor and isinstance(pool, GeM)) or self.model.whitened or pool._p == 1:
-            mean = stacked.mean(0)
-        elif pool._p == math.inf:
-            mean = stacked.amax(0)
-        else:
-            peak = stacked.amax(0).clamp(min=1e-30)
-            mean = (stacked / peak).pow(pool.p).mean(0).pow(1 / pool.p) * peak
-        return l2_normalize(mean) if self.descriptor else mean
+    def _skip(self, item: Decoded) -> None:
+        if self.errors == 'raise':
+            raise UnreadableImage(item.message)
+        if self.on_error is not None:
+            self.on_error(item.index, item.message)
