@@ -46,11 +46,9 @@ class Revisited(Benchmark):
 
     def measure(self, scores: Scores) -> list[Figure]:
         result = revisited_scores(scores, self.truth)
-        figures = []
-        for part in result.parts:
-            figures.append(Figure('mAP', 100 * part.map, part.name))
-            figures += [Figure(f'mP@{k}', 100 * value, part.name) for k, value in part.mp_at.items()]
-        return figures
+        figures = [Figure('mAP', 100 * part.map, part.name) for part in result.parts]
+        return figures + [Figure(f'mP@{k}', 100 * part.mp_at[k], part.name)
+                          for k in result.parts[0].mp_at for part in result.parts]
 
 
 def load_revisited(data: str | os.PathLike, name: str, ground_truth: str | os.PathLike | None = None,

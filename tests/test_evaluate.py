@@ -1,0 +1,345 @@
+"""Benchmarks from images to tables: figures recomputed by hand, systems that share a trunk, settings, the command."""
+import json
+import math
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_multigrain.cli.main import main
+from timm_multigrain.hub import read_metrics, save_pretrained
+from timm_multigrain.layers import create_pool, gem, l2_normalize
+from timm_multigrain.retrieval.benchmark_result import BenchmarkResult, Comparison
+from timm_multigrain.retrieval.datasets import Figure, load_benchmark
+from timm_multigrain.retrieval.evaluate import AfterRanking, compare, evaluate
+from timm_multigrain.retrieval.protocol import Protocol
+from timm_multigrain.retrieval.systems import System, Systems, choose_systems
+
+from .test_datasets import small_truth, trapezoid
+from .tiny import tiny_model
+
+PROTOCOL = Protocol(size=40, kind='longer-side')
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    """Four groups of three pictures: a pattern of colours with noise on it."""
+    root, rng = tmp_path_factory.mktemp('pictures'), np.random.default_rng(0)
+    for group in 'abcd':
+        pattern = rng.integers(0, 256, (6, 8, 3)).repeat(6, 0).repeat(6, 1)
+        (root / group).mkdir()
+        for i in range(3):
+            noisy = (pattern + rng.integers(-200, 200, pattern.shape)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(noisy).save(root / group / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def model():
+    return tiny_model()
+
+
+@torch.inference_mode()
+def describe(model, benchmark, pool, protocol=PROTOCOL):
+    """Pooled maps of the database, image by image."""
+    rows = []
+    for i in range(len(benchmark.database)):
+        x = protocol.normalize(protocol.pixels(benchmark.database.load(i)))[None]
+        rows.append(pool(model.forward_features(x))[0])
+    return torch.stack(rows)
+
+
+def by_hand(vectors, benchmark):
+    """mAP of groups by sorting."""
+    vectors = l2_normalize(vectors)
+    scores = (vectors @ vectors.T).numpy()
+    groups = [name[0] for name in benchmark.database.names]
+    values = []
+    for row in range(len(vectors)):
+        order = [i for i in np.argsort(-scores[row], kind='stable') if i != row]
+        values.append(trapezoid(order, {i for i in order if groups[i] == groups[row]}))
+    return 100 * np.mean(values)
+
+
+def test_every_system_of_one_pass(model, pictures):
+    benchmark = load_benchmark('folder', pictures)
+    result = compare({'tiny': model}, benchmark, protocols=[PROTOCOL], poolings=['gem', 'mac', 'spoc', 'rmac', 'crow'],
+                     exponents=[1, 2.5])
+    fmt = {'input_fmt': model.output_fmt}
+    pools = [lambda x: gem(x, 1), lambda x: gem(x, 2.5), *(create_pool(name, **fmt) for name in (
+        'mac', 'spoc', 'rmac', 'crow'))]
+    wanted = [by_hand(describe(model, benchmark, pool), benchmark) for pool in pools]
+    assert [r.value('mAP') for r in result.results] == pytest.approx(wanted, abs=1e-9)
+    assert [r.p for r in result.results] == [1, 2.5, 'inf', 1, None, None]
+    assert len(set(wanted)) > 3  # they do differ
+
+
+def test_the_models_own_pooling(model, pictures):
+    benchmark = load_benchmark('folder', pictures)
+    result = evaluate(model, benchmark, protocol=PROTOCOL)
+    assert result.value('mAP') == pytest.approx(by_hand(describe(model, benchmark, lambda x: gem(x, 3)), benchmark))
+    assert (result.p, result.whitening, result.size) == (3, None, 40)
+    again = evaluate(model, 'folder', pictures, PROTOCOL, poolings=['gem'], exponents=[3])
+    assert again.figures == result.figures
+
+
+def test_several_views_equal_a_system_alone(model, pictures):
+    """Averages over views are taken of each system's descriptors, so a shared pass must not be taken."""
+    protocol = replace(PROTOCOL, scales=(1, 0.7), flip=True)
+    results = compare({'tiny': model}, 'folder', pictures, [protocol], poolings=['gem', 'spoc'], exponents=[2]).results
+    for result, pool in zip(results, ['gem', 'spoc'], strict=True):
+        alone = tiny_model()
+        alone.reset_classifier(3, pool)
+        if pool == 'gem':
+            alone.set_gem_p(2)
+        assert evaluate(alone, 'folder', pictures, protocol).figures == result.figures
+
+
+def test_whitening_beside_without(model, pictures, noise_folder):
+    """Fitted on other images at the same size, from the same pass."""
+    benchmark = load_benchmark('folder', pictures)
+    results = compare({'tiny': model}, benchmark, protocols=[PROTOCOL], poolings=['gem', 'crow'], exponents=[3],
+                      whiten=noise_folder, components=8).results
+    assert [(r.system, r.whitening) for r in results] == [
+        ('tiny, GeM p=3', None), ('tiny, CroW', None), ('tiny, GeM p=3, whitened 8', 8), ('tiny, CroW, whitened 8', 8)]
+    from timm_multigrain.retrieval.images import find_images
+    from timm_multigrain.retrieval.whiten import fit_whitening
+    images = replace_database(benchmark, find_images(noise_folder))
+    for result, pool in zip(results[2:], [lambda x: gem(x, 3), create_pool('crow')], strict=True):
+        fit = fit_whitening(describe(model, images, pool), 8)
+        z = describe(model, benchmark, pool).double()
+        z = torch.cat([z, torch.ones(len(z), 1)], 1)
+        z = z / z.norm(dim=1, keepdim=True)
+        whitened = ((z - fit.mean) @ fit.proj).float()
+        assert result.value('mAP') == pytest.approx(by_hand(whitened, benchmark), abs=1e-6)
+    assert not model.whitened
+
+
+def replace_database(benchmark, source):
+    return replace(benchmark, database=source)
+
+
+def test_a_whitened_model(pictures, noise_folder):
+    whitened = tiny_model(whitening=9)
+    result = evaluate(whitened, 'folder', pictures, PROTOCOL)
+    assert result.whitening == 9 and result.system == 'model, GeM p=3, whitened 9'
+    with pytest.raises(ValueError, match='whitened for its own pooling'):
+        evaluate(whitened, 'folder', pictures, PROTOCOL, poolings=['mac'])
+    with pytest.raises(ValueError, match='whitened already'):
+        evaluate(whitened, 'folder', pictures, PROTOCOL, whiten=noise_folder)
+
+
+def test_query_crops_distractors_and_notes(model, pictures, tmp_path):
+    """Queries cut out by their box; distractors that push the answer down, one of them unreadable."""
+    names = dict(zip(['a', 'b', 'c', 'd', 'e', 'q0', 'q1'], sorted(pictures.rglob('*.png')), strict=False))
+    for name, path in names.items():
+        Image.open(path).save(tmp_path / f'{name}.jpg')
+    truth = small_truth()
+    for entry in truth['gnd']:
+        entry['bbx'] = [4, 4, 40, 30]
+    (tmp_path / 'gnd.json').write_text(json.dumps(truth))
+    more = tmp_path / 'more'
+    more.mkdir()
+    for path in sorted(pictures.rglob('*.png'))[7:]:
+        (more / f'{path.parent.name}{path.name}').write_bytes(path.read_bytes())
+    (more / 'broken.jpg').write_bytes(b'x')
+    benchmark = load_benchmark('rparis6k', tmp_path, ground_truth=tmp_path / 'gnd.json', subset=True)
+    result = evaluate(model, benchmark, protocol=PROTOCOL, distractors=more)
+    assert result.num_database == 10 and result.benchmark.endswith('+ 5 distractors')
+    assert 'broken.jpg' in result.notes[0] and 'broken.jpg' in str(result)
+    pool = create_pool('gem')
+    with torch.inference_mode():
+        x = [PROTOCOL.normalize(PROTOCOL.pixels(Image.open(tmp_path / f'q{i}.jpg').crop((4, 4, 40, 30))))[None]
+             for i in range(2)]
+        queries = l2_normalize(torch.cat([pool(model.forward_features(y)) for y in x]))
+    database = describe(model, benchmark, pool)
+    others = describe(model, replace(benchmark, database=load_benchmark('folder', pictures).database), pool)[7:]
+    scores = queries @ l2_normalize(torch.cat([database, others])).T
+    assert result.figures == tuple(benchmark.measure([scores])) or [f.value for f in result.figures] == pytest.approx(
+        [f.value for f in benchmark.measure([scores])])
+
+
+def test_after_the_first_ranking(model, pictures):
+    """Augmentation first, then expansion on what it gave, a query's own row left out; by loops."""
+    benchmark = load_benchmark('folder', pictures)
+    vectors = l2_normalize(describe(model, benchmark, create_pool('gem')))
+
+    def expand(rows):
+        out = []
+        for i, row in enumerate(rows):
+            near = sorted((j for j in range(len(rows)) if j != i), key=lambda j: -float(rows[j] @ row))[:2]
+            out.append(row + sum(float(rows[j] @ row) ** 3 * rows[j] for j in near))
+        return l2_normalize(torch.stack(out))
+
+    augmented = expand(vectors)
+    queries = expand(augmented)
+    result = evaluate(model, benchmark, protocol=PROTOCOL, after=AfterRanking(qe=(2, 3.), dba=(2, 3.)))
+    scores = queries @ augmented.T
+    assert result.value('mAP') == pytest.approx(benchmark.measure([scores])[0].value)
+    assert result.protocol == 'longer side 40, query expansion k=2 alpha=3, database augmentation k=2 alpha=3'
+
+
+def disc(root, pictures, monkeypatch):
+    """A set of copies: twelve references, of which four have a copy, two other queries, training images."""
+    from timm_multigrain.retrieval.datasets import disc21
+    monkeypatch.setattr(disc21, 'NUM_REFERENCES', 12)
+    rng = np.random.default_rng(3)
+    for i, path in enumerate(sorted(pictures.rglob('*.png'))):
+        Image.open(path).save(root / f'R{i:06}.jpg')
+        if i < 4:
+            Image.open(path).crop((4, 4, 44, 32)).save(root / f'Q{i:05}.jpg', quality=30)
+    for i in range(16):
+        noise = Image.fromarray(rng.integers(0, 256, (36, 48, 3), dtype=np.uint8))
+        noise.save(root / (f'T{i:06}.jpg' if i < 14 else f'Q{i:05}.jpg'))
+    rows = [f'Q{i:05},R{i:06}' for i in range(4)] + ['Q00014,', 'Q00015,']
+    (root / 'ground_truth.csv').write_text('\n'.join(['query_id,reference_id', *rows]))
+    return root
+
+
+def test_score_normalisation(model, pictures, tmp_path, monkeypatch):
+    benchmark = load_benchmark('disc21', disc(tmp_path, pictures, monkeypatch))
+    result = evaluate(model, benchmark, protocol=PROTOCOL, after=AfterRanking(score_norm=True))
+    assert result.task == 'copy-detection'
+    parts = [l2_normalize(describe(model, replace(benchmark, database=source), create_pool('gem')))
+             for source in (benchmark.queries, benchmark.database, benchmark.training)]
+    scores = parts[0] @ parts[1].T
+    offsets = -2 * (parts[0] @ parts[2].T).sort(dim=1, descending=True).values[:, 9]
+    plain, shifted = benchmark.measure([scores]), benchmark.measure([scores + offsets[:, None]])
+    assert [f.value for f in result.figures] == pytest.approx([f.value for f in plain + shifted])
+    assert [f.split for f in result.figures] == [None, None, 'normalised', 'normalised']
+    with pytest.raises(ValueError, match='has no training images'):
+        evaluate(model, 'folder', pictures, PROTOCOL, after=AfterRanking(score_norm=True))
+
+
+def test_cache_is_used_and_told_apart(model, pictures, tmp_path, monkeypatch):
+    first = evaluate(model, 'folder', pictures, PROTOCOL, cache_dir=tmp_path)
+    shards = {path for path in tmp_path.rglob('*') if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in shards}
+
+    def no_pass(*args):
+        raise RuntimeError('the trunk ran again')
+
+    monkeypatch.setattr(type(model), 'forward_features', no_pass)
+    assert evaluate(model, 'folder', pictures, PROTOCOL, cache_dir=tmp_path) == first
+    assert all(path.stat().st_mtime_ns == before[path] for path in shards if path.suffix == '.safetensors')
+    for other in (tiny_model(seed=1), tiny_model(gem_p=2.)):
+        with pytest.raises(RuntimeError, match='ran again'):
+            evaluate(other, 'folder', pictures, PROTOCOL, cache_dir=tmp_path)
+    with pytest.raises(RuntimeError, match='ran again'):
+        evaluate(model, 'folder', pictures, replace(PROTOCOL, size=41), cache_dir=tmp_path)
+
+
+def test_images_of_the_benchmark_have_to_be_readable(model, pictures, tmp_path):
+    for path in pictures.rglob('*.png'):
+        copy = tmp_path / path.relative_to(pictures)
+        copy.parent.mkdir(exist_ok=True)
+        copy.write_bytes(path.read_bytes())
+    copy.write_bytes(b'no image')
+    with pytest.raises(ValueError, match=f'{copy.name}.* is no image'):
+        evaluate(model, 'folder', tmp_path, PROTOCOL)
+
+
+def test_choose_systems(model):
+    assert choose_systems(model) == [System('gem', 3.0, own=True)]
+    assert choose_systems(model, ['gem']) == [System('gem', 3.0)]
+    assert choose_systems(model, [], [1, 4, 1]) == [System('gem', 1), System('gem', 4)]
+    assert choose_systems(model, ['mac', 'gem', 'mac'], [math.inf])[1].exponent == 'inf'
+    for poolings, exponents, message in (
+            (['max'], [], "'max' is no pooling"), (['mac'], [2], 'add gem'), ([], [0], 'p = 0 is no'),
+            ([], [math.nan], 'p = nan is no')):
+        with pytest.raises(ValueError, match=message):
+            choose_systems(model, poolings, exponents)
+    with pytest.raises(ValueError, match='2 systems are asked for, GeM p=1, GeM p=2'):
+        evaluate(model, 'folder', '', exponents=[1, 2])
+
+
+def test_a_models_own_exponents_stay(pictures):
+    """Systems beside the model's own never touch it."""
+    model = tiny_model(per_channel_p=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    compare({'tiny': model}, 'folder', pictures, [PROTOCOL], poolings=['gem', 'mac'], exponents=[2])
+    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+    assert Systems(model, choose_systems(model)).systems[0].exponent is None
+    assert str(choose_systems(model)[0]) == 'GeM'
+
+
+def result(system='m, GeM p=3', value=50.123, **kwargs):
+    figures = (Figure('mAP', value, 'Easy'), Figure('mP@1', 80., 'Easy'), Figure('mAP', 20., 'Hard'))
+    return BenchmarkResult(
+        'Set', 'retrieval', system, figures, 224, system[3:6], 3.0, 'crop 224', None, 7, 100, **kwargs)
+
+
+def test_result_prints_saves_and_draws(tmp_path):
+    both = Comparison((result(), result('m, MAC', 60., notes=('a note',), command='timm-multigrain evaluate')))
+    assert str(both) == '\n'.join([
+        'Set: 7 queries, 100 images searched; crop 224', '',
+        '| system     | size |  mAP Easy |  mAP Hard |',
+        '|------------|------|-----------|-----------|',
+        '| m, GeM p=3 |  224 |     50.12 | **20.00** |',
+        '| m, MAC     |  224 | **60.00** | **20.00** |', '', 'a note'])
+    figures = read_metrics(both.save(tmp_path / 'results.json'))
+    assert [(f.metric, f.split, f.value) for f in figures[:3]] == [
+        ('mAP', 'Easy', 50.123), ('mP@1', 'Easy', 80.0), ('mAP', 'Hard', 20.0)]
+    assert len(figures) == 6 and figures[3].command == 'timm-multigrain evaluate'
+    assert figures[0].protocol == 'crop 224' and figures[3].protocol == 'crop 224, MAC'
+    assert read_metrics(result().save(tmp_path / 'one.json')) == figures[:3]
+    assert '**' not in str(result())
+    with pytest.raises(KeyError, match='no mAP of Medium'):
+        result().value('mAP', 'Medium')
+    pytest.importorskip('matplotlib')
+    assert both.draw(tmp_path / 'a.png').stat().st_size and result().draw(tmp_path / 'b.svg').stat().st_size
+
+
+def test_the_command(pictures, tmp_path, noise_folder, capsys):
+    save_pretrained(tiny_model(), tmp_path / 'model')
+    status = main([
+        'evaluate', str(tmp_path / 'model'), '--benchmark', 'folder', '--data', str(pictures), '--size', '32', '40',
+        '--pool', 'gem', 'mac', '--p', '1', '3', '--whiten', str(noise_folder), '--dim', '8', '--qe', '2', '3',
+        '--json', str(tmp_path / 'r.json'), '--device', 'cpu', '--workers', '0'])
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    assert out.count('whitened 8') == 6 and 'query expansion k=2 alpha=3' in out
+    figures = read_metrics(tmp_path / 'r.json')
+    assert len(figures) == 12 and {f.size for f in figures} == {32, 40} and {f.whitening for f in figures} == {None, 8}
+
+
+def test_the_command_publishes(pictures, tmp_path, hub):
+    """Figures of a run end on the card."""
+    save_pretrained(tiny_model(), tmp_path / 'model')
+    assert main(['evaluate', str(tmp_path / 'model'), '--benchmark', 'folder', '--data', str(pictures), '--size', '32',
+                 '--json', str(tmp_path / 'r.json'), '--device', 'cpu', '--workers', '0']) == 0
+    assert main(['publish', str(tmp_path / 'model'), 'me/model', '--license', 'mit', '--metrics',
+                 str(tmp_path / 'r.json')]) == 0
+    assert b'mAP' in hub.repos['me/model'].files()['README.md']
+
+
+@pytest.mark.parametrize(('args', 'message'), [
+    (['--benchmark', 'ukbench'], 'lacks 10200 of the 10200 images of UKBench'),
+    (['--benchmark', 'holidays', '--queries', 'x'], 'holidays has no option queries'),
+    (['--benchmark', 'disc21', '--download'], 'cannot be downloaded by a program'),
+    (['--benchmark', 'folder', '--qe', '2', 'x'], '--qe 2 x: give a number'),
+    (['--benchmark', 'folder', '--pool', 'gim'], "'gim' is no pooling"),
+    (['--benchmark', 'folder', '--whiten', 'nowhere'], 'nowhere is no folder'),
+])
+def test_the_command_says_what_is_wrong(pictures, capsys, args, message):
+    status = main(['evaluate', 'test_resnet', '--no-pretrained', '--data', str(pictures), '--device', 'cpu', *args])
+    err = capsys.readouterr().err
+    assert status == 2 and message in err and 'Traceback' not in err and err.count('\n') == 1
+
+
+@pytest.mark.slow
+def test_real_photographs(shared_data, tmp_path):
+    """A process, from photographs of Paris to JSON."""
+    paris = shared_data / 'instances' / 'paris'
+    truth = paris / 'gnd_rparis6k_subset.json'
+    done = subprocess.run(
+        [sys.executable, '-m', 'timm_multigrain', 'evaluate', 'test_resnet', '--no-pretrained', '--benchmark',
+         'rparis6k', '--data', str(paris), '--ground-truth', str(truth), '--subset', '--size', '64',
+         '--json', str(tmp_path / 'r.json')], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert 'Revisited Paris (238 images and 12 queries)' in done.stdout
+    assert {f.split for f in read_metrics(tmp_path / 'r.json')} == {'Easy', 'Medium', 'Hard'}

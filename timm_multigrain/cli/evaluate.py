@@ -1,0 +1,112 @@
+"""Measure models on a benchmark of image retrieval or copy detection.
+
+    timm-multigrain evaluate multigrain_resnet50 --benchmark roxford5k --data DIR --download --size 800 \
+        --protocol longer-side --p 3 --whiten IMAGES --json results.json
+    timm-multigrain evaluate resnet50 --benchmark ukbench --data DIR --pool gem mac spoc rmac crow --p 1 3 4
+    timm-multigrain evaluate my-model --benchmark folder --data my-images
+
+Several models, poolings, exponents and sizes make one table; each trunk runs once for all its poolings. --whiten adds
+each system whitened. The JSON file is what `timm-multigrain publish --metrics` takes.
+"""
+import argparse
+import os
+import shlex
+import sys
+
+from .arguments import add_extraction_arguments, extraction_from_args
+
+_BENCHMARKS = ('holidays', 'ukbench', 'copydays', 'roxford5k', 'rparis6k', 'disc21', 'folder')
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument('models', nargs='+', metavar='MODEL', help='folder, checkpoint of train.py, '
+                        'multigrain_NAME[.TAG], hf-hub:USER/NAME, or any timm model')
+    _add_data(parser.add_argument_group('benchmark').add_argument)
+    _add_systems(parser.add_argument_group('what to measure').add_argument)
+    _add_after(parser.add_argument_group('after the first ranking').add_argument)
+    add_extraction_arguments(parser)
+    add = parser.add_argument_group('output').add_argument
+    add('--cache-dir', metavar='DIR', help='keep descriptors in DIR: a run that was cut off goes on')
+    add('--json', metavar='FILE', help='write the figures to FILE')
+    add('--plot', metavar='FILE', help='draw them into FILE')
+
+
+def _add_data(add) -> None:
+    add('--benchmark', required=True, choices=_BENCHMARKS, help='which; folder: your own images')
+    add('--data', required=True, metavar='DIR', help='its folder, as it is published')
+    add('--download', action='store_true', help='download what is missing, or say where to get it')
+    add('--subset', action='store_true', help='take the part of the benchmark that is there; the figures say so')
+    add('--ground-truth', metavar='FILE', help='another ground truth: .pkl or .json (roxford5k, rparis6k), .csv '
+                                               '(disc21), .json of path: group (folder)')
+    add('--upright', metavar='FILE', help='holidays: list of clockwise turns, a name and degrees a line, or JSON')
+    add('--queries', metavar='FILE', help='disc21: list of the queries, a name a line')
+    add('--distractors', metavar='IMAGES', help='more images for the database: folder or list')
+
+
+def _add_systems(add) -> None:
+    add('--pool', nargs='+', default=[], metavar='NAME',
+        help="poolings: gem, mac, spoc, rmac, crow, avg (default: the model's own)")
+    add('--p', nargs='+', type=float, default=[], metavar='P', help='exponents of gem')
+    add('--size', nargs='+', type=int, metavar='N', help="sides in pixels (default: the model's)")
+    add('--protocol', choices=('crop', 'longer-side'), default='longer-side',
+        help='shorter side 256/224 of the size and centre crop, or longer side without crop (%(default)s)')
+    add('--scales', nargs='+', metavar='F', help="average over the input at these scales; 'ms' for 1 0.7071 0.5")
+    add('--flip', action='store_true', help='average over the image and its mirror image')
+    add('--no-exif', action='store_true', help='leave images as they are stored, whatever their EXIF orientation says')
+    add('--whiten', metavar='IMAGES', help='add each system with a whitening fitted on these images, at the same size '
+                                           'and p: folder or list, none of the benchmark')
+    add('--dim', type=int, metavar='N', help='components of the whitening (default: all)')
+    add('--no-pretrained', action='store_true', help='random weights')
+    add('--no-ema', action='store_true', help="a checkpoint's plain weights, not the averaged ones")
+
+
+def _add_after(add) -> None:
+    add('--qe', nargs=2, metavar=('K', 'ALPHA'), help='expand each query by its K nearest images')
+    add('--dba', nargs=2, metavar=('K', 'ALPHA'), help='augment each database image by its K nearest ones')
+    add('--score-norm', nargs='?', const=True, metavar='IMAGES',
+        help='copy detection: also with scores normalised by these images (disc21: by its training images)')
+
+
+def run(args: argparse.Namespace) -> int:
+    from timm_multigrain.models.opening import open_model
+    from timm_multigrain.retrieval.datasets import download_benchmark, load_benchmark
+    from timm_multigrain.retrieval.evaluate import compare
+
+    after = _after(args)
+    if args.download:
+        download_benchmark(args.benchmark, args.data)
+    benchmark = load_benchmark(args.benchmark, args.data, subset=args.subset, ground_truth=args.ground_truth,
+                               upright=args.upright, queries=args.queries)
+    models = {name: open_model(name, pretrained=not args.no_pretrained, ema=not args.no_ema) for name in args.models}
+    result = compare(
+        models, benchmark, protocols=lambda model: _protocols(args, model), poolings=args.pool, exponents=args.p,
+        whiten=args.whiten, components=args.dim, distractors=args.distractors, after=after, cache_dir=args.cache_dir,
+        command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **extraction_from_args(args))
+    if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images out, and one tells the result
+        return 0
+    print(result)
+    for path, write in ((args.json, result.save), (args.plot, result.draw)):
+        if path:
+            print(f'Written: {write(path)}')
+    return 0
+
+
+def _protocols(args: argparse.Namespace, model) -> list:
+    """A protocol for each size."""
+    from .arguments import protocol_from_args
+
+    sizes = dict.fromkeys(args.size or [None])
+    return [protocol_from_args(argparse.Namespace(**{**vars(args), 'size': size}), model) for size in sizes]
+
+
+def _after(args: argparse.Namespace):
+    from timm_multigrain.retrieval.rankings import AfterRanking
+
+    pairs = {}
+    for name in ('qe', 'dba'):
+        given = getattr(args, name)
+        try:
+            pairs[name] = given and (int(given[0]), float(given[1]))
+        except ValueError:
+            raise ValueError(f'--{name} {" ".join(given)}: give a number of images and alpha, such as 10 3.') from None
+    return AfterRanking(**pairs, score_norm=args.score_norm)
