@@ -16,6 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('-k', type=int, default=10, metavar='N', help='images to find for each (%(default)s)')
     add('--crop', type=_crop, metavar='X,Y,W,H', help='search for this part: left, top, width, height in pixels')
     add('--class', dest='class_name', metavar='NAME', help='only images whose most probable class is this one')
+    add('--exact', action='store_true', help='compare with all images of an index that is searched approximately')
     add('--html', metavar='FILE', help='write a page with the pictures')
     add('--json', action='store_true', help='print a line of JSON for each image found')
     add('--model', metavar='MODEL', help='where the model of the index is now, if it was moved')
@@ -28,7 +29,8 @@ def run(args: argparse.Namespace) -> int:
     index = open_collection(args.index)
     if args.model:
         index.model(args.model)
-    found = index.search_images(args.images, args.k, crop=args.crop, class_name=args.class_name)
+    options = {'exact': True} if args.exact else {}
+    found = index.search_images(args.images, args.k, crop=args.crop, class_name=args.class_name, **options)
     if args.json:
         for line in json_lines(args.images, found):
             print(line)

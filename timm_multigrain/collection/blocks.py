@@ -1,4 +1,4 @@
-"""Files that only grow, with a CRC-32 for every block of 4 MiB.
+"""Files that only grow, with a CRC-32 for every block of 1 MiB.
 
 What was committed is `Extent`: a size and the checksums. Bytes beyond it are the remains of a writer that was killed,
 and are cut off by the next one. A reader maps the committed part and checks a block when it is first touched, so that
@@ -17,7 +17,7 @@ from .errors import DamagedIndex
 
 __all__ = ['BLOCK', 'CheckedFile', 'Extent', 'GrowingFile', 'extent_of']
 
-BLOCK = 1 << 22
+BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,215 @@
-"""Structures for approximate search."""
+"""Structures of FAISS (Douze et al., arXiv 2401.08281) that find the nearest images without comparing with all of them.
+
+Up to `EXACT_UP_TO` images there is none: comparing with all is exact and takes milliseconds. Above, HNSW (Malkov
+and Yashunin, arXiv 1603.09320) over 8-bit codes; above `HNSW_UP_TO`, where its memory counts, IVF-PQ (Jégou et al.
+2011). Either proposes candidates, which are compared exactly: scores are always true ones, only a candidate can be
+missed. How many are is measured when the structure is built, with images of the index as queries, and kept with it.
+"""
+import dataclasses
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from timm_multigrain.files import fsync
+
+from .blocks import CheckedFile, Extent, extent_of
+from .errors import writing
+from .store import Store
+from .vectors import Vectors
+
+__all__ = ['EXACT_UP_TO', 'HNSW_UP_TO', 'KINDS', 'Structure', 'choose_kind', 'update_structure']
+
+KINDS = ('exact', 'hnsw', 'ivf-pq')
+EXACT_UP_TO = 100_000
+HNSW_UP_TO = 2_000_000
+TARGET_RECALL = 0.95  # of the 10 nearest images, the share to be found
+UNCOVERED = 0.2  # share of images added since the structure was built, at which it is built anew
+QUERIES = 200  # for measuring the recall
+CANDIDATES = 100  # compared exactly for each query, at least
+LINKS = 32  # of a node of HNSW
 
 
-def update_structure(out, kind, progress):
-    return None
+class Structure:
+    """A structure on the disk, for searching.
+
+    Args:
+        store: The index; its manifest names a structure.
+
+    Raises:
+        ImportError: faiss is not installed.
+        DamagedIndex: The file is not what was written.
+    """
+
+    def __init__(self, store: Store):
+        described = store.manifest.faiss
+        path = store.folder / described['file']
+        CheckedFile(path, Extent.from_json(described['extent'])).view()
+        faiss = import_faiss()
+        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        self.rows = described['rows']
+        self._settings = described['settings']
+        holds = np.zeros(self.rows, dtype=bool)
+        numbers = store.records['vector'].astype(np.int64)
+        holds[numbers[numbers < self.rows]] = True
+        self._selector = None if holds.all() else faiss.IDSelectorBitmap(np.packbits(holds, bitorder='little'))
+        self._holds = holds  # the selector does not own what it points to
+
+    def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
+        """Rows of the vector file where the k nearest are likely to be, (Q, n) int64; -1 fills up."""
+        wanted = min(self.rows, max(CANDIDATES, 4 * k))
+        return _candidates(self._index, queries, wanted, self._settings, self._selector)
+
+
+def choose_kind(images: int) -> str:
+    """Structure for so many images."""
+    return 'exact' if images <= EXACT_UP_TO else 'hnsw' if images <= HNSW_UP_TO else 'ivf-pq'
+
+
+def update_structure(folder: Path, kind: str = 'auto', progress: bool = True) -> dict | None:
+    """Bring the structure of an index up to date; it stays while it covers most images. The lock must be held.
+
+    Args:
+        folder: The index.
+        kind: 'auto', or one of `KINDS`.
+        progress: Say what is done, on stderr.
+
+    Returns:
+        What the manifest keeps of it, None if images are compared with all.
+
+    Raises:
+        ValueError: An unknown kind.
+        ImportError: A kind that needs faiss, and it is not installed; with 'auto' the index stays exact then.
+        NotWritten: No room on the disk; the index is as it was.
+    """
+    if kind not in ('auto', *KINDS):
+        raise ValueError(f'kind is {kind!r}: choose auto, {", ".join(KINDS)}.')
+    store = Store(folder)
+    old, wanted = store.manifest.faiss, choose_kind(len(store.rows)) if kind == 'auto' else kind
+    if wanted == 'exact' or len(store.rows) < 100:  # too few to train anything
+        if old:
+            _name(store, None)
+        return None
+    if old and old['kind'] == wanted and store.num_vectors - old['rows'] <= UNCOVERED * store.num_vectors:
+        return old
+    try:
+        import_faiss()
+    except ImportError as e:
+        if kind != 'auto':
+            raise
+        print(f'{len(store.rows):,} images are searched one by one: {e}', file=sys.stderr)
+        return None
+    if progress:
+        print(f'building {wanted} for {len(store.rows):,} images', file=sys.stderr)
+    return _build(store, wanted)
+
+
+def import_faiss():
+    """The module.
+
+    Raises:
+        ImportError: It is not installed.
+    """
+    try:
+        import faiss
+    except ImportError as e:
+        raise ImportError("a structure for search needs faiss: pip install 'timm_multigrain[retrieval]'") from e
+    return faiss
+
+
+def _build(store: Store, kind: str) -> dict:
+    faiss = import_faiss()
+    index, settings = _create(faiss, store, kind)
+    rows = store.num_vectors
+    for start in range(0, rows, 16384):
+        index.add(store.vectors(start, min(start + 16384, rows)).astype(np.float32))
+    settings, recall = _tune(index, store, settings)
+    number = 1 + max((int(path.name.split('.')[1]) for path in store.folder.glob('faiss.*.bin')), default=0)
+    name = f'faiss.{number}.bin'
+    unfinished = store.folder / f'.{name}'
+    try:
+        with writing(store.folder):
+            try:
+                faiss.write_index(index, str(unfinished))
+            except RuntimeError as e:  # what faiss makes of a full disk
+                raise OSError(f'{name} is incomplete: {str(e).splitlines()[0]}') from e
+            fsync(unfinished)
+            os.replace(unfinished, store.folder / name)
+    finally:
+        unfinished.unlink(missing_ok=True)
+    described = {'file': name, 'kind': kind, 'rows': rows, 'settings': settings, 'recall_at_10': recall,
+                 'recall_queries': min(QUERIES, len(store.rows)), 'candidates': CANDIDATES,
+                 'faiss': faiss.__version__, 'extent': extent_of(store.folder / name).to_json()}
+    _name(store, described)
+    return described
+
+
+def _name(store: Store, described: dict | None) -> None:
+    with writing(store.folder):
+        dataclasses.replace(store.manifest, faiss=described).write(store.folder)
+        if store.manifest.faiss:
+            (store.folder / store.manifest.faiss['file']).unlink(missing_ok=True)
+
+
+def _create(faiss, store: Store, kind: str) -> tuple:
+    """An empty structure, trained, and its settings."""
+    dim, rows = store.dim, store.num_vectors
+    if kind == 'hnsw':
+        index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, LINKS, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = 80
+        index.train(_sample(store, 50_000))
+        return index, {'links': LINKS, 'ef': 64}
+    lists = max(1, min(int(4 * rows ** 0.5), rows // 40))
+    code = next(m for m in range(min(128, max(16, dim // 8), dim), 0, -1) if dim % m == 0)
+    bits = 8 if rows >= 39 * 256 else 4  # what training 256 centroids takes
+    index = faiss.index_factory(dim, f'IVF{lists},PQ{code}x{bits}', faiss.METRIC_INNER_PRODUCT)
+    index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = 64, 1
+    index.pq.cp.min_points_per_centroid = 1
+    index.train(_sample(store, max(64 * lists, 65_536)))
+    return index, {'lists': lists, 'code_bytes': code * bits // 8, 'probes': 1}
+
+
+def _sample(store: Store, count: int) -> np.ndarray:
+    """Descriptors to train with, (n, D) float32, images that hold only."""
+    vectors = Vectors(store)
+    rows = np.random.default_rng(0).permutation(len(vectors))[:count]
+    return vectors[np.sort(rows)].astype(np.float32)
+
+
+def _tune(index, store: Store, settings: dict) -> tuple[dict, float]:
+    """The cheapest settings that reach the recall, or the dearest ones, and the recall that they have.
+
+    An image is no match for itself here: it would be found by anything.
+    """
+    from .search import exact_search
+
+    vectors = Vectors(store)
+    queried = np.sort(np.random.default_rng(1).permutation(len(vectors))[:QUERIES])
+    queries = vectors[queried].astype(np.float32)
+    truth = _without(exact_search(vectors, queries, 11)[1], queried)
+    numbers = store.records['vector'].astype(np.int64)
+    knob, values = ('probes', [2 ** i for i in range(11)]) if 'probes' in settings else ('ef', [128, 256, 512, 1024])
+    for value in values:
+        settings = {**settings, knob: min(value, settings.get('lists', value))}
+        found = _candidates(index, queries, CANDIDATES, settings, None)
+        recall = float(np.mean([len(np.intersect1d(numbers[t], f)) / max(1, len(t))
+                                for t, f in zip(truth, found, strict=True)]))
+        if recall >= TARGET_RECALL or value >= settings.get('lists', np.inf):
+            break
+    return settings, recall
+
+
+def _without(rows: np.ndarray, itself: np.ndarray) -> list[np.ndarray]:
+    """The 10 first of each row of 11 without the number that is the query's own."""
+    return [row[row != number][:10] for row, number in zip(rows, itself, strict=True)]
+
+
+def _candidates(index, queries: np.ndarray, count: int, settings: dict, selector) -> np.ndarray:
+    faiss = import_faiss()
+    chosen = {} if selector is None else {'sel': selector}
+    if 'probes' in settings:
+        parameters = faiss.SearchParametersIVF(nprobe=settings['probes'], **chosen)
+    else:
+        parameters = faiss.SearchParametersHNSW(efSearch=max(settings['ef'], count), **chosen)
+    return index.search(np.ascontiguousarray(queries, dtype=np.float32), count, params=parameters)[1]

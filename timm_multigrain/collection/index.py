@@ -135,13 +135,28 @@ class Index:
             self._model = open_described(described, self.path)
         return self._model.to(device) if device else self._model
 
-    def search(self, vectors, k: int = 10, class_name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+    @cached_property
+    def structure(self):
+        """The index's `Structure` for approximate search; None without one, or without faiss."""
+        if self.store.manifest.faiss is None:
+            return None
+        from .faiss_index import Structure
+        try:
+            return Structure(self.store)
+        except ImportError:
+            return None
+
+    def search(
+            self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest images of each descriptor.
 
         Args:
             vectors: (Q, D), numpy or tensor, L2-normalised.
             k: Images a query; fewer come if there are not so many.
             class_name: Only images whose most probable class has this name.
+            exact: Compare with all images, also where the index has a structure that spares that (`info['faiss']` says
+                which, and the share of the 10 nearest that it finds).
 
         Returns:
             Cosine similarities (Q, k) float32, highest first, and rows (Q, k) int64.
@@ -150,7 +165,7 @@ class Index:
             ValueError: Wrong shape, values that are not finite, k below 1, or a class that the model does not know.
         """
         from .search import search_index
-        return search_index(self, vectors, k, class_name)
+        return search_index(self, vectors, k, class_name, exact)
 
     def search_images(
             self,
@@ -158,6 +173,7 @@ class Index:
             k: int = 10,
             crop: Sequence[float] | None = None,
             class_name: str | None = None,
+            exact: bool = False,
     ) -> list[list[Hit]]:
         """The k nearest images of each picture, nearest first; a picture that is in the index is among them.
 
@@ -166,6 +182,7 @@ class Index:
             k: Images a query.
             crop: (x, y, width, height) in pixels, the part of each picture to search for.
             class_name: Only images whose most probable class has this name.
+            exact: As of `search`.
 
         Raises:
             UnreadableImage: A file is no image that can be read.
@@ -173,6 +190,6 @@ class Index:
         """
         from .queries import embed_queries
         queries = embed_queries(self.model(), self.protocol(), images, crop).vectors
-        scores, rows = self.search(queries, k, class_name)
+        scores, rows = self.search(queries, k, class_name, exact)
         return [[Hit(self.path_of(row), score, self.records(row)) for score, row in zip(s, r, strict=True)]
                 for s, r in zip(scores.tolist(), rows.tolist(), strict=True)]

@@ -6,9 +6,10 @@ import warnings
 import numpy as np
 import torch
 
-__all__ = ['exact_search', 'open_collection', 'rows_of_class', 'search_index']
+__all__ = ['approximate_search', 'exact_search', 'open_collection', 'rows_of_class', 'search_index']
 
 MILVUS = 'milvus:'
+APPROXIMATE_UP_TO = 1000  # images asked for, with which a structure is of use
 CHUNK = 1 << 25  # bytes of descriptors that are compared at a time
 
 
@@ -24,13 +25,35 @@ def open_collection(name: str | os.PathLike):
     return Index.open(name)
 
 
-def search_index(index, vectors, k: int, class_name: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+def search_index(
+        index, vectors, k: int, class_name: str | None = None, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """See `Index.search`."""
     queries = _check_queries(vectors, index.vectors.shape[1])
     if k < 1:
         raise ValueError(f'k is {k}: ask for at least one image.')
-    rows = None if class_name is None else rows_of_class(index, class_name)
-    return exact_search(index.vectors, queries, k, rows)
+    if class_name is not None:
+        return exact_search(index.vectors, queries, k, rows_of_class(index, class_name))
+    structure = None if exact or k > APPROXIMATE_UP_TO else index.structure
+    if structure is None:
+        return exact_search(index.vectors, queries, k)
+    return approximate_search(index, structure, queries, k)
+
+
+def approximate_search(index, structure, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `exact_search` among what a structure proposes, and all images that were added after it was built."""
+    numbers = index.columns['vector'].astype(np.int64)
+    row_of = np.full(index.store.num_vectors, -1, dtype=np.int64)
+    row_of[numbers] = np.arange(len(numbers))
+    k, late = min(k, len(numbers)), np.flatnonzero(numbers >= structure.rows)
+    all_scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
+    all_rows = np.full((len(queries), k), -1, dtype=np.int64)
+    for i, proposed in enumerate(structure.candidates(queries, k)):
+        rows = np.union1d(row_of[proposed[proposed >= 0]], late)
+        scores, rows = exact_search(index.vectors, queries[i:i + 1], k, rows[rows >= 0])
+        all_scores[i, :scores.shape[1]], all_rows[i, :rows.shape[1]] = scores[0], rows[0]
+    if (all_rows < 0).any():  # a structure that cannot propose so many
+        return exact_search(index.vectors, queries, k)
+    return all_scores, all_rows
 
 
 def rows_of_class(index, class_name: str) -> np.ndarray:
