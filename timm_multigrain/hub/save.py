@@ -14,7 +14,7 @@ from timm.models import save_for_hf
 
 from timm_multigrain.files import fsync
 
-__all__ = ['model_folder', 'save_pretrained', 'write_model']
+__all__ = ['check_model_folder', 'model_folder', 'save_pretrained', 'write_model']
 
 CONFIG, WEIGHTS, CARD = 'config.json', 'model.safetensors', 'README.md'
 
@@ -52,6 +52,17 @@ def save_pretrained(
     return directory
 
 
+def check_model_folder(directory: str | os.PathLike) -> None:
+    """Whether a model can take this place: to be known before a long run.
+
+    Raises:
+        FileExistsError: The path is a file, or a folder that holds other things than a saved model.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and _holds_model_or_nothing(directory)):
+        raise FileExistsError(f'{directory} exists and is not a saved model: name another folder.')
+
+
 @contextmanager
 def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder that takes the place of ``directory`` once the block has ended without an error.
@@ -60,8 +71,7 @@ def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
         FileExistsError: The path is a file, or a folder that holds other things than a saved model.
     """
     directory = Path(directory)
-    if directory.exists() and not (directory.is_dir() and _holds_model_or_nothing(directory)):
-        raise FileExistsError(f'{directory} exists and is not a saved model: name another folder.')
+    check_model_folder(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=directory.parent))
     try:

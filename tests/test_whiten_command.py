@@ -1,0 +1,148 @@
+"""From images to the folder of a whitened model, in Python and by the command, cut off and gone on with."""
+import json
+import shutil
+import subprocess
+import sys
+import warnings
+
+import pytest
+import timm
+import torch
+
+from timm_multigrain.cli.main import main
+from timm_multigrain.hub import save_pretrained
+from timm_multigrain.models.opening import open_model
+from timm_multigrain.retrieval.extract import extract
+from timm_multigrain.retrieval.fitted import check_fitted, fitted, note_fitted
+from timm_multigrain.retrieval.images import find_images
+from timm_multigrain.retrieval.protocol import Protocol
+from timm_multigrain.retrieval.subset import Subset
+from timm_multigrain.retrieval.whiten import fit_whitening
+from timm_multigrain.retrieval.whitened_model import whiten_model
+
+from .tiny import image_for, tiny_model
+
+SETTINGS = ['--size', '32', '--protocol', 'longer-side', '--device', 'cpu', '--workers', '0']
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+    return save_pretrained(tiny_model(), tmp_path_factory.mktemp('models') / 'plain', label_names=['a', 'b', 'c'])
+
+
+def whiten(*arguments) -> int:
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # few images
+        return main(['whiten', *map(str, arguments), *SETTINGS])
+
+
+def test_in_python_and_by_the_command(saved, noise_folder, tmp_path, capsys):
+    assert whiten(saved, noise_folder, tmp_path / 'w') == 0
+    shown = capsys.readouterr().out
+    assert '42 images' in shown and 'First class the same as before for 100.00 % of the images' in shown
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['w']  # the embeddings are gone
+    model = open_model(saved)
+    protocol = Protocol.for_model(model, size=32, kind='longer-side')
+    raw = extract(model, find_images(noise_folder), protocol, descriptor=False, workers=0).vectors
+    with pytest.warns(UserWarning, match='42 images are fewer'):
+        result = whiten_model(model, find_images(noise_folder), protocol, workers=0)
+    with pytest.warns(UserWarning):
+        assert torch.equal(result.fit.proj, fit_whitening(raw).proj)
+    again = timm.create_model(f'local-dir:{tmp_path}/w', pretrained=True).eval()
+    x = image_for(model, 32)
+    with torch.no_grad():
+        assert torch.equal(again(x), model(x)) and torch.equal(again.embed(x), model.embed(x))
+    assert again.pretrained_cfg['label_names'] == ['a', 'b', 'c']
+    assert again.pretrained_cfg['test_input_size'] == (3, 32, 32)
+
+
+def test_settings_are_recorded_and_compared(saved, noise_folder, tmp_path):
+    assert whiten(saved, noise_folder, tmp_path / 'w', '--p', '2', '--dim', '8') == 0
+    model = open_model(tmp_path / 'w')
+    settings = fitted(model, 'whitening')
+    assert (settings['components'], settings['images'], settings['p'], settings['kind']) == (8, 42, 2.0, 'pca')
+    assert settings['protocol']['size'] == 32 and model.embed_dim == 8 and model.gem_p == 2
+    save_pretrained(model, tmp_path / 'again')  # it stays with the model
+    model = open_model(tmp_path / 'again')
+    assert fitted(model, 'whitening') == settings
+    same = Protocol.for_model(model, kind='longer-side')
+    assert check_fitted(model, same) is None
+    warning = check_fitted(model, Protocol(size=64))
+    assert 'size 32 there, 64 here' in warning and 'kind longer-side there, crop here' in warning
+    model.set_gem_p(3)
+    assert 'p 2.0 there, 3.0 here' in check_fitted(model, same)
+    assert check_fitted(open_model(saved), same) is None
+    note_fitted(model, 'whitening', {'p': 5})
+    assert fitted(model, 'whitening') == {'p': 5} and fitted(model, 'p') is None
+
+
+def test_learned_from_groups(saved, noise_folder, tmp_path, capsys):
+    assert whiten(saved, noise_folder / 'train', tmp_path / 'w', '--learned') == 0
+    assert 'Learned whitening' in capsys.readouterr().out
+    assert fitted(open_model(tmp_path / 'w'), 'whitening')['kind'] == 'learned'
+
+
+def test_damaged_images_are_listed(saved, noise_folder, tmp_path, capsys):
+    shutil.copytree(noise_folder / 'train', tmp_path / 'images')
+    (tmp_path / 'images' / 'a' / 'broken.png').write_bytes(b'no image')
+    assert whiten(saved, tmp_path / 'images', tmp_path / 'w') == 0
+    assert '1 images could not be read, such as' in capsys.readouterr().out
+    assert whiten(saved, tmp_path / 'images', tmp_path / 'v', '--strict') == 2
+    assert 'broken.png' in capsys.readouterr().err
+
+
+def test_refusals(saved, noise_folder, tmp_path, capsys):
+    assert whiten(saved, noise_folder, tmp_path / 'w') == 0
+    (tmp_path / 'full').mkdir()
+    (tmp_path / 'full' / 'notes.txt').write_text('mine')
+    for arguments, message in (
+            ((tmp_path / 'w', noise_folder, tmp_path / 'v'), 'whitened already'),
+            ((saved, noise_folder, tmp_path / 'full'), 'is not a saved model'),
+            ((saved, tmp_path / 'nowhere', tmp_path / 'v'), 'nowhere'),
+            ((saved, noise_folder, tmp_path / 'v', '--flip'), 'one view at a time'),
+            ((saved, noise_folder, tmp_path / 'v', '--shrinkage', 'x'), '--shrinkage x'),
+            ((saved, noise_folder, tmp_path / 'v', '--shrinkage', '0'), 'give at least'),
+            ((saved, noise_folder, tmp_path / 'v', '--dim', '9999'), 'components=9999'),
+            ((saved, noise_folder, tmp_path / 'v', '--limit', '0'), '--limit 0')):
+        assert whiten(*arguments) == 2
+        assert message in capsys.readouterr().err
+    assert (tmp_path / 'full' / 'notes.txt').read_text() == 'mine'
+
+
+SLOW = '''
+import os, sys, time
+from timm_multigrain.retrieval import shards, sharded
+write = sharded.write_shard
+def slow(folder, number, *args):
+    write(folder, number, *args)
+    if number == 1:
+        os.kill(os.getpid(), 9)
+sharded.write_shard = slow
+from timm_multigrain.retrieval import whitened_model
+whitened_model.extract_shards.__kwdefaults__['shard_size'] = 8
+from timm_multigrain.cli.main import main
+sys.exit(main(sys.argv[1:]))
+'''
+
+
+def test_a_killed_run_goes_on(saved, noise_folder, tmp_path):
+    arguments = ['whiten', str(saved), str(noise_folder), str(tmp_path / 'w'), *SETTINGS]
+    assert subprocess.run([sys.executable, '-c', SLOW, *arguments], capture_output=True).returncode == -9
+    shards = sorted((tmp_path / 'w-embeddings').glob('*.safetensors'))
+    assert len(shards) == 2 and not (tmp_path / 'w').exists()
+    before = [path.stat().st_mtime_ns for path in shards]
+    script = SLOW.replace('if number == 1', 'if number < 2')  # to fail if they are made again
+    subprocess.run([sys.executable, '-c', script, *arguments, '--work-dir', str(tmp_path / 'w-embeddings')], check=True,
+                   capture_output=True)
+    assert [path.stat().st_mtime_ns for path in shards] == before
+    assert whiten(saved, noise_folder, tmp_path / 'v') == 0
+    weights = [(tmp_path / name / 'model.safetensors').read_bytes() for name in ('w', 'v')]
+    assert weights[0] == weights[1]
+    assert json.loads((tmp_path / 'w' / 'config.json').read_text())['num_features'] > 0
+
+
+def test_subset(noise_folder):
+    source = find_images(noise_folder / 'train', classes=True)
+    part = Subset(source, [5, 0])
+    assert part.names == [source.names[5], source.names[0]] and part.labels == [source.labels[5], source.labels[0]]
+    assert part.load(0).tobytes() == source.load(5).tobytes() and part.fingerprint() != source.fingerprint()

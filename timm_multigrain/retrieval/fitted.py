@@ -1,0 +1,72 @@
+"""What a model was fitted for: the settings that its whitening and its p belong to, kept in its own configuration.
+
+They stand in the notes of timm's pretrained_cfg, one JSON object a note, so that they stay with the model through
+saving, loading and publishing.
+"""
+import json
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from .protocol import Protocol
+
+__all__ = ['check_fitted', 'fitted', 'note_fitted', 'with_note']
+
+KINDS = ('whitening', 'p')
+
+
+def with_note(notes: Iterable[str] | None, kind: str, settings: dict[str, Any]) -> list[str]:
+    """The notes with one of this kind that replaces an earlier one."""
+    return [*_others(notes, kind), f'{kind}: {json.dumps(settings)}']
+
+
+def note_fitted(model: torch.nn.Module, kind: str, settings: dict[str, Any]) -> None:
+    """Keep in the model what a fit of this kind belongs to.
+
+    Args:
+        model: Model; its pretrained_cfg is replaced.
+        kind: 'whitening' or 'p'.
+        settings: What JSON can hold.
+    """
+    notes = with_note(model.pretrained_cfg.get('notes'), kind, settings)
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'notes': notes}
+
+
+def fitted(model: torch.nn.Module, kind: str) -> dict[str, Any] | None:
+    """The settings that `note_fitted` kept, None if there are none."""
+    for note in (getattr(model, 'pretrained_cfg', None) or {}).get('notes') or ():
+        if isinstance(note, str) and note.startswith(f'{kind}: {{'):
+            try:
+                return json.loads(note.partition(': ')[2])
+            except ValueError:
+                return None
+    return None
+
+
+def check_fitted(model: torch.nn.Module, protocol: Protocol) -> str | None:
+    """A sentence to warn with, if the model's whitening was fitted for another size, protocol or p; None if not."""
+    settings = fitted(model, 'whitening')
+    if settings is None or not getattr(model, 'whitened', False):
+        return None
+    was = settings.get('protocol', {})
+    here = protocol.to_dict()
+    differing = [f'{name} {was[name]} there, {here[name]} here' for name in ('size', 'kind')
+                 if name in was and was[name] != here[name]]
+    p = model.gem_p
+    if isinstance(p, float) and settings.get('p') not in (None, json_p(p)):
+        differing.append(f'p {settings["p"]} there, {p} here')
+    if not differing:
+        return None
+    return f'The whitening was fitted for other settings ({"; ".join(differing)}): whiten the model again for these.'
+
+
+def json_p(p: float | list[float] | None) -> float | str | list[float] | None:
+    """An exponent as strict JSON can hold it."""
+    return 'inf' if p == math.inf else p
+
+
+def _others(notes: Iterable[str] | None, kind: str) -> list[str]:
+    notes = [notes] if isinstance(notes, str) else notes or ()
+    return [note for note in notes if not str(note).startswith(f'{kind}: {{')]
