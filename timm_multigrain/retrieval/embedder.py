@@ -7,7 +7,7 @@ it is embedded.
 import contextlib
 import math
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -16,9 +16,12 @@ import torch
 from timm_multigrain.layers import GeM, l2_normalize
 from timm_multigrain.models.folding import fold_batch_norm
 
+from .images import printable
 from .protocol import Protocol
 
 __all__ = ['Decoded', 'Embedded', 'Embedder']
+
+_NARROW = 32  # pixels, the stride of most trunks
 
 
 class Embedded(NamedTuple):
@@ -39,9 +42,14 @@ class Embedded(NamedTuple):
 class Decoded(NamedTuple):
     """An image before normalisation, (3, H, W) uint8, or why it could not be read."""
     index: int
-    pixels: np.ndarray | None
-    size: tuple[int, int]
-    message: str
+    name: str
+    pixels: np.ndarray | None = None
+    size: tuple[int, int] = (0, 0)
+    message: str = ''
+
+
+class _TooNarrow(ValueError):
+    """An input that has no pixels left somewhere in the trunk."""
 
 
 class Embedder:
@@ -93,15 +101,23 @@ class Embedder:
         finally:
             self.model = original.train(training)
 
-    def run(self, batches: Iterable[list[Decoded]]) -> Iterator[Embedded]:
+    def run(self, batches: Iterable[list[Decoded]], refuse: Callable[[Decoded], None]) -> Iterator[Embedded]:
         """Results one batch late: a GPU works on the next batch while the last one's results are handed out.
+
+        Args:
+            batches: Images of one shape each.
+            refuse: Told of images that are too narrow for the model, with the message.
 
         Raises:
             ValueError: An embedding that is not finite, or images of a size that the model cannot take.
         """
         waiting = deque()
         for items in batches:
-            waiting.append(self._launch(items))
+            try:
+                waiting.append(self._launch(items))
+            except _TooNarrow as e:
+                for item in items:
+                    refuse(item._replace(pixels=None, message=f'{printable(item.name)}: {e}'))
             if len(waiting) > 1:
                 yield self._collect(*waiting.popleft())
         while waiting:
@@ -136,10 +152,16 @@ class Embedder:
                         None if logits is None else logits.cpu().clone(), [item.size for item in items])
 
     def _forward_checked(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        height, width = pixels.shape[-2:]
         try:
             return self._forward(pixels)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as e:
+            if min(height, width) * min(self.protocol.scales) >= _NARROW:
+                raise
+            raise _TooNarrow(f'its {width} x {height} pixels are too narrow for the model ({e})') from e
         except AssertionError as e:  # how timm's transformers refuse a size
-            height, width = pixels.shape[-2:]
             raise ValueError(f'The model cannot take images of {width} x {height} pixels ({e}): a model that is built '
                              'for one size needs the crop protocol at that size, one scale.') from e
 

@@ -77,7 +77,7 @@ def embed_images(
 
 def _embed(embedder: Embedder, stream, total: int, batches: 'Batches', progress: bool) -> Iterator[Embedded]:
     with progress_bar(total, progress) as bar, embedder.evaluating(), contextlib.closing(stream):
-        for out in embedder.run(batches(stream, bar)):
+        for out in embedder.run(batches(stream, bar), batches.skip):
             bar.update(len(out.indices))
             yield out
 
@@ -150,9 +150,9 @@ class _Images(Dataset):
         try:
             image = self.source.load(index, exif=self.protocol.exif)
             # numpy travels by value: tensors would each hold a file descriptor while they wait
-            return Decoded(index, self.protocol.pixels(image).numpy(), image.size, '')
+            return Decoded(index, self.source.names[index], self.protocol.pixels(image).numpy(), image.size)
         except UnreadableImage as e:
-            return Decoded(index, None, (0, 0), str(e))
+            return Decoded(index, self.source.names[index], message=str(e))
 
 
 def decode(
@@ -195,7 +195,7 @@ class Batches:
         buckets, pending = defaultdict(list), 0
         for item in stream:
             if item.pixels is None:
-                self._skip(item)
+                self.skip(item)
                 bar.update(1)
                 continue
             shape = item.pixels.shape
@@ -210,7 +210,8 @@ class Batches:
             yield batch
         yield from buckets.values()
 
-    def _skip(self, item: Decoded) -> None:
+    def skip(self, item: Decoded) -> None:
+        """Raise, or pass on, why there is no descriptor of an image."""
         if self.errors == 'raise':
             raise UnreadableImage(item.message)
         if self.on_error is not None:

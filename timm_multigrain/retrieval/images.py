@@ -169,7 +169,7 @@ class ImageFiles(ImageSource):
         return image.crop(box)
 
     def fingerprint(self) -> str:
-        if not self.boxes:
+        if not any(self.boxes or ()):
             return super().fingerprint()
         return hashlib.sha256(json.dumps([self.names, self.boxes]).encode('ascii')).hexdigest()
 

@@ -77,7 +77,8 @@ class Protocol:
         if self.kind == 'crop':
             image = _cut_long_ends(image)
         transform = create_eval_transform(self.size, self.kind)
-        return T.functional.pil_to_tensor(T.Compose(transform.transforms[:-2])(image))
+        # the layout decides which convolution runs, and so the last bits of the result
+        return T.functional.pil_to_tensor(T.Compose(transform.transforms[:-2])(image)).contiguous()
 
     def shape(self, width: int, height: int) -> tuple[int, int]:
         """(H, W) of the network's input for an image of this size."""

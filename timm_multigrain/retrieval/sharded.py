@@ -116,7 +116,7 @@ def _make(embedder, source, batches, folder, manifest, todo, workers, bar) -> No
         for number in todo:
             parts, skipped = [], {}
             batches.on_error = skipped.__setitem__
-            for part in embedder.run(batches(islice(stream, len(_stretch(manifest, number))), bar)):
+            for part in embedder.run(batches(islice(stream, len(_stretch(manifest, number))), bar), batches.skip):
                 parts.append(part)
                 bar.update(len(part.indices))
             rows, vectors = in_order(parts) if parts else ([], torch.empty(0, embedder.width))

@@ -1,0 +1,248 @@
+"""Embedding: bitwise equal to one by one, the views' averages recomputed, bad images, shapes, options."""
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from timm_multigrain.data.transforms import create_eval_transform
+from timm_multigrain.models import MultiGrain
+from timm_multigrain.models.opening import open_model
+from timm_multigrain.retrieval import extract as module
+from timm_multigrain.retrieval.extract import embed_images, extract
+from timm_multigrain.retrieval.images import ImageFiles, UnreadableImage
+from timm_multigrain.retrieval.protocol import MS_SCALES, Protocol
+
+from .tiny import tiny_model
+
+SHAPES = [(50, 37), (37, 50), (50, 37), (64, 64), (50, 37), (80, 20), (37, 50), (64, 64), (1, 90), (50, 37), (37, 50)]
+LONGER = dict(size=48, kind='longer-side')
+
+
+@pytest.fixture(scope='module')
+def source(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    paths = [root / f'{i}.png' for i in range(len(SHAPES))]
+    for path, (width, height) in zip(paths, SHAPES, strict=True):
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(path)
+    return ImageFiles(paths)
+
+
+@pytest.fixture(scope='module')
+def model():
+    return tiny_model()
+
+
+def one_by_one(model, source, protocol, dim=None):
+    transform = create_eval_transform(protocol.size, protocol.kind, protocol.mean, protocol.std)
+    with torch.inference_mode():
+        return torch.cat([model.embed(transform(source.load(i))[None], dim=dim) for i in range(len(source))])
+
+
+@pytest.mark.parametrize('trunk, kind', [
+    ('test_resnet', 'crop'), ('test_resnet', 'longer-side'), ('test_efficientnet', 'longer-side'),
+    ('test_convnext', 'longer-side')])
+@pytest.mark.parametrize('threads', [1, 2])
+def test_bitwise_equal_to_one_by_one(source, trunk, threads, kind):
+    torch.manual_seed(0)
+    model = MultiGrain(trunk, 3, whitening=20).eval()
+    protocol = Protocol(48, kind)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    source = ImageFiles(source.paths[:5])
+    try:
+        expected = one_by_one(model, source, protocol)
+        for batch_size in (1, 4):
+            got = extract(model, source, protocol, batch_size=batch_size, workers=0)
+            assert torch.equal(got.vectors, expected) and got.names == tuple(source.names)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_plain_batch_would_differ(model):
+    """Why a batch is run image by image: a matrix product chooses its order of summation by the number of rows."""
+    x = torch.randn(7, 2048)
+    layer = torch.nn.Linear(2048, 1000)
+    assert not torch.equal(layer(x)[:1], layer(x[:1]))
+
+
+def test_workers_and_order(source, model):
+    protocol = Protocol(**LONGER)
+    expected = one_by_one(model, source, protocol)
+    for workers in (0, 2):
+        assert torch.equal(extract(model, source, protocol, workers=workers, batch_size=2).vectors, expected)
+    parts = list(embed_images(model, source, protocol, workers=0, batch_size=3, indices=[7, 2, 5, 2]))
+    assert sorted(i for part in parts for i in part.indices) == [2, 2, 5, 7]
+    for part in parts:
+        assert torch.equal(part.vectors, expected[part.indices]) and part.logits is None
+        assert part.sizes == [SHAPES[i] for i in part.indices] and len({expected[i].shape for i in part.indices}) == 1
+
+
+def test_waiting_images_are_bounded(source, model, monkeypatch):
+    monkeypatch.setattr(module, '_PENDING', 2)
+    sizes = [len(part.indices) for part in embed_images(
+        model, source, Protocol(**LONGER), workers=0, batch_size=2)]
+    assert sum(sizes) == len(SHAPES) and max(sizes) == 2 and 1 in sizes
+    monkeypatch.undo()
+    assert len(list(embed_images(model, source, Protocol(**LONGER), workers=0, batch_size=99))) == 5  # shapes
+
+
+def slow_descriptor(model, x, scales, flip, whitened):
+    """Mean of mirror images, then GeM's mean over the scales, in float64 with loops."""
+    def unit(v):
+        return v / np.sqrt((v ** 2).sum())
+
+    per_scale = []
+    for scale in scales:
+        y = x if scale == 1 else F.interpolate(
+            x, size=[max(1, int(side * scale)) for side in x.shape[2:]], mode='bilinear', align_corners=False)
+        views = [y, torch.flip(y, [3])] if flip else [y]
+        descriptors = [unit(model(view).double().numpy()[0]) for view in views]
+        per_scale.append(unit(sum(descriptors) / len(descriptors)))
+    p = model.gem_p
+    if whitened or p == 1:
+        return unit(sum(per_scale))
+    if p == float('inf'):
+        return unit(np.max(per_scale, axis=0))
+    p = np.array(p)
+    return unit((sum(v ** p for v in per_scale) / len(per_scale)) ** (1 / p))
+
+
+@pytest.mark.parametrize('kwargs', [
+    {}, {'gem_p': 1.}, {'gem_p': 2.5}, {'gem_p': 'inf'}, {'per_channel_p': True}, {'learn_p': True},
+    {'whitening': 12}])
+@pytest.mark.parametrize('scales, flip', [((1,), True), (MS_SCALES, False), (MS_SCALES, True)])
+def test_views_are_averaged(source, kwargs, scales, flip):
+    model = tiny_model(num_classes=0, **kwargs)
+    protocol = Protocol(**LONGER, scales=scales, flip=flip)
+    got = extract(model, source, protocol, workers=0).vectors
+    transform = create_eval_transform(48, 'longer-side')
+    for i in range(0, len(source), 2):
+        with torch.inference_mode():
+            expected = slow_descriptor(model, transform(source.load(i))[None], scales, flip, 'whitening' in kwargs)
+        np.testing.assert_allclose(got[i], expected, atol=2e-6)
+
+
+def test_raw_and_logits(source, model):
+    protocol = Protocol(**LONGER)
+    transform = create_eval_transform(48, 'longer-side')
+    parts = list(embed_images(model, source, protocol, workers=0, descriptor=False, logits=True))
+    with torch.inference_mode():
+        for part in parts:
+            for i, vector, logits in zip(part.indices, part.vectors, part.logits, strict=True):
+                x = transform(source.load(i))[None]
+                assert torch.equal(model.forward_head(model.forward_features(x), pre_logits=True)[0], vector)
+                assert torch.equal(model(x)[0], logits)
+
+
+def test_dim(source):
+    model = tiny_model(whitening=12)
+    assert torch.equal(extract(model, source, Protocol(**LONGER), workers=0, dim=5).vectors,
+                       one_by_one(model, source, Protocol(**LONGER), dim=5))
+
+
+def test_fast_and_half_precision(source):
+    model = open_model('test_resnet', pretrained=False)
+    protocol = Protocol(64, 'longer-side')
+    expected = extract(model, source, protocol, workers=0).vectors
+    names = [type(m).__name__ for m in model.modules()]
+    fast = extract(model, source, protocol, workers=0, fast=True).vectors
+    torch.testing.assert_close(fast, expected, atol=5e-5, rtol=0)
+    assert [type(m).__name__ for m in model.modules()] == names
+    half = extract(model, source, protocol, workers=0, dtype=torch.bfloat16).vectors
+    assert half.dtype == torch.float32 and 0 < (half - expected).abs().max() < 0.05
+    assert ((half * expected).sum(1) > 0.99).all()
+
+
+def test_the_mode_of_the_model_comes_back(source):
+    model = tiny_model().train()
+    extract(model, source, Protocol(**LONGER), workers=0)
+    assert model.training and model.trunk.training
+    iterator = embed_images(model, source, Protocol(**LONGER), workers=0)
+    next(iterator)
+    assert not model.training
+    iterator.close()
+    assert model.training
+
+
+def bad_source(source, tmp_path):
+    (tmp_path / 'empty.jpg').write_bytes(b'')
+    return ImageFiles([source.paths[0], tmp_path / 'empty.jpg', source.paths[1], tmp_path / 'missing.jpg'], 'abcd')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_unreadable_images_are_listed(source, model, tmp_path, workers):
+    bad = bad_source(source, tmp_path)
+    got = extract(model, bad, Protocol(**LONGER), workers=workers)
+    assert got.names == ('a', 'c') and list(got.skipped) == ['b', 'd']
+    assert got.skipped['b'] == f'{tmp_path}/empty.jpg: is empty' and 'no such file' in got.skipped['d']
+    assert torch.equal(got.vectors, extract(model, source, Protocol(**LONGER), workers=0).vectors[:2])
+    with pytest.raises(UnreadableImage, match='is empty'):
+        extract(model, bad, Protocol(**LONGER), workers=workers, strict=True)
+    with pytest.raises(ValueError, match=r'None of 1 images could be read: .*no such file'):
+        extract(model, ImageFiles([tmp_path / 'missing.jpg']), Protocol(), workers=workers)
+    with pytest.raises(ValueError, match='the list is empty'):
+        extract(model, ImageFiles([]), Protocol(), workers=workers)
+
+
+def test_images_too_narrow_for_the_trunk_are_listed(source):
+    model = MultiGrain('test_convnext', 0)
+    got = extract(model, source, Protocol(64, 'longer-side'), workers=0)
+    assert list(got.skipped) == [source.names[5], source.names[8]] and len(got) == len(SHAPES) - 2
+    assert 'its 1 x 64 pixels are too narrow for the model' in got.skipped[source.names[8]]
+    with pytest.raises(UnreadableImage, match='too narrow'):
+        extract(model, source, Protocol(64, 'longer-side'), workers=0, strict=True)
+    assert len(extract(model, source, Protocol(64), workers=0)) == len(SHAPES)
+
+
+def test_select(source, model):
+    got = extract(model, ImageFiles(source.paths[:3], ['a', 'b', 'a\udcff']), Protocol(**LONGER), workers=0)
+    chosen = got.select(['a\udcff', 'a'])
+    assert chosen.names == ('a\udcff', 'a') and torch.equal(chosen.vectors, got.vectors[[2, 0]])
+    with pytest.raises(ValueError, match='1 of 2 images have no descriptor, such as z'):
+        got.select(['a', 'z'])
+    twice = extract(model, ImageFiles(source.paths[:2], ['a', 'a']), Protocol(**LONGER), workers=0)
+    with pytest.raises(ValueError, match='twice'):
+        twice.select(['a'])
+    assert str(got) == '3 descriptors of 96 components'
+
+
+def test_boxes(source, model):
+    box = (3, 4, 40, 30)
+    got = extract(model, ImageFiles(source.paths[:1], boxes=[box]), Protocol(**LONGER), workers=0)
+    with torch.inference_mode():
+        x = create_eval_transform(48, 'longer-side')(source.load(0).crop(box))
+        assert torch.equal(got.vectors, model.embed(x[None]))
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    ({'batch_size': 0}, 'batch_size=0'), ({'workers': -1}, 'workers=-1'), ({'errors': 'ignore'}, "errors='ignore'"),
+    ({'dim': 4}, 'dim=4 needs'), ({'dtype': torch.int8}, 'dtype=torch.int8')])
+def test_bad_arguments(source, model, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        embed_images(model, source, Protocol(), **kwargs)
+
+
+def test_models_that_do_not_suit(source):
+    with pytest.raises(ValueError, match='num_classes=0'):
+        embed_images(tiny_model(num_classes=0), source, Protocol(), logits=True)
+    with pytest.raises(ValueError, match='takes 1 channels'):
+        embed_images(tiny_model(in_chans=1), source, Protocol())
+    broken = tiny_model()
+    next(broken.trunk.parameters()).data.fill_(float('nan'))
+    with pytest.raises(ValueError, match='not finite: the weights are damaged'):
+        extract(broken, source, Protocol(48), workers=0)
+    fixed = MultiGrain('test_vit', 0)
+    with pytest.raises(ValueError, match=r'cannot take images of 48 x .* crop protocol'):
+        extract(fixed, source, Protocol(**LONGER), workers=0)
+
+
+def test_photos(shared_data):
+    """Photographs of two protocols and many shapes."""
+    folders = shared_data / 'photos', shared_data / 'instances' / 'paris'
+    paths = [path for folder in folders for path in sorted(folder.rglob('*.[jJ][pP]*'))[:12]]
+    model = tiny_model()
+    protocol = Protocol(160, 'longer-side')
+    source = ImageFiles(paths)
+    assert torch.equal(extract(model, source, protocol, workers=1).vectors, one_by_one(model, source, protocol))

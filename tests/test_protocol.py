@@ -1,0 +1,76 @@
+"""The two protocols against the transforms of the paper, the views, and extreme shapes."""
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_multigrain.data.transforms import create_eval_transform
+from timm_multigrain.retrieval.protocol import MS_SCALES, Protocol
+
+from .tiny import tiny_model
+
+
+def noise(width, height):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+@pytest.mark.parametrize('kind', ['crop', 'longer-side'])
+@pytest.mark.parametrize('size', [32, 65])
+@pytest.mark.parametrize('shape', [(50, 37), (37, 50), (8, 8), (300, 20), (1, 1)])
+def test_equals_the_transforms(kind, size, shape):
+    mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+    protocol = Protocol(size, kind, mean=mean, std=std)
+    image = noise(*shape)
+    expected = create_eval_transform(size, kind, mean, std)(image)
+    pixels = protocol.pixels(image)
+    assert pixels.dtype == torch.uint8 and tuple(pixels.shape[1:]) == protocol.shape(*shape)
+    assert torch.equal(protocol.normalize(pixels), expected)
+    assert torch.equal(protocol.normalize(pixels[None].repeat(3, 1, 1, 1))[2], expected)
+
+
+@pytest.mark.parametrize('shape', [(20_000, 1), (1, 20_000), (20_000, 30), (3, 5_000)])
+def test_long_images(shape):
+    image = noise(*shape)
+    assert Protocol(64, 'crop').pixels(image).shape == (3, 64, 64)
+    longer = Protocol(64, 'longer-side').pixels(image)
+    assert max(longer.shape[1:]) == 64 and min(longer.shape[1:]) == 1
+
+
+def test_centre_of_a_long_image():
+    stripes = np.zeros((10, 2000, 3), dtype=np.uint8)
+    stripes[:, 995:1005] = 255
+    got = Protocol(224, 'crop').pixels(Image.fromarray(stripes))[0].float()
+    np.testing.assert_allclose((got * torch.arange(224)).sum() / got.sum(), 111.5, atol=1)
+
+
+def test_views():
+    x = torch.randn(2, 3, 10, 15)
+    assert [[tuple(v.shape[-2:]) for v in views] for views in Protocol(scales=MS_SCALES).views(x)] == [
+        [(10, 15)], [(7, 10)], [(5, 7)]]
+    (same, mirrored), = Protocol(flip=True).views(x)
+    assert same is x and torch.equal(mirrored, x[..., range(14, -1, -1)])
+    assert [v.shape[-2:] for v, in Protocol(scales=(0.5,)).views(torch.zeros(1, 3, 1, 9))] == [(1, 4)]
+
+
+def test_for_model():
+    model = tiny_model()
+    cfg = model.pretrained_cfg
+    assert Protocol.for_model(model) == Protocol(cfg['input_size'][-1], mean=cfg['mean'], std=cfg['std'])
+    assert Protocol.for_model(model, size=96, kind='longer-side', flip=None).size == 96
+    model.pretrained_cfg = dict(cfg, test_input_size=(3, 288, 288))
+    assert Protocol.for_model(model).size == 288
+
+
+def test_shown_and_stored():
+    protocol = Protocol(500, 'longer-side', MS_SCALES, flip=True, exif=False)
+    assert str(protocol) == 'longer side 500, scales 1 0.7071 0.5, flip, EXIF ignored'
+    assert Protocol(**protocol.to_dict()) == protocol
+    assert str(Protocol()) == 'crop 224'
+
+
+@pytest.mark.parametrize('kwargs, message', [
+    ({'size': 0}, 'size is 0'), ({'size': 2.5}, r'size is 2\.5'), ({'kind': 'square'}, "protocol is 'square'"),
+    ({'scales': ()}, 'scales are'), ({'scales': (1, 0)}, 'scales are'), ({'scales': (float('nan'),)}, 'scales are')])
+def test_bad_arguments(kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        Protocol(**kwargs)

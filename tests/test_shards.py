@@ -1,0 +1,240 @@
+"""Extraction into a folder: same bytes for any number of processes and interruptions, damage, other settings."""
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_multigrain.cli.main import main
+from timm_multigrain.hub import save_pretrained
+from timm_multigrain.retrieval.descriptors import Descriptors, iter_shards
+from timm_multigrain.retrieval.extract import extract
+from timm_multigrain.retrieval.images import UnreadableImage, find_images
+from timm_multigrain.retrieval.protocol import Protocol
+from timm_multigrain.retrieval.shards import DamagedShard, shard_path
+
+from .tiny import tiny_model
+
+COUNT = 23
+FLAGS = ['--size', '48', '--protocol', 'longer-side', '--shard-size', '4', '--workers', '0', '--device', 'cpu']
+PROTOCOL = Protocol.for_model(tiny_model(), size=48, kind='longer-side')
+
+
+@pytest.fixture(scope='module')
+def images(tmp_path_factory):
+    root = tmp_path_factory.mktemp('images')
+    rng = np.random.default_rng(0)
+    for i in range(COUNT):
+        shape = ((40, 30, 3), (30, 40, 3), (40, 40, 3))[i % 3]
+        Image.fromarray(rng.integers(0, 256, shape, dtype=np.uint8)).save(root / f'{i:02d}.png')
+    (root / '07.png').write_bytes(b'broken')
+    os.rename(root / '11.png', os.fsencode(root) + b'/caf\xe9\n11.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def model_folder(tmp_path_factory):
+    return save_pretrained(tiny_model(), tmp_path_factory.mktemp('model') / 'model')
+
+
+@pytest.fixture(scope='module')
+def reference(tmp_path_factory, images):
+    """The folder that an uninterrupted process writes."""
+    folder = tmp_path_factory.mktemp('reference') / 'out'
+    embed(images, folder)
+    return folder
+
+
+def embed(images, folder, model=None, protocol=PROTOCOL, **kwargs):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as the processes that are started here
+    try:
+        return extract(model or tiny_model(), find_images(images), protocol, folder,
+                       **{'shard_size': 4, 'workers': 0, **kwargs})
+    finally:
+        torch.set_num_threads(threads)
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def environment(**kwargs):
+    return {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(sys.path), **kwargs}
+
+
+def test_folder_equals_memory(images, reference):
+    in_memory = embed(images, None, shard_size=4)
+    read = Descriptors.load(reference)
+    assert read.names == in_memory.names and torch.equal(read.vectors, in_memory.vectors) and len(read) == COUNT - 1
+    assert read.skipped == in_memory.skipped and list(read.skipped) == ['07.png']
+    assert read.info['protocol'] == PROTOCOL.to_dict() and read.info['shards'] == 6
+    shards = list(iter_shards(reference))
+    assert [len(names) for names, _ in shards] == [4, 3, 4, 4, 4, 3]
+    assert sum((names for names, _ in shards), ()) == read.names
+    assert torch.equal(torch.cat([vectors for _, vectors in shards]), read.vectors)
+    assert sorted(contents(reference)) == ['manifest.json', *(f'shard-{i:05d}.safetensors' for i in range(6))]
+
+
+def test_batches_and_workers_give_the_same_bytes(tmp_path, images, reference):
+    embed(images, tmp_path / 'out', batch_size=3, workers=1)
+    assert contents(tmp_path / 'out') == contents(reference)
+
+
+def test_missing_and_damaged_shards_are_made_again(tmp_path, images, reference):
+    embed(images, tmp_path / 'out')
+    whole = contents(reference)
+    shard_path(tmp_path / 'out', 1).unlink()
+    damaged = shard_path(tmp_path / 'out', 3)
+    for data in (b'', whole[damaged.name][:-1], whole[damaged.name][:-9] + b'x' + whole[damaged.name][-8:],
+                 whole['shard-00002.safetensors']):
+        damaged.write_bytes(data)
+        with pytest.raises(DamagedShard, match='run the same extraction again'):
+            list(iter_shards(tmp_path / 'out'))
+        embed(images, tmp_path / 'out')
+        assert contents(tmp_path / 'out') == whole
+    damaged.write_bytes(b'')
+    with pytest.raises(ValueError, match=r'shard-00003\.safetensors cannot be read'):
+        Descriptors.load(tmp_path / 'out')
+
+
+def test_complete_folder_is_only_read(images, reference):
+    before = {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}
+    embed(images, reference)
+    assert before == {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}
+
+
+def test_other_settings_are_refused(tmp_path, images, reference):
+    before = contents(reference)
+    other = tiny_model(1)
+    for kwargs, message in (
+            (dict(model=other), 'other model .*weights_sha256'),
+            (dict(protocol=Protocol(48)), r'other protocol \(kind longer-side, now crop\)'),
+            (dict(descriptor=False), r'other settings \(descriptor True, now False\)'),
+            (dict(dtype=torch.bfloat16), 'dtype float32, now bfloat16'), (dict(fast=True), 'fast False, now True'),
+            (dict(shard_size=5), r'other shard size \(4, now 5\)')):
+        with pytest.raises(ValueError, match=message):
+            embed(images, reference, **kwargs)
+    (tmp_path / 'one').mkdir()
+    Image.new('RGB', (9, 9)).save(tmp_path / 'one' / 'x.png')
+    with pytest.raises(ValueError, match='other list of images'):
+        embed(tmp_path / 'one', reference)
+    with pytest.raises(FileExistsError, match='holds no descriptors, it has no manifest'):
+        embed(images, tmp_path / 'one')
+    (tmp_path / 'one' / 'manifest.json').write_text('{"format": "photos"}')
+    with pytest.raises(FileExistsError, match='of something else'):
+        embed(images, tmp_path / 'one')
+    with pytest.raises(FileExistsError, match='cannot be read'):
+        embed(images, tmp_path / 'one' / 'x.png')
+    with pytest.raises(ValueError, match='shard_size=0'):
+        embed(images, tmp_path / 'two', shard_size=0)
+    with pytest.raises(FileNotFoundError, match='holds no descriptors'):
+        Descriptors.load(tmp_path / 'nothing')
+    assert contents(reference) == before
+
+
+def test_strict(tmp_path, images, reference):
+    with pytest.raises(UnreadableImage, match=r'07\.png: is no image'):
+        embed(images, tmp_path / 'out', strict=True)
+    with pytest.raises(UnreadableImage, match=r'07\.png: is no image'):
+        embed(images, reference, strict=True)
+
+
+def test_nothing_readable(tmp_path):
+    (tmp_path / 'images').mkdir()
+    for name in 'ab':
+        (tmp_path / 'images' / f'{name}.png').write_bytes(b'')
+    with pytest.raises(ValueError, match=r'None of 2 images could be read: .*a\.png: is empty'):
+        embed(tmp_path / 'images', tmp_path / 'out')
+
+
+def command(model_folder, images, out):
+    return [sys.executable, '-m', 'timm_multigrain', 'embed', str(model_folder), str(images), str(out), *FLAGS]
+
+
+def test_killed_run_goes_on(tmp_path, images, model_folder, reference):
+    """kill -9 again and again: what is there is whole, and in the end the bytes are those of one run."""
+    out = tmp_path / 'out'
+    made, kills = 0, 0
+    while made < 6 and kills < 4:
+        process = subprocess.Popen(
+            command(model_folder, images, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+        while process.poll() is None and len(list(out.glob('shard-*'))) <= made:
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.communicate()
+        whole = {p.name: p.read_bytes() for p in out.glob('shard-*')}
+        assert len(whole) > made
+        assert all(data == contents(reference)[name] for name, data in whole.items())
+        made, kills = len(whole), kills + 1
+    (out / '.shard-00005.safetensors-0badcafe').write_bytes(b'left by a killed process')
+    subprocess.run(command(model_folder, images, out), env=environment(), check=True, capture_output=True)
+    assert contents(out) == contents(reference)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('processes', [2, 3])
+def test_any_number_of_processes(tmp_path, images, model_folder, reference, processes):
+    out = tmp_path / 'out'
+    if processes == 3:  # goes on where another number of processes stopped
+        embed(images, out)
+        for number in (0, 2, 4, 5):
+            shard_path(out, number).unlink()
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = str(free.getsockname()[1])
+    running = [subprocess.Popen(
+        command(model_folder, images, out), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        env=environment(WORLD_SIZE=str(processes), RANK=str(rank), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1',
+                        MASTER_PORT=port)) for rank in range(processes)]
+    outputs = [process.communicate(timeout=200) for process in running]
+    assert [process.returncode for process in running] == [0] * processes, outputs
+    assert contents(out) == contents(reference)
+    assert '22 descriptors of 96 components' in outputs[0][0] and not outputs[1][0]
+    # what the first process refuses, all of them refuse
+    running = [subprocess.Popen(
+        [*command(model_folder, images, out), '--flip'], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True,
+        env=environment(WORLD_SIZE='2', RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)) for rank in (0, 1)]
+    for process in running:
+        _, errors = process.communicate(timeout=200)
+        assert process.returncode == 2 and 'other protocol (flip False, now True)' in errors
+
+
+def test_interrupt(tmp_path, images, model_folder):
+    many = tmp_path / 'list.json'
+    names = [str(images / f'{i % 6:02d}.png') for i in range(20_000)]
+    many.write_text(json.dumps(names))
+    out = tmp_path / 'out'
+    process = subprocess.Popen(
+        [*command(model_folder, many, out)[:-4], '--workers', '1'], env=environment(), stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE, text=True)
+    while process.poll() is None and not list(out.glob('shard-*')):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130 and errors.splitlines()[-1] == 'timm-multigrain embed: interrupted'
+    assert 'Traceback' not in errors
+
+
+def test_command(tmp_path, images, model_folder, reference, capsys):
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        assert main(command(model_folder, images, tmp_path / 'out')[3:]) == 0
+    finally:
+        torch.set_num_threads(threads)
+    out = capsys.readouterr().out
+    assert out.startswith('23 images, longer side 48\n22 descriptors of 96 components in ')
+    assert '1 images could not be read' in out and '07.png: is no image' in out
+    assert contents(tmp_path / 'out') == contents(reference)
+    assert main(['embed', str(model_folder), str(tmp_path / 'nowhere'), str(tmp_path / 'new'), *FLAGS]) == 2
+    assert 'is no folder of images' in capsys.readouterr().err
+    assert main(['embed', str(model_folder), str(images), str(images), *FLAGS]) == 2
+    assert 'holds no descriptors' in capsys.readouterr().err
