@@ -19,21 +19,21 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert('RGB')
 
 
-def crop(image: Image.Image) -> Image.Image:
-    """Half of the area, a little off the centre."""
-    return _crop(image, math.sqrt(0.5) * image.width, math.sqrt(0.5) * image.height, 0.4, 0.6)
+def crop(image: Image.Image, area: float = 0.5) -> Image.Image:
+    """A share of the area, half by default, a little off the centre."""
+    return _crop(image, math.sqrt(area) * image.width, math.sqrt(area) * image.height, 0.4, 0.6)
 
 
-def jpeg(image: Image.Image) -> Image.Image:
-    """Heavy compression, JPEG quality 8."""
+def jpeg(image: Image.Image, quality: int = 8) -> Image.Image:
+    """Compression, heavy by default: JPEG quality 8."""
     buffer = io.BytesIO()
-    image.save(buffer, 'JPEG', quality=8)
+    image.save(buffer, 'JPEG', quality=quality)
     return Image.open(buffer).convert('RGB')
 
 
-def rotate(image: Image.Image) -> Image.Image:
-    """15 degrees, cropped to the largest upright rectangle inside."""
-    angle = math.radians(15)
+def rotate(image: Image.Image, degrees: float = 15) -> Image.Image:
+    """Less than a quarter turn, 15 degrees by default, cropped to the largest upright rectangle inside."""
+    angle = math.radians(degrees)
     sin, cos = math.sin(angle), math.cos(angle)
     long, short = max(image.size), min(image.size)
     if short <= 2 * sin * cos * long:  # two corners of the rectangle touch the long sides
@@ -42,13 +42,13 @@ def rotate(image: Image.Image) -> Image.Image:
     else:
         width = (image.width * cos - image.height * sin) / math.cos(2 * angle)
         height = (image.height * cos - image.width * sin) / math.cos(2 * angle)
-    turned = image.rotate(15, Image.BICUBIC, expand=True)
+    turned = image.rotate(degrees, Image.BICUBIC, expand=True)
     return _crop(turned, width - 1, height - 1)
 
 
-def blur(image: Image.Image) -> Image.Image:
-    """Gaussian blur with a deviation of 2 % of the side."""
-    return image.filter(ImageFilter.GaussianBlur(0.02 * math.sqrt(image.width * image.height)))
+def blur(image: Image.Image, share: float = 0.02) -> Image.Image:
+    """Gaussian blur; its deviation is a share of the side, 2 % by default."""
+    return image.filter(ImageFilter.GaussianBlur(share * math.sqrt(image.width * image.height)))
 
 
 def colour(image: Image.Image) -> Image.Image:

@@ -1,0 +1,256 @@
+"""Copies in a photo collection: identical files, near-duplicates and edited copies, and which file to keep.
+
+Nothing is ever deleted here. Identical files are those of equal SHA-256. The others are found by descriptors whitened
+by the collection (whitened.py), thresholds that the collection sets (thresholds.py), and a look at the pictures where
+the descriptors leave it open (looks.py); stars.py says what a group is.
+"""
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from .looks import Looks
+from .near import NearPairs, near_pairs
+from .records import Record
+from .stars import star_groups
+from .thresholds import Thresholds, find_thresholds
+from .whitened import CollectionWhitening, fit_collection
+
+if TYPE_CHECKING:
+    from .index import Index
+
+__all__ = ['FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'find_copies', 'thresholds_of']
+
+FALSE_POSITIVES = 0.002
+KINDS = {'exact': 'identical files', 'near': 'copies and near-duplicates'}
+
+
+@dataclass(frozen=True)
+class CopyFile:
+    """A file of a group; score is its similarity to the file to keep (of whitened descriptors), 1 if identical."""
+    record: Record
+    score: float
+
+
+@dataclass(frozen=True)
+class CopyGroup:
+    """Files that are copies of each other.
+
+    Attributes:
+        kind: 'exact' for identical files; 'near'.
+        files: The one to keep first, that is the one of most pixels, then most bytes (least compressed), then shortest
+            name; the others by falling similarity to it. Of identical files only one is in a 'near' group.
+    """
+    kind: str
+    files: tuple[CopyFile, ...]
+
+    @property
+    def keep(self) -> str:
+        """Path of the file that is best kept."""
+        return self.files[0].record.path
+
+    @property
+    def others(self) -> tuple[str, ...]:
+        """Paths of the other files."""
+        return tuple(file.record.path for file in self.files[1:])
+
+
+@dataclass(frozen=True)
+class Copies:
+    """What was found.
+
+    Attributes:
+        groups: 'exact' groups, then 'near' ones, each kind by the path of the first file kept.
+        thresholds: Similarities that decided; None if only identical files were looked for.
+        images: Images in the index.
+        complete: Whether all pairs above the threshold were certainly found.
+        unreadable: Pictures that should have been looked at and could not be read any more.
+    """
+    groups: tuple[CopyGroup, ...]
+    thresholds: Thresholds | None
+    images: int
+    complete: bool = True
+    unreadable: int = 0
+
+    def of_kind(self, kind: str) -> tuple[CopyGroup, ...]:
+        """The 'exact' or the 'near' groups."""
+        return tuple(group for group in self.groups if group.kind == kind)
+
+    @property
+    def surplus(self) -> list[str]:
+        """Every path that is in a group and not the one to keep there, once."""
+        return list(dict.fromkeys(path for group in self.groups for path in group.others))
+
+    @property
+    def surplus_bytes(self) -> int:
+        """Size of the surplus files."""
+        sizes = {file.record.path: file.record.bytes for group in self.groups for file in group.files[1:]}
+        return sum(sizes.values())
+
+    def to_json(self) -> dict:
+        """As JSON's kinds of values; paths as os.fsdecode gives them."""
+        groups = [{'kind': group.kind, 'keep': group.keep, 'files': [
+            {'path': file.record.path, 'score': round(file.score, 4), 'width': file.record.width,
+             'height': file.record.height, 'bytes': file.record.bytes, 'sha256': file.record.sha256}
+            for file in group.files]} for group in self.groups]
+        return {'images': self.images, 'thresholds': self.thresholds and asdict(self.thresholds),
+                'complete': self.complete, 'unreadable': self.unreadable, 'groups': groups}
+
+    def save(self, path: str | os.PathLike) -> None:
+        """Write the JSON to a file."""
+        from timm_multigrain.files import write_text
+        write_text(path, json.dumps(self.to_json(), indent=1) + '\n')
+
+    def __str__(self) -> str:
+        lines = [f'{self.images:,} images']
+        for kind, what in KINDS.items():
+            groups = self.of_kind(kind)
+            groups_of = f'{len(groups):,} {"group" if len(groups) == 1 else "groups"} of {what}'
+            lines.append(f'{sum(len(group.files) for group in groups):,} files in {groups_of}')
+        lines.append(f'{len(self.surplus):,} surplus files, {self.surplus_bytes / 1e6:,.1f} MB')
+        if self.thresholds:
+            lines.append(f'threshold {self.thresholds.certain:.3f}, {self.thresholds.possible:.3f} where the pictures '
+                         'look the same')
+        if self.unreadable:
+            lines.append(f'{self.unreadable:,} pictures could not be read to look at them')
+        if not self.complete:
+            lines.append('some pairs just above the threshold may have been missed')
+        return '\n'.join(lines)
+
+
+def find_copies(
+        index: 'Index',
+        threshold: float | None = None,
+        *,
+        false_positives: float = FALSE_POSITIVES,
+        look: bool = True,
+        exact_only: bool = False,
+) -> Copies:
+    """Find copies in an index. The same index gives the same groups.
+
+    Args:
+        index: The index.
+        threshold: Similarity of whitened descriptors from which two pictures are copies; None: found from the
+            collection, see `find_thresholds`.
+        false_positives: Share of the images that may have a different picture above that threshold.
+        look: Look at the pictures where the similarity leaves it open; without, no picture is read, and real copies
+            in the collection push the threshold up.
+        exact_only: Look for identical files only.
+
+    Raises:
+        ValueError: A threshold or share out of range, or so many pairs that the threshold cannot be meant.
+        DamagedIndex: The index cannot be read.
+    """
+    finder = _Finder(index)
+    exact = finder.exact()
+    groups = [finder.group('exact', rows, np.ones(len(rows))) for rows in exact]
+    if exact_only:
+        return Copies(tuple(groups), None, len(index))
+    rows = finder.representatives(exact)
+    search = _Search.of(index, rows, threshold, false_positives, look)
+    pairs = search.pairs(rows)
+    near = [finder.near(rows, search.vectors) for rows, _ in star_groups(pairs, finder.order(pairs))]
+    groups += sorted(near, key=lambda group: os.fsencode(group.keep))
+    return Copies(tuple(groups), search.thresholds, len(index), pairs.complete, search.looks.unreadable if look else 0)
+
+
+def thresholds_of(
+        index: 'Index', threshold: float | None, false_positives: float, look: bool,
+) -> tuple[Thresholds, CollectionWhitening]:
+    """What `find_copies` with these arguments decides by."""
+    finder = _Finder(index)
+    search = _Search.of(index, finder.representatives(finder.exact()), threshold, false_positives, look)
+    return search.thresholds, search.whitening
+
+
+@dataclass(frozen=True, eq=False)
+class _Search:
+    """Whitened descriptors of an index and what is needed to tell copies by them."""
+    whitening: CollectionWhitening
+    vectors: np.ndarray
+    thresholds: Thresholds
+    looks: Looks
+    look: bool
+
+    @classmethod
+    def of(cls, index: 'Index', rows: np.ndarray, threshold: float | None, false_positives: float, look: bool):
+        from timm_multigrain.retrieval.images import read_image
+
+        if threshold is not None and not -1 < threshold <= 1:
+            raise ValueError(f'The threshold is a similarity above -1 and at most 1, got {threshold}.')
+        exif = index.protocol().exif
+        looks = Looks((lambda i: read_image(index.path_of(i), exif=exif)) if look else _no_look)
+        whitening = fit_collection(index.vectors)
+        vectors = whitening.all(index.vectors)
+        thresholds = find_thresholds(vectors, rows, looks, false_positives) if threshold is None else (
+            Thresholds(threshold, threshold))
+        return cls(whitening, vectors, thresholds, looks, look)
+
+    def pairs(self, rows: np.ndarray) -> NearPairs:
+        """The pairs above the threshold, and of those that are possible the ones that look the same."""
+        limits = self.thresholds
+        pairs = near_pairs(self.vectors, limits.possible if self.look else limits.certain, rows)
+        good = pairs.scores >= limits.certain
+        for i in np.flatnonzero(~good):
+            good[i] = self.looks.alike(int(pairs.first[i]), int(pairs.second[i]))
+        return NearPairs(pairs.first[good], pairs.second[good], pairs.scores[good], pairs.complete)
+
+
+def _no_look(i: int):
+    raise ValueError('Pictures are not to be looked at.')
+
+
+class _Finder:
+    """Groups of an index by row numbers."""
+
+    def __init__(self, index: 'Index'):
+        self.index = index
+        self.columns = index.columns
+
+    def exact(self) -> list[np.ndarray]:
+        """Rows of identical files, the one to keep first, sets in the order of their paths."""
+        hashes = np.ascontiguousarray(self.columns['sha256']).view('>u8').reshape(len(self.columns), 4)
+        order = np.lexsort(hashes.T)
+        same = (hashes[order][1:] == hashes[order][:-1]).all(1)
+        sets = [rows for rows in np.split(order, np.flatnonzero(~same) + 1) if len(rows) > 1]
+        return sorted(map(self.ranked, sets), key=lambda rows: os.fsencode(self.index.path_of(int(rows[0]))))
+
+    def representatives(self, exact: list[np.ndarray]) -> np.ndarray:
+        """All rows but the surplus ones of identical files."""
+        kept = np.ones(len(self.columns), bool)
+        for rows in exact:
+            kept[rows[1:]] = False
+        return np.flatnonzero(kept)
+
+    def ranked(self, rows: np.ndarray) -> np.ndarray:
+        """Rows, the one that is best kept first."""
+        def key(row: int) -> tuple:
+            record, path = self.columns[row], os.fsencode(self.index.path_of(int(row)))
+            return (-int(record['width']) * int(record['height']), -int(record['bytes']),
+                    len(os.path.basename(path)), path)
+        return np.array(sorted(rows.tolist(), key=key))
+
+    def order(self, pairs: NearPairs) -> np.ndarray:
+        """Place of each row of the pairs by path, so that the order of indexing decides nothing."""
+        rows = np.unique(np.concatenate([pairs.first, pairs.second]))
+        order = np.zeros(len(self.columns), dtype=np.int64)
+        by_path = sorted(rows.tolist(), key=lambda row: os.fsencode(self.index.path_of(row)))
+        order[by_path] = np.arange(len(by_path))
+        return order
+
+    def near(self, rows: np.ndarray, vectors: np.ndarray) -> CopyGroup:
+        """Group of near-duplicates."""
+        keep, *others = self.ranked(rows)
+        scores = np.asarray(vectors[others], dtype=np.float64) @ np.asarray(vectors[keep], dtype=np.float64)
+        order = np.argsort(-scores, kind='stable')
+        return self.group('near', [keep, *np.array(others)[order]], [1., *scores[order]])
+
+    def group(self, kind: str, rows, scores) -> CopyGroup:
+        return CopyGroup(kind, tuple(self._files(rows, scores)))
+
+    def _files(self, rows, scores) -> Iterator[CopyFile]:
+        for row, score in zip(rows, scores, strict=True):
+            yield CopyFile(self.index.records(int(row)), float(score))
