@@ -1,0 +1,157 @@
+"""Classification: folders matched with classes, ranks counted in loops, the validate command."""
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from timm_multigrain.cli.main import main
+from timm_multigrain.hub import save_pretrained
+from timm_multigrain.hub.metrics import read_metrics
+from timm_multigrain.models.opening import open_model
+from timm_multigrain.retrieval.classes import first_of_each, match_classes, open_classes
+from timm_multigrain.retrieval.classify import classify, ranks_of_truth
+from timm_multigrain.retrieval.images import ImageFiles
+from timm_multigrain.retrieval.protocol import Protocol
+
+from .tiny import tiny_model
+
+PROTOCOL = Protocol(size=32, kind='longer-side')
+
+
+@pytest.fixture(scope='module')
+def model():
+    return tiny_model()
+
+
+def named(model, names):
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names}
+    return model
+
+
+def test_ranks_by_loop():
+    torch.manual_seed(0)
+    logits = torch.randint(0, 4, (50, 7)).float()  # with ties
+    labels = torch.randint(0, 7, (50,))
+    for row, label, rank in zip(logits, labels, ranks_of_truth(logits, labels), strict=True):
+        assert rank == sum(1 for k in range(7) if k != label and row[k] >= row[label])
+
+
+def test_accuracy_image_by_image(model, noise_folder):
+    source = open_classes(noise_folder, model, 'train')
+    result = classify(model, source, PROTOCOL, workers=0, batch_size=5)
+    ranks, losses = [], []
+    for i in range(len(source)):
+        x = PROTOCOL.normalize(PROTOCOL.pixels(source.load(i)))[None]
+        with torch.no_grad():
+            logits = model(x).double()
+        ranks.append(int((logits[0] >= logits[0, source.labels[i]]).sum()) - 1)
+        losses.append(float(torch.nn.functional.cross_entropy(logits, torch.tensor([source.labels[i]]))))
+    assert result.ranks.tolist() == ranks
+    np.testing.assert_allclose(result.losses, losses, rtol=1e-6)
+    assert result.top1 == np.mean([rank == 0 for rank in ranks]) and result.top5 == 1
+    assert result.per_class() == {c: np.mean([r == 0 for r, k in zip(ranks, source.labels, strict=True) if k == c])
+                                  for c in range(3)}
+    assert str(result) == f'top-1 {100 * result.top1:.2f} %, top-5 100.00 % over 36 images'
+
+
+def test_rectangles_and_damaged_images(model, tmp_path):
+    from PIL import Image
+    for name, size in (('a', (50, 20)), ('b', (20, 50))):
+        (tmp_path / name).mkdir()
+        Image.new('RGB', size, 'red').save(tmp_path / name / 'x.png')
+    (tmp_path / 'c').mkdir()
+    (tmp_path / 'c' / 'x.png').write_bytes(b'no')
+    source = open_classes(tmp_path, model)
+    result = classify(model, source, PROTOCOL, workers=0)
+    assert result.num_images == 2 and 'c/x.png' in result.skipped and result.labels.tolist() == [0, 1]
+    assert '2 classes among 3' in str(result) and 'could not be read' in str(result)
+    with pytest.raises(ValueError, match=r'x\.png'):
+        classify(model, source, PROTOCOL, workers=0, strict=True)
+
+
+def test_labels_that_do_not_fit(model, noise_folder):
+    source = open_classes(noise_folder, model, 'train')
+    for labels, message in (([0], '1 labels'), ([3] * 36, '3 to 3, and the model has 3'), ([-1] * 36, '-1 to -1')):
+        with pytest.raises(ValueError, match=message):
+            classify(model, source, PROTOCOL, labels=labels, workers=0)
+    with pytest.raises(ValueError, match='0 labels'):
+        classify(model, ImageFiles(['x.png']), PROTOCOL, workers=0)
+
+
+def test_matching_by_label_names():
+    model = named(tiny_model(), ['cat', 'dog', 'ant'])
+    assert match_classes(model, ['ant', 'cat']) == [2, 0]
+    named(model, {0: 'cat', 2: 'ant', 1: 'dog'})
+    assert match_classes(model, ['dog', 'cat']) == [1, 0]
+    with pytest.raises(ValueError, match='1 of 3 class folders, such as cow, are no classes of the model'):
+        match_classes(model, ['cat', 'cow', 'dog'])
+
+
+def test_matching_by_number_and_imagenet(model):
+    assert match_classes(model, ['x', 'y', 'z']) == [0, 1, 2]
+    with pytest.raises(ValueError, match=r'2 class folders \(x, y\) for a model of 3 classes'):
+        match_classes(model, ['x', 'y'])
+    large = tiny_model(num_classes=1000)
+    assert match_classes(large, ['n01440764', 'n03888257', 'n15075141']) == [0, 701, 999]
+    with pytest.raises(ValueError, match='n00000001, are no classes of the imagenet-1k'):
+        match_classes(large, ['n01440764', 'n00000001'])
+    with pytest.raises(ValueError, match='for a model of 1000 classes'):
+        match_classes(large, ['tench', 'n01440764'])
+    with pytest.raises(ValueError, match='no classifier'):
+        match_classes(tiny_model(num_classes=0), ['x'])
+
+
+def test_matching_by_class_map(model, tmp_path):
+    path = tmp_path / 'map.txt'
+    path.write_text('z\ny\nx\n')
+    assert match_classes(model, ['x', 'z'], path) == [2, 0]
+    with pytest.raises(ValueError, match='q, are no classes of the class map'):
+        match_classes(model, ['q'], path)
+    for content in ('z\ny\n', 'z\ny\nx\nw\n', 'z\ny\ny\n', ''):
+        path.write_text(content)
+        with pytest.raises(ValueError, match='for a model of 3'):
+            match_classes(model, ['z'], path)
+    path.write_bytes(b'\xff\xfe\x00')
+    with pytest.raises(ValueError, match='no text file'):
+        match_classes(model, ['z'], path)
+
+
+def test_folders(model, noise_folder, tmp_path):
+    assert len(open_classes(noise_folder, model, 'validation')) == 6
+    assert len(open_classes(noise_folder / 'train', model, 'train')) == 36
+    shutil.copytree(noise_folder / 'train', tmp_path / 'data')
+    (tmp_path / 'data' / 'empty').mkdir()
+    with pytest.raises(ValueError, match='1 of 4 class folders hold no images, such as empty'):
+        open_classes(tmp_path / 'data', model)
+    with pytest.raises(FileNotFoundError, match='no subfolder fold7'):
+        open_classes(noise_folder, model, 'fold7')
+    with pytest.raises(FileNotFoundError, match='is no folder'):
+        open_classes(tmp_path / 'nowhere', model, 'validation')
+
+
+def test_first_of_each(model, noise_folder):
+    part = first_of_each(open_classes(noise_folder, model, 'train'), 2)
+    assert part.names == ['a/0.png', 'a/1.png', 'b/0.png', 'b/1.png', 'c/0.png', 'c/1.png']
+    assert part.labels == [0, 0, 1, 1, 2, 2]
+    with pytest.raises(ValueError, match='0 images of each class'):
+        first_of_each(part, 0)
+
+
+def test_command(noise_folder, tmp_path, capsys):
+    folder = save_pretrained(tiny_model(), tmp_path / 'm', label_names=['a', 'b', 'c'])
+    arguments = ['validate', str(folder), str(noise_folder), '--size', '32', '--protocol', 'longer-side', '--device',
+                 'cpu', '--workers', '0']
+    assert main([*arguments, '--p', '4', '--json', str(tmp_path / 'r.json'), '--plot', str(tmp_path / 'r.png')]) == 0
+    model = open_model(folder, p=4)
+    protocol = Protocol.for_model(model, size=32, kind='longer-side')
+    result = classify(model, open_classes(noise_folder, model, 'validation'), protocol, workers=0)
+    assert f'longer side 32, p = 4\n{result}' in capsys.readouterr().out
+    top1, top5 = read_metrics(tmp_path / 'r.json')
+    assert (top1.value, top5.value) == (100 * result.top1, 100 * result.top5)
+    assert (top1.metric, top1.size, top1.p, top1.protocol) == ('top1', 32, 4, 'longer side 32')
+    assert (tmp_path / 'r.png').stat().st_size > 1000
+    assert main([*arguments[:2], str(tmp_path), *arguments[3:]]) == 2
+    assert 'error' in capsys.readouterr().err
+    assert json.loads(result.to_json())['num_images'] == 6

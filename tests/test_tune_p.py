@@ -1,0 +1,226 @@
+"""p*: the recipe recomputed step by step, the scan against models of each p, the command, cut off and gone on with."""
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from timm_multigrain.cli.main import main
+from timm_multigrain.hub import save_pretrained
+from timm_multigrain.models.opening import open_model
+from timm_multigrain.retrieval.classes import open_classes
+from timm_multigrain.retrieval.classify import classify
+from timm_multigrain.retrieval.datasets.folder import load_folder
+from timm_multigrain.retrieval.extract import extract
+from timm_multigrain.retrieval.fitted import fitted
+from timm_multigrain.retrieval.p_groups import scan_p_groups
+from timm_multigrain.retrieval.p_result import PResult
+from timm_multigrain.retrieval.protocol import Protocol
+from timm_multigrain.retrieval.tune_p import scan_p, tune_p
+
+from .tiny import tiny_model
+
+PROTOCOL = Protocol(size=48, kind='longer-side')
+SETTINGS = ['--size', '48', '--protocol', 'longer-side', '--device', 'cpu', '--workers', '0']
+
+
+@pytest.fixture(scope='module')
+def model():
+    model = tiny_model()
+    with torch.no_grad():
+        model.head.fc.weight.mul_(30)  # so that p matters
+    return model
+
+
+@pytest.fixture(scope='module')
+def pictures(tmp_path_factory):
+    """3 classes of 6 pictures of several shapes."""
+    root = tmp_path_factory.mktemp('classes')
+    rng = np.random.default_rng(0)
+    for label in range(3):
+        (root / 'train' / f'{label}').mkdir(parents=True)
+        for i in range(6):
+            pixels = rng.integers(0, 256, ((40, 30) if i % 2 else (24, 48)) + (3,)) // (label + 1)
+            Image.fromarray(pixels.astype(np.uint8)).save(root / 'train' / f'{label}' / f'{i}.png')
+    return root
+
+
+@pytest.fixture(scope='module')
+def source(model, pictures):
+    return open_classes(pictures, model, 'train')
+
+
+def recipe(model, source, order, batch, lr) -> list[float]:
+    """p after each step, in plain autograd with torch's own SGD."""
+    p = torch.tensor(float(model.gem_p), requires_grad=True)
+    optimizer = torch.optim.SGD([p], lr=lr, momentum=0.9)
+    steps, trace = -(-len(order) // batch), [p.item()]
+    for step in range(steps):
+        optimizer.param_groups[0]['lr'] = lr * (1 - step / steps) ** 0.9
+        losses = []
+        for i in order[step * batch:(step + 1) * batch]:
+            x = PROTOCOL.normalize(PROTOCOL.pixels(source.load(i)))[None]
+            with torch.no_grad():
+                maps = model.forward_features(x)
+            e = maps.clamp(min=1e-6).pow(p).mean((-2, -1)).pow(1 / p)
+            losses.append(torch.nn.functional.cross_entropy(model.head.fc(e), torch.tensor([source.labels[i]])))
+        optimizer.zero_grad()
+        torch.stack(losses).mean().backward()
+        optimizer.step()
+        trace.append(p.item())
+    return trace
+
+
+def test_the_recipe(model, source):
+    result = tune_p(model, source, PROTOCOL, grid=(), batch_size=4, lr=0.05, seed=3, workers=0)
+    order = np.random.default_rng(3).permutation(18)
+    expected = recipe(model, source, order.tolist(), 4, 0.05)
+    assert len(result.trace) == 6 and abs(expected[-1] - 3) > 1e-2
+    np.testing.assert_allclose(result.trace, expected, rtol=1e-5)
+    assert result.tuned == result.trace[-1] and model.gem_p == 3 and result.best is None
+
+
+def test_the_scan(model, source):
+    grid = (4, 1, 2.5, float('inf'))
+    result = scan_p(model, source, PROTOCOL, grid, workers=0)
+    assert result.grid == (1, 2.5, 4, float('inf')) and result.tuned is None
+    for p, value, loss in zip(result.grid, result.values, result.losses, strict=True):
+        other = tiny_model()
+        other.load_state_dict(model.state_dict())
+        other.set_gem_p(p)
+        expected = classify(other, source, PROTOCOL, workers=0)
+        assert value == pytest.approx(expected.top1) and loss == pytest.approx(expected.loss, rel=1e-5)
+    best = max(zip(result.values, [-x for x in result.losses], result.grid, strict=True))
+    assert result.best == best[2]
+
+
+def test_scan_and_recipe_in_one_pass_change_nothing(model, source):
+    both = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0)
+    assert both.trace == tune_p(model, source, PROTOCOL, grid=(), workers=0).trace
+    assert both.values == scan_p(model, source, PROTOCOL, (1, 3), workers=0).values
+
+
+def test_scan_of_groups(model, pictures):
+    groups = load_folder(pictures / 'train')
+    result = scan_p_groups(model, groups, PROTOCOL, (1, 3, 8), workers=0)
+    for p, value in zip(result.grid, result.values, strict=True):
+        other = tiny_model()
+        other.load_state_dict(model.state_dict())
+        other.set_gem_p(p)
+        x = extract(other, groups.database, PROTOCOL, workers=0).vectors
+        figure, = groups.measure(x @ x.T)
+        assert value == pytest.approx(figure.value / 100, abs=1e-6)
+    assert result.criterion == 'mAP' and 'mAP' in str(result)
+
+
+def test_best_of_equal_ones():
+    def result(values, losses):
+        return PResult('top-1', (1., 2., 3.), values, losses, 3., None, (), 9, PROTOCOL)
+    assert result((.5, .7, .7), (1., .9, .8)).best == 3
+    assert result((.7, .7, .7), None).best == 1
+
+
+def test_damaged_images_are_left_out(model, pictures, tmp_path):
+    import shutil
+    shutil.copytree(pictures / 'train', tmp_path / 'data')
+    (tmp_path / 'data' / '1' / 'x.png').write_bytes(b'no')
+    source = open_classes(tmp_path / 'data', model)
+    result = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0)
+    assert result.num_images == 18 and list(result.skipped) == ['1/x.png'] and 'could not be read' in str(result)
+
+
+def test_going_on_gives_the_same(model, source, tmp_path, monkeypatch):
+    from timm_multigrain.retrieval import tune_p as module
+    monkeypatch.setattr(module, 'SAVED_EVERY', 1)
+    whole = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0)
+    state, calls = tmp_path / 'state.json', []
+
+    def interrupted(self, maps, label, add=module._Scan.add):
+        calls.append(label)
+        if len(calls) == 11:
+            raise KeyboardInterrupt
+        add(self, maps, label)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(module._Scan, 'add', interrupted)
+        tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0, state_file=state)
+    assert json.loads(state.read_text())['done'] == 8
+    again = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0, state_file=state)
+    assert again.to_json() == whole.to_json()
+    with pytest.raises(ValueError, match='not the progress of a run with this model'):
+        tune_p(model, source, PROTOCOL, grid=(1, 4), workers=0, state_file=state)
+    state.write_text('{')
+    with pytest.raises(ValueError, match='remove it'):
+        tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0, state_file=state)
+
+
+def test_refusals(model, source):
+    whitened = tiny_model(whitening=5)
+    for other, kwargs, message in (
+            (tiny_model(global_pool='spoc'), {}, "'spoc', which has no exponent"),
+            (tiny_model(per_channel_p=True), {}, 'exponent for each channel'),
+            (whitened, {}, 'whitened at p = 3, and another p needs another whitening'),
+            (tiny_model(num_classes=0), {}, 'model with a classifier'),
+            (tiny_model(gem_p=float('inf')), {}, 'start from a finite one'),
+            (model, {'grid': (0, 1)}, 'exponents are above 0'),
+            (model, {'grid': (float('nan'),)}, 'exponents are above 0'),
+            (model, {'batch_size': 0}, 'batch_size=0'),
+            (model, {'lr': 1e6, 'grid': ()}, 'run away')):
+        with pytest.raises(ValueError, match=message):
+            tune_p(other, source, PROTOCOL, workers=0, **kwargs)
+    with pytest.raises(ValueError, match='one scale, without flip'):
+        tune_p(model, source, Protocol(size=48, flip=True), workers=0)
+
+
+def test_command(model, pictures, tmp_path, capsys):
+    folder = save_pretrained(model, tmp_path / 'm', label_names=['0', '1', '2'])
+    assert main(['tune-p', str(folder), str(pictures), str(tmp_path / 'tuned'), '--grid', '1', '3', '--lr', '0.05',
+                 '--per-class', '4', *SETTINGS]) == 0
+    shown = capsys.readouterr().out
+    again = timm.create_model(f'local-dir:{tmp_path}/tuned', pretrained=True)
+    assert '12 images of 3 classes' in shown and f'p* = {again.gem_p:.4g}' in shown and again.gem_p != 3
+    found = json.loads((tmp_path / 'tuned-p.json').read_text())
+    assert found['tuned'] == again.gem_p and found['grid'] == [1, 3] and found['num_images'] == 12
+    with Image.open(tmp_path / 'tuned-p.png') as image:
+        assert image.width > 300
+    assert fitted(again, 'p')['how'] == 'tuned' and again.pretrained_cfg['label_names'] == ['0', '1', '2']
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['m', 'tuned', 'tuned-p.json', 'tuned-p.png']
+
+
+def test_command_scanning(model, pictures, tmp_path, capsys):
+    folder = save_pretrained(model, tmp_path / 'm')
+    assert main(['tune-p', str(folder), str(pictures / 'train'), str(tmp_path / 'out'), '--grid', '1', '6',
+                 '--criterion', 'map', *SETTINGS]) == 0
+    found = json.loads((tmp_path / 'out-p.json').read_text())
+    assert open_model(tmp_path / 'out').gem_p == found['best'] and found['criterion'] == 'mAP'
+    for extra, message in ((['--choose', 'best', '--grid'], 'needs a grid'),
+                           (['--criterion', 'map', '--choose', 'tuned'], 'scanned only')):
+        assert main(['tune-p', str(folder), str(pictures), *extra, *SETTINGS]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_process_that_is_killed(model, pictures, tmp_path):
+    folder = save_pretrained(model, tmp_path / 'm', label_names=['0', '1', '2'])
+    script = '''
+import os, sys
+from timm_multigrain.retrieval import tune_p
+tune_p.SAVED_EVERY = 1
+save = tune_p._Run._save
+def killed(self):
+    save(self)
+    os.kill(os.getpid(), 9)
+tune_p._Run._save = killed
+from timm_multigrain.cli.main import main
+main(sys.argv[1:])
+'''
+    arguments = ['tune-p', str(folder), str(pictures), str(tmp_path / 'a'), '--grid', '1', '3', *SETTINGS]
+    assert subprocess.run([sys.executable, '-c', script, *arguments], capture_output=True).returncode == -9
+    assert json.loads((tmp_path / 'a-progress.json').read_text())['done'] == 4
+    assert main(arguments) == 0
+    assert main([argument.replace('/a', '/b') if argument.endswith('/a') else argument for argument in arguments]) == 0
+    assert (tmp_path / 'a-p.json').read_bytes() == (tmp_path / 'b-p.json').read_bytes()
+    assert not (tmp_path / 'a-progress.json').exists()

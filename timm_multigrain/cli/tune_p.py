@@ -1,0 +1,137 @@
+"""Find the exponent p* of GeM for a test resolution: fine-tune it and scan a grid, the trunk run once an image.
+
+    timm-multigrain tune-p my-model pictures my-model-500 --size 500 --protocol longer-side
+    timm-multigrain tune-p my-model GROUPS my-model-500 --size 500 --criterion map
+
+With class folders (DATA/<class>/ or DATA/train/<class>/) p is fine-tuned on the first images of each class, and top-1
+is scanned on the same ones. With images of instances (DATA/<instance>/, or a gt.json of path: number) mAP is scanned.
+The model with the p that was found is saved to OUT_DIR; OUT_DIR-p.json and OUT_DIR-p.png lie beside it. Take no test
+images. A run that was killed goes on when the same command is given again.
+"""
+import argparse
+import os
+from pathlib import Path
+
+from .arguments import (
+    add_extraction_arguments,
+    add_model_arguments,
+    add_protocol_arguments,
+    extraction_from_args,
+    model_from_args,
+    protocol_from_args,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add('data', metavar='DATA', help='folder of class folders, or of groups of images of an instance')
+    add('out_dir', metavar='OUT_DIR', nargs='?', help='folder of the model with the new p (default: save none)')
+    add('--criterion', choices=('top1', 'map'), help='top-1 on classes or mAP on groups (default: map for a folder '
+                                                     'with gt.json or a model without classifier)')
+    add('--grid', nargs='*', type=float, metavar='P', help='exponents to scan (default: 1 to 8); none: fine-tune only')
+    add('--choose', choices=('tuned', 'best'), help='p to save: fine-tuned, or best of the grid (default: tuned for '
+                                                    'classes)')
+    add('--per-class', type=int, default=50, metavar='N', help='images of each class, by name (%(default)s)')
+    add('--split', metavar='NAME', default='train', help='subfolder of the class folders (default: train, if there is '
+                                                         'one)')
+    add('--class-map', metavar='FILE', help='text file: the folder of each class of the model, a line each')
+    add('--lr', type=float, default=0.005, help='learning rate of the first step (%(default)s)')
+    add('--steps-of', type=int, default=4, metavar='N', help='images of a step (%(default)s)')
+    add('--seed', type=int, default=0, help='of the order of the images (%(default)s)')
+    add('--json', metavar='FILE', help='write what was found (default: OUT_DIR-p.json)')
+    add('--plot', metavar='FILE', help='draw it (default: OUT_DIR-p.png, if matplotlib is there)')
+    add_protocol_arguments(parser)
+    add_extraction_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from timm_multigrain.hub.save import check_model_folder
+
+    if args.out_dir:
+        check_model_folder(args.out_dir)
+    model = model_from_args(args)
+    protocol = protocol_from_args(args, model)
+    if _criterion(args, model) == 'map':
+        result = _scan_groups(args, model, protocol)
+    else:
+        result = _tune(args, model, protocol)
+    print(result)
+    _write(args, result)
+    p = _chosen(args, result)
+    print(f'p* = {p:.4g}')
+    if args.out_dir:
+        _save(args, model, protocol, result, p)
+    return 0
+
+
+def _criterion(args: argparse.Namespace, model) -> str:
+    if args.criterion:
+        return args.criterion
+    return 'map' if not model.num_classes or (Path(args.data) / 'gt.json').is_file() else 'top1'
+
+
+def _tune(args: argparse.Namespace, model, protocol):
+    from timm_multigrain.retrieval.classes import first_of_each, open_classes
+    from timm_multigrain.retrieval.tune_p import GRID, check_p_model, tune_p
+
+    check_p_model(model)
+    source = first_of_each(open_classes(args.data, model, args.split, args.class_map), args.per_class)
+    print(f'{len(source)} images of {len(set(source.labels))} classes, {protocol}')
+    extraction = {k: v for k, v in extraction_from_args(args).items() if k in ('workers', 'device', 'dtype')}
+    grid = GRID if args.grid is None else args.grid
+    if args.choose == 'best' and not grid:
+        raise ValueError('--choose best needs a grid: give exponents, such as --grid 1 2 3 4.')
+    return tune_p(
+        model, source, protocol, grid=grid, finetune=args.choose != 'best', batch_size=args.steps_of, lr=args.lr,
+        seed=args.seed, state_file=_progress(args, '-progress.json'), **extraction)
+
+
+def _scan_groups(args: argparse.Namespace, model, protocol):
+    from timm_multigrain.retrieval.datasets.folder import load_folder
+    from timm_multigrain.retrieval.p_groups import scan_p_groups
+    from timm_multigrain.retrieval.tune_p import GRID
+
+    if args.choose == 'tuned':
+        raise ValueError('--choose tuned: p is fine-tuned on classes, and mAP is scanned only.')
+    return scan_p_groups(
+        model, load_folder(args.data), protocol, GRID if args.grid is None else args.grid,
+        work_dir=_progress(args, '-embeddings'), **extraction_from_args(args))
+
+
+def _progress(args: argparse.Namespace, ending: str) -> str | None:
+    """Where a run that was killed goes on from."""
+    return args.out_dir and args.out_dir.rstrip(os.sep) + ending
+
+
+def _write(args: argparse.Namespace, result) -> None:
+    base = _progress(args, '-p')
+    json_file, plot = args.json or (base and f'{base}.json'), args.plot or (base and f'{base}.png')
+    if json_file:
+        print(f'Written: {result.save(json_file)}')
+    if plot and result.grid:
+        try:
+            print(f'Written: {result.draw(plot)}')
+        except ImportError as e:
+            if args.plot:
+                raise
+            print(f'No plot: {e}')
+
+
+def _chosen(args: argparse.Namespace, result) -> float:
+    return result.best if args.choose == 'best' or result.tuned is None else result.tuned
+
+
+def _save(args: argparse.Namespace, model, protocol, result, p: float) -> None:
+    import shutil
+
+    from timm_multigrain.retrieval.fitted import json_p, note_fitted
+    from timm_multigrain.retrieval.whitened_model import save_fitted
+
+    model.set_gem_p(p)
+    note_fitted(model, 'p', {
+        'p': json_p(p), 'from': json_p(result.start), 'how': 'tuned' if p == result.tuned else 'scanned',
+        'criterion': result.criterion, 'images': result.num_images, 'protocol': protocol.to_dict()})
+    print(f'Written: {save_fitted(model, args.out_dir, protocol)}')
+    Path(_progress(args, '-progress.json')).unlink(missing_ok=True)
+    shutil.rmtree(_progress(args, '-embeddings'), ignore_errors=True)

@@ -1,0 +1,62 @@
+"""Measure classification at any resolution: top-1 and top-5, rectangular images as they are.
+
+    timm-multigrain validate multigrain_resnet50 imagenet --size 500 --protocol longer-side --p 4
+    timm-multigrain validate my-model pictures --size 224 --json results.json
+
+DATA has a folder of images for each class, itself or in its subfolder val, validation or test. The folders are matched
+with the model's classes by its label names, by WordNet ids for ImageNet, of which the folders may be some, or in sorted
+order where there are as many of them.
+"""
+import argparse
+import json
+import shlex
+import sys
+from pathlib import Path
+
+from .arguments import (
+    add_extraction_arguments,
+    add_model_arguments,
+    add_protocol_arguments,
+    extraction_from_args,
+    model_from_args,
+    protocol_from_args,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_model_arguments(parser)
+    add = parser.add_argument
+    add('data', metavar='DATA', help='folder of class folders')
+    add('--split', metavar='NAME', default='validation', help='subfolder (default: val, validation or test, if there '
+                                                              'is one)')
+    add('--class-map', metavar='FILE', help='text file: the folder of each class of the model, a line each')
+    add('--strict', action='store_true', help='stop at an image that cannot be read instead of leaving it out')
+    add('--json', metavar='FILE', help='write the figures to FILE, as `publish --metrics` takes them')
+    add('--plot', metavar='FILE', help='draw the accuracy of the classes into FILE')
+    add('--dataset', metavar='NAME', help='name of the data set in the figures (default: of the folder)')
+    add_protocol_arguments(parser)
+    add_extraction_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from timm_multigrain.files import write_text
+    from timm_multigrain.retrieval.classes import open_classes
+    from timm_multigrain.retrieval.classify import classify
+    from timm_multigrain.retrieval.fitted import check_fitted
+
+    model = model_from_args(args)
+    protocol = protocol_from_args(args, model)
+    source = open_classes(args.data, model, args.split, args.class_map)
+    warning = check_fitted(model, protocol)
+    if warning:
+        print(warning, file=sys.stderr)
+    result = classify(model, source, protocol, strict=args.strict, **extraction_from_args(args))
+    p = f', p = {model.gem_p:g}' if isinstance(model.gem_p, float) else ''
+    print(f'{protocol}{p}\n{result}')
+    if args.json:
+        command = shlex.join(['timm-multigrain', *sys.argv[1:]])
+        figures = result.metrics(args.dataset or Path(args.data).resolve().name, command)
+        print(f'Written: {write_text(args.json, json.dumps(figures, indent=1) + chr(10))}')
+    if args.plot:
+        print(f'Written: {result.draw(args.plot)}')
+    return 0

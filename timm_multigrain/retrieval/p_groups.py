@@ -1,0 +1,79 @@
+"""p* by retrieval: mAP over a grid of exponents on groups of images of the same instance."""
+import os
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from timm_multigrain.layers import l2_normalize
+from timm_multigrain.models.multigrain import MultiGrain
+
+from .datasets.folder import Groups
+from .descriptors import iter_shards
+from .p_result import PResult
+from .protocol import Protocol
+from .search import similarity_chunks
+from .sharded import extract_shards
+from .systems import System, Systems
+from .tune_p import GRID, check_grid, check_p_model
+
+__all__ = ['scan_p_groups']
+
+
+def scan_p_groups(
+        model: MultiGrain,
+        groups: Groups,
+        protocol: Protocol,
+        grid: Sequence[float] = GRID,
+        *,
+        work_dir: str | os.PathLike | None = None,
+        **extraction: Any,
+) -> PResult:
+    """mAP at each p of a grid, in one pass of the trunk.
+
+    Args:
+        model: Model with GeM and no whitening.
+        groups: Images in groups, see `timm_multigrain.retrieval.datasets.folder.load_folder`; not the test images.
+        protocol: Test protocol, one scale, no flip.
+        grid: Exponents to scan.
+        work_dir: Folder that keeps the embeddings, so that a run that was cut off goes on.
+        **extraction: As of `embed_images`: batch_size, workers, device, dtype, progress.
+
+    Raises:
+        UnreadableImage: An image that cannot be read.
+        ValueError: Another pooling than GeM with one p, a whitened model, or an impossible grid.
+    """
+    check_p_model(model)
+    grid = check_grid(grid)
+    if not grid:
+        raise ValueError('The grid is empty: give exponents, such as 1 2 3 4.')
+    if protocol.scales != (1.,) or protocol.flip:
+        raise ValueError(f'{protocol}: p is fitted at one scale, without flip.')
+    systems = Systems(model, [System('gem', p) for p in grid])
+    values = []
+    with _folder(work_dir) as folder:
+        extracted = extract_shards(
+            systems, groups.database, protocol, folder, strict=True, descriptor=False, **extraction)
+        for number in range(len(grid)):
+            pieces = [systems.take(vectors, number) for _, vectors in iter_shards(folder)]
+            values.append(_map(groups, pieces))
+    return PResult('mAP', grid, tuple(values), None, model.gem_p, None, (), extracted.number, protocol)
+
+
+def _map(groups: Groups, pieces: list) -> float:
+    import torch
+
+    vectors = l2_normalize(torch.cat(pieces))
+    scores = similarity_chunks(vectors[torch.as_tensor(groups.query_rows)], vectors)
+    figure, = (figure for figure in groups.measure(scores) if figure.metric == 'mAP')
+    return figure.value / 100
+
+
+@contextmanager
+def _folder(work_dir: str | os.PathLike | None):
+    if work_dir is not None:
+        yield Path(work_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix='timm-multigrain-') as folder:
+        yield Path(folder) / 'embeddings'
