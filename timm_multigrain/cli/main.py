@@ -7,12 +7,31 @@ import sys
 
 from timm_multigrain.version import __version__
 
-from . import convert, demo, publish, publish_official, recipe
+from . import (
+    app,
+    convert,
+    dedup,
+    demo,
+    embed,
+    evaluate,
+    export,
+    index,
+    publish,
+    publish_official,
+    recipe,
+    search,
+    tune_p,
+    validate,
+    whiten,
+)
 
 __all__ = ['main']
 
 _COMMANDS = {
-    'demo': demo, 'recipe': recipe, 'convert': convert, 'publish': publish, 'publish-official': publish_official}
+    'demo': demo, 'recipe': recipe, 'embed': embed, 'evaluate': evaluate, 'validate': validate, 'whiten': whiten,
+    'tune-p': tune_p, 'index': index, 'search': search,
+    'dedup': dedup, 'app': app, 'export': export, 'convert': convert, 'publish': publish,
+    'publish-official': publish_official}
 
 
 def main(argv: list[str] | None = None) -> int:
