@@ -15,7 +15,8 @@ import torch
 import torch.nn as nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .format import at_least_float32, drop_prefix_tokens, spatial_dims
+from .format import drop_prefix_tokens, spatial_dims
+from .gem_function import compiles, fused_power_mean, power_mean, takes, unscaled_power_mean
 
 
 def gem(
@@ -28,8 +29,9 @@ def gem(
     """Generalized mean of x over `dim`.
 
     A number p = inf is the plain maximum and a number p = 1 the plain mean; every other p, and every tensor p, raises
-    the values to at least `eps` first. The power runs in float32 (float64 for a float64 x) on values divided by their
-    maximum, so no p overflows or underflows.
+    the values to at least `eps` first. The power runs in float32 (float64 for a float64 x) and no p overflows or
+    underflows: where float32 could, values are divided by their maximum first. Under torch.compile the third power (p =
+    2 to 4) is taken as it is, which holds up to values of 1e9.
 
     Args:
         x: Map of any floating dtype.
@@ -44,9 +46,7 @@ def gem(
     if has_torch_function_unary(x):  # one node in an fx graph
         return handle_torch_function(gem, (x,), x, p, eps, dim, keepdim)
     if isinstance(p, torch.Tensor):
-        ratio, peak = _scale(x, eps, dim)
-        q = p.to(ratio.dtype)
-        y = ratio.pow(q).mean(dim, keepdim=True).pow(1. / q) * peak
+        y = _power_mean(x, p, eps, dim)
     elif not p > 0:
         raise ValueError(f'GeM needs p > 0, got {p}: 1 is the average, 3 the usual choice, inf the maximum.')
     elif p == math.inf:
@@ -54,8 +54,7 @@ def gem(
     elif p == 1:
         y = x.mean(dim, keepdim=True)
     else:
-        ratio, peak = _scale(x, eps, dim)
-        y = ratio.pow(p).mean(dim, keepdim=True).pow(1. / p) * peak
+        y = _power_mean(x, float(p), eps, dim)
     if not keepdim:  # one by one: torch's older ONNX exporter takes no squeeze of several dimensions
         axes = [d % x.dim() for d in dim]
         axes.sort(reverse=True)
@@ -64,12 +63,13 @@ def gem(
     return y.to(x.dtype)
 
 
-def _scale(x: torch.Tensor, eps: float, dim: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Clamped x divided by its maximum over `dim`, and the maximum."""
-    x = at_least_float32(x).clamp(min=eps)
-    # the mean is homogeneous: whatever divides x and multiplies the mean needs no gradient
-    peak = x.detach().amax(dim, keepdim=True)
-    return x / peak, peak
+def _power_mean(x: torch.Tensor, p: float | torch.Tensor, eps: float, dim: list[int]) -> torch.Tensor:
+    if not torch.jit.is_scripting():
+        if takes(x, p, dim):
+            return fused_power_mean(x, p, eps, dim)
+        if compiles(p):
+            return unscaled_power_mean(x, p, eps, dim)
+    return power_mean(x, p, eps, dim)
 
 
 def _max(x: torch.Tensor, dim: list[int]) -> torch.Tensor:
