@@ -1,4 +1,6 @@
 """Models by folder, file and name."""
+import argparse
+
 import pytest
 import timm
 import torch
@@ -43,6 +45,18 @@ def test_folder_of_a_plain_timm_model(tmp_path):
     model = open_model(tmp_path)
     x = torch.randn(1, 3, 64, 64)
     assert torch.equal(model.forward_features(x), plain.forward_features(x))
+
+
+def test_checkpoint_of_a_plain_timm_model(tmp_path):
+    plain = timm.create_model('test_resnet', num_classes=4, global_pool='avg').eval()
+    args = argparse.Namespace(model='test_resnet', num_classes=4, gp=None, model_kwargs={})
+    torch.save({'args': args, 'state_dict': plain.state_dict(), 'epoch': 3}, tmp_path / 'last.pth.tar')
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(open_model(tmp_path / 'last.pth.tar').forward_features(x), plain.forward_features(x))
+    args.model = 'test_byobnet'
+    torch.save({'args': args, 'state_dict': plain.state_dict(), 'epoch': 3}, tmp_path / 'last.pth.tar')
+    with pytest.raises(ValueError, match='does not fit the test_byobnet'):
+        open_model(tmp_path / 'last.pth.tar')
 
 
 def test_registered_names():

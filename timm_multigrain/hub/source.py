@@ -13,6 +13,8 @@ from timm.data import resolve_data_config
 from timm.models import clean_state_dict, get_pretrained_cfg
 from torch import nn
 
+from timm_multigrain.models import MultiGrain
+
 from .save import CARD, CONFIG, WEIGHTS
 
 __all__ = ['Source', 'load_source']
@@ -38,13 +40,14 @@ class Source:
     card: Path | None = None
 
 
-def load_source(name: str, ema: bool = True) -> Source:
+def load_source(name: str, ema: bool = True, wrap: bool = False) -> Source:
     """Load a model by folder, file or name. Nothing of it is executed: safetensors, JSON, or weights_only pickles.
 
     Args:
         name: A folder of `save_pretrained` or timm (config.json, model.safetensors), a checkpoint of timm's train.py
             (model_best.pth.tar), or a registered MultiGrain with a tag of pretrained weights.
         ema: Take a checkpoint's averaged weights, if it has them.
+        wrap: Make another timm model in a folder or checkpoint the trunk of a MultiGrain instead of refusing it.
 
     Raises:
         FileNotFoundError: There is no such folder, file or model.
@@ -53,13 +56,13 @@ def load_source(name: str, ema: bool = True) -> Source:
     """
     path = Path(name)
     if path.is_dir():
-        return _from_folder(path)
+        return _from_folder(path, wrap)
     if path.is_file():
-        return _from_checkpoint(path, ema)
+        return _from_checkpoint(path, ema, wrap)
     return _from_registry(name)
 
 
-def _from_folder(path: Path) -> Source:
+def _from_folder(path: Path, wrap: bool) -> Source:
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
             raise FileNotFoundError(f'{path} has no {file}: save the model with timm_multigrain.hub.save_pretrained.')
@@ -67,6 +70,8 @@ def _from_folder(path: Path) -> Source:
         architecture = json.loads((path / CONFIG).read_text(encoding='utf-8'))['architecture']
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f'{path / CONFIG} is not a configuration of timm ({type(e).__name__}: {e}).') from e
+    if wrap and not _is_multigrain(architecture):
+        return Source(MultiGrain(f'local-dir:{path}', num_classes=0, pretrained_trunk=True), f'the trunk in {path}')
     _check_name(architecture, f'{path / CONFIG}')
     card = path / CARD
     return Source(
@@ -87,20 +92,21 @@ def _from_registry(name: str) -> Source:
     return Source(timm.create_model(name, pretrained=True), name, get_pretrained_cfg(name).description)
 
 
-def _from_checkpoint(path: Path, ema: bool) -> Source:
+def _from_checkpoint(path: Path, ema: bool, wrap: bool) -> Source:
     checkpoint = _read(path)
     args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
     if not isinstance(args, argparse.Namespace) or not isinstance(checkpoint.get('state_dict'), dict):
         raise ValueError(f"{path} is not a checkpoint of timm's train.py, which says how its model is made: load it "
                          'into a model and save that with timm_multigrain.hub.save_pretrained.')
-    if ':' not in args.model:  # hf-hub: and local-dir: say what they are when they are opened
+    as_trunk = wrap and ':' not in args.model and not _is_multigrain(args.model)
+    if ':' not in args.model and not as_trunk:  # hf-hub: and local-dir: say what they are when they are opened
         _check_name(args.model, f'{path} (its --model)')
     averaged = ema and checkpoint.get('state_dict_ema') is not None
     state = clean_state_dict(checkpoint['state_dict_ema' if averaged else 'state_dict'])
-    model = _rebuild(args, state)
+    model = MultiGrain(args.model, num_classes=0) if as_trunk else _rebuild(args, state)
     try:
         model.load_state_dict(state)
-    except RuntimeError as e:
+    except (RuntimeError, ValueError) as e:
         raise ValueError(f'{path} does not fit the {args.model} that its arguments describe: '
                          f'{" ".join(str(e).split())}') from e
     data = resolve_data_config(vars(args), model=model)
@@ -135,7 +141,11 @@ def _rebuild(args: argparse.Namespace, state: dict[str, torch.Tensor]) -> nn.Mod
         global_pool=getattr(args, 'gp', None), pretrained_cfg_overlay=cfg, **kwargs)
 
 
-def _check_name(name: str, shown: str) -> None:
+def _is_multigrain(name: str) -> bool:
     model = str(name).partition('.')[0]
-    if not (model.startswith('multigrain') and timm.is_model(model)):
+    return model.startswith('multigrain') and timm.is_model(model)
+
+
+def _check_name(name: str, shown: str) -> None:
+    if not _is_multigrain(name):
         raise ValueError(f'{shown} is {name!r}, not a MultiGrain: publish it with timm.models.push_to_hf_hub.')

@@ -1,6 +1,5 @@
 """Any model that a command line names, as a MultiGrain ready to embed images."""
 import hashlib
-import json
 import os
 import warnings
 from pathlib import Path
@@ -65,9 +64,7 @@ def _open(name: str, pretrained: bool, ema: bool) -> MultiGrain:
     if path.exists():
         if not pretrained:
             raise ValueError(f'{name} holds weights: random ones are for names, such as multigrain_resnet50.')
-        if _is_plain_timm(path):
-            return _wrap(f'local-dir:{path}', True)
-        return load_source(name, ema=ema).model
+        return load_source(name, ema=ema, wrap=True).model
     if name.startswith('multigrain') and timm.is_model(name.partition('.')[0]):
         return load_source(name).model if pretrained else timm.create_model(name, pretrained=False)
     if ':' in name:
@@ -77,15 +74,6 @@ def _open(name: str, pretrained: bool, ema: bool) -> MultiGrain:
         raise FileNotFoundError(f'{name} is no folder, no file and no model of timm: give a folder of save_pretrained, '
                                 'a checkpoint of train.py, or a name such as multigrain_resnet50 or resnet50.')
     return _wrap(name, pretrained)
-
-
-def _is_plain_timm(path: Path) -> bool:
-    """Whether it is the folder of a timm model other than MultiGrain."""
-    try:
-        name = json.loads((path / 'config.json').read_text(encoding='utf-8'))['architecture'].partition('.')[0]
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # whatever it is, it is not that
-        return False
-    return timm.is_model(name) and not name.startswith('multigrain')
 
 
 def _wrap(trunk: str, pretrained: bool) -> MultiGrain:

@@ -163,7 +163,8 @@ def decode(
 ) -> Iterator[Decoded]:
     """Images read and resized by worker processes, in the order of the indices."""
     if workers is None:
-        workers = min(8, max(0, (os.cpu_count() or 1) - 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        workers = min(8, max(0, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
     if workers < 0:
         raise ValueError(f'workers={workers} is negative: give 0 to read images in this process.')
     workers = min(workers, math.ceil(len(indices) / _CHUNK))
