@@ -28,6 +28,7 @@ from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 
 from timm_multigrain import launcher
 from timm_multigrain.data import RepeatedAugSampler
+from timm_multigrain.data.tensor_transform import TensorTransform
 from timm_multigrain.layers import GeM
 from timm_multigrain.loss import create_sampler
 from timm_multigrain.task import MultiGrainTask
@@ -541,6 +542,23 @@ def test_lighting(train, flags):
     assert len(seen) > 20  # every copy has its own
 
 
+@pytest.mark.parametrize('flags', [(), ('--no-prefetcher', '--mg-lighting', '0.1', '--reprob', '0.5')])
+def test_fast_loader(train, flags):
+    run, usual = train('--mg-fast-loader', *flags), train(*flags)
+    assert_joint(run)
+    transforms = [r.loader.dataset.transform for r in (run, usual)]
+    assert [isinstance(transform, TensorTransform) for transform in transforms] == [True, False]
+    for batch, same in zip(run.batches, usual.batches, strict=True):
+        assert torch.equal(batch.targets, same.targets)
+        assert (batch.images - same.images).abs().mean() < 0.01
+
+
+def test_fast_loader_alone(train):
+    plain = '--mg-repeats', '1', '--mg-classif-weight', '1'
+    run = train(*plain, '--mg-fast-loader')
+    assert isinstance(run.loader.dataset.transform, TensorTransform) and sorted(ids(run)) == list(range(IMAGES))
+
+
 def test_epoch_length(train):
     run = train('--mg-epoch-len-factor', '2', '--opt', 'adamw', '--lr', '1e-3')
     assert_joint(run)
@@ -616,10 +634,12 @@ def test_auto_by_yaml(train, tmp_path):
     config = tmp_path / 'settings.yaml'
     settings = dict(
         device_modules=['timm_multigrain.auto'],
-        model_kwargs=dict(trunk='test_resnet', mg_repeats=2, mg_instance_loss_kwargs=dict(margin=0.1)))
+        model_kwargs=dict(
+            trunk='test_resnet', mg_repeats=2, mg_fast_loader=True, mg_instance_loss_kwargs=dict(margin=0.1)))
     config.write_text(yaml.safe_dump(settings))
     run = train('-c', config, model=MODEL[:2], start=plainly)
     assert_joint(run)
+    assert isinstance(run.loader.dataset.transform, TensorTransform)
     assert ids(run) == order(repeats=2)
     assert run.task.get_trainable_module().instance_loss.margin == 0.1
 

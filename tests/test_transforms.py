@@ -115,12 +115,22 @@ def test_lighting_draws_from_torch():
     assert torch.corrcoef(alpha.T).triu(1).abs().max() < 0.06
 
 
+def test_lighting_of_bytes():
+    pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    alpha = torch.tensor([0.3, -0.2, 0.5])
+    lit = Lighting(0.1)(pixels, alpha)
+    assert lit.dtype == torch.uint8
+    assert torch.equal(lit, (255 * Lighting(0.1)(pixels.float() / 255, alpha)).round().to(torch.uint8))
+    image = Lighting(0.1)(Image.fromarray(pixels.permute(1, 2, 0).numpy()), alpha)
+    assert np.array_equal(np.asarray(image), lit.permute(1, 2, 0).numpy())
+
+
 def test_lighting_bounds():
     assert Lighting(0.0)(torch.tensor([-1.0, 0.5, 2.0]).view(3, 1, 1)).flatten().tolist() == [0, 0.5, 1]
     for std in (-0.1, float('nan'), float('inf')):
         with pytest.raises(ValueError, match=f'std is {std}'):
             Lighting(std)
-    for image in (torch.zeros(3, 4, 4, dtype=torch.uint8), torch.zeros(1, 4, 4), torch.zeros(3, 4)):
+    for image in (torch.zeros(3, 4, 4, dtype=torch.int32), torch.zeros(1, 4, 4), torch.zeros(3, 4)):
         with pytest.raises(ValueError, match=r'give \(3, H, W\) floats'):
             Lighting()(image)
 

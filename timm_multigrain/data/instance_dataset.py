@@ -6,7 +6,7 @@ from, so that the positives of the margin loss come without any annotation.
 import copy
 import operator
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import groupby
@@ -16,9 +16,14 @@ import numpy as np
 import torch
 from PIL import Image
 from timm.data import ImageDataset
+from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets import VisionDataset
 from torchvision.datasets.vision import StandardTransform
+from torchvision.transforms import Compose, RandomResizedCrop
+
+from .content import only_transforms_draw
+from .tensor_transform import TensorTransform
 
 _TRANSFORMS = ('transform', 'target_transform', 'transforms')
 
@@ -27,6 +32,7 @@ class _Unreadable(Exception):
     """Raised past timm's handler of broken images; its cause is the reason."""
 
 
+_NEW_IMAGE = RandomResizedCropAndInterpolation, RandomResizedCrop  # the crop is a copy in any case
 _READ_ERRORS = (_Unreadable, OSError, SyntaxError, EOFError, Image.DecompressionBombError)
 
 
@@ -93,17 +99,19 @@ class InstanceDataset(Dataset):
         return index % len(self)
 
     def _read(self, index: int, repeats: int) -> list[tuple[Any, torch.Tensor]]:
-        before = _random_states() if repeats > 1 else None
-        with _hooks(self.dataset, record=repeats > 1) as calls:
+        # the states of the generators are large, and not asked for where the answer is known
+        states = _no_states if repeats == 1 or only_transforms_draw(self.dataset) else _random_states
+        before = states()
+        with _hooks(self.dataset, record=repeats > 1, states=states) as calls:
             first = self._load(index)
         samples = [first]
-        replayable = bool(calls) and _replayable(calls, first, before, _random_states())
+        replayable = bool(calls) and _replayable(calls, first, before, states())
         while len(samples) < repeats:
             if replayable:
-                results = {call.name: call.function(*map(_copy, call.arguments)) for call in calls}
+                results = {call.name: call.function(*_copies(call.function, call.arguments)) for call in calls}
                 samples.append(_pair(results, first[1]))
             else:
-                with _hooks(self.dataset, record=False):
+                with _hooks(self.dataset):
                     samples.append(self._load(index))
         return [(image, _target(target, index)) for image, target in samples]
 
@@ -163,15 +171,15 @@ class _Call(NamedTuple):
 
 
 @contextmanager
-def _hooks(dataset: Any, record: bool) -> Iterator[list[_Call]]:
+def _hooks(dataset: Any, record: bool = False, states: Callable[[], tuple] | None = None) -> Iterator[list[_Call]]:
     """While open, `dataset` and those it wraps do not skip broken images and, with `record`, list the calls of their
-    transforms."""
+    transforms, with the `states` of the random generators."""
     calls, saved = [], []
     try:
         while dataset is not None:
             attributes = getattr(dataset, '__dict__', {})
             hooks = {
-                name: partial(_call, calls, name, attributes[name])
+                name: partial(_call, calls, states, name, attributes[name])
                 for name in _TRANSFORMS if record and callable(attributes.get(name))
             }
             if isinstance(dataset, ImageDataset):
@@ -186,16 +194,29 @@ def _hooks(dataset: Any, record: bool) -> Iterator[list[_Call]]:
             setattr(owner, name, value)
 
 
-def _call(calls: list[_Call], name: str, function: Callable, *arguments: Any) -> Any:
-    before = _random_states()
-    result = function(*map(_copy, arguments))
-    calls.append(_Call(name, function, arguments, result, before, _random_states()))
+def _call(calls: list[_Call], states: Callable[[], tuple], name: str, function: Callable, *arguments: Any) -> Any:
+    before = states()
+    result = function(*_copies(function, arguments))
+    calls.append(_Call(name, function, arguments, result, before, states()))
     return result
+
+
+def _no_states() -> tuple:
+    return ()
 
 
 def _random_states() -> tuple:
     _, keys, *rest = np.random.get_state()
     return torch.get_rng_state().numpy().tobytes(), random.getstate(), keys.tobytes(), *rest
+
+
+def _copies(function: Callable, arguments: tuple) -> Iterable[Any]:
+    """Arguments for a call that may change them."""
+    if isinstance(function, TensorTransform):
+        return arguments
+    if isinstance(function, Compose) and type(next(iter(function.transforms), None)) in _NEW_IMAGE:
+        return arguments
+    return map(_copy, arguments)
 
 
 def _copy(value: Any) -> Any:

@@ -11,6 +11,8 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision.transforms import PILToTensor, ToTensor
 
+from .tensor_transform import ToFloat
+
 # principal components of the RGB values of ImageNet
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
 EIGENVECTORS = (  # one row for each of R, G, B, one column for each component
@@ -31,7 +33,7 @@ class Lighting(nn.Module):
         rescale: Divide by 1 + std.
 
     Raises:
-        ValueError: Negative or non-finite std; an image that is neither (..., 3, H, W) floating point nor RGB.
+        ValueError: Negative or non-finite std; an image that is neither (..., 3, H, W) nor RGB.
     """
 
     def __init__(self, std: float = 0.1, rescale: bool = True):
@@ -48,14 +50,15 @@ class Lighting(nn.Module):
     ) -> torch.Tensor | Image.Image:
         """(3, H, W) float in [0, 1] -> the same; `alpha` (3,) is drawn from torch's global generator unless given.
 
-        An RGB image of Pillow gives one, rounded to 8 bits.
+        An RGB image of Pillow or a uint8 tensor gives one of its kind, rounded to 8 bits.
         """
         if isinstance(image, Image.Image):
             if image.mode != 'RGB':
                 raise ValueError(f'the image is of mode {image.mode}: lighting is made for RGB, convert it')
-            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-            pixels = (self(pixels, alpha) * 255).round().to(torch.uint8)
+            pixels = self(torch.from_numpy(np.array(image)).permute(2, 0, 1), alpha)
             return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        if image.dtype == torch.uint8:
+            return (self(image.float() / 255, alpha) * 255).round().to(torch.uint8)
         if image.ndim < 3 or image.shape[-3] != 3 or not image.is_floating_point():
             raise ValueError(
                 f'the image is {tuple(image.shape)} {image.dtype}: give (3, H, W) floats in [0, 1], as after ToTensor')
@@ -94,5 +97,5 @@ def insert_lighting(dataset: Dataset, lighting: Lighting) -> None:
         steps.insert(at + 1 if isinstance(steps[at], _TO_FLOAT) else at, lighting)
 
 
-_TO_FLOAT = (MaybeToTensor, ToTensor)
+_TO_FLOAT = (MaybeToTensor, ToTensor, ToFloat)
 _TO_UINT8 = (MaybePILToTensor, PILToTensor)

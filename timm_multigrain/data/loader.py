@@ -1,7 +1,8 @@
 """timm's loader with repeated augmentation (Berman et al., "MultiGrain", arXiv 1902.05509, section 3.3).
 
 Everything but the sampler and the instance ids stays timm's: transforms, collation, prefetching, scheduled sizes and
-multi-epoch loading. The one seam is the name `RepeatAugSampler` in `timm.data.loader`, rebound during the call.
+multi-epoch loading. The seams are two names in `timm.data.loader`, rebound during the call: `RepeatAugSampler`, and
+`ScheduledTransformDataset` so that scheduled sizes decode an image once, too.
 """
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,10 +13,14 @@ import timm.data.loader as timm_loader
 import torch
 from PIL import Image
 from timm.data import FastCollateMixup
+from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch.utils.data import DataLoader, Dataset
 
+from .content import innermost, with_content
 from .instance_dataset import InstanceDataset
 from .repeated_aug import RepeatedAugSampler
+from .scheduled import ScheduledInstances
+from .tensor_transform import TensorTransform
 
 
 def create_loader(
@@ -28,6 +33,7 @@ def create_loader(
         epoch_len_factor: float = 1.0,
         shuffle: bool = True,
         seed: int = 0,
+        fast: bool = False,
         **kwargs: Any,
 ) -> DataLoader | timm_loader.PrefetchLoader:
     """timm.data.create_loader for training with repeated augmentation.
@@ -44,6 +50,8 @@ def create_loader(
         epoch_len_factor: Samples an epoch, over all ranks, over the size of the dataset.
         shuffle: Shuffle the images.
         seed: Seed of the order, the same on all ranks.
+        fast: Decode and augment tensors instead of Pillow's images, see `TensorTransform`: the same augmentations,
+            pixels that may differ by a grey level or a few. The dataset is left as it was, a shallow copy is read.
         **kwargs: All other arguments of timm.data.create_loader. With `distributed=False` the loader goes through
             the whole dataset even where torch.distributed is initialised.
 
@@ -54,10 +62,13 @@ def create_loader(
     _check(is_training, batch_size, num_repeats, kwargs)
     world = {} if kwargs.pop('distributed', True) else {'num_replicas': 1, 'rank': 0}
     kwargs['num_aug_repeats'] = num_repeats
-    with _sampler_rebound(epoch_len_factor=epoch_len_factor, shuffle=shuffle, seed=seed, **world) as samplers:
+    instances = InstanceDataset(dataset)
+    if fast:
+        instances = InstanceDataset(with_content(instances.dataset))
+    with _timm_rebound(epoch_len_factor=epoch_len_factor, shuffle=shuffle, seed=seed, **world) as samplers:
         # timm's `distributed` does nothing but choose the sampler
         loader = timm_loader.create_loader(
-            InstanceDataset(dataset), input_size, batch_size, is_training=True, distributed=True, **kwargs)
+            instances, input_size, batch_size, is_training=True, distributed=True, **kwargs)
     if not samplers:
         raise RuntimeError(_seam_message())
     if len(loader) == 0:
@@ -66,6 +77,8 @@ def create_loader(
             'a smaller batch_size or a larger epoch_len_factor')
     base = loader.loader if isinstance(loader, timm_loader.PrefetchLoader) else loader
     base.collate_fn = InstanceCollate(base.collate_fn)
+    if fast:
+        _use_tensors(base.dataset)
     return loader
 
 
@@ -110,9 +123,17 @@ def _check(is_training: bool, batch_size: int, num_repeats: int, kwargs: dict[st
         raise ValueError('collate_fn is a FastCollateMixup: mixed images have no instance, leave mixup and cutmix out')
 
 
+def _use_tensors(dataset: InstanceDataset | ScheduledTransformDataset) -> None:
+    """Replace the transforms that timm gave a dataset."""
+    if isinstance(dataset, ScheduledTransformDataset):
+        dataset.transforms = tuple(map(TensorTransform, dataset.transforms))
+    else:
+        dataset.transform = innermost(dataset.dataset).transform = TensorTransform(dataset.transform)
+
+
 @contextmanager
-def _sampler_rebound(**settings: Any) -> Iterator[list[RepeatedAugSampler]]:
-    """While open, timm's create_loader uses our sampler; gives the list of those made."""
+def _timm_rebound(**settings: Any) -> Iterator[list[RepeatedAugSampler]]:
+    """While open, timm's create_loader uses our sampler and scheduled dataset; gives the list of samplers made."""
     original = getattr(timm_loader, 'RepeatAugSampler', None)
     if original is None:
         raise RuntimeError(_seam_message())
@@ -123,10 +144,12 @@ def _sampler_rebound(**settings: Any) -> Iterator[list[RepeatedAugSampler]]:
         return samplers[-1]
 
     timm_loader.RepeatAugSampler = make
+    timm_loader.ScheduledTransformDataset = ScheduledInstances
     try:
         yield samplers
     finally:
         timm_loader.RepeatAugSampler = original
+        timm_loader.ScheduledTransformDataset = ScheduledTransformDataset
 
 
 def _seam_message() -> str:

@@ -47,6 +47,8 @@ class TrainOptions:
     epoch_len_factor: float = _option(
         1.0, "samples of an epoch over images of the training set (the original's recipe: 2)", float, 'FACTOR')
     lighting: float = _option(0.0, "PCA colour noise; the original's full augmentation uses 0.1", float, 'STD')
+    fast_loader: bool = _option(
+        False, "decode and augment tensors instead of Pillow's images; pixels differ by a grey level or a few", bool)
 
     def __post_init__(self):
         _check_values(self)
@@ -61,7 +63,8 @@ class TrainOptions:
     @property
     def plain(self) -> bool:
         """Whether nothing of train.py is changed at all."""
-        return not self.joint and self.repeats == 1 and self.epoch_len_factor == 1 and not self.lighting
+        changed = self.joint, self.repeats != 1, self.epoch_len_factor != 1, self.lighting, self.fast_loader
+        return not any(changed)
 
     def loss_kwargs(self) -> dict[str, Any]:
         """Arguments of the instance loss."""

@@ -65,7 +65,7 @@ class TrainPlugin:
             kwargs['num_aug_repeats'] = 0
             loader = create_loader(
                 dataset, *args, num_repeats=options.repeats, epoch_len_factor=options.epoch_len_factor,
-                seed=self.args.seed, **kwargs)
+                seed=self.args.seed, fast=options.fast_loader, **kwargs)
             if options.lighting:
                 insert_lighting(loader.dataset, Lighting(options.lighting))
         except (ValueError, TypeError, RuntimeError) as e:

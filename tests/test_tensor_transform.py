@@ -1,0 +1,220 @@
+"""TensorTransform: the augmentations of timm's transform, with the same random numbers, on tensors."""
+import io
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torchvision import transforms as T
+
+from timm_multigrain.data import tensor_transform
+from timm_multigrain.data.tensor_transform import Jitter, OnPillow, TensorTransform, decode, on_tensors
+
+
+def picture(width=90, height=70, channels=3, seed=0):
+    """Smooth, as photographs are, with some noise."""
+    rng = np.random.default_rng(seed)
+    coarse = Image.fromarray(rng.integers(0, 256, (9, 12, 4), dtype=np.uint8)).resize((width, height))
+    pixels = np.asarray(coarse).astype(int) + rng.integers(-9, 10, (height, width, 4))
+    pixels = np.clip(pixels, 0, 255).astype(np.uint8)
+    return Image.fromarray(pixels[..., 0] if channels == 1 else pixels[..., :channels])
+
+
+def encoded(image, format='JPEG', **options):
+    stream = io.BytesIO()
+    image.save(stream, format, **options)
+    return stream.getvalue()
+
+
+def pillow(content):
+    return Image.open(io.BytesIO(content)).convert('RGB')
+
+
+def seeded(function, *arguments, seed=0):
+    """What a function gives, and what the generators give after it."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+    return function(*arguments), (random.random(), np.random.rand(), torch.rand(1).item())
+
+
+EXACT = {
+    'one size': dict(scale=(1, 1), ratio=(9 / 7, 9 / 7), color_jitter=(0.4, 0.5, 0.6)),
+    'nearest': dict(interpolation='nearest', auto_augment='original'),
+    'lanczos': dict(interpolation='lanczos'),
+    'box': dict(interpolation='box', hflip=0, vflip=0.5, color_jitter=(0.4, 0.4, 0.4, 0.1)),
+}
+
+
+@pytest.mark.parametrize('name', EXACT)
+@pytest.mark.parametrize('use_prefetcher', [True, False])
+def test_without_another_kernel_nothing_differs(name, use_prefetcher):
+    transform = create_transform((3, 70, 90), True, use_prefetcher=use_prefetcher, **EXACT[name])
+    tensors = TensorTransform(transform)
+    for i in range(10):
+        content = encoded(picture(seed=i))
+        expected, after = seeded(transform, pillow(content), seed=i)
+        found, drawn = seeded(tensors, content, seed=i)
+        assert torch.equal(found, expected) and drawn == after
+
+
+NEAR = {
+    'default': {},
+    'bicubic': dict(interpolation='bicubic', color_jitter=None),
+    'random': dict(interpolation='random', scale=(0.3, 1), ratio=(1, 1), hflip=0, vflip=0.5),
+    'no augmentation': dict(no_aug=True),
+    'RandAugment': dict(auto_augment='rand-m9-mstd0.5-inc1'),
+    'AutoAugment': dict(auto_augment='original'),
+    'AugMix': dict(auto_augment='augmix-m5-w4-d2'),
+    '3-Augment': dict(auto_augment='3a', color_jitter=0.3),
+    'SimCLR': dict(color_jitter_prob=0.5, grayscale_prob=0.3, gaussian_blur_prob=0.5),
+    'hue': dict(color_jitter=(0.4, 0.4, 0.4, 0.1)),
+    'keep ratio': dict(train_crop_mode='rkrc'),
+    'keep ratio, random': dict(train_crop_mode='rkrr'),
+    'erasing': dict(re_prob=0.7, re_mode='pixel'),
+}
+
+
+@pytest.mark.parametrize('name', NEAR)
+@pytest.mark.parametrize('use_prefetcher', [True, False])
+def test_same_augmentations_as_timm(name, use_prefetcher):
+    scale = dict(mean=(0.5,) * 3, std=(0.25,) * 3)
+    transform = create_transform(48, True, use_prefetcher=use_prefetcher, **scale, **NEAR[name])
+    tensors = TensorTransform(transform)
+    grey_levels = 1 if use_prefetcher else 255 * 0.25
+    for i in range(12):
+        content = encoded(picture(seed=i))
+        expected, after = seeded(transform, pillow(content), seed=i)
+        found, drawn = seeded(tensors, content, seed=i)
+        assert drawn == after
+        assert found.shape == expected.shape == (3, 48, 48) and found.dtype == expected.dtype
+        off = (found.double() - expected.double()).abs() * grey_levels
+        assert off.mean() < 0.5 and off.median() <= 1.01
+        if 'ug' not in name:  # policies that equalize or solarize can turn one level into many
+            assert off.max() < 16
+
+
+@pytest.mark.parametrize('jitter', [0.4, (0.9, 0, 0), (0, 0.9, 0), (0, 0, 0.9), (1, 1, 1)])
+def test_jitter_equals_pillow(jitter):
+    step = T.ColorJitter(*(jitter if isinstance(jitter, tuple) else (jitter,) * 3))
+    tensors = on_tensors(step)
+    assert isinstance(tensors, Jitter)
+    for i in range(30):
+        image = picture(61, 53, seed=i)
+        pixels = T.functional.pil_to_tensor(image)
+        before = pixels.clone()
+        expected, after = seeded(step, image, seed=i)
+        found, drawn = seeded(tensors, pixels, seed=i)
+        assert torch.equal(found, T.functional.pil_to_tensor(expected)) and drawn == after
+        assert torch.equal(pixels, before)
+
+
+def test_jitter_of_extremes():
+    step = T.ColorJitter(1, 1, 1)
+    for value in (0, 255):
+        image = Image.new('RGB', (300, 300), (value, 0, 255))
+        expected, _ = seeded(step, image)
+        found, _ = seeded(on_tensors(step), T.functional.pil_to_tensor(image))
+        assert torch.equal(found, T.functional.pil_to_tensor(expected))
+
+
+CONTENTS = {
+    'grey': lambda: encoded(picture(channels=1)),
+    'CMYK': lambda: encoded(picture().convert('CMYK')),
+    'progressive': lambda: encoded(picture(), progressive=True),
+    '4:4:4': lambda: encoded(picture(), subsampling=0),
+    'turned by EXIF': lambda: encoded(picture(), exif=_turned()),
+    'png': lambda: encoded(picture(), 'PNG'),
+    'png, alpha': lambda: encoded(picture(channels=4), 'PNG'),
+    'png, palette': lambda: encoded(picture().convert('P'), 'PNG'),
+    'png, 16 bits': lambda: encoded(Image.fromarray(np.arange(6000, dtype=np.uint16).reshape(60, 100) * 10), 'PNG'),
+    'gif': lambda: encoded(picture(), 'GIF'),
+    'webp': lambda: encoded(picture(), 'WEBP'),
+    'two pictures': lambda: encoded(picture(), 'MPO', save_all=True, append_images=[picture(seed=1)]),
+    'one pixel': lambda: encoded(picture(1, 1)),
+}
+
+
+def _turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+@pytest.mark.parametrize('kind', CONTENTS)
+def test_decodes_what_pillow_does(kind):
+    content = CONTENTS[kind]()
+    found = decode(content)
+    assert found.dtype == torch.uint8
+    assert torch.equal(found, T.functional.pil_to_tensor(pillow(content)))
+    assert TensorTransform(create_transform(16, True, use_prefetcher=True))(content).shape == (3, 16, 16)
+
+
+def test_who_decodes(monkeypatch):
+    calls, decode_jpeg = [], tensor_transform.decode_jpeg
+    monkeypatch.setattr(
+        tensor_transform, 'decode_jpeg', lambda *args, **kwargs: calls.append(1) or decode_jpeg(*args, **kwargs))
+    for kind, expected in (('grey', 1), ('progressive', 1), ('png', 0), ('CMYK', 0), ('two pictures', 0)):
+        calls.clear()
+        decode(CONTENTS[kind]())
+        assert len(calls) == expected, kind
+
+
+def test_without_torchvisions_decoder(monkeypatch):
+    monkeypatch.setattr(tensor_transform, 'decode_jpeg', None)
+    content = CONTENTS['grey']()
+    assert torch.equal(decode(content), T.functional.pil_to_tensor(pillow(content)))
+
+
+@pytest.mark.parametrize('content', [b'', b'no image', encoded(picture(400, 300))[:-3000]], ids=len)
+def test_broken_content_is_pillows_error(content):
+    with pytest.raises(OSError, match=r'truncated|cannot identify'):
+        decode(content)
+
+
+def test_photographs(shared_data):
+    transform = create_transform(224, True, use_prefetcher=True)
+    tensors = TensorTransform(transform)
+    for i, path in enumerate(sorted((shared_data / 'photos').iterdir())[::20]):
+        content = path.read_bytes()
+        assert torch.equal(decode(content), T.functional.pil_to_tensor(pillow(content)))
+        expected, _ = seeded(transform, pillow(content), seed=i)
+        found, _ = seeded(tensors, content, seed=i)
+        off = (found.int() - expected.int()).abs()
+        assert off.max() <= 8 and (off > 0).double().mean() < 0.12
+
+
+def test_repeats_are_decoded_once(monkeypatch):
+    decoded = []
+    monkeypatch.setattr(tensor_transform, 'decode', lambda content: decoded.append(content) or decode(content))
+    content, other = encoded(picture()), encoded(picture(seed=1))
+    tensors = TensorTransform(create_transform(48, True, use_prefetcher=True))
+    for data in (content, content, content, other, content):
+        tensors(data)
+    assert decoded == [content, other, content]
+    assert pickle.loads(pickle.dumps(tensors))._last == (None, None)
+
+
+def test_results_share_no_memory():
+    content = encoded(picture(64, 64))
+    tensors = TensorTransform(create_transform(64, True, no_aug=True, use_prefetcher=True))
+    first, second = tensors(content), tensors(content)
+    first.zero_()
+    assert torch.equal(second, decode(content)) and torch.equal(tensors(content), second)
+
+
+def test_steps_of_other_kinds():
+    class Own:
+        def __call__(self, image):
+            assert isinstance(image, Image.Image)
+            return image.rotate(90)
+
+    own = on_tensors(Own())
+    assert isinstance(own, OnPillow) and 'Own' in repr(own)
+    pixels = torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8)
+    assert torch.equal(own(pixels), pixels.rot90(dims=(1, 2)))
+    with pytest.raises(ValueError, match='cannot take function apart'):
+        TensorTransform(lambda image: image)

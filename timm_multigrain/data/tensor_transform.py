@@ -1,0 +1,221 @@
+"""timm's training transforms on uint8 tensors instead of Pillow's images, from the content of an image file.
+
+The random numbers are drawn as timm's transforms draw them, so the same seed gives the same crops, flips and colours.
+Decoding, flips and colours equal Pillow's bit for bit (decoding where torchvision and Pillow hold the same libjpeg).
+The crop is resized by torch's antialiased kernel for uint8, which rounds a few pixels in a thousand to another grey
+level. Filters that torch lacks, and transforms that know only Pillow's images, such as timm's RandAugment and
+AutoAugment, get an image of Pillow.
+"""
+import io
+import random
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data.random_erasing import RandomErasing
+from timm.data.transforms import (
+    CenterCropOrPad,
+    MaybePILToTensor,
+    MaybeToTensor,
+    RandomCropOrPad,
+    RandomResizedCropAndInterpolation,
+    ResizeKeepRatio,
+)
+from torchvision import transforms as T
+from torchvision.io import ImageReadMode
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+try:
+    from torchvision.io import decode_jpeg
+except ImportError:  # torchvision 0.29 announces its removal
+    decode_jpeg = None
+
+_ON_TENSORS = (
+    T.RandomHorizontalFlip, T.RandomVerticalFlip, T.CenterCrop, T.GaussianBlur, T.Normalize, CenterCropOrPad,
+    RandomCropOrPad, MaybePILToTensor, RandomErasing)
+_INTERPOLATIONS = {InterpolationMode.BILINEAR, InterpolationMode.BICUBIC}
+
+
+class TensorTransform:
+    """Content of an image file (bytes) -> what a transform of timm gives for the RGB image in it.
+
+    The last image is kept, so that the repeats of an image, given the same bytes object, are decoded once.
+
+    Args:
+        transform: Made by timm.data.create_transform for training.
+
+    Raises:
+        ValueError: A transform that is no composition of steps.
+        OSError: While called, content that is no readable image (or another of Pillow's errors).
+    """
+
+    def __init__(self, transform: Callable):
+        if not isinstance(transform, T.Compose):
+            raise ValueError(
+                f'the fast loader cannot take {type(transform).__name__} apart: leave tf_preprocessing out, or fast')
+        self.transforms = [on_tensors(step) for step in transform.transforms]
+        self._last = None, None
+
+    def __call__(self, content: bytes) -> torch.Tensor:
+        if content is not self._last[0]:
+            self._last = content, decode(content)
+        image = decoded = self._last[1]
+        for step in self.transforms:
+            image = step(image)
+        if image.untyped_storage().data_ptr() == decoded.untyped_storage().data_ptr():
+            return image.clone()
+        return image
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, '_last': (None, None)}
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.transforms})'
+
+
+def decode(content: bytes) -> torch.Tensor:
+    """Content of an image file -> uint8 (3, H, W) RGB, the pixels Pillow gives.
+
+    Grey and colour JPEG files are decoded by torchvision, while it has its decoder, all others by Pillow.
+
+    Raises:
+        OSError: Content that is no readable image (or another of Pillow's errors).
+    """
+    image = Image.open(io.BytesIO(content))
+    if decode_jpeg is not None and image.format == 'JPEG' and image.mode in ('L', 'RGB'):
+        try:
+            # a copy, since a tensor of a constant is one that torch warns of
+            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+        except RuntimeError:
+            pass  # Pillow reads it all the same, or says what is wrong with it
+    return to_tensor(image.convert('RGB'))
+
+
+def on_tensors(step: Callable) -> Callable:
+    """A step of a transform for uint8 (3, H, W) tensors."""
+    interpolation = getattr(step, 'interpolation', ())
+    supported = _INTERPOLATIONS.issuperset(interpolation if isinstance(interpolation, tuple) else [interpolation])
+    if isinstance(step, RandomResizedCropAndInterpolation) and supported:
+        return Crop(step)
+    if isinstance(step, T.Resize) and supported:
+        return Resize(step)
+    if isinstance(step, T.ColorJitter) and step.hue is None:
+        return Jitter(step)
+    if isinstance(step, T.RandomApply):
+        return T.RandomApply([on_tensors(inner) for inner in step.transforms], step.p)
+    if isinstance(step, MaybeToTensor):
+        return ToFloat()
+    if isinstance(step, _ON_TENSORS) or (isinstance(step, ResizeKeepRatio) and supported):
+        return step
+    return OnPillow(step)
+
+
+class Crop:
+    """timm's random crop and resize."""
+
+    def __init__(self, crop: RandomResizedCropAndInterpolation):
+        self.crop = crop
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        crop = self.crop
+        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
+        interpolation = crop.interpolation
+        if isinstance(interpolation, tuple):
+            interpolation = random.choice(interpolation)
+        return F.resized_crop(image, top, left, height, width, list(crop.size), interpolation, antialias=True)
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.crop})'
+
+
+class Resize:
+    """torchvision's resize, staying with 8 bits, as Pillow does."""
+
+    def __init__(self, resize: T.Resize):
+        self.resize = resize
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        resize = self.resize
+        size = [resize.size] if isinstance(resize.size, int) else list(resize.size)
+        return F.resize(image, size, resize.interpolation, resize.max_size, antialias=True)
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.resize})'
+
+
+class Jitter:
+    """torchvision's jitter of brightness, contrast and saturation with Pillow's arithmetic, in one float32 buffer."""
+
+    def __init__(self, jitter: T.ColorJitter):
+        self.jitter = jitter
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        jitter = self.jitter
+        order, *factors, _ = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None)
+        pixels = image.to(torch.float32, memory_format=torch.contiguous_format)
+        for kind in order.tolist():
+            if kind < 3 and factors[kind] is not None:
+                _BLENDS[kind](pixels, factors[kind])
+        # torch is slow at float to uint8, and quick by way of int32
+        return pixels.to(torch.int32).to(torch.uint8)
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.jitter})'
+
+
+class ToFloat:
+    """uint8 -> float32 in [0, 1]."""
+
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}()'
+
+
+class OnPillow:
+    """A step that gets an image of Pillow, and whose result becomes a tensor again."""
+
+    def __init__(self, step: Callable):
+        self.step = step
+
+    def __call__(self, image: torch.Tensor) -> Any:
+        result = self.step(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+        return to_tensor(result) if isinstance(result, Image.Image) else result
+
+    def __repr__(self) -> str:
+        return f'{type(self).__name__}({self.step})'
+
+
+def to_tensor(image: Image.Image) -> torch.Tensor:
+    """RGB image of Pillow -> uint8 (3, H, W), a view of (H, W, 3) as decode_jpeg gives it."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _brighten(pixels: torch.Tensor, factor: float) -> None:
+    pixels.mul_(factor).clamp_(0, 255).floor_()
+
+
+def _contrast(pixels: torch.Tensor, factor: float) -> None:
+    grey = _grey(pixels)
+    _blend(pixels, int(grey.sum(dtype=torch.float64).item() / grey.numel() + 0.5), factor)
+
+
+def _saturate(pixels: torch.Tensor, factor: float) -> None:
+    _blend(pixels, _grey(pixels), factor)
+
+
+_BLENDS = _brighten, _contrast, _saturate
+
+
+def _blend(pixels: torch.Tensor, other: torch.Tensor | int, factor: float) -> None:
+    pixels.sub_(other).mul_(factor).add_(other).clamp_(0, 255).floor_()
+
+
+def _grey(pixels: torch.Tensor) -> torch.Tensor:
+    """(3, H, W) -> (H, W), Pillow's 16-bit weights, whose sums are whole numbers that float32 holds exactly."""
+    red, green, blue = pixels
+    return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).mul_(1 / 65536).floor_()
