@@ -4,8 +4,9 @@
     python benchmarks/whitening.py --memory 20000 100000 400000
 
 Embeddings of 2048 channels whose variances fall as those of trained networks do, batch by batch from a generator, as
-they come from the files of an extraction; scikit-learn gets them as one float64 matrix, which making is not timed. Peak
-memory is the resident memory of a process of its own above what it held before the fit, sampled by the kernel.
+they come from the files of an extraction; scikit-learn gets them as one float64 matrix, which making is not timed. CPU
+seconds are the process's own, which others on the machine lengthen less than the wall clock's. Peak memory is the
+resident memory of a process of its own above what it held before the fit, as the kernel counts it.
 """
 import argparse
 import subprocess
@@ -45,22 +46,29 @@ def fit(data) -> tuple[torch.Tensor, torch.Tensor]:
 
 def time_fit(args: argparse.Namespace) -> dict:
     from sklearn.decomposition import PCA
+    from threadpoolctl import threadpool_limits
 
     data = list(batches(args.images, args.dim))
     matrix = torch.cat(data).double().numpy()
-    seconds = {'ours': [], 'scikit-learn': []}
+    seconds = []
     for _ in range(args.rounds):
-        start = time.perf_counter()
+        clock = [_clock()]
         mean, proj = fit(data)
-        seconds['ours'].append(time.perf_counter() - start)
-        start = time.perf_counter()
-        peer = PCA(whiten=True).fit(matrix)
-        seconds['scikit-learn'].append(time.perf_counter() - start)
-    ours, theirs = (float(np.median(values)) for values in seconds.values())
+        clock.append(_clock())
+        with threadpool_limits(args.threads):
+            peer = PCA(whiten=True).fit(matrix)
+        clock.append(_clock())
+        seconds.append(np.diff(clock, axis=0))
+    (ours, ours_cpu), (theirs, theirs_cpu) = np.median(seconds, axis=0).tolist()
     white = ((matrix - mean.numpy()) @ proj.numpy(), peer.transform(matrix))
     off = [float(np.abs(np.cov(y.T) - np.eye(args.dim)).max()) for y in white]
     return {'images': args.images, 'dim': args.dim, 'ours s': ours, 'scikit-learn s': theirs, 'ratio': ours / theirs,
+            'ours CPU s': ours_cpu, 'scikit-learn CPU s': theirs_cpu, 'CPU ratio': ours_cpu / theirs_cpu,
             'max |cov - I|': f'{off[0]:.1e}', 'of scikit-learn': f'{off[1]:.1e}'}
+
+
+def _clock() -> tuple[float, float]:
+    return time.perf_counter(), time.process_time()
 
 
 def peak(which: str, n: int, dim: int) -> float:

@@ -182,7 +182,8 @@ def test_command(model, pictures, tmp_path, capsys):
                  '--per-class', '4', *SETTINGS]) == 0
     shown = capsys.readouterr().out
     again = timm.create_model(f'local-dir:{tmp_path}/tuned', pretrained=True)
-    assert '12 images of 3 classes' in shown and f'p* = {again.gem_p:.4g}' in shown and again.gem_p != 3
+    assert '12 images of 3 classes' in shown and f'p* = {again.gem_p:.4g}, fine-tuned' in shown and again.gem_p != 3
+    assert 'hardly moves' in shown
     found = json.loads((tmp_path / 'tuned-p.json').read_text())
     assert found['tuned'] == again.gem_p and found['grid'] == [1, 3] and found['num_images'] == 12
     with Image.open(tmp_path / 'tuned-p.png') as image:

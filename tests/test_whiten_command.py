@@ -3,7 +3,6 @@ import json
 import shutil
 import subprocess
 import sys
-import warnings
 
 import pytest
 import timm
@@ -31,14 +30,13 @@ def saved(tmp_path_factory):
 
 
 def whiten(*arguments) -> int:
-    with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # few images
-        return main(['whiten', *map(str, arguments), *SETTINGS])
+    return main(['whiten', *map(str, arguments), *SETTINGS])
 
 
 def test_in_python_and_by_the_command(saved, noise_folder, tmp_path, capsys):
     assert whiten(saved, noise_folder, tmp_path / 'w') == 0
-    shown = capsys.readouterr().out
+    shown, warned = capsys.readouterr()
+    assert 'Warning: 42 images are fewer than' in warned and 'UserWarning' not in warned
     assert '42 images' in shown and 'First class the same as before for 100.00 % of the images' in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ['w']  # the embeddings are gone
     model = open_model(saved)

@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     print(result)
     _write(args, result)
     p = _chosen(args, result)
-    print(f'p* = {p:.4g}')
+    print(f'p* = {p:.4g}, {"fine-tuned" if p == result.tuned else "best of the grid"}')
     if args.out_dir:
         _save(args, model, protocol, result, p)
     return 0

@@ -11,6 +11,8 @@ from: GROUPS has a folder for each group, or a gt.json of path: number.
 import argparse
 import os
 import shutil
+import sys
+import warnings
 
 from .arguments import (
     add_extraction_arguments,
@@ -57,9 +59,13 @@ def run(args: argparse.Namespace) -> int:
                        **extraction_from_args(args))
         return 0
     print(f'{len(source)} images, {protocol}')
-    result = whiten_model(
-        model, source, protocol, components=args.dim, shrinkage=shrinkage, groups=groups, work_dir=work_dir,
-        strict=args.strict, **extraction_from_args(args))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter('always', UserWarning)
+        result = whiten_model(
+            model, source, protocol, components=args.dim, shrinkage=shrinkage, groups=groups, work_dir=work_dir,
+            strict=args.strict, **extraction_from_args(args))
+    for warning in caught:
+        print(f'Warning: {warning.message}', file=sys.stderr)
     print(result)
     print(f'Written: {save_fitted(model, args.out_dir, protocol)}')
     if not args.work_dir:

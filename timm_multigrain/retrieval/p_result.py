@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 __all__ = ['PResult']
 
+FEW_STEPS = 2000
+
 
 @dataclass(frozen=True, eq=False)
 class PResult(Result):
@@ -78,6 +80,9 @@ class PResult(Result):
         if self.tuned is not None:
             steps = len(self.trace) - 1
             lines.append(f'Fine-tuned from p = {self.start:.4g} to p = {self.tuned:.4g} in {steps} steps.')
+            if steps < FEW_STEPS:
+                lines.append('The recipe is made for 12,500 steps. In so few p hardly moves: take the best of the '
+                             'grid, more images, or a larger learning rate.')
         if self.skipped:
             lines.append(f'{len(self.skipped)} images could not be read, such as {next(iter(self.skipped.values()))}')
         return '\n'.join(lines)
