@@ -204,6 +204,7 @@ def test_command_scanning(model, pictures, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed(model, pictures, tmp_path):
     folder = save_pretrained(model, tmp_path / 'm', label_names=['0', '1', '2'])
     script = '''

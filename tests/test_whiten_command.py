@@ -123,6 +123,7 @@ sys.exit(main(sys.argv[1:]))
 '''
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on(saved, noise_folder, tmp_path):
     arguments = ['whiten', str(saved), str(noise_folder), str(tmp_path / 'w'), *SETTINGS]
     assert subprocess.run([sys.executable, '-c', SLOW, *arguments], capture_output=True).returncode == -9
