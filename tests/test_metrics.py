@@ -1,4 +1,6 @@
 """Average precision against a slow loop that ranks every database item."""
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -48,6 +50,8 @@ def test_equals_slow_loop(problem):
     assert result.ap == pytest.approx(expected, abs=1e-12)
     assert result.map == pytest.approx(np.mean(expected), abs=1e-12)
     assert result.num_queries == len(scores)
+    pieces = np.array_split(scores, 3, axis=1)
+    assert (mean_average_precision(pieces, relevant, ignore).ap == result.ap).all()
     no_ignore = [slow_query(row, r, ()) for row, r in zip(scores, relevant, strict=True)]
     assert mean_average_precision(scores, relevant).ap == pytest.approx(no_ignore, abs=1e-12)
 
@@ -80,6 +84,28 @@ def test_ties_count_against_the_system():
     assert mean_average_precision(np.zeros((1, 10)), [[0, 5]], [[3]]).map == average_precision([7, 8], 2)
 
 
+def test_holidays_rules():
+    """The query is the first image of a group, found or not it does not count; names as INRIA gives them."""
+    numbers = [100000, 100001, 100002, 100100, 100101]
+    scores = np.array([[1., 0.3, 0.9, 0.8, 0.1], [0.2, 0.7, 0.6, 1., 0.5]])
+    relevant = [[i for i, n in enumerate(numbers) if n // 100 == q // 100 and n != q] for q in (100000, 100100)]
+    result = mean_average_precision(scores, relevant, [[0], [3]])
+    first = ((1 + 1 / 1) / 2 + (1 / 2 + 2 / 3) / 2) / 2  # ranks 0 and 2 of the four others
+    second = (0 + 1 / 3) / 2  # rank 2
+    assert result.ap == pytest.approx([first, second], abs=1e-12)
+
+
+def test_holidays_names(shared_data):
+    numbers = [int(n.split('.')[0]) for n in (shared_data / 'gt' / 'holidays_images.dat').read_text().split()]
+    queries = [i for i, n in enumerate(numbers) if n % 100 == 0]
+    relevant = [[i for i, n in enumerate(numbers) if n // 100 == numbers[q] // 100 and i != q] for q in queries]
+    scores = np.random.default_rng(0).standard_normal((len(queries), len(numbers)))
+    result = mean_average_precision(scores, relevant, [[q] for q in queries])
+    assert result.num_queries == 500
+    expected = [slow_query(*query) for query in zip(scores, relevant, [[q] for q in queries], strict=True)]
+    assert result.ap == pytest.approx(expected, abs=1e-12)
+
+
 def test_infinite_scores():
     scores = np.array([[-np.inf, np.inf, 0., -np.inf]])
     assert mean_average_precision(scores, [[1, 0]]).map == average_precision([0, 3], 2)
@@ -89,6 +115,14 @@ def test_result_prints():
     result = mean_average_precision(np.array([[1., 0.], [0., 1.]]), [[0], [0]])
     assert str(result) == 'mAP 62.50 % over 2 queries'
     assert str(mean_average_precision(np.eye(1), [[0]])) == 'mAP 100.00 % over 1 query'
+
+
+def test_result_saves_and_draws(tmp_path):
+    result = mean_average_precision(np.array([[1., 0.], [0., 1.]]), [[0], [0]])
+    saved = json.loads(result.save(tmp_path / 'new' / 'result.json').read_text())
+    assert saved == {'map': 0.625, 'num_queries': 2, 'ap': [1., 0.25]}
+    pytest.importorskip('matplotlib')
+    assert result.draw(tmp_path / 'pictures' / 'ap.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize('scores, relevant, ignore, message', [

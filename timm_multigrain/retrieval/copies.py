@@ -137,8 +137,7 @@ def micro_average_precision_of_scores(scores: Scores, relevant: Sequence[Indices
     if not num_true:
         raise ValueError('No query has a relevant item: there is nothing to find.')
     above, values = outranking_pairs(scores, labelled)
-    order = np.argsort(above, kind='stable')
-    return CopyResult(above[order] + np.arange(num_true), values[order], num_true)
+    return CopyResult(np.sort(above) + np.arange(num_true), np.sort(values)[::-1], num_true)
 
 
 def _to_list(values: Iterable | Array) -> list:

@@ -156,7 +156,7 @@ def _count(scores: Scores, labelled: Labelled, pooled: bool = False) -> '_Counte
             while held:
                 counter.count(held.pop())
         elif sum(block.nbytes for block in held) > HELD_BYTES:
-            if iter(scores) is scores:
+            if isinstance(scores, Iterator):
                 raise ValueError(f'Item {last} of the scores is labelled, too far into the stream to hold what comes '
                                  'before: pass an object that can be iterated twice, or labelled items first.')
             held = None
@@ -210,7 +210,7 @@ class _Counter:
             self.counts += count_reaching(block, self.levels, self.rows)
             return
         for query in range(len(block)):
-            self.counts += count_reaching(block[query:query + 1], self.levels, self.rows)
+            self.counts += count_reaching(block[query:query + 1], self.levels, self.rows, query)
 
     def unlabelled(self) -> np.ndarray:
         """The counts without the labelled items' own, in the order of the labelled items."""
@@ -241,7 +241,7 @@ def _blocks(scores: Scores, num_queries: int) -> Iterator[tuple[int, Array]]:
             raise ValueError(f'scores must have shape (queries, items) with at least one query, got {got}.')
         if len(block) != num_queries:
             raise ValueError(f'There are {len(block)} rows of scores for {num_queries} queries.')
-        if dtype not in (None, block.dtype):
+        if dtype is not None and dtype != block.dtype:
             raise ValueError(f'Pieces of scores are {dtype} and {block.dtype}: they must have one dtype.')
         dtype = block.dtype
         if block.shape[1]:

@@ -41,7 +41,8 @@ def alpha_query_expansion(
         (Q, D) float32, L2-normalised.
 
     Raises:
-        ValueError: If shapes disagree, k is below 1, alpha is negative, or a similarity is NaN.
+        ValueError: If shapes disagree, k is below 1, alpha is negative, the database is empty or a generator, or a
+            similarity is NaN.
     """
     queries = as_vectors(queries, 'queries')
     scores, indices = _neighbors(queries, database, k, alpha, query_rows, chunk_size)
@@ -158,7 +159,9 @@ def _shift(scores: Array, offsets: torch.Tensor) -> torch.Tensor:
 def _neighbors(queries, database, k, alpha, query_rows, chunk_size) -> tuple[torch.Tensor, torch.Tensor]:
     """Scores and indices of the k nearest, a query's own row not among them."""
     check_rank(k)
-    if alpha < 0:
+    if isinstance(database, Iterator):
+        raise ValueError('The database is read twice: pass an object that can be iterated again, not a generator.')
+    if not alpha >= 0:
         raise ValueError(f'alpha is {alpha}, and has to be 0 or more.')
     if query_rows is None:
         return nearest(queries, database, k, chunk_size)

@@ -11,6 +11,7 @@ __all__ = ['SimilarityChunks', 'nearest', 'similarity_chunks']
 
 Vectors = torch.Tensor | np.ndarray
 CHUNK_BYTES = 32 << 20
+LEAST_CHUNK = 256
 
 
 class SimilarityChunks:
@@ -22,14 +23,14 @@ class SimilarityChunks:
     def __init__(self, queries: Vectors, database: Vectors | Iterable[Vectors], chunk_size: int | None = None) -> None:
         self.queries = as_vectors(queries, 'queries')
         self.database = database
-        fitting = max(1, CHUNK_BYTES // (4 * max(1, *self.queries.shape)))
+        fitting = max(LEAST_CHUNK, CHUNK_BYTES // (4 * max(1, *self.queries.shape)))
         self.chunk_size = fitting if chunk_size is None else chunk_size
         if self.chunk_size < 1:
             raise ValueError(f'chunk_size is {chunk_size}, and has to be 1 or more.')
         self._used = False
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        if self._used and iter(self.database) is self.database:
+        if self._used and isinstance(self.database, Iterator):
             raise ValueError('The database is a generator that was read already: pass an object that can be iterated '
                              'again, such as a list of shards.')
         self._used = True
@@ -47,7 +48,7 @@ def similarity_chunks(queries: Vectors, database: Vectors | Iterable[Vectors],
     Args:
         queries: (Q, D) vectors; their device is where the work is done.
         database: (N, D) vectors, or shards (n, D) of them in order.
-        chunk_size: Database vectors at a time, by default as many as keep a piece at 32 MiB.
+        chunk_size: Database vectors at a time, by default as many as fit 32 MiB (256 at least).
 
     Returns:
         An iterable of (Q, n) float32 tensors; see `SimilarityChunks` on reading it twice.
@@ -70,30 +71,42 @@ def nearest(
         queries: (Q, D) vectors; their device is where the work is done.
         database: (N, D) vectors, or shards (n, D) of them in order.
         k: How many; all N if there are fewer.
-        chunk_size: Database vectors at a time, by default as many as keep a piece at 32 MiB.
+        chunk_size: Database vectors at a time, by default as many as fit 32 MiB (256 at least).
 
     Returns:
         Scores (Q, k) float32, highest first, and database indices (Q, k) int64; equal scores by index.
 
     Raises:
-        ValueError: If shapes disagree, k is below 1, or a score is NaN.
+        ValueError: If shapes disagree, k is below 1, the database is empty, or a score is NaN.
     """
     check_rank(k)
-    best = start = None
+    best, start = None, 0
     for chunk in similarity_chunks(queries, database, chunk_size):
         if chunk.isnan().any():
             raise ValueError('A similarity is NaN: the vectors hold NaN or infinity.')
-        start = start or 0
-        indices = torch.arange(start, start + chunk.shape[1], device=chunk.device).expand(len(chunk), -1)
-        if best is not None:
-            chunk, indices = torch.cat([best[0], chunk], 1), torch.cat([best[1], indices], 1)
-        order = chunk.sort(dim=1, descending=True, stable=True).indices[:, :k]
-        best = chunk.gather(1, order), indices.gather(1, order)
-        start = int(indices[0, -1]) + 1
+        values, indices = _top(chunk, k)
+        indices += start
+        start += chunk.shape[1]
+        if best is not None:  # its indices are lower, so that equal scores stay in order
+            values, indices = torch.cat([best[0], values], 1), torch.cat([best[1], indices], 1)
+            values, order = values.sort(dim=1, descending=True, stable=True)
+            values, indices = values[:, :k], indices.gather(1, order[:, :k])
+        best = values, indices
     if best is None:
-        empty = torch.empty(len(queries), 0)
-        return empty, empty.long()
+        raise ValueError('The database is empty.')
     return best
+
+
+def _top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest of each row with their columns, equal ones by column (torch.topk leaves their order open)."""
+    if k >= scores.shape[1]:
+        return scores.sort(dim=1, descending=True, stable=True)
+    values, columns = scores.topk(k, sorted=False)
+    shared = ((scores >= values.amin(1, keepdim=True)).sum(1) > k).nonzero()[:, 0]  # more than one for the last place
+    columns[shared] = scores[shared].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    columns = columns.sort(dim=1).values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
 
 
 def shards_of(database: Vectors | Iterable[Vectors]) -> Iterable[Vectors]:
