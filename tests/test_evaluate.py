@@ -221,15 +221,15 @@ def test_cache_is_used_and_told_apart(model, pictures, tmp_path, monkeypatch):
     before = {path: path.stat().st_mtime_ns for path in shards}
 
     def no_pass(*args):
-        raise RuntimeError('the trunk ran again')
+        raise KeyboardInterrupt('the trunk ran again')  # no Exception: those are told as what is wrong with an image
 
     monkeypatch.setattr(type(model), 'forward_features', no_pass)
     assert evaluate(model, 'folder', pictures, PROTOCOL, cache_dir=tmp_path) == first
     assert all(path.stat().st_mtime_ns == before[path] for path in shards if path.suffix == '.safetensors')
     for other in (tiny_model(seed=1), tiny_model(gem_p=2.)):
-        with pytest.raises(RuntimeError, match='ran again'):
+        with pytest.raises(KeyboardInterrupt, match='ran again'):
             evaluate(other, 'folder', pictures, PROTOCOL, cache_dir=tmp_path)
-    with pytest.raises(RuntimeError, match='ran again'):
+    with pytest.raises(KeyboardInterrupt, match='ran again'):
         evaluate(model, 'folder', pictures, replace(PROTOCOL, size=41), cache_dir=tmp_path)
 
 
@@ -323,6 +323,7 @@ def test_the_command_publishes(pictures, tmp_path, hub):
     (['--benchmark', 'disc21', '--download'], 'cannot be downloaded by a program'),
     (['--benchmark', 'folder', '--qe', '2', 'x'], '--qe 2 x: give a number'),
     (['--benchmark', 'folder', '--pool', 'gim'], "'gim' is no pooling"),
+    (['--benchmark', 'folder', '--download-distractors'], 'is for roxford5k and rparis6k'),
     (['--benchmark', 'folder', '--whiten', 'nowhere'], 'nowhere is no folder'),
 ])
 def test_the_command_says_what_is_wrong(pictures, capsys, args, message):
@@ -343,3 +344,9 @@ def test_real_photographs(shared_data, tmp_path):
     assert done.returncode == 0, done.stderr
     assert 'Revisited Paris (238 images and 12 queries)' in done.stdout
     assert {f.split for f in read_metrics(tmp_path / 'r.json')} == {'Easy', 'Medium', 'Hard'}
+
+
+def test_the_commands_benchmarks():
+    from timm_multigrain.cli.evaluate import _BENCHMARKS
+    from timm_multigrain.retrieval.datasets import BENCHMARKS
+    assert tuple(BENCHMARKS) == _BENCHMARKS

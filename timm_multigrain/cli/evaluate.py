@@ -41,6 +41,8 @@ def _add_data(add) -> None:
     add('--upright', metavar='FILE', help='holidays: list of clockwise turns, a name and degrees a line, or JSON')
     add('--queries', metavar='FILE', help='disc21: list of the queries, a name a line')
     add('--distractors', metavar='IMAGES', help='more images for the database: folder or list')
+    add('--download-distractors', action='store_true',
+        help='roxford5k, rparis6k: download R1M, a million images, into the folder of --distractors')
 
 
 def _add_systems(add) -> None:
@@ -75,9 +77,14 @@ def run(args: argparse.Namespace) -> int:
     after = _after(args)
     if args.download:
         download_benchmark(args.benchmark, args.data)
+    if args.download_distractors:
+        if not args.distractors or args.benchmark not in ('roxford5k', 'rparis6k'):
+            raise ValueError('--download-distractors is for roxford5k and rparis6k, with a folder as --distractors.')
+        download_benchmark('revisitop1m', args.distractors)
     benchmark = load_benchmark(args.benchmark, args.data, subset=args.subset, ground_truth=args.ground_truth,
                                upright=args.upright, queries=args.queries)
-    models = {name: open_model(name, pretrained=not args.no_pretrained, ema=not args.no_ema) for name in args.models}
+    models = {label: open_model(name, pretrained=not args.no_pretrained, ema=not args.no_ema)
+              for label, name in _labels(args.models).items()}
     result = compare(
         models, benchmark, protocols=lambda model: _protocols(args, model), poolings=args.pool, exponents=args.p,
         whiten=args.whiten, components=args.dim, distractors=args.distractors, after=after, cache_dir=args.cache_dir,
@@ -89,6 +96,13 @@ def run(args: argparse.Namespace) -> int:
         if path:
             print(f'Written: {write(path)}')
     return 0
+
+
+def _labels(names: list[str]) -> dict[str, str]:
+    """What to call each model in the table: of a path its last part, if that tells them apart."""
+    short = [os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name for name in names]
+    labels = short if len(set(short)) == len(set(names)) else names
+    return dict(zip(labels, names, strict=True))
 
 
 def _protocols(args: argparse.Namespace, model) -> list:

@@ -29,7 +29,7 @@ BENCHMARKS: dict[str, Callable[..., Benchmark]] = {
 }
 _DOWNLOADS: dict[str, Sequence[RemoteFile]] = {
     'holidays': holidays.DOWNLOADS, 'ukbench': ukbench.DOWNLOADS, 'copydays': copydays.DOWNLOADS,
-    **revisited.DOWNLOADS}
+    **revisited.DOWNLOADS, 'revisitop1m': revisited.DISTRACTORS}
 _SOURCES = {'disc21': f'{disc21.TITLE}: {disc21.SOURCE}', 'folder': f'Your own images: {folder.SOURCE}'}
 
 
@@ -58,11 +58,16 @@ def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:
 def download_benchmark(name: str, data: str | os.PathLike, report: Callable[[str], None] = print) -> None:
     """Fetch and unpack what a benchmark needs, as far as it is not there yet.
 
+    Args:
+        name: One of `BENCHMARKS`, or 'revisitop1m' for the million distractors of Revisited Oxford and Paris.
+        data: Folder, made if missing.
+        report: Takes a sentence for each file.
+
     Raises:
         ValueError: It has no public address, and where to get it; or as `fetch_files`.
         FileNotFoundError, RuntimeError: The download fails.
     """
-    if _known(name) not in _DOWNLOADS:
+    if name not in _DOWNLOADS and _known(name):
         raise ValueError(f'{name} cannot be downloaded by a program. {_SOURCES[name]}.')
     fetch_files(_DOWNLOADS[name], data, report)
 
