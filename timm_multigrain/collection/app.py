@@ -22,12 +22,14 @@ GROUPS_A_PAGE = 12
 CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 .gallery-container, .grid-wrap { max-height: none !important; height: auto !important; overflow: visible !important; }
+#nearest .grid-wrap, #groups .grid-wrap, #members .grid-wrap { padding-top: 2.6rem !important; }
 .thumbnail-item { display: flex !important; flex-direction: column; aspect-ratio: auto !important; }
 .thumbnail-item img { aspect-ratio: 1; height: auto !important; }
 .caption-label { position: static !important; max-width: none !important; margin: 0 !important; border: 0 !important;
     white-space: normal !important; overflow-wrap: anywhere; text-align: left; font-size: 0.8rem !important;
     opacity: 1 !important; }
 footer { display: none !important; }
+@media (max-width: 640px) { .grid-container { grid-template-columns: repeat(2, minmax(0, 1fr)) !important; } }
 """
 
 

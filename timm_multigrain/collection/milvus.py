@@ -85,6 +85,7 @@ def export_milvus(
     try:
         with milvus_errors(f'{address} could not be written to'):
             _prepare(client, address, index, index_type)
+            client.load_collection(address.collection)  # a killed process may have left it released
             batches = tqdm(
                 range(0, len(index), batch_size), unit='batch', desc='export', disable=not progress or None)
             for first in batches:

@@ -67,7 +67,7 @@ def fit_collection(vectors) -> CollectionWhitening:
     mean = total / n
     values, directions = np.linalg.eigh(products / n - np.outer(mean, mean))
     values, directions = values[::-1][:components], directions[:, ::-1][:, :components]
-    kept = values > 1e-9 * max(values[0], 1e-30)
+    kept = values > max(1e-9 * values[0], 1e-12)  # the rows have length 1: less is rounding
     if not kept.any():
         return CollectionWhitening()
     return CollectionWhitening(mean, directions[:, kept] / np.sqrt(values[kept]))

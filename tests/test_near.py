@@ -1,0 +1,181 @@
+"""Pairs of similar descriptors against plain loops; groups without chains; whitening and thresholds of a collection."""
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_multigrain.collection import near
+from timm_multigrain.collection.edits import EDITS
+from timm_multigrain.collection.looks import ALIKE, Looks, likeness, small_grey
+from timm_multigrain.collection.near import NearPairs, near_pairs
+from timm_multigrain.collection.stars import star_groups
+from timm_multigrain.collection.thresholds import DEFAULT, find_thresholds
+from timm_multigrain.collection.whitened import fit_collection
+from timm_multigrain.demo.pictures import draw_picture
+
+
+def clustered(count=400, dim=24, seed=0):
+    """Unit rows, some of them close together, some equal."""
+    rng = np.random.default_rng(seed)
+    rows = rng.standard_normal((count, dim)) + 2 * rng.standard_normal((8, dim))[rng.integers(8, size=count)]
+    rows[50:100] = rows[:50] + 0.3 * rng.standard_normal((50, dim))
+    rows[100:105] = rows[0]
+    return (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+
+
+def pairs_by_loops(vectors, threshold, rows=None):
+    rows = range(len(vectors)) if rows is None else rows
+    scores = np.asarray(vectors, dtype=np.float64) @ np.asarray(vectors, dtype=np.float64).T
+    return {(i, j) for i in rows for j in rows if i < j and scores[i, j] >= threshold}
+
+
+def as_set(pairs):
+    assert (pairs.first < pairs.second).all()
+    found = list(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True))
+    assert found == sorted(set(found))
+    return set(found)
+
+
+@pytest.mark.parametrize('threshold', [0.5, 0.8, 0.95, 1 - 1e-6])
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_pairs_are_those_of_loops(threshold, dtype, monkeypatch):
+    monkeypatch.setattr(near, 'BLOCK', 64)
+    vectors = clustered().astype(dtype)
+    expected = pairs_by_loops(vectors, threshold)
+    pairs = near_pairs(vectors, threshold)
+    assert as_set(pairs) == expected and pairs.complete
+    exact = (vectors[pairs.first].astype(np.float64) * vectors[pairs.second].astype(np.float64)).sum(1)
+    assert np.abs(pairs.scores - exact).max(initial=0) < 1e-5
+    every = near_pairs(vectors, threshold, exhaustive=False, probes=1000)
+    assert as_set(every) == expected and every.complete
+    few = near_pairs(vectors, threshold, exhaustive=False, probes=1)
+    assert as_set(few) <= expected
+    rows = np.arange(3, 400, 2)
+    assert as_set(near_pairs(vectors, threshold, rows)) == pairs_by_loops(vectors, threshold, rows.tolist())
+    assert as_set(near_pairs(vectors, threshold, rows, exhaustive=False, probes=1000)) == pairs_by_loops(
+        vectors, threshold, rows.tolist())
+
+
+def test_cells_say_whether_they_were_enough():
+    tight = near_pairs(clustered(2000), 0.999, exhaustive=False)
+    assert tight.complete == (as_set(tight) == pairs_by_loops(clustered(2000), 0.999)) or not tight.complete
+    assert not near_pairs(clustered(2000), 0.3, exhaustive=False, probes=1).complete
+
+
+def test_bad_thresholds(monkeypatch):
+    for threshold in (-1, 1.01, float('nan')):
+        with pytest.raises(ValueError, match='above -1 and at most 1'):
+            near_pairs(clustered(), threshold)
+    monkeypatch.setattr(near, 'MAX_PAIRS', 100)
+    with pytest.raises(ValueError, match=r'More than 100 pairs .* raise the threshold'):
+        near_pairs(clustered(), -0.9)
+    assert len(near_pairs(np.empty((0, 4), np.float32), 0.5)) == 0
+    assert len(near_pairs(np.ones((1, 1), np.float32), 0.5)) == 0
+
+
+def test_stars_do_not_chain():
+    # a chain of ten rows, each a pair with the next one only
+    chain = NearPairs(np.arange(9), np.arange(1, 10), np.full(9, 0.9, np.float32))
+    groups = [rows.tolist() for rows, _ in star_groups(chain, np.arange(10))]
+    assert max(map(len, groups)) == 3 and len({row for rows in groups for row in rows}) == sum(map(len, groups))
+    # an original with five copies that are no pairs among each other is one group
+    star = NearPairs(np.array([0, 1, 2, 3, 3]), np.array([3, 3, 3, 4, 5]), np.linspace(0.9, 0.94, 5, dtype=np.float32))
+    [(rows, scores)] = star_groups(star, np.arange(6))
+    assert rows.tolist() == [3, 5, 4, 2, 1, 0] and scores[0] == 1 and (np.diff(scores) <= 0).all()
+    assert star_groups(near_pairs(clustered(), 0.9999999), np.arange(400))
+
+
+@pytest.mark.parametrize('threshold', [0.6, 0.8])
+def test_stars_are_near_their_centres_and_as_large_as_can_be(threshold):
+    vectors = clustered()
+    pairs, order = near_pairs(vectors, threshold), np.random.default_rng(1).permutation(400)
+    joined = as_set(pairs)
+    groups, taken = star_groups(pairs, order), set()
+    for rows, scores in groups:
+        centre, *others = rows.tolist()
+        assert others and all((min(centre, i), max(centre, i)) in joined for i in others)
+        assert not taken & set(rows.tolist())
+        taken |= set(rows.tolist())
+        assert np.abs(scores - np.append(1, vectors[others] @ vectors[centre])).max() < 1e-5
+    assert not [(i, j) for i, j in joined if i not in taken and j not in taken]
+    # another order of the same rows gives the same groups
+    shuffle = np.random.default_rng(2).permutation(400)
+    place = np.argsort(shuffle)
+    again = star_groups(near_pairs(vectors[shuffle], threshold), order[shuffle])
+    assert [set(place[list(rows)]) for rows, _ in groups] == [set(rows.tolist()) for rows, _ in again]
+
+
+def test_whitening_is_that_of_numpy():
+    vectors = clustered(1000, dim=70)
+    whitening = fit_collection(vectors)
+    white = whitening.all(vectors).astype(np.float64)
+    centred = vectors.astype(np.float64) - vectors.astype(np.float64).mean(0)
+    values, directions = np.linalg.eigh(np.cov(centred.T, bias=True))
+    expected = centred @ directions / np.sqrt(values)
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    assert white.shape == (1000, 70)
+    assert np.abs(white @ white.T - expected @ expected.T).max() < 1e-4  # the sign of a direction means nothing
+    assert np.abs(whitening(vectors[5:9]) - white[5:9]).max() < 1e-6
+    few = fit_collection(vectors[:500])  # 62 components would fit the pictures themselves
+    assert few.mean is None and np.array_equal(few.all(vectors[:500]), vectors[:500])
+    same = fit_collection(np.tile(vectors[:1], (600, 1)))
+    assert same.mean is None
+
+
+def test_whitened_rows_may_be_mapped(monkeypatch):
+    vectors = clustered(1000, dim=70)
+    expected = fit_collection(vectors).all(vectors)
+    monkeypatch.setattr('timm_multigrain.collection.whitened.IN_MEMORY', 10)
+    mapped = fit_collection(vectors).all(vectors)
+    assert isinstance(mapped, np.memmap) and np.array_equal(mapped, expected)
+
+
+def test_thresholds_leave_the_share_of_false_pairs():
+    vectors = np.delete(clustered(1005, dim=16), np.arange(100, 105), axis=0)  # no equal rows
+    looks = Looks(lambda i: Image.new('RGB', (8, 8)))  # pictures of one colour prove nothing
+    scores = vectors.astype(np.float64) @ vectors.T.astype(np.float64)
+    np.fill_diagonal(scores, -2)
+    nearest = scores.max(1)
+    for share in (0.002, 0.05, 0.5):
+        found = find_thresholds(vectors, np.arange(1000), looks, share)
+        assert int((nearest >= found.certain - 1e-7).sum()) <= 1000 * share + 2  # both of a pair pass at once
+        assert int((nearest >= found.certain - 1e-4).sum()) >= 1000 * share - 2
+    assert found.possible <= found.certain and found.sample == 1000
+    assert find_thresholds(vectors, np.arange(2), looks, 0.01) == DEFAULT
+    for share in (0, 1, -1):
+        with pytest.raises(ValueError, match='share above 0 and below 1'):
+            find_thresholds(vectors, np.arange(9), looks, share)
+
+
+def test_real_copies_do_not_raise_the_threshold():
+    rng = np.random.default_rng(0)
+    pictures = [draw_picture('fish', 64, rng) for _ in range(40)]
+    vectors = rng.standard_normal((40, 8)).astype(np.float32)
+    vectors[20:], pictures[20:] = vectors[:20] + 0.01, pictures[:20]
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    scores = vectors @ vectors.T
+    alike = np.arange(40) % 20
+    highest = scores[alike[:, None] != alike].max()
+    found = find_thresholds(vectors, np.arange(40), Looks(lambda i: pictures[i]), 0.002)
+    assert highest < found.certain < highest + 1e-5
+    blind = find_thresholds(vectors, np.arange(40), Looks(lambda i: Image.new('L', (4, 4))), 0.002)
+    assert blind.certain > 0.99
+
+
+def test_likeness():
+    picture = draw_picture('house', 96, np.random.default_rng(3)).convert('RGB')
+    other = draw_picture('fish', 96, np.random.default_rng(4)).convert('RGB')
+    same = ('resize 1/2', 'resize x2', 'jpeg 90', 'jpeg 10', 'rotate 90', 'blur 1 %', 'grey', 'mirror')
+    for name, edit in EDITS.items():
+        value = likeness(small_grey(picture), small_grey(edit(picture)))
+        assert value <= 1 + 1e-5 and (value >= ALIKE or name not in same), (name, value)
+    assert likeness(small_grey(picture), small_grey(other)) < 0.9
+    assert small_grey(Image.new('RGB', (50, 40), 'red')) is None and likeness(None, small_grey(picture)) == 0
+    looks = Looks(lambda i: (_ for _ in ()).throw(ValueError('gone')))
+    assert not looks.alike(0, 1) and looks.unreadable == 2 and not looks.alike(1, 0) and looks.unreadable == 2
+
+
+@pytest.mark.parametrize('name', EDITS)
+def test_edits(name):
+    for size in ((60, 40), (1, 1), (3, 200)):
+        copy = EDITS[name](Image.effect_noise(size, 60).convert('RGB'))
+        assert copy.mode == 'RGB' and min(copy.size) >= 1
