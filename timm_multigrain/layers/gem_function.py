@@ -13,7 +13,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
-from torch.autograd import forward_ad
+
+from timm_multigrain.eager import is_traced
 
 from .format import at_least_float32
 
@@ -55,7 +56,8 @@ def compiles(p: float | Tensor) -> bool:
 
 def takes(x: Tensor, p: float | Tensor, dim: list[int]) -> bool:
     """Whether `PowerMean` can, and had better, do what `power_mean` does."""
-    if _is_traced() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type not in ('cpu', 'cuda'):
+    # whoever looks at single operations or transforms them is given plain ones
+    if is_traced() or type(x) not in (Tensor, torch.nn.Parameter) or x.device.type not in ('cpu', 'cuda'):
         return False
     axes = _axes(x, dim)
     if not axes[0] or axes != list(range(axes[0], axes[-1] + 1)) or x.numel() < max(len(x), 1) * _SMALL:
@@ -67,12 +69,6 @@ def takes(x: Tensor, p: float | Tensor, dim: list[int]) -> bool:
     elif p >= _LARGE:
         return False
     return _as_maps(x.detach(), dim) is not None
-
-
-def _is_traced() -> bool:
-    # whoever looks at single operations or transforms them is given plain ones
-    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-            or forward_ad._current_level >= 0)
 
 
 def fused_power_mean(x: Tensor, p: float | Tensor, eps: float, dim: list[int]) -> Tensor:
@@ -99,7 +95,7 @@ class PowerMean(torch.autograd.Function):
         x, y, p, slope = ctx.saved_tensors
         p = ctx.p if p is None else p
         of_x, of_p = ctx.needs_input_grad[:2]
-        if torch.is_grad_enabled() or _is_traced() or is_legacy_batchedtensor(grad):  # to be differentiated or batched
+        if torch.is_grad_enabled() or is_traced() or is_legacy_batchedtensor(grad):  # to be differentiated or batched
             of_x, of_p = _plain_gradients(x, y, p, ctx.eps, ctx.dim, grad, of_p)
             return of_x, of_p, None, None
         maps = _as_maps(x, ctx.dim)

@@ -8,6 +8,7 @@ not.
 import torch
 from torch import Tensor, nn
 
+from .distance import square_pair_distances
 from .sampling import Triplets
 
 __all__ = ['MarginLoss', 'margin_loss', 'margin_statistics']
@@ -90,10 +91,7 @@ def square_distances(embedding: Tensor, triplets: Triplets) -> Tensor:
     if len(shapes) != 3 or len(shapes[0]) != 1 or len(set(shapes)) != 1:
         raise ValueError(f'triplets must be three index tensors of one shape (n,), got shapes {shapes}')
     embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
-    anchor, *others = (embedding[index.clamp(min=0)] for index in triplets)
-    difference = anchor - torch.stack(others)
-    # Masked here and not after the square: the gradient of a padded entry stays zero even when row 0 is NaN.
-    return difference.masked_fill(triplets[0][:, None] < 0, 0.).square().sum(-1)
+    return square_pair_distances(embedding, triplets[0], torch.stack(tuple(triplets[1:])))
 
 
 def distances(embedding: Tensor, triplets: Triplets) -> Tensor:

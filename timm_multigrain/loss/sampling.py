@@ -10,13 +10,19 @@ q(d) ~ d^(C - 2) (1 - d^2 / 4)^((C - 3) / 2) is the density of the distance betw
 of R^C. The cap tau = 1 / q(cutoff) bounds both ends: d below `cutoff`, and d near 2, where 1 / q is unbounded too.
 """
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from timm_multigrain.eager import is_traced
+
 __all__ = ['DistanceWeightedSampler', 'Triplets', 'UniformSampler', 'create_sampler', 'effective_negatives']
+
+_PAIRS = 2 ** 17  # pairs that are looked at together on a CPU: 1 MiB in float64
+_SIDE = 192  # rows and columns of the blocks of distances there
 
 
 class Triplets(NamedTuple):
@@ -54,8 +60,8 @@ class TripletSampler(nn.Module):
 
     Args:
         max_positives: Positives used of each anchor, the first ones in the batch; the output is then padded to
-            B * max_positives triplets. None takes all and gives exactly the triplets there are (one host
-            synchronisation on a GPU).
+            B * max_positives triplets. None takes all and gives exactly the triplets there are (a GPU then waits for
+            the host twice).
         generator: Source of randomness, a `torch.Generator` on the device of the embedding, or an int that seeds one at
             the first call; None is torch's global one.
     """
@@ -68,7 +74,7 @@ class TripletSampler(nn.Module):
         self.generator = generator
 
     def log_weights(self, embedding: Tensor) -> Tensor:
-        """Unnormalised log probability (B, B) of each pair; a row of nothing but -inf becomes uniform."""
+        """Unnormalised log probability (B, B) of each pair, a new tensor; a row of nothing but -inf becomes uniform."""
         raise NotImplementedError
 
     @torch.no_grad()
@@ -87,8 +93,10 @@ class TripletSampler(nn.Module):
         Raises:
             ValueError: The shapes or dtypes are not as above.
         """
-        _, _, log_prob, uniform_row = self._log_probabilities(embedding, target)
-        return log_prob.exp().to(torch.promote_types(embedding.dtype, torch.float32)), uniform_row
+        parts = [
+            (part.prob(embedding.dtype), part.weightless & part.negatives.any(1))
+            for part in self._parts(embedding, target)]
+        return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     @torch.no_grad()
     def forward(
@@ -101,55 +109,74 @@ class TripletSampler(nn.Module):
 
         With `return_prob` also the probabilities (B, B), as `probabilities` gives them, without computing them twice.
         """
-        positives, negatives, log_prob, _ = self._log_probabilities(embedding, target)
-        triplets = self._triplets(positives, negatives, log_prob)
-        if return_prob:
-            return triplets, log_prob.exp().to(torch.promote_types(embedding.dtype, torch.float32))
-        return triplets
-
-    def _triplets(self, positives: Tensor, negatives: Tensor, log_prob: Tensor) -> Triplets:
-        batch_size = len(positives)
-        slots = batch_size if self.max_positives is None else min(self.max_positives, batch_size)
-        index = torch.arange(batch_size, device=positives.device)
-        num_draws = positives.sum(1).clamp(max=slots) * negatives.any(1)
-        anchor = index[:, None].expand(-1, slots)
-        positive = (positives * (batch_size - index)).topk(slots).indices
-        triplets = anchor, positive, self._draw(log_prob, num_draws, slots)
+        _check_batch(embedding, target)
+        slots = self._slots(target)
+        index = torch.arange(len(target), device=target.device)
+        columns, prob = [], []
+        for part in self._parts(embedding, target):
+            prob += [part.prob(embedding.dtype)] if return_prob else []
+            columns.append(self._pairs(part, index, slots))
+        positive, negative, num_draws = map(torch.cat, zip(*columns, strict=True))
         used = index[:slots] < num_draws[:, None]
+        triplets = index[:, None].expand(-1, slots), positive, negative
         if self.max_positives is None:
-            rows, columns = used.nonzero(as_tuple=True)
-            return Triplets(*(t[rows, columns] for t in triplets))
-        padding = 0, self.max_positives - slots
-        return Triplets(*(F.pad(t.where(used, -1), padding, value=-1).flatten() for t in triplets))
+            rows, places = used.nonzero(as_tuple=True)
+            triplets = Triplets(*(t[rows, places] for t in triplets))
+        else:
+            padding = 0, self.max_positives - slots
+            triplets = Triplets(*(F.pad(t.where(used, -1), padding, value=-1).flatten() for t in triplets))
+        return (triplets, torch.cat(prob)) if return_prob else triplets
 
-    def _log_probabilities(self, embedding: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _slots(self, target: Tensor) -> int:
+        """Negatives to draw for each anchor, padding included."""
+        if self.max_positives is not None:
+            return min(self.max_positives, len(target))
+        return max(int(target.unique(return_counts=True)[1].max()) - 1, 1)
+
+    def _parts(self, embedding: Tensor, target: Tensor) -> Iterator['_Part']:
+        """The batch in groups of anchors, so that what exists of all pairs is their log weights only."""
         _check_batch(embedding, target)
         # An error of a distance is multiplied by an exponent in the thousands; MPS has no float64.
         embedding = embedding.to(torch.float32 if embedding.device.type == 'mps' else torch.float64)
-        finite = embedding.isfinite().all(1)
-        usable = finite[:, None] & finite
-        same = target[:, None] == target
-        positives = (same & usable).fill_diagonal_(False)
-        negatives = ~same & usable
-        log_weight = self.log_weights(embedding).masked_fill(~negatives, -math.inf)
-        weightless = log_weight.isneginf().all(1)
-        log_weight = log_weight.masked_fill(weightless[:, None] & negatives, 0.)
-        # The second fill is for the rows without negatives, NaN by now.
-        log_prob = log_weight.log_softmax(1).masked_fill(~negatives, -math.inf)
-        return positives, negatives, log_prob, weightless & negatives.any(1)
+        usable = torch.linalg.vector_norm(embedding, dim=1).isfinite()
+        log_weights = self.log_weights(embedding)
+        for rows in _split(len(target), _PAIRS // len(target), embedding):
+            same, both = target[rows, None] == target, usable[rows, None] & usable
+            positives, negatives = same & both, both & ~same
+            positives.diagonal(rows.start).fill_(False)
+            log_weight = log_weights[rows].masked_fill_(~negatives, -math.inf)
+            weightless = log_weight.amax(1).isneginf()
+            log_weight.masked_fill_(weightless[:, None] & negatives, 0.)
+            yield _Part(positives, negatives, log_weight, weightless)
 
-    def _draw(self, log_prob: Tensor, num_draws: Tensor, slots: int) -> Tensor:
-        exponential = torch.empty_like(log_prob).exponential_(generator=self._generator(log_prob.device))
-        exponential = exponential.clamp(min=torch.finfo(log_prob.dtype).tiny)
-        candidates = (log_prob - exponential.log()).topk(slots).indices
+    def _pairs(self, part: '_Part', index: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Positives and negatives (rows, slots) of the anchors, and how many of the slots count."""
+        score = torch.where(part.positives, (len(index) - index).to(torch.float32), 0.)  # the first ones in the batch
+        score, positive = score.topk(slots)
+        num_draws = (score > 0).sum(1)
+        negative, num_candidates = self._draw(part.log_weight, num_draws, slots)
+        return positive, negative, num_draws * (num_candidates > 0)
+
+    def _draw(self, log_weight: Tensor, num_draws: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Negatives (rows, slots) of as many anchors, and how many there are to draw from, at most `slots`.
+
+        Overwrites the log weights, as copies of them would take most of the time.
+        """
+        # logarithms of exponential variables, for which float32 is fine enough
+        noise = torch.empty(log_weight.shape, device=log_weight.device)
+        noise.uniform_(generator=self._generator(noise.device)).neg_().log1p_().neg_().clamp_(min=2 ** -25).log_()
+        peak = log_weight.amax(1, keepdim=True)
+        keys, candidates = log_weight.sub_(noise).topk(slots)
         # A row short of candidates has all of them at the front: draw positions among those by their cumulative sum.
-        num_candidates = (~log_prob.isneginf()).sum(1, keepdim=True)
-        cumulative = log_prob.exp().gather(1, candidates).cumsum(1)
-        uniform = torch.empty_like(cumulative).uniform_(generator=self._generator(log_prob.device))
+        num_candidates = (~keys.isneginf()).sum(1)
+        weight = (keys + noise.gather(1, candidates) - peak).exp()
+        cumulative = weight.nan_to_num_().cumsum(1)
+        uniform = torch.empty_like(cumulative).uniform_(generator=self._generator(noise.device))
         repeated = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        repeated = torch.minimum(repeated, (num_candidates - 1).clamp(min=0))
-        position = torch.arange(slots, device=log_prob.device).expand_as(repeated)
-        return candidates.gather(1, torch.where(num_candidates < num_draws[:, None], repeated, position))
+        repeated = torch.minimum(repeated, (num_candidates[:, None] - 1).clamp(min=0))
+        position = torch.arange(slots, device=noise.device).expand_as(repeated)
+        position = torch.where((num_candidates < num_draws)[:, None], repeated, position)
+        return candidates.gather(1, position), num_candidates
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         if isinstance(self.generator, int):
@@ -200,17 +227,26 @@ class DistanceWeightedSampler(TripletSampler):
         self.nonzero_loss_cutoff = nonzero_loss_cutoff
 
     def log_weights(self, embedding: Tensor) -> Tensor:
-        gram = embedding @ embedding.T
-        square_norm = gram.diagonal()
-        distance = (square_norm[:, None] + square_norm - 2 * gram).clamp(min=0).sqrt()
-        distance = distance.where(distance.isfinite(), 1.).fill_diagonal_(1.)
-        log_weight = _inverse_density(distance, embedding.shape[1], self.cutoff)
-        beyond = distance >= self.nonzero_loss_cutoff
+        batch_size, dim = embedding.shape
+        log_weight = embedding.new_empty(batch_size, batch_size)
+        square_norm = torch.linalg.vector_norm(embedding, dim=1).square()
+        blocks = list(_split(batch_size, _SIDE, embedding))
+        for number, rows in enumerate(blocks):
+            for columns in blocks[number:]:
+                square = torch.addmm(
+                    square_norm[rows, None] + square_norm[columns], embedding[rows], embedding[columns].T, alpha=-2)
+                if rows == columns:
+                    square.fill_diagonal_(1.)
+                square = _log_weight(square, dim, self.cutoff, self.nonzero_loss_cutoff)
+                log_weight[rows, columns] = square
+                if rows != columns:
+                    log_weight[columns, rows] = square.T
         if self.normalize == 'batch':
-            largest = log_weight.masked_fill(beyond, -math.inf).max()
-            # The round trip through float32 is where the original implementation loses its weights.
-            log_weight = (log_weight - largest).float().exp().log().to(embedding.dtype)
-        return log_weight.masked_fill(beyond, -math.inf)
+            largest = log_weight.max()
+            for rows in _split(batch_size, _PAIRS // batch_size, embedding):
+                # The round trip through float32 is where the original implementation loses its weights.
+                log_weight[rows] = log_weight[rows].sub_(largest).float().exp_().log_()
+        return log_weight
 
     def extra_repr(self) -> str:
         return f'{self.normalize!r}, cutoff={self.cutoff}, nonzero_loss_cutoff={self.nonzero_loss_cutoff}'
@@ -250,12 +286,39 @@ def create_sampler(name: str, **kwargs) -> TripletSampler:
     return _SAMPLERS[name](**kwargs)
 
 
-def _inverse_density(distance: Tensor, dim: int, cutoff: float) -> Tensor:
-    """log min(1 / q(cutoff), 1 / q(d)), up to a constant."""
+class _Part(NamedTuple):
+    """Some anchors: which images are positives and negatives, and the log weights of these, all (rows, B).
+
+    Those of a row without any are 0, which `weightless` (rows,) says.
+    """
+    positives: Tensor
+    negatives: Tensor
+    log_weight: Tensor
+    weightless: Tensor
+
+    def prob(self, dtype: torch.dtype) -> Tensor:
+        # The fill is for the rows without negatives, NaN by now.
+        prob = self.log_weight.softmax(1).masked_fill_(~self.negatives, 0.)
+        return prob.to(torch.promote_types(dtype, torch.float32))
+
+
+def _split(number: int, size: int, embedding: Tensor) -> Iterator[slice]:
+    """Slices of `size` rows that fit a CPU's cache; a single one on other devices and for a compiler."""
+    size = number if embedding.device.type != 'cpu' or is_traced() else max(size, 1)
+    for start in range(0, number, size):
+        yield slice(start, min(start + size, number))
+
+
+def _log_weight(square: Tensor, dim: int, cutoff: float, nonzero_loss_cutoff: float) -> Tensor:
+    """log min(1 / q(cutoff), 1 / q(d)) up to a constant from d^2, which is overwritten; -inf where the loss is zero."""
+    square = square.nan_to_num_(math.inf, math.inf)  # rows that are not finite
+    beyond = square >= nonzero_loss_cutoff ** 2
     # q = d (d^2 (1 - d^2 / 4))^((C - 3) / 2) is symmetric in d^2 around 2, but for the factor d: the upper bound is the
     # mirror of the lower one.
-    distance = distance.clamp(cutoff, math.sqrt(4 - cutoff ** 2))
-    return (2 - dim) * distance.log() - (dim - 3) / 2 * torch.log1p(-distance.square() / 4)
+    square = square.clamp_(cutoff ** 2, 4 - cutoff ** 2)
+    log_weight = square.log().mul_((2 - dim) / 2)
+    log_weight.sub_(square.mul_(-0.25).log1p_(), alpha=(dim - 3) / 2)
+    return log_weight.masked_fill_(beyond, -math.inf)
 
 
 def _check_batch(embedding: Tensor, target: Tensor) -> None:
