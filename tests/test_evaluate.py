@@ -3,7 +3,9 @@ import json
 import math
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -109,7 +111,8 @@ def test_whitening_beside_without(model, pictures, noise_folder):
     from timm_multigrain.retrieval.images import find_images
     from timm_multigrain.retrieval.whiten import fit_whitening
     images = replace_database(benchmark, find_images(noise_folder))
-    for result, pool in zip(results[2:], [lambda x: gem(x, 3), create_pool('crow')], strict=True):
+    for result, pool in zip(results[2:], [
+            lambda x: gem(x, 3), lambda x: l2_normalize(create_pool('crow')(x))], strict=True):
         fit = fit_whitening(describe(model, images, pool), 8)
         z = describe(model, benchmark, pool).double()
         z = torch.cat([z, torch.ones(len(z), 1)], 1)
@@ -117,6 +120,19 @@ def test_whitening_beside_without(model, pictures, noise_folder):
         whitened = ((z - fit.mean) @ fit.proj).float()
         assert result.value('mAP') == pytest.approx(by_hand(whitened, benchmark), abs=1e-6)
     assert not model.whitened
+
+
+def test_whitened_sums_do_not_depend_on_their_number(model, pictures, noise_folder):
+    """SPoC is GeM with p = 1 times the number of positions, so that both are the same L2-normalised and whitened."""
+    from timm_multigrain.retrieval.evaluate import add_whitened
+    from timm_multigrain.retrieval.images import find_images
+    systems = Systems(model, choose_systems(model, ['spoc']))
+    with tempfile.TemporaryDirectory() as folder:
+        add_whitened(systems, find_images(noise_folder), PROTOCOL, None, Path(folder))
+    maps = torch.rand(1, model.num_features, 3, 4)
+    wide = torch.cat([maps, maps], 3)  # twice the positions, the same mean
+    one, two = (l2_normalize(systems.models[1].forward_head(x, pre_logits=True)) for x in (maps, wide))
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
 def replace_database(benchmark, source):

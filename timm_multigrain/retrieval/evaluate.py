@@ -23,7 +23,7 @@ from .descriptors import iter_shards
 from .images import ImageSource, open_images
 from .protocol import Protocol
 from .rankings import AfterRanking, normalize, rank
-from .systems import Systems, choose_systems, with_own_head
+from .systems import SUMS, Systems, UnitPool, choose_systems, with_own_head
 
 __all__ = ['AfterRanking', 'compare', 'evaluate']
 
@@ -169,6 +169,9 @@ def add_whitened(systems: Systems, images: ImageSource, protocol: Protocol, comp
                  **extraction: Any) -> None:
     """For each system one more, whitened; all of them are fitted on one pass over the images.
 
+    Of poolings that are sums the embedding is L2-normalised before, as their papers do: how long it is depends on the
+    shape of the image, and the whitening would take that from its constant channel and enlarge it.
+
     Raises:
         ValueError: The model is whitened already, or there are too few images.
     """
@@ -178,9 +181,12 @@ def add_whitened(systems: Systems, images: ImageSource, protocol: Protocol, comp
         raise ValueError('The model is whitened already: evaluate it as it is, or take the one without whitening.')
     where, _ = describe(systems, images, protocol, folder, strict=False, raw=True, **extraction)
     for number, system in enumerate(list(systems.systems)):
-        raw = (systems.take(vectors, number, normalize=False) for _, vectors in iter_shards(where))
-        fit = fit_whitening(raw, components)
+        unit = system.pooling in SUMS
+        pooled = (systems.take(vectors, number, normalize=unit) for _, vectors in iter_shards(where))
+        fit = fit_whitening(pooled, components)
         model = with_own_head(systems.models[number])
+        if unit:
+            model.head.pool = UnitPool(model.head.pool)
         fold_whitening(model, fit)
         systems.add(replace(system, whitening=model.embed_dim), model)
 

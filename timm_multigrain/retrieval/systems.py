@@ -15,9 +15,10 @@ from torch import nn
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.multigrain import MultiGrain
 
-__all__ = ['POOLINGS', 'System', 'Systems', 'choose_systems', 'with_own_head']
+__all__ = ['POOLINGS', 'SUMS', 'System', 'Systems', 'UnitPool', 'choose_systems', 'with_own_head']
 
 POOLINGS = ('gem', 'mac', 'spoc', 'rmac', 'crow', 'avg')
+SUMS = ('spoc', 'rmac', 'crow')  # over positions or regions, of which there are more in a larger image
 _SHOWN = {'mac': 'MAC', 'spoc': 'SPoC', 'rmac': 'R-MAC', 'crow': 'CroW', 'avg': 'average'}
 _P = {'mac': 'inf', 'spoc': 1.0, 'avg': 1.0}
 
@@ -150,6 +151,17 @@ class Systems(nn.Module):
         start = sum(model.embed_dim for model in self.models[:number])
         part = embeddings[:, start:start + self.models[number].embed_dim].float()
         return l2_normalize(part) if normalize else part
+
+
+class UnitPool(nn.Module):
+    """A pooling whose embedding is L2-normalised."""
+
+    def __init__(self, pool: nn.Module):
+        super().__init__()
+        self.pool = pool
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return l2_normalize(self.pool(x))
 
 
 def with_own_head(model: MultiGrain) -> MultiGrain:
