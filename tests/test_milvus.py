@@ -1,0 +1,167 @@
+"""Export to Milvus and search there, with milvus-lite: same neighbours, resumed, idempotent, other models refused."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from timm_multigrain.cli.main import main
+from timm_multigrain.collection import Index, OtherModel
+from timm_multigrain.collection.export import export_index
+from timm_multigrain.collection.milvus_client import MilvusAddress, path_from_text, path_to_text
+from timm_multigrain.collection.store import Store, StoreWriter
+
+from .copies_folder import make_index, make_pictures
+from .small_index import CLASSES, add_images, unit_vectors, write_index
+
+pytest.importorskip('pymilvus')
+pytest.importorskip('milvus_lite')
+from timm_multigrain.collection.milvus import MilvusIndex, export_milvus
+
+NAMES = ['a\nb.jpg', 'é/日本.jpg', 'not \udcff utf-8.jpg', 'bytes:%20.jpg', '"quotes\'.jpg']
+
+
+@pytest.fixture
+def index(tmp_path):
+    paths = [*NAMES, *(f'{i}.jpg' for i in range(150 - len(NAMES)))]
+    return Index.open(write_index(tmp_path / 'index', unit_vectors(150), paths))
+
+
+@pytest.fixture
+def address(tmp_path):
+    return f'milvus:{tmp_path / "photos.db"}'
+
+
+@pytest.mark.parametrize('text, uri, collection', [
+    ('milvus:a.db', 'a.db', 'multigrain'), ('milvus:/x/a b.db#photos_2', '/x/a b.db', 'photos_2'),
+    ('milvus:http://host:19530', 'http://host:19530', 'multigrain'),
+    ('milvus:https://host:19530/base#c', 'https://host:19530/base', 'c')])
+def test_addresses(text, uri, collection):
+    address = MilvusAddress.parse(text)
+    assert (address.uri, address.collection) == (uri, collection)
+    assert MilvusAddress.parse(str(address)) == address
+
+
+@pytest.mark.parametrize('text', ['milvus:', 'milvus:folder', 'a.db', 'milvus:a.db#1x', 'milvus:a.db#a b'])
+def test_wrong_addresses(text):
+    with pytest.raises(ValueError, match=r'give milvus:|take letters'):
+        MilvusAddress.parse(text)
+
+
+@pytest.mark.parametrize('path', [*NAMES, '', 'bytes:', '\udc80\udcff', '/a/b c%41.jpg'])
+def test_paths_as_text(path):
+    text = path_to_text(path)
+    assert path_from_text(text) == path and isinstance(text.encode('utf-8'), bytes)
+    if path in NAMES[:2]:
+        assert text == path
+
+
+def test_same_neighbours(index, address):
+    done = export_milvus(index, address, batch_size=64, progress=False)
+    assert (done.written, done.unchanged, done.removed, done.others) == (150, 0, 0, 0) and '150' in str(done)
+    there = MilvusIndex.open(address)
+    assert len(there) == 150 and there.label_names == CLASSES and there.index_type == 'FLAT'
+    queries = np.concatenate([unit_vectors(20, seed=5), index.vectors[:len(NAMES)]])
+    for class_name in (None, 'car'):
+        scores, rows = index.search(queries, 7, class_name)
+        for found, own_scores, own_rows in zip(there.search(queries, 7, class_name), scores, rows, strict=True):
+            assert [hit.path for hit in found] == [index.path_of(row) for row in own_rows]
+            assert [hit.record for hit in found] == [index.records(row) for row in own_rows]
+            assert np.abs(np.array([hit.score for hit in found]) - own_scores).max() < 1e-6
+    for bad, options in ((queries[:, :5], {}), (queries, {'k': 0}), (queries, {'class_name': 'ship'})):
+        with pytest.raises(ValueError, match=r"shape|k is 0|knows no class 'ship'"):
+            there.search(bad, **options)
+    there.close()
+
+
+def test_exporting_again_sends_what_has_changed(index, address):
+    export_milvus(index, address, progress=False)
+    again = export_milvus(index, address, progress=False)
+    assert (again.written, again.unchanged) == (0, 150)
+    writer = StoreWriter(Store(index.path))
+    writer.remove([0, 9])
+    add_images(writer, unit_vectors(3, seed=3), ['0.jpg.new', 'n1.jpg', 'n2.jpg'])
+    writer.close()
+    changed = Index.open(index.path)
+    third = export_milvus(changed, address, progress=False)
+    assert (third.written, third.unchanged, third.others) == (3, 148, 2) and 'not in this index' in str(third)
+    mirrored = export_milvus(changed, address, mirror=True, progress=False)
+    assert (mirrored.written, mirrored.removed, mirrored.others) == (0, 2, 0)
+    there = MilvusIndex(address)
+    assert len(there) == len(changed)
+    found = there.search(index.vectors[:1], 1)[0]
+    assert found[0].path != index.path_of(0)
+    there.close()
+
+
+def test_other_models_and_collections_are_refused(index, address, tmp_path):
+    from pymilvus import MilvusClient
+
+    export_milvus(index, address, progress=False)
+    narrower = Index.open(write_index(tmp_path / 'other', unit_vectors(5, dim=8)))
+    with pytest.raises(OtherModel, match='dimension: 16, here 8'):
+        export_milvus(narrower, address, progress=False)
+    export_milvus(narrower, f'{address}#other', progress=False)
+    assert len(MilvusIndex.open(f'{address}#other')) == 5
+    with pytest.raises(FileNotFoundError, match=r'has no collection third \(it has: multigrain, other\)'):
+        MilvusIndex.open(f'{address}#third')
+    client = MilvusClient(address.removeprefix('milvus:'))
+    client.create_collection('foreign', dimension=16)
+    client.close()
+    for use in (MilvusIndex.open, lambda a: export_milvus(index, a, progress=False)):
+        with pytest.raises(ValueError, match='was not made by timm-multigrain export'):
+            use(f'{address}#foreign')
+    assert len(MilvusIndex.open(address)) == 150
+
+
+def test_what_cannot_be_reached(index, tmp_path):
+    with pytest.raises(FileNotFoundError, match='is not there'):
+        MilvusIndex.open(f'milvus:{tmp_path}/none.db')
+    with pytest.raises(FileNotFoundError, match='is not there'):
+        export_milvus(index, f'milvus:{tmp_path}/none/a.db', progress=False)
+    with pytest.raises(RuntimeError, match=r'127\.0\.0\.1:9 could not be opened .*check the address'):
+        MilvusIndex.open('milvus:http://127.0.0.1:9')
+    with pytest.raises(ValueError, match=r'ends in \.parquet'):
+        export_index(index.path, 'photos.csv')
+
+
+@pytest.mark.slow
+def test_a_killed_export_goes_on(tmp_path, address):
+    folder = write_index(tmp_path / 'index', unit_vectors(20_000, dim=64))
+    command = [sys.executable, '-m', 'timm_multigrain', 'export', str(folder), '--to', address, '--batch-size', '100']
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    database = address.removeprefix('milvus:')
+    while time.monotonic() < deadline and not sum(
+            os.path.getsize(os.path.join(place, name)) for place, _, names in os.walk(database) for name in names
+            if os.path.exists(os.path.join(place, name))) > 400_000:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = export_index(folder, address, progress=False)
+    assert done.written + done.unchanged == 20_000 and done.others == 0
+    there = MilvusIndex.open(address)
+    assert len(there) == 20_000
+    queries = unit_vectors(5, dim=64, seed=8)
+    _, rows = Index.open(folder).search(queries, 5)
+    assert [[hit.path for hit in part] for part in there.search(queries, 5)] == [
+        [f'/pictures/{row}.jpg' for row in part] for part in rows.tolist()]
+
+
+def test_commands(tmp_path, address, capfd):
+    pictures = make_pictures(tmp_path / 'pictures', 6)
+    index = make_index(pictures, tmp_path / 'index')
+    assert main(['export', str(index.path), '--to', f'{address}#mine']) == 0
+    assert '9 images written' in capfd.readouterr().out
+    answers = []
+    for where in (str(index.path), f'{address}#mine'):
+        assert main(['search', where, str(pictures / '3.png'), '-k', '4', '--json', '--exact']) == 0
+        answers.append([json.loads(line) for line in capfd.readouterr().out.splitlines()])
+    own, theirs = answers
+    assert [line['path'] for line in own] == [line['path'] for line in theirs] and len(own) == 4
+    assert main(['search', f'{address}#none', str(pictures / '3.png')]) == 2
+    assert 'has no collection none' in capfd.readouterr().err
