@@ -30,7 +30,7 @@ def problems(draw):
     return scores, lists, cuts
 
 
-@pytest.mark.parametrize('few, piece', [(0, 7), (16, 7), (0, 1 << 16)])
+@pytest.mark.parametrize('few, piece', [(0, 7), (16, 7), (0, 1 << 17)])
 @given(problem=problems())
 @settings(max_examples=100, deadline=None)
 def test_equals_comparing_all(few, piece, problem):

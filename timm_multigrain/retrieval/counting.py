@@ -11,7 +11,7 @@ __all__ = ['Array', 'count_reaching', 'to_numpy']
 
 Array = np.ndarray | torch.Tensor
 
-PIECE = 1 << 16  # scores at a time: they stay in the cache
+PIECE = 1 << 17  # scores at a time: they stay in the cache
 DEVICE_PIECE = 1 << 22
 MOST_BINS = 1 << 14
 FEW_LEVELS = 16  # of a row: comparing with each is quicker than bins

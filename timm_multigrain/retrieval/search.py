@@ -2,6 +2,7 @@
 
 Memory holds the queries, one piece of the database and its scores, whatever the size of the database.
 """
+import warnings
 from collections.abc import Iterable, Iterator
 
 import numpy as np
@@ -122,7 +123,9 @@ def check_rank(k: int) -> None:
 
 def as_vectors(vectors: Vectors, name: str, dim: int | None = None, convert: bool = True) -> torch.Tensor:
     """(n, dim) tensor, float32 if `convert`; ValueError for another shape."""
-    vectors = torch.as_tensor(vectors).detach()
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # of arrays that are read-only, such as mapped files
+        vectors = torch.as_tensor(vectors).detach()
     if vectors.ndim != 2 or dim not in (None, vectors.shape[1]):
         wanted = '(vectors, dimensions)' if dim is None else f'(vectors, {dim}), the dimensions of the queries'
         raise ValueError(f'{name} must have shape {wanted}, got {tuple(vectors.shape)}.')

@@ -1,0 +1,154 @@
+"""Measures of retrieval against sorting the whole database for every query: time, memory, equality, growth.
+
+    python benchmarks/evaluation.py [--cases 70x5000 70x1000000 ukb] [--json FILE]
+    python benchmarks/evaluation.py --plot benchmarks/evaluation.png [--json FILE]
+
+The peer is written here the plain way: argsort of each row, then the positions of the labelled images in it. For the
+revisited measures a query has 40 easy, 60 hard and 30 junk images that score higher than the rest, all scores distinct
+float32; for the UKBench score there are 10,200 x 10,200 float32 scores, the four of a group higher. Memory is numpy's
+peak (tracemalloc) beyond the scores.
+"""
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import timing
+
+from timm_multigrain.retrieval.revisited import RevisitedQuery, revisited_scores
+from timm_multigrain.retrieval.ukb import ukb_score
+
+KAPPAS = (1, 5, 10)
+PROTOCOLS = {'easy': (('easy',), ('hard', 'junk')), 'medium': (('easy', 'hard'), ('junk',)),
+             'hard': (('hard',), ('easy', 'junk'))}
+SIZES = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)
+NUM_LABELLED = 130
+
+
+def main() -> None:
+    parser = timing.make_parser(__doc__, rounds=3)
+    parser.add_argument('--cases', nargs='*', default=['70x5000', '70x1000000', 'ukb'], metavar='QxN')
+    parser.add_argument('--plot', type=Path, metavar='FILE.png',
+                        help='measure the time of a query over the size of the database instead, and draw it')
+    args = timing.start(parser, packages=('numpy',))
+    if args.plot:
+        rows = growth(args)
+        plot(rows, args.plot)
+    else:
+        rows = [ukb_row(args) if case == 'ukb' else revisited_row(*map(int, case.split('x')), args)
+                for case in args.cases]
+    timing.finish(args, rows)
+
+
+def revisited_row(num_queries: int, num_items: int, args) -> dict:
+    scores, queries = make_revisited(num_queries, num_items)
+    seconds = timing.interleave({'ours': lambda: revisited_scores(scores, queries),
+                                 'full sort': lambda: plain_revisited(scores, queries)}, args.rounds)
+    ours, plain = revisited_scores(scores, queries), plain_revisited(scores, queries)
+    difference = max(
+        np.abs(np.stack([getattr(ours, name).ap, *getattr(ours, name).precisions.values()]) - plain[name]).max()
+        for name in PROTOCOLS)
+    return row(f'revisited, {num_queries} x {num_items}', seconds, difference,
+               peak(lambda: revisited_scores(scores, queries)))
+
+
+def ukb_row(args, num_images: int = 10_200) -> dict:
+    rng = np.random.default_rng(0)
+    scores, groups = rng.standard_normal((num_images, num_images), dtype=np.float32), np.arange(num_images) // 4
+    for member in range(4):
+        scores[np.arange(num_images), 4 * groups + member] += 3
+    seconds = timing.interleave({'ours': lambda: ukb_score(scores, groups),
+                                 'full sort': lambda: plain_ukb(scores, groups)}, args.rounds)
+    difference = np.abs(ukb_score(scores, groups).found - plain_ukb(scores, groups)).max()
+    return row(f'UKBench, {num_images}', seconds, float(difference), peak(lambda: ukb_score(scores, groups)))
+
+
+def row(case: str, seconds: dict[str, float], difference: float, memory: int) -> dict:
+    return {'case': case, 'full sort ms': 1000 * seconds['full sort'], 'ours ms': 1000 * seconds['ours'],
+            'ratio': seconds['ours'] / seconds['full sort'], 'largest difference': f'{difference:.1e}',
+            'MiB beyond the scores': memory / timing.MIB}
+
+
+def growth(args) -> list[dict]:
+    """Milliseconds of a query over the size of the database, of as many queries as keep the scores small."""
+    rows = []
+    for num_items in SIZES:
+        num_queries = max(2, min(70, 2_000_000 // num_items))
+        scores, queries = make_revisited(num_queries, num_items)
+
+        def streamed(scores=scores, queries=queries):
+            return revisited_scores(np.array_split(scores, 8, axis=1), queries)
+
+        seconds = timing.interleave({
+            'ours': lambda s=scores, q=queries: revisited_scores(s, q), 'ours, streamed in 8 pieces': streamed,
+            'full sort': lambda s=scores, q=queries: plain_revisited(s, q),
+            'of it argsort': lambda s=scores: np.argsort(-s, axis=1)}, args.rounds)
+        rows.append({'database': num_items} | {
+            f'{name}, ms a query': 1000 * value / num_queries for name, value in seconds.items()})
+    return rows
+
+
+def make_revisited(num_queries: int, num_items: int) -> tuple[np.ndarray, list[RevisitedQuery]]:
+    """Distinct scores; the labelled images are among the first 5000, as distractors come after them."""
+    rng = np.random.default_rng(0)
+    values = np.unique(rng.standard_normal(num_items + num_items // 2 + 100, dtype=np.float32))
+    values = np.sort(rng.permutation(values)[:num_items])
+    scores, queries = np.empty((num_queries, num_items), dtype=np.float32), []
+    for query in range(num_queries):
+        labelled = rng.permutation(min(num_items, 5000))[:NUM_LABELLED]
+        queries.append(RevisitedQuery(labelled[:40], labelled[40:100], labelled[100:]))
+        wanted = rng.standard_normal(num_items, dtype=np.float32)
+        wanted[labelled] += 2
+        scores[query, np.argsort(wanted)] = values
+    return scores, queries
+
+
+def plain_revisited(scores: np.ndarray, queries: list[RevisitedQuery]) -> dict[str, np.ndarray]:
+    """Average precision and precisions at k, (1 + K, Q) for each protocol, from full rankings."""
+    rankings = np.argsort(-scores, axis=1)
+    results = {}
+    for name, (looked_for, left_out) in PROTOCOLS.items():
+        columns = []
+        for ranking, query in zip(rankings, queries, strict=True):
+            kept = ranking[~np.isin(ranking, np.concatenate([getattr(query, part) for part in left_out]))]
+            wanted = np.concatenate([getattr(query, part) for part in looked_for])
+            ranks = np.flatnonzero(np.isin(kept, wanted))
+            found = np.arange(len(ranks))
+            before = np.where(ranks == 0, 1, found / np.maximum(ranks, 1))
+            ap = ((before + (found + 1) / (ranks + 1)) / 2).sum() / len(wanted)
+            depths = [min(k, ranks[-1] + 1) for k in KAPPAS]
+            columns.append([ap, *((ranks < depth).sum() / depth for depth in depths)])
+        results[name] = np.array(columns).T
+    return results
+
+
+def plain_ukb(scores: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    first = np.argsort(-scores, axis=1)[:, :4]
+    return (groups[first] == groups[:, None]).sum(1)
+
+
+def peak(function) -> int:
+    tracemalloc.start()
+    function()
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    return most
+
+
+def plot(rows: list[dict], path: Path) -> None:
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
+    styles = {'full sort': 's-', 'of it argsort': 's:', 'ours': 'o-', 'ours, streamed in 8 pieces': 'o:'}
+    for name, style in styles.items():
+        axes.loglog([row['database'] for row in rows], [row[f'{name}, ms a query'] for row in rows], style, label=name,
+                    markersize=4)
+    axes.set(xlabel='images in the database', ylabel='ms a query', title='Easy, Medium and Hard with mP@k, one thread')
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=110)
+
+
+if __name__ == '__main__':
+    main()
