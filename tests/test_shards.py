@@ -164,7 +164,7 @@ def test_killed_run_goes_on(tmp_path, images, model_folder, reference):
     """kill -9 again and again: what is there is whole, and in the end the bytes are those of one run."""
     out = tmp_path / 'out'
     made, kills = 0, 0
-    while made < 6 and kills < 3:
+    while made < 6 and kills < 2:
         process = subprocess.Popen(
             command(model_folder, images, out), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
         while process.poll() is None and len(list(out.glob('shard-*'))) <= made:
