@@ -139,7 +139,7 @@ class GrowingFile:
         Raises:
             OSError: No room, or another failure of the disk; `rollback` brings the committed state back.
         """
-        data = memoryview(data).cast('B')
+        data = memoryview(data).cast('B') if len(data) else b''
         while len(data):
             room = BLOCK - self._size % BLOCK
             written = self._file.write(data[:room])

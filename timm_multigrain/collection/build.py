@@ -22,6 +22,7 @@ from .tidy import compact_if_worthwhile, delete_leftovers
 
 __all__ = ['BuildReport', 'build_index']
 
+HEIC = (b'.heic', b'.heif', b'.hif')
 ATTEMPTS = 3  # for a file that changes while it is read
 
 
@@ -78,6 +79,7 @@ def build_index(
         workers: int | None = None,
         device: str | None = None,
         dtype: torch.dtype | None = None,
+        fast: bool = False,
         half: bool = False,
         retry: bool = False,
         remove_missing: bool = False,
@@ -101,6 +103,7 @@ def build_index(
         workers: Processes that read images; None for as many as there are cores.
         device: Where the model runs; None for a GPU if there is one.
         dtype: Arithmetic of the model, such as torch.bfloat16.
+        fast: Fold batch norms and lay images out channels last: equal up to rounding only.
         half: Keep descriptors of a new index as float16, in half the space.
         retry: Try files again that could not be read before and have not changed.
         remove_missing: Forget a folder's images even if all of them are gone.
@@ -132,7 +135,8 @@ def build_index(
         try:
             delete_leftovers(writer)
             update = _Update(opened, writer, folders, retry, remove_missing)
-            update.run(dict(batch_size=batch_size, workers=workers, device=device, dtype=dtype, progress=progress))
+            update.run(dict(
+                batch_size=batch_size, workers=workers, device=device, dtype=dtype, fast=fast, progress=progress))
         finally:
             writer.close()
         compact_if_worthwhile(out)
@@ -274,6 +278,8 @@ class _Update:
         if os.path.lexists(path):
             from timm_multigrain.retrieval.images import printable
             reason = message.removeprefix(f'{printable(path)}: ')
+            if path.lower().endswith(HEIC) and 'no image in a format' in reason:
+                reason += ': HEIC takes a decoder, pip install pillow-heif'
             self.writer.skip(path, reason, file.size, file.mtime_ns)
             self.report.new_skipped += 1
 

@@ -23,11 +23,11 @@ __all__ = ['EXACT_UP_TO', 'HNSW_UP_TO', 'KINDS', 'Structure', 'choose_kind', 'up
 
 KINDS = ('exact', 'hnsw', 'ivf-pq')
 EXACT_UP_TO = 100_000
-HNSW_UP_TO = 2_000_000
+HNSW_UP_TO = 1_000_000
 TARGET_RECALL = 0.95  # of the 10 nearest images, the share to be found
 UNCOVERED = 0.2  # share of images added since the structure was built, at which it is built anew
 QUERIES = 200  # for measuring the recall
-CANDIDATES = 100  # compared exactly for each query, at least
+CANDIDATES = (100, 400, 1600)  # compared exactly for each query: as few as do
 LINKS = 32  # of a node of HNSW
 
 
@@ -58,7 +58,7 @@ class Structure:
 
     def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Rows of the vector file where the k nearest are likely to be, (Q, n) int64; -1 fills up."""
-        wanted = min(self.rows, max(CANDIDATES, 4 * k))
+        wanted = min(self.rows, max(self._settings['candidates'], 4 * k))
         return _candidates(self._index, queries, wanted, self._settings, self._selector)
 
 
@@ -139,7 +139,7 @@ def _build(store: Store, kind: str) -> dict:
     finally:
         unfinished.unlink(missing_ok=True)
     described = {'file': name, 'kind': kind, 'rows': rows, 'settings': settings, 'recall_at_10': recall,
-                 'recall_queries': min(QUERIES, len(store.rows)), 'candidates': CANDIDATES,
+                 'recall_queries': min(QUERIES, len(store.rows)),
                  'faiss': faiss.__version__, 'extent': extent_of(store.folder / name).to_json()}
     _name(store, described)
     return described
@@ -190,14 +190,22 @@ def _tune(index, store: Store, settings: dict) -> tuple[dict, float]:
     truth = _without(exact_search(vectors, queries, 11)[1], queried)
     numbers = store.records['vector'].astype(np.int64)
     knob, values = ('probes', [2 ** i for i in range(11)]) if 'probes' in settings else ('ef', [128, 256, 512, 1024])
-    for value in values:
-        settings = {**settings, knob: min(value, settings.get('lists', value))}
-        found = _candidates(index, queries, CANDIDATES, settings, None)
-        recall = float(np.mean([len(np.intersect1d(numbers[t], f)) / max(1, len(t))
-                                for t, f in zip(truth, found, strict=True)]))
-        if recall >= TARGET_RECALL or value >= settings.get('lists', np.inf):
+    best, best_recall = settings, -1.
+    for candidates in CANDIDATES:
+        last = -1.
+        for value in values:
+            tried = {**settings, 'candidates': candidates, knob: min(value, settings.get('lists', value))}
+            found = _candidates(index, queries, min(candidates, index.ntotal), tried, None)
+            recall = float(np.mean([len(np.intersect1d(numbers[t], f)) / max(1, len(t))
+                                    for t, f in zip(truth, found, strict=True)]))
+            if recall > best_recall:
+                best, best_recall = tried, recall
+            if recall >= TARGET_RECALL or value >= settings.get('lists', np.inf) or 0 < recall < last + 0.005:
+                break  # reached, or the codes, not the lists, are what misses the rest
+            last = recall
+        if best_recall >= TARGET_RECALL:
             break
-    return settings, recall
+    return best, best_recall
 
 
 def _without(rows: np.ndarray, itself: np.ndarray) -> list[np.ndarray]:
