@@ -36,7 +36,8 @@ def write_copies(path: str | os.PathLike, copies: Copies, title: str = 'Copies',
     for kind, heading in KINDS.items():
         groups = copies.of_kind(kind)
         if groups:
-            parts.append(f'<h2>{len(groups):,} groups of {escape(heading)}</h2>')
+            number = f'{len(groups):,} {"group" if len(groups) == 1 else "groups"}'
+            parts.append(f'<h2>{number} of {escape(heading)}</h2>')
             parts += [_group(group, exif) for group in groups[:room]]
             if len(groups) > room:
                 parts.append(f'<p>{len(groups) - room:,} more groups are not shown; --json has them.</p>')
