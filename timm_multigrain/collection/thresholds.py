@@ -3,8 +3,8 @@
 How alike different pictures are depends on the model and on the collection, so no fixed number serves. Of a sample of
 the images each looks for its nearest ones. Pairs that look the same (see looks.py) are taken for real copies; the rest
 are taken for different pictures. `certain` is the lowest threshold at which no more than the given share of images
-have a different picture above it. Copies that do not look the same any more, crops for example, count as different
-pictures here, so in a collection with many of those the threshold errs on the high side.
+have a different picture above it. Copies that do not look the same any more count as different pictures here, so in a
+collection with many of those the threshold errs on the high side.
 
 `possible` is lower: half of the images have a neighbour above it. A pair between the two counts if it looks the same.
 """
