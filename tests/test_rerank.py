@@ -58,12 +58,12 @@ def test_itself_hidden_behind_duplicates(vectors):
     torch.testing.assert_close(result, database[5:6], atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize('batch_size', [1, 10, 1024])
-def test_database_augmentation(vectors, batch_size):
+@pytest.mark.parametrize('k, batch_size', [(3, 1), (3, 10), (3, 1024), (60, 10), (100, 10)])
+def test_database_augmentation(vectors, k, batch_size):
     _, database = vectors
     kept = database.clone()
-    result = database_augmentation(database, 3, 2., chunk_size=9, batch_size=batch_size)
-    expected = torch.stack([slow_expansion(row, kept, 3, 2., own) for own, row in enumerate(kept)])
+    result = database_augmentation(database, k, 2., chunk_size=9, batch_size=batch_size)
+    expected = torch.stack([slow_expansion(row, kept, k, 2., own) for own, row in enumerate(kept)])
     torch.testing.assert_close(result, expected, atol=5e-6, rtol=0)
     assert torch.equal(database, kept)
 
