@@ -31,15 +31,16 @@ def run(args: argparse.Namespace) -> int:
         index.model(args.model)
     options = {'exact': True} if args.exact else {}
     found = index.search_images(args.images, args.k, crop=args.crop, class_name=args.class_name, **options)
+    page = None
+    if args.html:
+        page = write_search_page(args.html, args.index, args.images, found, args.crop, args.class_name)
     if args.json:
         for line in json_lines(args.images, found):
             print(line)
-    else:
-        print(table(args.images, found))
-    if args.html:
-        page = write_search_page(args.html, args.index, args.images, found, args.crop, args.class_name)
-        if not args.json:
-            print(f'\nPage: {page.resolve()}')
+        return 0
+    print(table(args.images, found))
+    if page:
+        print(f'\nPage: {page.resolve()}')
     return 0
 
 

@@ -217,10 +217,11 @@ class _Update:
     def _embed(self, files: list[FoundFile], options: dict, last: bool) -> list[FoundFile]:
         """Put files through the model; those that changed meanwhile come back, as they are now."""
         from timm_multigrain.retrieval.extract import embed_images
-        from timm_multigrain.retrieval.images import ImageFiles
+
+        from .formats import CollectionFiles
 
         model, again = self.opened.get_model(), []
-        source = ImageFiles([os.fsdecode(self._path(file)) for file in files])
+        source = CollectionFiles([os.fsdecode(self._path(file)) for file in files])
         with ThreadPoolExecutor(4) as pool:
             for batch in embed_images(
                     model, source, self.opened.protocol, logits=model.num_classes > 0, errors='skip',

@@ -7,8 +7,10 @@ import torch
 from PIL import Image
 
 from timm_multigrain.retrieval.extract import Embedded, embed_images
-from timm_multigrain.retrieval.images import ImageSource, read_image
+from timm_multigrain.retrieval.images import ImageSource
 from timm_multigrain.retrieval.protocol import Protocol
+
+from .formats import read_picture
 
 __all__ = ['Queries', 'embed_queries', 'protocol_from_json']
 
@@ -38,7 +40,7 @@ class Queries(ImageSource):
             ValueError: The crop lies outside of it.
         """
         image = self.images[i]
-        image = image.convert('RGB') if isinstance(image, Image.Image) else read_image(image, exif=exif)
+        image = image.convert('RGB') if isinstance(image, Image.Image) else read_picture(image, exif=exif)
         return image if self.crop is None else cut(image, self.crop, self.names[i])
 
 

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from timm_multigrain.retrieval.images import UnreadableImage, printable, read_image
+from timm_multigrain.retrieval.images import UnreadableImage, printable
 from timm_multigrain.retrieval.page import escape, inline_image, write_page
 
+from .formats import read_picture
 from .index import Hit
 from .queries import cut
 
@@ -19,7 +20,7 @@ def table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
     """Rank, score, most probable class and path of what was found, query by query."""
     parts = []
     for image, hits in zip(images, found, strict=True):
-        names = [_class(hit) for hit in hits]
+        names = [_class(hit).replace('\xa0', ' ') for hit in hits]
         width = max(map(len, names), default=0)
         lines = [f'{rank:4}  {hit.score:6.3f}  {name:{width}}{"  " if width else ""}{printable(hit.path)}'
                  for rank, (hit, name) in enumerate(zip(hits, names, strict=True), 1)]
@@ -81,15 +82,15 @@ def _hit(rank: int, hit: Hit, same: bool) -> str:
     name, folder = escape(printable(os.path.basename(hit.path))), escape(printable(os.path.dirname(hit.path)))
     picture = _picture(hit.path)
     image = _missing() if picture is None else inline_image(picture, f'Result {rank}: {name}')
-    badge = '<span class="badge">The query itself</span><br>' if same else ''
-    details = ' · '.join(filter(None, [escape(_class(hit)), f'{hit.record.width} × {hit.record.height}']))
-    return (f'<figure class="{"copy" if same else "other"}" title="{folder}">{image}<figcaption>{badge}'
+    badge, kind = ('<span class="badge">The query</span><br>', ' class="copy"') if same else ('', '')
+    details = '<br>'.join(filter(None, [escape(_class(hit)), f'{hit.record.width}\xa0×\xa0{hit.record.height}']))
+    return (f'<figure{kind} title="{folder}">{image}<figcaption>{badge}'
             f'<span class="score">{rank}. {hit.score:.3f}</span> {name}<br>{details}</figcaption></figure>\n')
 
 
 def _picture(path: str) -> Image.Image | None:
     try:
-        return read_image(path)
+        return read_picture(path)
     except UnreadableImage:
         return None
 
@@ -110,4 +111,4 @@ def _outlined(image: Image.Image, crop: Sequence[float], name: str) -> Image.Ima
 
 
 def _class(hit: Hit) -> str:
-    return f'{hit.record.classes[0][0]} {100 * hit.record.classes[0][1]:.0f} %' if hit.record.classes else ''
+    return f'{hit.record.classes[0][0]} {100 * hit.record.classes[0][1]:.0f}\xa0%' if hit.record.classes else ''
