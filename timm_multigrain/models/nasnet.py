@@ -8,7 +8,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from timm.layers import ConvNormAct, create_classifier, get_device_dtype
-from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
 
 from .nasnet_cells import NormalCell, ReductionCell, norm
 
@@ -203,19 +202,3 @@ def _taken(indices: int | list[int] | None) -> list[int]:
         raise ValueError(f'indices={indices!r} do not name any of the {n} intermediate maps: use 1 to {n} for the last '
                          f'ones, or a list of {-n} to {n - 1}.')
     return [i % n for i in chosen]
-
-
-default_cfgs = generate_default_cfgs({
-    'nasnetamobile.untrained': {
-        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
-        'interpolation': 'bilinear', 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5),
-        'first_conv': 'conv0.conv', 'classifier': 'last_linear', 'paper_ids': 'arXiv:1707.07012',
-    },
-})
-
-
-@register_model
-def nasnetamobile(pretrained: bool = False, **kwargs) -> NASNetAMobile:
-    """NASNet-A-Mobile, without weights of its own."""
-    return build_model_with_cfg(
-        NASNetAMobile, 'nasnetamobile', pretrained, feature_cfg=dict(feature_cls='hook', no_rewrite=True), **kwargs)
