@@ -1,5 +1,6 @@
 """The demo's training: one model from scratch, with timm's loader, optimizer and schedule and MultiGrain's task."""
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,7 @@ from tqdm import tqdm
 
 from timm_multigrain.data import create_loader
 from timm_multigrain.loss import DistanceWeightedSampler, create_sampler
+from timm_multigrain.loss.sampling import TripletSampler
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.task import MultiGrainTask
 
@@ -85,7 +87,7 @@ def train_model(name: str, folder: PictureFolder, settings: TrainSettings, threa
     # negatives from a generator of their own: the global one gives every objective the same augmentations
     task = MultiGrainTask(
         model, classif_weight=settings.classif_weight, num_repeats=settings.num_repeats,
-        sampling=create_sampler(settings.sampling, generator=settings.seed), verbose=False).train()
+        sampling=_sampler(settings), verbose=False).train()
     model.to(memory_format=torch.channels_last)
     loader = _train_loader(folder, settings)
     optimizer = _optimizer(task, settings)
@@ -93,7 +95,6 @@ def train_model(name: str, folder: PictureFolder, settings: TrainSettings, threa
         optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=1, warmup_lr=settings.lr / 10,
         step_on_epochs=False, updates_per_epoch=len(loader))
     trained = TrainedModel(name, model, {})
-    fallback = _FallbackCounter(task)
     step = 0
     with tqdm(total=settings.epochs * len(loader), desc=name, unit='step', disable=None) as bar:
         for epoch in range(settings.epochs):
@@ -111,7 +112,7 @@ def train_model(name: str, folder: PictureFolder, settings: TrainSettings, threa
                 _record(trained.history, result, target, optimizer.param_groups[0]['lr'])
                 bar.set_postfix(loss=f'{np.mean(trained.history["cross-entropy"][-20:]):.3f}', refresh=False)
     model.eval()
-    trained.uniform_share = fallback.share
+    trained.uniform_share = getattr(task.sampler, 'uniform_share', None) if task.joint else None
     return trained
 
 
@@ -149,19 +150,24 @@ def _record(history: dict[str, list[float]], result: dict, target: torch.Tensor,
     history.setdefault('learning rate', []).append(lr)
 
 
-class _FallbackCounter:
-    """Counts, from the sampler's own probabilities, the anchors whose negatives were drawn uniformly."""
+def _sampler(settings: TrainSettings) -> TripletSampler:
+    options = {'max_positives': max(settings.num_repeats - 1, 1), 'generator': settings.seed}
+    if settings.sampling == 'uniform':
+        return create_sampler('uniform', **options)
+    return _CountingSampler(settings.sampling, **options)
 
-    def __init__(self, task: MultiGrainTask):
-        self.rows = self.anchors = 0
-        if task.joint and isinstance(task.sampler, DistanceWeightedSampler):
-            task.sampler.register_forward_pre_hook(self._count)
 
-    def _count(self, sampler: DistanceWeightedSampler, inputs: tuple[torch.Tensor, torch.Tensor]) -> None:
-        prob, uniform = sampler.probabilities(*inputs)
-        self.rows += int(uniform.sum())
-        self.anchors += int((prob.sum(1) > 0).sum())
+class _CountingSampler(DistanceWeightedSampler):
+    """Also counts the anchors whose negatives were drawn uniformly, as none had any weight."""
+    uniform = anchors = 0
+
+    def _parts(self, embedding: torch.Tensor, target: torch.Tensor) -> Iterator[tuple]:
+        for part in super()._parts(embedding, target):
+            anchors = part.negatives.any(1)
+            self.uniform += int((part.weightless & anchors).sum())
+            self.anchors += int(anchors.sum())
+            yield part
 
     @property
-    def share(self) -> float | None:
-        return self.rows / self.anchors if self.anchors else None
+    def uniform_share(self) -> float | None:
+        return self.uniform / self.anchors if self.anchors else None
