@@ -1,4 +1,10 @@
 """Embedding: bitwise equal to one by one, the views' averages recomputed, bad images, shapes, options."""
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -246,3 +252,35 @@ def test_photos(shared_data):
     protocol = Protocol(160, 'longer-side')
     source = ImageFiles(paths)
     assert torch.equal(extract(model, source, protocol, workers=1).vectors, one_by_one(model, source, protocol))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.isdir('/proc'), reason='processes are looked up in /proc')
+def test_workers_end_with_a_killed_process(tmp_path):
+    for i in range(200):
+        Image.new('RGB', (300, 300)).save(tmp_path / f'{i}.png')
+    script = (
+        'import multiprocessing, sys, time\n'
+        'from timm_multigrain.retrieval.extract import decode\n'
+        'from timm_multigrain.retrieval.images import find_images\n'
+        'from timm_multigrain.retrieval.protocol import Protocol\n'
+        'images = decode(find_images(sys.argv[1]), Protocol(size=512), range(200), workers=2)\n'
+        'next(images)\n'
+        'print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n'
+        'time.sleep(60)\n')
+    process = subprocess.Popen([sys.executable, '-c', script, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    workers = process.stdout.readline().split()
+    assert len(workers) == 2
+    process.kill()
+    process.wait()
+
+    def running(pid):
+        try:
+            return Path(f'/proc/{pid}/stat').read_text().rsplit(')', 1)[1].split()[0] != 'Z'
+        except FileNotFoundError:
+            return False
+
+    deadline = time.monotonic() + 60
+    while any(map(running, workers)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert not any(map(running, workers))

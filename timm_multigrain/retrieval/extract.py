@@ -1,7 +1,10 @@
 """Descriptors of many images: decoded by workers, embedded in batches of one shape, kept in memory or on disk."""
 import contextlib
 import math
+import multiprocessing
 import os
+import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -169,7 +172,19 @@ def decode(
         raise ValueError(f'workers={workers} is negative: give 0 to read images in this process.')
     workers = min(workers, math.ceil(len(indices) / _CHUNK))
     return _decoded(DataLoader(
-        _Images(source, protocol, indices), batch_size=_CHUNK, num_workers=workers, collate_fn=list))
+        _Images(source, protocol, indices), batch_size=_CHUNK, num_workers=workers, collate_fn=list,
+        worker_init_fn=_end_with_parent))
+
+
+def _end_with_parent(_: int) -> None:
+    """A worker of a process that was killed would wait for ever, for images it has read to be taken."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    parent = multiprocessing.parent_process().pid
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _decoded(loader: Iterable[list[Decoded]]) -> Iterator[Decoded]:
