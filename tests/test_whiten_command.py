@@ -1,4 +1,5 @@
 """From images to the folder of a whitened model, in Python and by the command, cut off and gone on with."""
+import argparse
 import json
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import pytest
 import timm
 import torch
 
+from timm_multigrain.cli.arguments import protocol_from_args
 from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.models.opening import open_model
@@ -54,7 +56,7 @@ def test_in_python_and_by_the_command(saved, noise_folder, tmp_path, capsys):
     assert again.pretrained_cfg['test_input_size'] == (3, 32, 32)
 
 
-def test_settings_are_recorded_and_compared(saved, noise_folder, tmp_path):
+def test_settings_are_recorded_and_compared(saved, noise_folder, tmp_path, capsys):
     assert whiten(saved, noise_folder, tmp_path / 'w', '--p', '2', '--dim', '8') == 0
     model = open_model(tmp_path / 'w')
     settings = fitted(model, 'whitening')
@@ -70,6 +72,9 @@ def test_settings_are_recorded_and_compared(saved, noise_folder, tmp_path):
     model.set_gem_p(3)
     assert 'p 2.0 there, 3.0 here' in check_fitted(model, same)
     assert check_fitted(open_model(saved), same) is None
+    args = argparse.Namespace(size=64, protocol='crop', scales=None, flip=False, no_exif=False)
+    protocol_from_args(args, model)
+    assert 'warning: The whitening was fitted for other settings' in capsys.readouterr().err
     note_fitted(model, 'whitening', {'p': 5})
     assert fitted(model, 'whitening') == {'p': 5} and fitted(model, 'p') is None
 

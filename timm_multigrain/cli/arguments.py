@@ -1,5 +1,6 @@
 """Arguments that commands share: which model, which protocol, on which device."""
 import argparse
+import sys
 
 __all__ = [
     'add_extraction_arguments', 'add_model_arguments', 'add_protocol_arguments', 'extraction_from_args',
@@ -41,7 +42,11 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, kind: str = 'crop') 
 
 
 def protocol_from_args(args: argparse.Namespace, model):
-    """The protocol that the arguments describe, with the model's own size and normalisation by default."""
+    """The protocol that the arguments describe, with the model's own size and normalisation by default.
+
+    It warns on stderr where the model's whitening was fitted for another one.
+    """
+    from timm_multigrain.retrieval.fitted import check_fitted
     from timm_multigrain.retrieval.protocol import MS_SCALES, Protocol
 
     scales = args.scales
@@ -50,8 +55,12 @@ def protocol_from_args(args: argparse.Namespace, model):
             scales = MS_SCALES if scales == ['ms'] else tuple(float(scale) for scale in scales)
         except ValueError:
             raise ValueError(f"--scales {' '.join(scales)}: give numbers, or 'ms'.") from None
-    return Protocol.for_model(
+    protocol = Protocol.for_model(
         model, size=args.size, kind=args.protocol, scales=scales, flip=args.flip, exif=not args.no_exif)
+    warning = check_fitted(model, protocol)
+    if warning:
+        print(f'warning: {warning}', file=sys.stderr)
+    return protocol
 
 
 def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:

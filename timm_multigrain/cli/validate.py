@@ -42,14 +42,10 @@ def run(args: argparse.Namespace) -> int:
     from timm_multigrain.files import write_text
     from timm_multigrain.retrieval.classes import open_classes
     from timm_multigrain.retrieval.classify import classify
-    from timm_multigrain.retrieval.fitted import check_fitted
 
     model = model_from_args(args)
     protocol = protocol_from_args(args, model)
     source = open_classes(args.data, model, args.split, args.class_map)
-    warning = check_fitted(model, protocol)
-    if warning:
-        print(warning, file=sys.stderr)
     result = classify(model, source, protocol, strict=args.strict, **extraction_from_args(args))
     p = f', p = {model.gem_p:g}' if isinstance(model.gem_p, float) else ''
     print(f'{protocol}{p}\n{result}')
