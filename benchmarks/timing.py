@@ -22,6 +22,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 MIB = 2 ** 20
+_clock = time.perf_counter
 
 
 def make_parser(doc: str, rounds: int = 15) -> argparse.ArgumentParser:
@@ -29,6 +30,7 @@ def make_parser(doc: str, rounds: int = 15) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--rounds', type=int, default=rounds, help='timings of each, of which the median counts')
     parser.add_argument('--threads', type=int, default=1, help='of torch on the CPU')
+    parser.add_argument('--cpu-time', action='store_true', help='time of the processor instead: for a busy machine')
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the settings and rows there as well')
     return parser
@@ -36,9 +38,11 @@ def make_parser(doc: str, rounds: int = 15) -> argparse.ArgumentParser:
 
 def start(parser: argparse.ArgumentParser, argv: list[str] | None = None, packages: tuple[str, ...] = ()):
     """Parsed arguments, after setting the threads and printing where this runs; `packages` are the peers."""
+    global _clock
     args = parser.parse_args(argv)
+    _clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
-    args.environment = environment(args.device, packages)
+    args.environment = environment(args.device, packages) | {'clock': 'processor' if args.cpu_time else 'wall'}
     print(', '.join(f'{key} {value}' for key, value in args.environment.items()), flush=True)
     return args
 
@@ -135,12 +139,12 @@ def _seconds(function: Callable[[], object], calls: int, device: str) -> float:
     on_gpu = torch.device(device).type == 'cuda'
     if on_gpu:
         torch.cuda.synchronize(device)
-    begin = time.perf_counter()
+    begin = _clock()
     for _ in range(calls):
         function()
     if on_gpu:
         torch.cuda.synchronize(device)
-    return (time.perf_counter() - begin) / calls
+    return (_clock() - begin) / calls
 
 
 def _format(value) -> str:

@@ -230,6 +230,19 @@ def test_compiled_training(kwargs):
             assert (value - other).abs().max() <= 1e-5 * other.abs().max()
 
 
+@pytest.mark.parametrize('p', [2.5, 3., 1.7, torch.tensor(2.7)], ids=str)
+@pytest.mark.parametrize('input_fmt', ['NCHW', 'NLC'])
+def test_as_on_a_gpu(monkeypatch, input_fmt, p):
+    """One block, and no value is read back: a tensor without data would show it."""
+    monkeypatch.setattr(gem_function, '_on_host', lambda maps: False)
+    check(make_map(input_fmt), p, DIMS[input_fmt], 1e-6)
+    x = torch.empty(3, 384, 7, 8, device='meta', requires_grad=True)
+    p = p.to('meta').requires_grad_() if isinstance(p, torch.Tensor) else p
+    y = fused_power_mean(x, p, 1e-6, (2, 3))
+    y.sum().backward()
+    assert y.shape == (3, 384, 1, 1) and x.grad.shape == x.shape
+
+
 def test_fake_tensors_and_checkpointing():
     from torch.utils.checkpoint import checkpoint
     x, pool = make_map().requires_grad_(), GeM()

@@ -164,7 +164,7 @@ def _exponent(p: float | Tensor, x: Tensor, dim: list[int], maps: Tensor) -> flo
 def _blocks(maps: Tensor, *others: Tensor | float | None) -> Iterator[tuple]:
     """The parts to work on, whole maps each, with the same parts of other tensors (A, ., B); the rest as it is."""
     length, columns = maps.shape[1:]
-    size = _BLOCK * torch.get_num_threads() if maps.device.type == 'cpu' else maps.numel()
+    size = _BLOCK * torch.get_num_threads() if _on_host(maps) else maps.numel()
     width = min(columns, max(size // length // 64, 1) * 64)
     height = max(size // (length * width), 1)
 
@@ -185,7 +185,7 @@ def _pool(maps: Tensor, p: float | Tensor, eps: float, with_slope: bool) -> tupl
     total = maps.new_empty((len(maps), 1, maps.shape[2]), dtype=torch.promote_types(maps.dtype, torch.float32))
     log_total = torch.empty_like(total) if with_slope else None
     # on a GPU nobody can look whether a sum is safe without waiting, so there nothing may ever leave [0, 1]
-    scale = torch.empty_like(total) if maps.device.type == 'cuda' else None
+    scale = None if _on_host(maps) else torch.empty_like(total)
     for part, q, *sums, peak in _blocks(maps, p, total, log_total, scale):
         a = _clamp(part, eps)
         if peak is not None:
@@ -244,7 +244,7 @@ def _map_gradient(maps: Tensor, y: Tensor, p: float | Tensor, eps: float, grad: 
     """Gradient (A, L, B) of the maps for that of y, (A, 1, B)."""
     result = torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
     grad = grad / maps.shape[1]
-    if _is_quick(p) and maps.device.type == 'cpu' and torch.equal(y.clamp(*_SAFE_ROOT), y):
+    if _is_quick(p) and _on_host(maps) and torch.equal(y.clamp(*_SAFE_ROOT), y):
         y, grad = None, grad / y.pow(p - 1)  # y need not divide before the power
     for part, root, slope, q, target in _blocks(maps, y, grad, p, result):
         a = at_least_float32(part)
@@ -261,6 +261,10 @@ def _map_gradient(maps: Tensor, y: Tensor, p: float | Tensor, eps: float, grad: 
         else:
             target.copy_(torch.ops.aten.threshold_backward(power.mul_(slope), a, eps))
     return result
+
+
+def _on_host(maps: Tensor) -> bool:
+    return maps.device.type == 'cpu'
 
 
 def _is_quick(p: float | Tensor) -> bool:
