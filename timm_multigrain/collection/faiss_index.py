@@ -165,7 +165,7 @@ def _create(faiss, store: Store, kind: str) -> tuple:
     bits = 8 if rows >= 39 * 256 else 4  # what training 256 centroids takes
     index = faiss.index_factory(dim, f'IVF{lists},PQ{code}x{bits}', faiss.METRIC_INNER_PRODUCT)
     index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = 64, 1
-    index.pq.cp.min_points_per_centroid = 1
+    index.pq.cp.min_points_per_centroid, index.pq.cp.niter = 1, 10
     index.train(_sample(store, max(64 * lists, 65_536)))
     return index, {'lists': lists, 'code_bytes': code * bits // 8, 'probes': 1}
 

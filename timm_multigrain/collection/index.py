@@ -75,7 +75,7 @@ class Index:
     @cached_property
     def paths(self) -> list[str]:
         """Absolute paths, as os.fsdecode gives them."""
-        return [self.path_of(i) for i in range(len(self))]
+        return [os.fsdecode(path) for path in self.store.absolute_paths()]
 
     def path_of(self, row: int) -> str:
         """Absolute path of one image."""

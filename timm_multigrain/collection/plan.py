@@ -51,17 +51,18 @@ def make_plan(store: Store, scan: Scan, folders: Sequence[bytes], retry: bool = 
         folders: The folders that were scanned; images of other folders are left alone.
         retry: Try files again that could not be read and have not changed.
     """
-    plan, known, suspects = Plan(), _known(store), []
+    plan, suspects = Plan(), []
+    known = dict(zip(store.absolute_paths(), store.rows.tolist(), strict=True))
+    sizes, times = store.all_records['bytes'], store.all_records['mtime_ns']
     present = set()
     for file in scan.files:
         path = os.path.join(folders[file.root], file.path)
         present.add(path)
         number, skipped = known.pop(path, None), store.skipped.get(path)
         if number is not None:
-            record = store.all_records[number]
-            if (record['bytes'], record['mtime_ns']) == (file.size, file.mtime_ns):
+            if (sizes[number], times[number]) == (file.size, file.mtime_ns):
                 plan.unchanged += 1
-            elif record['bytes'] == file.size and (digest := sha256_of(path)) == record['sha256'].tobytes():
+            elif sizes[number] == file.size and (digest := sha256_of(path)) == _hash(store, number):
                 plan.renew.append((file, number, digest))
             else:
                 plan.embed.append(file)
@@ -90,11 +91,8 @@ def sha256_of(path: bytes | str) -> bytes | None:
     return digest.digest()
 
 
-def _known(store: Store) -> dict[bytes, int]:
-    """Record number of each absolute path."""
-    roots = [store.root(i) for i in range(len(store.manifest.roots))]
-    return {os.path.join(roots[record['root']], store.relative_path(record)): int(number)
-            for number, record in zip(store.rows, store.records, strict=True)}
+def _hash(store: Store, number: int) -> bytes:
+    return store.all_records['sha256'][number].tobytes()
 
 
 def _is_gone(path: bytes, folders: Sequence[bytes], unreadable) -> bool:

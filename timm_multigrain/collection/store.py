@@ -109,6 +109,13 @@ class Store:
         start = int(record['path_offset'])
         return self._files['paths'].view(start, start + int(record['path_length'])).tobytes()
 
+    def absolute_paths(self) -> list[bytes]:
+        """Paths of the images that hold, in their order."""
+        names = self._files['paths'].view().tobytes()
+        roots = [os.path.join(self.root(i), b'') for i in range(len(self.manifest.roots))]
+        columns = (self.records[name].tolist() for name in ('root', 'path_offset', 'path_length'))
+        return [roots[root] + names[start:start + length] for root, start, length in zip(*columns, strict=True)]
+
     def root(self, number: int) -> bytes:
         """Absolute path of an indexed folder."""
         return os.fsencode(os.path.normpath(os.path.join(os.path.abspath(self.folder), self.manifest.roots[number])))
