@@ -129,6 +129,7 @@ def test_page_is_self_contained_and_names_are_text(index, tmp_path):
     assert '<script' not in page and '>Identical<' in page
 
 
+@pytest.mark.slow
 def test_command(index, pictures, tmp_path, capfd):
     folder = str(index.path)
     assert main(['dedup', folder, '--html', str(tmp_path / 'copies.html')]) == 0
