@@ -146,6 +146,13 @@ class Index:
         except ImportError:
             return None
 
+    @cached_property
+    def row_of_vector(self) -> np.ndarray:
+        """Row of the image that each row of the vector file belongs to, -1 where none does any more."""
+        row_of = np.full(self.store.num_vectors, -1, dtype=np.int64)
+        row_of[self.columns['vector'].astype(np.int64)] = np.arange(len(self))
+        return row_of
+
     def search(
             self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False,
     ) -> tuple[np.ndarray, np.ndarray]:

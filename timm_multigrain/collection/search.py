@@ -41,10 +41,9 @@ def search_index(
 
 def approximate_search(index, structure, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """As `exact_search` among what a structure proposes, and all images that were added after it was built."""
-    numbers = index.columns['vector'].astype(np.int64)
-    row_of = np.full(index.store.num_vectors, -1, dtype=np.int64)
-    row_of[numbers] = np.arange(len(numbers))
-    k, late = min(k, len(numbers)), np.flatnonzero(numbers >= structure.rows)
+    row_of = index.row_of_vector
+    k, late = min(k, len(index)), row_of[structure.rows:]
+    late = np.sort(late[late >= 0])
     all_scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     all_rows = np.full((len(queries), k), -1, dtype=np.int64)
     for i, proposed in enumerate(structure.candidates(queries, k)):
