@@ -180,6 +180,11 @@ def _clamp(x: Tensor, eps: float) -> Tensor:
     return wide.clamp(min=eps) if wide is x else wide.clamp_(min=eps)
 
 
+def _threshold(x: Tensor, eps: float) -> Tensor:
+    wide = at_least_float32(x)
+    return torch.threshold(wide, eps, 0.) if wide is x else torch.threshold_(wide, eps, 0.)
+
+
 def _pool(maps: Tensor, p: float | Tensor, eps: float, with_slope: bool) -> tuple[Tensor, Tensor | None]:
     """y and, if wanted, dy / dp of each map, (A, 1, B)."""
     total = maps.new_empty((len(maps), 1, maps.shape[2]), dtype=torch.promote_types(maps.dtype, torch.float32))
@@ -246,20 +251,20 @@ def _map_gradient(maps: Tensor, y: Tensor, p: float | Tensor, eps: float, grad: 
     grad = grad / maps.shape[1]
     if _is_quick(p) and _on_host(maps) and torch.equal(y.clamp(*_SAFE_ROOT), y):
         y, grad = None, grad / y.pow(p - 1)  # y need not divide before the power
+    whole = _is_quick(p) and p % 1 == 0
     for part, root, slope, q, target in _blocks(maps, y, grad, p, result):
-        a = at_least_float32(part)
-        whole = _is_quick(p) and p % 1 == 0
         # what the floor raised has no gradient: made 0 here where 0 has a power, else at the end
-        ratio = torch.threshold(a, eps, 0.) if whole else a.clamp(min=eps)
+        ratio = _threshold(part, eps) if whole else _clamp(part, eps)
         if root is not None:
             ratio.div_(root)
         power = _quick_power_(ratio, p - 1) if _is_quick(p) else ratio.log2_().mul_(q - 1).exp2_()
-        if whole:
+        if target.dtype != power.dtype:
+            power.mul_(slope)
+            target.copy_(power if whole else torch.ops.aten.threshold_backward(power, at_least_float32(part), eps))
+        elif whole:
             torch.mul(power, slope, out=target)
-        elif target.dtype == power.dtype:
-            torch.ops.aten.threshold_backward.grad_input(power.mul_(slope), a, eps, grad_input=target)
         else:
-            target.copy_(torch.ops.aten.threshold_backward(power.mul_(slope), a, eps))
+            torch.ops.aten.threshold_backward.grad_input(power.mul_(slope), part, eps, grad_input=target)
     return result
 
 

@@ -244,8 +244,11 @@ class DistanceWeightedSampler(TripletSampler):
         if self.normalize == 'batch':
             largest = log_weight.max()
             for rows in _split(batch_size, _PAIRS // batch_size, embedding):
-                # The round trip through float32 is where the original implementation loses its weights.
-                log_weight[rows] = log_weight[rows].sub_(largest).float().exp_().log_()
+                # The round trip through float32 is where the original implementation loses its weights. An exponential
+                # that underflows and the logarithm of 0 are slow, hence a power of 2 and the mask.
+                weight = log_weight[rows].sub_(largest).div_(math.log(2)).float().exp2_()
+                lost = weight == 0
+                log_weight[rows] = weight.masked_fill_(lost, 1.).log_().masked_fill_(lost, -math.inf)
         return log_weight
 
     def extra_repr(self) -> str:
