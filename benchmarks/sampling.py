@@ -132,6 +132,8 @@ def draw(rows: list[dict], path: Path) -> None:
     left.legend(fontsize='small')
     for axes in (left, right):
         axes.grid(alpha=0.3)
+        axes.xaxis.set_major_formatter('{x:g}')
+        axes.yaxis.set_major_formatter('{x:g}')
     figure.savefig(path, dpi=110)
 
 
