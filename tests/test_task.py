@@ -233,7 +233,7 @@ def test_statistics_of_other_losses(loss):
 
 
 _WORKER = '''
-import sys, torch, torch.distributed as dist
+import os, sys, torch, torch.distributed as dist
 import timm, timm_multigrain
 from timm_multigrain.task import MultiGrainTask
 from timm_multigrain.loss import DistanceWeightedSampler
@@ -255,7 +255,9 @@ for _ in range(2):  # a second step fails if a parameter was left out of the fir
 if rank == 0:
     trainable = task.get_trainable_module().module
     torch.save({n: p.grad for n, p in trainable.named_parameters()}, path)
+dist.barrier()
 dist.destroy_process_group()
+os._exit(0)  # at times a thread of gloo is still there when Python ends, and aborts the process
 '''
 
 

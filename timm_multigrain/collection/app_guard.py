@@ -9,6 +9,8 @@ POLICY = ("default-src 'self' data: blob:; script-src 'self' 'unsafe-inline' 'un
 HEADERS = [(b'content-security-policy', POLICY.encode()), (b'referrer-policy', b'no-referrer'),
            (b'x-content-type-options', b'nosniff')]
 
+DROPPED = 4  # times the largest body: what is read of one that is refused
+
 
 class Guard:
     """ASGI middleware.
@@ -31,9 +33,21 @@ class Guard:
             return
         declared = next((value for name, value in scope['headers'] if name == b'content-length'), b'0')
         if not declared.isdigit() or int(declared) > self.max_bytes:
+            await self._drop_body(receive)
             await _answer(send, 413, b'The request is larger than this app takes.')
             return
         await self.app(scope, self._limited(receive), _with_headers(send))
+
+    async def _drop_body(self, receive: Callable[[], Awaitable[dict]]) -> None:
+        """Read a body and keep nothing of it: a client that is still sending sees a closed connection, not the answer.
+
+        Of a very large one only the beginning is read.
+        """
+        dropped, more = 0, True
+        while more and dropped <= DROPPED * self.max_bytes:
+            message = await receive()
+            dropped += len(message.get('body', b''))
+            more = message.get('more_body', False)
 
     def _limited(self, receive: Callable[[], Awaitable[dict]]) -> Callable[[], Awaitable[dict]]:
         """A body that does not say how long it is ends, as if the connection were cut, when it is too long."""
