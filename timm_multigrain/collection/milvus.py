@@ -243,9 +243,9 @@ class MilvusIndex:
             self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> 'list[list[Hit]]':
         """The k nearest images of each descriptor, nearest first; arguments and errors as for `Index.search`."""
         from .index import Hit
-        from .search import _check_queries
+        from .search import check_queries
 
-        queries = _check_queries(vectors, self.config['model']['dim'])
+        queries = check_queries(vectors, self.config['model']['dim'])
         if not 1 <= k <= _MOST_HITS:
             raise ValueError(f'k is {k}: ask for 1 to {_MOST_HITS:,} images.')
         if exact and self.index_type != 'FLAT':

@@ -28,7 +28,7 @@ def open_collection(name: str | os.PathLike):
 def search_index(
         index, vectors, k: int, class_name: str | None = None, exact: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """See `Index.search`."""
-    queries = _check_queries(vectors, index.vectors.shape[1])
+    queries = check_queries(vectors, index.vectors.shape[1])
     if k < 1:
         raise ValueError(f'k is {k}: ask for at least one image.')
     if class_name is not None:
@@ -108,7 +108,7 @@ def _to_float32(chunk: np.ndarray) -> torch.Tensor:
         return torch.from_numpy(chunk).float()
 
 
-def _check_queries(vectors, dim: int) -> np.ndarray:
+def check_queries(vectors, dim: int) -> np.ndarray:
     if isinstance(vectors, torch.Tensor):
         vectors = vectors.detach().cpu().float().numpy()
     vectors = np.asarray(vectors, dtype=np.float32)
