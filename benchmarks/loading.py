@@ -39,7 +39,6 @@ def main() -> None:
     parser.add_argument('--batch-size', type=int, default=48)
     parser.add_argument('--repeats', type=int, nargs='+', default=[1, 2, 3, 4, 6, 8], metavar='M')
     parser.add_argument('--cases', type=int, nargs='+', default=list(range(len(CASES))), metavar='I', help='0, 1, 2')
-    parser.add_argument('--cpu-time', action='store_true', help='a second of one thread instead of one on the wall')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='the first case over m')
     args = timing.start(parser, packages=('torchvision', 'pillow'))
     with tempfile.TemporaryDirectory() as folder:
