@@ -100,6 +100,32 @@ class TestL2Normalize:
         l2_normalize(x).sum().backward()
         assert x.grad.isfinite().all()
 
+    def test_derivatives_of_every_order(self):
+        x = torch.randn(2, 3, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        assert torch.autograd.gradcheck(l2_normalize, x, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(l2_normalize, x, check_batched_grad=True)
+
+    @pytest.mark.parametrize('scale', [0., 1e-25, 1e-6, 1., 1e15])
+    def test_gradient_equals_that_of_the_plain_formula(self, scale):
+        generator = torch.Generator().manual_seed(0)
+        x = (scale * torch.randn(4, 300, generator=generator)).requires_grad_()
+        grad = torch.randn(4, 300, generator=generator)
+        wide = x.detach().double().requires_grad_()
+        plain = wide / (torch.linalg.vector_norm(wide, dim=-1, keepdim=True) + 1e-6)
+        expected, = torch.autograd.grad(plain, wide, grad.double())
+        found, = torch.autograd.grad(l2_normalize(x), x, grad)
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-6 * expected.abs().max().item())
+
+    def test_tools_and_transforms_see_plain_operations(self):
+        x = torch.randn(3, 5, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        expected, = torch.autograd.grad(l2_normalize(x).pow(3).sum(1)[0], x)
+        scripted = torch.jit.trace(l2_normalize, x)
+        assert_close(torch.autograd.grad(scripted(x).pow(3).sum(1)[0], x)[0], expected, 1e-6)
+        transformed = torch.func.grad(lambda x: l2_normalize(x).pow(3).sum(1)[0])(x)
+        assert_close(transformed, expected, 1e-6)
+        graph = torch.fx.symbolic_trace(l2_normalize)
+        assert_close(graph(x), l2_normalize(x), 0)
+
     @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
     def test_half_computes_in_float32(self, dtype):
         x = torch.full((1, 4096), 100., dtype=dtype)  # the norm, 6400, squares beyond float16
