@@ -3,6 +3,8 @@
 Indexing the embedding copies a row for every pair, several times over. On a CPU `_PairDistances` walks over the pairs
 in blocks that stay in its cache and adds their gradients to the rows directly.
 """
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 from torch._C._functorch import is_legacy_batchedtensor
@@ -41,13 +43,13 @@ class _PairDistances(torch.autograd.Function):
     @staticmethod
     def forward(ctx, embedding: Tensor, anchor: Tensor, others: Tensor) -> Tensor:
         ctx.save_for_backward(embedding, anchor, others)
-        result = embedding.new_zeros(others.shape)
-        for pairs in _blocks(anchor, embedding.shape[1]):
-            rows = embedding.index_select(0, anchor[pairs])
-            for other, target in zip(others, result, strict=True):
-                difference = rows - embedding.index_select(0, other[pairs])
-                target[pairs] = difference.square_().sum(1)
-        return result
+        used, anchor, others = _used(anchor, others)
+        result = embedding.new_empty(others.shape)
+        for firsts, seconds, targets in _blocks(embedding.shape[1], anchor, others, result):
+            rows = embedding.index_select(0, firsts)
+            for second, target in zip(seconds, targets, strict=True):
+                torch.sum((rows - embedding.index_select(0, second)).square_(), 1, out=target)
+        return result if used is None else embedding.new_zeros(len(result), len(used)).masked_scatter_(used, result)
 
     @staticmethod
     def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
@@ -60,17 +62,25 @@ class _PairDistances(torch.autograd.Function):
                 result = result.index_add(0, other.clamp(min=0), -difference[number])
             return result, None, None
         result = torch.zeros_like(embedding)
-        for pairs in _blocks(anchor, embedding.shape[1]):
-            rows = embedding.index_select(0, anchor[pairs])
-            total = torch.zeros_like(rows)
-            for other, slope in zip(others, grad, strict=True):
-                difference = (rows - embedding.index_select(0, other[pairs])).mul_(slope[pairs, None])
-                result.index_add_(0, other[pairs], difference, alpha=-1)
-                total += difference
-            result.index_add_(0, anchor[pairs], total)
+        used, anchor, others = _used(anchor, others)
+        grad = grad if used is None else grad[:, used]
+        for firsts, seconds, slopes in _blocks(embedding.shape[1], anchor, others, grad):
+            rows = embedding.index_select(0, firsts)
+            total = None
+            for second, slope in zip(seconds, slopes, strict=True):
+                difference = (rows - embedding.index_select(0, second)).mul_(slope[:, None])
+                result.index_add_(0, second, difference, alpha=-1)
+                total = difference if total is None else total.add_(difference)
+            result.index_add_(0, firsts, total)
         return result, None, None
 
 
-def _blocks(anchor: Tensor, dim: int) -> tuple[Tensor, ...]:
-    """Positions of the pairs that are no padding."""
-    return (anchor >= 0).nonzero().flatten().split(max(_BLOCK // dim, 1))
+def _used(anchor: Tensor, others: Tensor) -> tuple[Tensor | None, Tensor, Tensor]:
+    """Which pairs are no padding, and they."""
+    used = anchor >= 0
+    return (None, anchor, others) if used.all() else (used, anchor[used], others[:, used])
+
+
+def _blocks(dim: int, anchor: Tensor, *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    size = max(_BLOCK // dim, 1)
+    return zip(anchor.split(size), *(r.split(size, 1) for r in rows), strict=True)
