@@ -9,18 +9,14 @@ import shlex
 import sys
 from pathlib import Path
 
-# epochs and crop for a collection of a thousand small drawings, and for a few thousand photographs
-DRAWN = {'img_size': 64, 'epochs': 16}
-PHOTOS = {'img_size': 64, 'epochs': 16}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('--data-dir', metavar='DIR', help='image folder with train/ and val/ (default: draw a collection)')
     add('-o', '--output', default='multigrain-demo', metavar='DIR', help='folder of page, model, results (%(default)s)')
     add('--model', default='multigrain_resnet18', help='registered MultiGrain model (%(default)s)')
-    add('--img-size', type=int, metavar='N', help='side of the training crop (64, 96 with --data-dir)')
-    add('--epochs', type=int, metavar='N', help='epochs of each training (16, 12 with --data-dir)')
+    add('--img-size', type=int, default=64, metavar='N', help='side of the training crop (%(default)s)')
+    add('--epochs', type=int, default=16, metavar='N', help='epochs of each training (%(default)s)')
     add('--batch-size', type=int, default=48, metavar='N', help='samples a step, copies counted (%(default)s)')
     add('--num-repeats', type=int, default=3, metavar='N', help='copies of a picture in a batch (%(default)s)')
     add('--classif-weight', type=float, default=0.5, metavar='W', help='lambda of the joint model (%(default)s)')
@@ -34,12 +30,12 @@ def run(args: argparse.Namespace) -> int:
     from timm_multigrain.demo.run import run_demo
     from timm_multigrain.demo.training import TrainSettings
 
-    preset = DRAWN if args.data_dir is None else PHOTOS
-    names = ('model', 'batch_size', 'num_repeats', 'classif_weight', 'sampling', 'lr', 'seed', 'workers')
-    given = {name: getattr(args, name) for name in names}
-    sized = {name: default if getattr(args, name) is None else getattr(args, name) for name, default in preset.items()}
+    names = (
+        'model', 'img_size', 'epochs', 'batch_size', 'num_repeats', 'classif_weight', 'sampling', 'lr', 'seed',
+        'workers')
+    settings = TrainSettings(**{name: getattr(args, name) for name in names})
     command = shlex.join(['timm-multigrain', *sys.argv[1:]])
-    result = run_demo(args.output, TrainSettings(**given, **sized), args.data_dir, command)
+    result = run_demo(args.output, settings, args.data_dir, command)
     print(result)
     print(f'\nPage:  {Path(result.page).resolve()}\nModel: {Path(result.model_dir).resolve()}')
     return 0
