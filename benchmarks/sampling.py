@@ -82,7 +82,7 @@ def host_step(x: torch.Tensor, target: torch.Tensor):
     beta = torch.tensor([1.2], requires_grad=True, device=x.device)
 
     def step():
-        embedding = l2_normalize(x)
+        embedding = x / (x.norm(dim=1, keepdim=True) + 1e-6)
         anchor, positive, negative = host_triplets(embedding.detach(), target)
         to_positive = ((embedding[anchor] - embedding[positive]).square().sum(1) + 1e-8).sqrt()
         to_negative = ((embedding[anchor] - embedding[negative]).square().sum(1) + 1e-8).sqrt()

@@ -6,6 +6,7 @@
     timing.finish(args, [{'case': 'a', 'ours ms': ..., 'ratio': seconds['ours'] / seconds['peer']}])
 """
 import argparse
+import ctypes
 import gc
 import importlib.metadata
 import json
@@ -31,6 +32,9 @@ def make_parser(doc: str, rounds: int = 15) -> argparse.ArgumentParser:
     parser.add_argument('--rounds', type=int, default=rounds, help='timings of each, of which the median counts')
     parser.add_argument('--threads', type=int, default=1, help='of torch on the CPU')
     parser.add_argument('--cpu-time', action='store_true', help='time of the processor instead: for a busy machine')
+    parser.add_argument(
+        '--pages', choices=('default', 'reused', 'fresh'), default='default',
+        help="whether large tensors get pages of memory that were used before, which is quicker (glibc's malloc)")
     parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
     parser.add_argument('--json', type=Path, metavar='FILE', help='write the settings and rows there as well')
     return parser
@@ -42,7 +46,9 @@ def start(parser: argparse.ArgumentParser, argv: list[str] | None = None, packag
     args = parser.parse_args(argv)
     _clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
-    args.environment = environment(args.device, packages) | {'clock': 'processor' if args.cpu_time else 'wall'}
+    _set_pages(args.pages)
+    args.environment = environment(args.device, packages)
+    args.environment |= {'clock': 'processor' if args.cpu_time else 'wall', 'pages': args.pages}
     print(', '.join(f'{key} {value}' for key, value in args.environment.items()), flush=True)
     return args
 
@@ -145,6 +151,21 @@ def _seconds(function: Callable[[], object], calls: int, device: str) -> float:
     if on_gpu:
         torch.cuda.synchronize(device)
     return (_clock() - begin) / calls
+
+
+def _set_pages(pages: str) -> None:
+    """Without it, chance decides: whether a free piece of the heap is as large as the tensor."""
+    if pages == 'default':
+        return
+    mallopt = getattr(ctypes.CDLL(None), 'mallopt', None)
+    if mallopt is None:
+        raise SystemExit('--pages needs the malloc of glibc')
+    trim_threshold, mmap_threshold, mmap_max = -1, -3, -4
+    if pages == 'reused':
+        mallopt(mmap_max, 0)
+        mallopt(trim_threshold, 2 ** 31 - 1)
+    else:
+        mallopt(mmap_threshold, MIB)
 
 
 def _format(value) -> str:
