@@ -218,20 +218,30 @@ def _sum(a: Tensor, p: float | Tensor, total: Tensor, log_total: Tensor | None) 
 
 def _root(total: Tensor, log_total: Tensor | None, scale: Tensor | None, p: float | Tensor, length: int):
     """y, and dy / dp where the sum of logarithms is given, from the sums over maps divided by `scale`."""
-    log_mean = (total / length).double().log_()  # there a third is a third
-    y = (log_mean / p).exp_().to(total.dtype)
+    mean = total / length
+    if isinstance(p, float) and p == 3:
+        y = _cube_root(mean)
+    else:
+        log_mean = mean.double().log_()  # float32 would lose digits of log(mean) / p
+        y = (log_mean / p).exp_().to(total.dtype)
     if scale is not None:
         y.mul_(scale)
     slope = None if log_total is None else y / p * (log_total / total - log_mean / p).to(y.dtype)
     return y, slope
 
 
+def _cube_root(a: Tensor) -> Tensor:
+    """By a float32 approximation and a step of Newton, which has all digits: half the time of doubles."""
+    root = a.log().div_(3).exp_()
+    return root.lerp_(a / root.square(), 1 / 3)
+
+
 def _repair(y: Tensor, slope: Tensor | None, total: Tensor, maps: Tensor, p: float | Tensor, eps: float) -> None:
     """Computes anew, divided by their maximum, the maps of which float32 cannot hold the sum."""
-    safe = total.clamp(*_SAFE)
-    if torch.equal(safe, total):
+    if _is_within(total, *_SAFE):
         return
     length = maps.shape[1]
+    safe = total.clamp(*_SAFE)
     for rows in (safe != total).nonzero().split(max(_BLOCK // length, 1)):  # also those with NaN
         i, j = rows[:, 0], rows[:, 2]
         a = _clamp(maps[i, :, j], eps)[:, :, None]
@@ -249,7 +259,7 @@ def _map_gradient(maps: Tensor, y: Tensor, p: float | Tensor, eps: float, grad: 
     """Gradient (A, L, B) of the maps for that of y, (A, 1, B)."""
     result = torch.empty(maps.shape, dtype=maps.dtype, device=maps.device)
     grad = grad / maps.shape[1]
-    if _is_quick(p) and _on_host(maps) and torch.equal(y.clamp(*_SAFE_ROOT), y):
+    if _is_quick(p) and _on_host(maps) and _is_within(y, *_SAFE_ROOT):
         y, grad = None, grad / y.pow(p - 1)  # y need not divide before the power
     whole = _is_quick(p) and p % 1 == 0
     for part, root, slope, q, target in _blocks(maps, y, grad, p, result):
@@ -270,6 +280,12 @@ def _map_gradient(maps: Tensor, y: Tensor, p: float | Tensor, eps: float, grad: 
 
 def _on_host(maps: Tensor) -> bool:
     return maps.device.type == 'cpu'
+
+
+def _is_within(x: Tensor, low: float, high: float) -> bool:
+    """Whether all values are, none of them NaN."""
+    smallest, largest = x.aminmax()
+    return low <= smallest.item() and largest.item() <= high
 
 
 def _is_quick(p: float | Tensor) -> bool:
