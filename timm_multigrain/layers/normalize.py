@@ -53,4 +53,4 @@ class _Normalize(torch.autograd.Function):
             norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
         length = norm + ctx.eps
         along = torch.linalg.vecdot(grad, x)[..., None] / (norm * length).clamp(min=torch.finfo(x.dtype).tiny)
-        return torch.addcmul(grad, x, along, value=-1) / length, None
+        return (grad / length).addcmul_(x, along / length, value=-1), None

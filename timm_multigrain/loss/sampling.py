@@ -74,7 +74,10 @@ class TripletSampler(nn.Module):
         self.generator = generator
 
     def log_weights(self, embedding: Tensor) -> Tensor:
-        """Unnormalised log probability (B, B) of each pair, a new tensor; a row of nothing but -inf becomes uniform."""
+        """Unnormalised log probability (B, B) of each pair, a new tensor.
+
+        A row of nothing but -inf becomes uniform, unless that row of the embedding is not finite: it has to be so then.
+        """
         raise NotImplementedError
 
     @torch.no_grad()
@@ -93,9 +96,7 @@ class TripletSampler(nn.Module):
         Raises:
             ValueError: The shapes or dtypes are not as above.
         """
-        parts = [
-            (part.prob(embedding.dtype), part.weightless & part.negatives.any(1))
-            for part in self._parts(embedding, target)]
+        parts = [(part.prob(embedding.dtype), part.is_uniform) for part in self._parts(embedding, target)]
         return tuple(map(torch.cat, zip(*parts, strict=True)))
 
     @torch.no_grad()
@@ -141,13 +142,14 @@ class TripletSampler(nn.Module):
         usable = torch.linalg.vector_norm(embedding, dim=1).isfinite()
         log_weights = self.log_weights(embedding)
         for rows in _split(len(target), _PAIRS // len(target), embedding):
-            same, both = target[rows, None] == target, usable[rows, None] & usable
-            positives, negatives = same & both, both & ~same
+            same = target[rows, None] == target
+            positives, negatives = same & usable, ~same & usable
             positives.diagonal(rows.start).fill_(False)
             log_weight = log_weights[rows].masked_fill_(~negatives, -math.inf)
-            weightless = log_weight.amax(1).isneginf()
-            log_weight.masked_fill_(weightless[:, None] & negatives, 0.)
-            yield _Part(positives, negatives, log_weight, weightless)
+            is_uniform = log_weight.amax(1).isneginf() & usable[rows]
+            if _is_blind(embedding) or is_uniform.any():
+                log_weight.masked_fill_(is_uniform[:, None] & negatives, 0.)
+            yield _Part(positives, log_weight, is_uniform & negatives.any(1))
 
     def _pairs(self, part: '_Part', index: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
         """Positives and negatives (rows, slots) of the anchors, and how many of the slots count."""
@@ -234,8 +236,8 @@ class DistanceWeightedSampler(TripletSampler):
         for rows in _split(batch_size, max(_SIDE, batch_size // 16), embedding):
             # what is left of the diagonal has been computed above it
             columns = slice(rows.start, batch_size)
-            square = torch.addmm(
-                square_norm[rows, None] + square_norm[columns], embedding[rows], embedding[columns].T, alpha=-2)
+            square = square_norm[rows, None] + square_norm[columns]
+            square.addmm_(embedding[rows], embedding[columns].T, alpha=-2)
             square.fill_diagonal_(1.)
             square = _log_weight(square, dim, self.cutoff, self.nonzero_loss_cutoff)
             log_weight[rows, columns] = square
@@ -291,24 +293,25 @@ def create_sampler(name: str, **kwargs) -> TripletSampler:
 
 
 class _Part(NamedTuple):
-    """Some anchors: which images are positives and negatives, and the log weights of these, all (rows, B).
-
-    Those of a row without any are 0, which `weightless` (rows,) says.
-    """
+    """Some anchors: their positives and the log weights of their negatives, (rows, B), and which weights are all 0."""
     positives: Tensor
-    negatives: Tensor
     log_weight: Tensor
-    weightless: Tensor
+    is_uniform: Tensor
 
     def prob(self, dtype: torch.dtype) -> Tensor:
         # The fill is for the rows without negatives, NaN by now.
-        prob = self.log_weight.softmax(1).masked_fill_(~self.negatives, 0.)
+        prob = self.log_weight.softmax(1).masked_fill_(self.log_weight.isneginf(), 0.)
         return prob.to(torch.promote_types(dtype, torch.float32))
+
+
+def _is_blind(embedding: Tensor) -> bool:
+    """Whether a look at values would wait for a device, or stop a compiler."""
+    return embedding.device.type != 'cpu' or is_traced()
 
 
 def _split(number: int, size: int, embedding: Tensor) -> Iterator[slice]:
     """Slices of `size` rows that fit a CPU's cache; a single one on other devices and for a compiler."""
-    size = number if embedding.device.type != 'cpu' or is_traced() else max(size, 1)
+    size = number if _is_blind(embedding) else max(size, 1)
     for start in range(0, number, size):
         yield slice(start, min(start + size, number))
 
