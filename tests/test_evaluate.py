@@ -249,6 +249,27 @@ def test_cache_is_used_and_told_apart(model, pictures, tmp_path, monkeypatch):
         evaluate(model, 'folder', pictures, replace(PROTOCOL, size=41), cache_dir=tmp_path)
 
 
+def test_a_run_that_was_cut_off_goes_on(model, pictures, tmp_path, monkeypatch):
+    """Of the 12 images the first 4, a whole shard, need not be described again."""
+    kwargs = dict(exponents=[3., 1.], shard_size=4, batch_size=2, cache_dir=tmp_path / 'cache')
+    whole = compare({'model': model}, 'folder', pictures, [PROTOCOL], **kwargs | {'cache_dir': tmp_path / 'whole'})
+    seen, forward = [], type(model).forward_features
+
+    def cut_off(self, x, *args, **kwargs):
+        if len(seen) == 7:
+            raise KeyboardInterrupt
+        seen.append(x.shape)
+        return forward(self, x, *args, **kwargs)
+
+    monkeypatch.setattr(type(model), 'forward_features', cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        compare({'model': model}, 'folder', pictures, [PROTOCOL], **kwargs)
+    monkeypatch.setattr(type(model), 'forward_features', lambda *args: seen.append(args[1].shape) or forward(*args))
+    seen.clear()
+    assert compare({'model': model}, 'folder', pictures, [PROTOCOL], **kwargs) == whole
+    assert len(seen) == 8
+
+
 def test_images_of_the_benchmark_have_to_be_readable(model, pictures, tmp_path):
     for path in pictures.rglob('*.png'):
         copy = tmp_path / path.relative_to(pictures)
