@@ -14,6 +14,15 @@ DIMS = {'NCHW': (2, 3), 'NHWC': (1, 2), 'NLC': (1,)}
 EXPONENTS = [0.5, 1.7, 2., 2.5, 3., 4., 9.]
 
 
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    """How many threads torch has: with one, logarithms are numpy's."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
 def make_map(input_fmt='NCHW', dtype=torch.float32, batch=3, channels=384, height=7, width=8, seed=0):
     """A map large enough to be fused, with dead channels and negatives."""
     x = torch.randn(batch, channels, height, width, generator=torch.Generator().manual_seed(seed)) * 2
@@ -52,12 +61,12 @@ def check(x, p, dim, rel):
     (torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-6), (torch.float16, 1e-6)], ids=str)
 @pytest.mark.parametrize('input_fmt', DIMS)
 @pytest.mark.parametrize('p', [*EXPONENTS, torch.tensor(2.7)], ids=str)
-def test_equals_the_plain_formula(input_fmt, p, dtype, rel):
+def test_equals_the_plain_formula(threads, input_fmt, p, dtype, rel):
     check(make_map(input_fmt, dtype), p, DIMS[input_fmt], rel * max(1, float(p) / 4))
 
 
 @pytest.mark.parametrize('input_fmt', DIMS)
-def test_one_exponent_per_channel(input_fmt):
+def test_one_exponent_per_channel(threads, input_fmt):
     p = torch.rand(384, generator=torch.Generator().manual_seed(2)) * 4 + 0.5
     check(make_map(input_fmt), p[:, None, None] if input_fmt == 'NCHW' else p, DIMS[input_fmt], 2e-6)
 
@@ -72,14 +81,12 @@ def test_blocks_do_not_change_a_bit(monkeypatch, input_fmt, p, block):
     assert torch.equal(fused(x, p, 1e-6, DIMS[input_fmt]), expected)
 
 
-@pytest.mark.parametrize('threads', [1, 3])
+@pytest.mark.parametrize('threads', [1, 3], indirect=True)
 @pytest.mark.parametrize('kwargs', [
     {}, {'p': 2.5}, {'p': 1.7}, {'p': 4.}, {'learn_p': True}, {'num_channels': 50}], ids=str)
 @pytest.mark.parametrize('shape', [(7, 8), (19, 31), (1, 51)])
 @pytest.mark.parametrize('input_fmt', ['NCHW', 'NHWC', 'NLC', 'channels_last'])
 def test_the_batch_does_not_change_a_bit(input_fmt, shape, kwargs, threads):
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     fmt = 'NCHW' if input_fmt == 'channels_last' else input_fmt
     x = make_map(fmt, batch=40, channels=50, height=shape[0], width=shape[1])
     x.select(-1 if fmt != 'NCHW' else 1, 5)[2] *= 1e20  # one that has to be computed anew
@@ -91,11 +98,10 @@ def test_the_batch_does_not_change_a_bit(input_fmt, shape, kwargs, threads):
         assert torch.equal(together, torch.cat([pool(x[i:i + 1]) for i in range(40)]))
         assert torch.equal(together[1:4], pool(x[1:4]))
         assert torch.equal(together, pool(x.flip(0)).flip(0))
-    torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize('p', [0.1, 2., 2.5, 3., 4., 7.5, 8., 31., torch.tensor(3.), torch.tensor(100.)], ids=str)
-def test_nothing_overflows_or_underflows(p):
+def test_nothing_overflows_or_underflows(threads, p):
     x = make_map()
     x[:, 4], x[:, 5], x[:, 6] = x[:, 4].abs() * 1e20, x[:, 5].abs() * 1e30, 10
     x[:, 7] = 0
@@ -109,7 +115,7 @@ def test_nothing_overflows_or_underflows(p):
     assert all(g.isfinite().all() for g in grads)
 
 
-def test_not_a_number_stays_with_its_channel():
+def test_not_a_number_stays_with_its_channel(threads):
     x = make_map()
     x[1, 9, 2, 2], x[2, 9, 2, 2] = math.nan, math.inf
     for p in (2.5, 3., torch.tensor(2.7)):
@@ -158,7 +164,7 @@ def test_keeps_the_map_and_what_it_returns(kwargs, vectors, dtype):
 
 @pytest.mark.parametrize('p', [3., 2.5, torch.tensor(2.3, dtype=torch.float64)], ids=str)
 @pytest.mark.parametrize('input_fmt', ['NCHW', 'NLC'])
-def test_derivatives_of_every_order(monkeypatch, input_fmt, p):
+def test_derivatives_of_every_order(threads, monkeypatch, input_fmt, p):
     monkeypatch.setattr(gem_function, '_SMALL', 1)
     dim = DIMS[input_fmt]
     x = torch.rand(2, 3, 2, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.05

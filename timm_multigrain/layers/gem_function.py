@@ -17,10 +17,12 @@ from torch._C._functorch import is_legacy_batchedtensor
 from timm_multigrain.eager import is_traced
 
 from .format import at_least_float32
+from .logarithm import log_
 
 _BLOCK = 2 ** 18  # values a thread works on at once: 1 MiB
 _SMALL = 2 ** 10  # values of an image below which the plain formula is as quick
 _QUICK = (2., 2.5, 3., 4.)  # p for which x^p and x^(p - 1) are products and a square root
+_LOG2_E = math.log2(math.e)
 _LARGE = 32.  # p from which the rounding of y costs the gradient digits
 _SAFE = 1e-30, 1e30  # sums of powers that are not near the limits of float32
 _SAFE_ROOT = 1e-9, 1e9  # and y, of which the powers below p = 4 are not
@@ -211,9 +213,9 @@ def _sum(a: Tensor, p: float | Tensor, total: Tensor, log_total: Tensor | None) 
         # pow and exp2 round the last few values of a tensor differently from the others, exp and log do not
         torch.sum(a.log_().mul_(p).exp_(), 1, keepdim=True, out=total)
         return
-    powers = (a.log2_() * p).exp2_()  # twice as quick, for training
+    powers = (log_(a) * (p * _LOG2_E)).exp2_()  # twice as quick, for training
     torch.sum(powers, 1, keepdim=True, out=total)
-    torch.sum(powers.mul_(a), 1, keepdim=True, out=log_total).mul_(math.log(2))
+    torch.sum(powers.mul_(a), 1, keepdim=True, out=log_total)
 
 
 def _root(total: Tensor, log_total: Tensor | None, scale: Tensor | None, p: float | Tensor, length: int):
@@ -267,7 +269,10 @@ def _map_gradient(maps: Tensor, y: Tensor, p: float | Tensor, eps: float, grad: 
         ratio = _threshold(part, eps) if whole else _clamp(part, eps)
         if root is not None:
             ratio.div_(root)
-        power = _quick_power_(ratio, p - 1) if _is_quick(p) else ratio.log2_().mul_(q - 1).exp2_()
+        if _is_quick(p):
+            power = _quick_power_(ratio, p - 1)
+        else:
+            power = log_(ratio).mul_((q - 1) * _LOG2_E).exp2_()
         if target.dtype != power.dtype:
             power.mul_(slope)
             target.copy_(power if whole else torch.ops.aten.threshold_backward(power, at_least_float32(part), eps))
