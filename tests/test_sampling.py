@@ -527,6 +527,13 @@ def test_wrong_arguments():
         UniformSampler(max_positives=0)
 
 
+@pytest.mark.parametrize('name', ['batch', 'row', 'uniform'])
+def test_fake_tensors(name):
+    with torch._subclasses.FakeTensorMode():
+        triplets = create_sampler(name, max_positives=2)(torch.randn(12, 64), torch.arange(12) // 3)
+    assert [t.shape for t in triplets] == [(24,)] * 3
+
+
 def test_create_sampler():
     assert isinstance(create_sampler('uniform', max_positives=1), UniformSampler)
     for name in ('batch', 'row'):

@@ -306,7 +306,7 @@ class _Part(NamedTuple):
 
 def _is_blind(embedding: Tensor) -> bool:
     """Whether a look at values would wait for a device, or stop a compiler."""
-    return embedding.device.type != 'cpu' or is_traced()
+    return embedding.device.type != 'cpu' or type(embedding) is not Tensor or is_traced()
 
 
 def _split(number: int, size: int, embedding: Tensor) -> Iterator[slice]:
