@@ -115,6 +115,22 @@ def test_nothing_overflows_or_underflows(threads, p):
     assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize('p', [2., 2.5, 3., 4., 1.7], ids=str)
+def test_tiny_values(p):
+    x = make_map(batch=1).abs().clamp(min=0.1) * 1e-14
+    found, exact = (run(lambda *args: pool(args[0], p, 1e-17, (2, 3)), t, p, (2, 3))
+                    for pool, t in ((fused, x), (power_mean, x.double())))
+    for value, expected in zip(found, exact, strict=True):
+        assert ((value / expected - 1).abs() < 3e-6).all()
+
+
+@pytest.mark.parametrize('p', [2., 2.5, 3., 4.], ids=str)
+def test_the_mean_of_one_value_is_that_value(p):
+    values = torch.logspace(-5, 5, 2000, dtype=torch.float64).float()
+    y = fused(values[None, :, None, None].expand(1, 2000, 32, 32).contiguous(), p, 1e-6, (2, 3)).flatten()
+    assert ((y.double() / values - 1).abs() < 2.5e-7).all()
+
+
 def test_not_a_number_stays_with_its_channel(threads):
     x = make_map()
     x[1, 9, 2, 2], x[2, 9, 2, 2] = math.nan, math.inf
