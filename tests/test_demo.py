@@ -11,7 +11,7 @@ from PIL import Image
 from timm_multigrain.cli.main import main
 from timm_multigrain.demo.evaluation import CopySet, _copy_map, evaluate
 from timm_multigrain.demo.folder import open_folder
-from timm_multigrain.demo.training import TrainSettings, train_model
+from timm_multigrain.demo.training import TrainSettings, _CountingSampler, train_model
 from timm_multigrain.task import MultiGrainTask
 
 
@@ -165,3 +165,18 @@ def test_evaluate_against_plain_loops():
             aps.append(ap)
     assert scores.copy_map == pytest.approx(100 * np.mean(aps), rel=1e-6)
     assert 0 <= scores.top1 <= 100 and scores.predictions.shape == (36,)
+
+
+@pytest.mark.parametrize('name', ['batch', 'row'])
+def test_share_of_uniform_rows(name):
+    """Rows of nothing but images beyond the cutoff are uniform; one that is not finite has no negatives at all."""
+    embedding = torch.nn.functional.normalize(torch.randn(9, 64, generator=torch.Generator().manual_seed(0)), dim=1)
+    embedding[:4] = torch.eye(64)[0] * torch.tensor([1, 1, -1, -1])[:, None]
+    embedding[8] = torch.nan
+    sampler, alone = (_CountingSampler(name, nonzero_loss_cutoff=1.0, max_positives=1) for _ in range(2))
+    assert sampler.uniform_share is None
+    target = torch.arange(9) // 2
+    sampler(embedding, target)
+    prob, uniform = alone.probabilities(embedding, target)
+    assert uniform.sum() > 0 and (prob.sum(1) > 0).sum() == 8
+    assert sampler.uniform_share == uniform.sum() / 8

@@ -1,4 +1,5 @@
 """The demo's training: one model from scratch, with timm's loader, optimizer and schedule and MultiGrain's task."""
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -164,9 +165,8 @@ class _CountingSampler(DistanceWeightedSampler):
 
     def _parts(self, embedding: torch.Tensor, target: torch.Tensor) -> Iterator[tuple]:
         for part in super()._parts(embedding, target):
-            anchors = part.negatives.any(1)
-            self.uniform += int((part.weightless & anchors).sum())
-            self.anchors += int(anchors.sum())
+            self.uniform += int(part.is_uniform.sum())
+            self.anchors += int((part.log_weight.amax(1) > -math.inf).sum())
             yield part
 
     @property
