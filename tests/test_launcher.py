@@ -10,6 +10,7 @@ import logging
 import os
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from collections import namedtuple
@@ -620,6 +621,7 @@ _AUTO = '--device-modules', 'timm_multigrain.auto'
 
 @pytest.mark.slow
 def test_auto_in_a_process(script, images, train, tmp_path):
+    script = shutil.copy(script, tmp_path)  # out of its checkout, whose timm/ would hide the installed one
     flags = *_AUTO, '--model-kwargs', 'trunk=test_resnet', 'mg_repeats=2', 'mg_classif_weight=0.3'
     done = python(script, *arguments(images, tmp_path / 'auto', *flags), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
