@@ -86,32 +86,42 @@ class StreamingPCA:
         Raises:
             ValueError: There are too few vectors to say anything.
         """
-        self._flush()
-        freedom = self.count - self.centered
-        if freedom < 1:
-            raise ValueError(f'{self.count} vectors have no covariance: give at least {1 + self.centered}.')
-        out = self._scatter / freedom
-        for i in range(0, self.dim, COLUMNS):
-            j = i + COLUMNS
-            block = out[i:j, i:j]
-            block.copy_(block.triu() + block.triu(1).T)
-            out[j:, i:j] = out[i:j, j:].T
-        return out
+        freedom = self._freedom()
+        return self._whole_scatter() / freedom
 
     def eigh(self, shrinkage: float = 0.) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues (dim,), largest first, and eigenvectors (dim, dim), a column each, of the covariance.
 
         Args:
             shrinkage: Share s of (1 - s) covariance + s (mean variance) identity.
+
+        Raises:
+            ValueError: As `covariance`.
         """
-        covariance = self.covariance()
-        average = covariance.diagonal().mean()
-        values, vectors = torch.linalg.eigh(covariance)
-        del covariance
-        values = values.flip(0).clamp_(min=0)
+        freedom = self._freedom()
+        scatter = self._whole_scatter()  # divided after, which saves a copy of it
+        values, vectors = torch.linalg.eigh(scatter)
+        values = values.flip(0).clamp_(min=0).div_(freedom)
         if shrinkage:  # it moves the eigenvalues only
-            values = (1 - shrinkage) * values + shrinkage * average
+            values = (1 - shrinkage) * values + shrinkage * scatter.diagonal().mean() / freedom
         return values, vectors.flip(1)
+
+    def _freedom(self) -> int:
+        """Divisor of the covariance."""
+        freedom = self.count - self.centered
+        if freedom < 1:
+            raise ValueError(f'{self.count} vectors have no covariance: give at least {1 + self.centered}.')
+        return freedom
+
+    def _whole_scatter(self) -> torch.Tensor:
+        """The scatter matrix, below its diagonal too."""
+        self._flush()
+        for i in range(0, self.dim, COLUMNS):
+            j = i + COLUMNS
+            block = self._scatter[i:j, i:j]
+            block.copy_(block.triu() + block.triu(1).T)
+            self._scatter[j:, i:j] = self._scatter[i:j, j:].T
+        return self._scatter
 
     def _flush(self) -> None:
         rows = self._rows[:self._waiting]
