@@ -13,10 +13,14 @@ from safetensors.torch import load_file
 from timm_multigrain.loss import (
     DistanceWeightedSampler,
     Triplets,
+    TripletSampler,
     UniformSampler,
     create_sampler,
     effective_negatives,
     sampling,
+)
+from timm_multigrain.loss import (
+    triplets as triplets_module,
 )
 
 NAMES = ['batch', 'row', 'uniform']
@@ -462,7 +466,7 @@ def test_blocks_do_not_matter(monkeypatch, name, pairs, side):
     expected = create_sampler(name, generator=3)
     expected_prob = expected.probabilities(embedding, target)
     triplets = expected(embedding, target)
-    monkeypatch.setattr(sampling, '_PAIRS', pairs)
+    monkeypatch.setattr(triplets_module, '_PAIRS', pairs)
     monkeypatch.setattr(sampling, '_SIDE', side)
     sampler = create_sampler(name, generator=3)
     prob, uniform_row = sampler.probabilities(embedding, target)
@@ -552,3 +556,25 @@ def test_triplets_with_their_probabilities(max_positives, dtype):
     triplets, prob = sampler(embedding, target, return_prob=True)
     assert all(torch.equal(a, b) for a, b in zip(alone, triplets, strict=True))
     assert torch.equal(prob, sampler.probabilities(embedding, target)[0]) and prob.dtype == dtype
+
+
+class SecondHalfSampler(TripletSampler):
+    """Negatives from the second half of the batch, the later the likelier."""
+
+    def log_weights(self, embedding):
+        number = len(embedding)
+        weight = torch.arange(number, dtype=embedding.dtype) - (number // 2 - 1)
+        return weight.clamp(min=0).log().repeat(number, 1)
+
+
+def test_sampler_of_ones_own():
+    embedding, target = make_embedding('relu', 4, 3, 16)
+    sampler = SecondHalfSampler(max_positives=2, generator=0)
+    prob, uniform_row = sampler.probabilities(embedding, target)
+    for i in range(12):
+        weight = [0 if target[i] == target[j] else max(j - 5, 0) for j in range(12)]
+        assert prob[i].tolist() == pytest.approx([w / sum(weight) for w in weight], abs=1e-6)
+    assert not uniform_row.any()
+    triplets = sampler(embedding, target)
+    assert (triplets.negative >= 6).all() and (target[triplets.anchor] != target[triplets.negative]).all()
+    assert (target[triplets.anchor] == target[triplets.positive]).all()

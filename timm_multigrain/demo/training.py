@@ -12,8 +12,7 @@ from timm.scheduler import create_scheduler_v2
 from tqdm import tqdm
 
 from timm_multigrain.data import create_loader
-from timm_multigrain.loss import DistanceWeightedSampler, create_sampler
-from timm_multigrain.loss.sampling import TripletSampler
+from timm_multigrain.loss import DistanceWeightedSampler, TripletSampler, create_sampler
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.task import MultiGrainTask
 

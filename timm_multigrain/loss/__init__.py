@@ -2,10 +2,11 @@
 from .instance import MetricLearningLoss, create_instance_loss
 from .margin import MarginLoss, margin_loss, margin_statistics
 from .pair import ContrastiveLoss, TripletLoss
-from .sampling import DistanceWeightedSampler, Triplets, UniformSampler, create_sampler, effective_negatives
+from .sampling import DistanceWeightedSampler, UniformSampler, create_sampler, effective_negatives
+from .triplets import Triplets, TripletSampler
 
 __all__ = [
-    'ContrastiveLoss', 'DistanceWeightedSampler', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'Triplets',
-    'UniformSampler', 'create_instance_loss', 'create_sampler', 'effective_negatives', 'margin_loss',
+    'ContrastiveLoss', 'DistanceWeightedSampler', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'TripletSampler',
+    'Triplets', 'UniformSampler', 'create_instance_loss', 'create_sampler', 'effective_negatives', 'margin_loss',
     'margin_statistics',
 ]

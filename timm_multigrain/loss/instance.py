@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from .margin import MarginLoss
 from .pair import ContrastiveLoss, TripletLoss
-from .sampling import Triplets
+from .triplets import Triplets
 
 __all__ = ['MetricLearningLoss', 'create_instance_loss']
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .distance import square_pair_distances
-from .sampling import Triplets
+from .triplets import Triplets
 
 __all__ = ['MarginLoss', 'margin_loss', 'margin_statistics']
 

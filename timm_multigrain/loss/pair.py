@@ -6,7 +6,7 @@ Triplet loss: Schroff et al., 'FaceNet', CVPR 2015, https://arxiv.org/abs/1503.0
 from torch import Tensor, nn
 
 from .margin import distances, square_distances
-from .sampling import Triplets
+from .triplets import Triplets
 
 __all__ = ['ContrastiveLoss', 'TripletLoss']
 

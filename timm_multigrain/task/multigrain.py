@@ -11,8 +11,7 @@ from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from timm_multigrain.layers import l2_normalize
-from timm_multigrain.loss import create_instance_loss, create_sampler
-from timm_multigrain.loss.sampling import TripletSampler
+from timm_multigrain.loss import TripletSampler, create_instance_loss, create_sampler
 from timm_multigrain.models import MultiGrain
 
 from .gather import all_gather_with_grad
