@@ -7,6 +7,7 @@ import math
 import pytest
 import timm
 import torch
+from PIL import Image
 from timm.models import get_pretrained_cfg, group_parameters
 from timm.optim import create_optimizer_v2
 
@@ -273,7 +274,12 @@ def test_embed():
     assert model.embed([x[0], torch.randn(3, 40, 90)]).shape == (2, 512)
     for bad, message in (
             (lambda: model.embed([]), 'empty list'),
-            (lambda: model.embed(x[0]), r'takes images \(N, 3, H, W\)'),
+            (lambda: model.embed(x[0]), r'takes images \(N, 3, H, W\).* got torch.float32 of shape \(3, 64, 64\)'),
+            (lambda: model.embed(x.permute(0, 2, 3, 1)), r'got torch.float32 of shape \(3, 64, 64, 3\)'),
+            (lambda: model.embed(x.to(torch.uint8)), 'got torch.uint8 of shape'),
+            (lambda: model.embed([x[0], x[1, :1]]), r'got torch.float32 of shape \(1, 64, 64\)'),
+            (lambda: model.embed(x.numpy()), 'got ndarray'),
+            (lambda: model.embed([Image.new('RGB', (64, 64))]), 'got Image'),
             (lambda: model.embed(x, dim=16), 'not whitened')):
         with pytest.raises(ValueError, match=message):
             bad()

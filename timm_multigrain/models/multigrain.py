@@ -280,21 +280,30 @@ class MultiGrain(nn.Module):
             (N, dim or embed_dim) float32, each row L2-normalised.
 
         Raises:
-            ValueError: No images, an image of the wrong shape, or a ``dim`` that the embedding does not allow.
+            ValueError: No images, an image of another shape or kind, or a ``dim`` that the embedding does not allow.
         """
         if dim is not None and not (self.whitened and 1 <= dim <= self.embed_dim):
             raise ValueError(
                 f'dim={dim} needs a whitened embedding of at least that many components, ordered by strength; '
                 f'this one has {self.embed_dim}, {"" if self.whitened else "not "}whitened.')
-        if isinstance(x, torch.Tensor):
-            if x.ndim != 4:
-                raise ValueError(
-                    f'embed() takes images (N, {self.in_chans}, H, W) or a list of them, got {tuple(x.shape)}.')
-            embedding = self.forward_head(self.forward_features(x), pre_logits=True)
-            return l2_normalize(embedding[:, :dim].float())
-        if not len(x):
-            raise ValueError('embed() got an empty list: give at least one image.')
-        return torch.cat([self.embed(image if image.ndim == 4 else image[None], dim=dim) for image in x])
+        if isinstance(x, Sequence):
+            if not x:
+                raise ValueError('embed() got an empty list: give at least one image.')
+            _check_images(x, self.in_chans)
+            return torch.cat([self.embed(image if image.ndim == 4 else image[None], dim=dim) for image in x])
+        _check_images([x], self.in_chans, (4,))
+        embedding = self.forward_head(self.forward_features(x), pre_logits=True)
+        return l2_normalize(embedding[:, :dim].float())
+
+
+def _check_images(images: Sequence, in_chans: int, dims: tuple[int, ...] = (3, 4)) -> None:
+    for x in images:
+        is_tensor = isinstance(x, torch.Tensor)
+        if not is_tensor or x.ndim not in dims or x.shape[-3] != in_chans or not x.is_floating_point():
+            raise ValueError(
+                f'embed() takes images (N, {in_chans}, H, W) or a list of ({in_chans}, H, W) ones, floating point and '
+                'normalised as timm.data.create_transform makes them, '
+                f'got {f"{x.dtype} of shape {tuple(x.shape)}" if is_tensor else type(x).__name__}.')
 
 
 def _parse_p(p: float | str | None) -> float:
