@@ -238,6 +238,13 @@ def test_dtypes(batch, name, dtype):
         assert torch.equal(loss(embedding, target, triplets), value)
 
 
+@pytest.mark.parametrize('kwargs', [
+    {'beta_init': 0.}, {'beta_init': 2.}, {'beta_init': math.nan}, {'margin': -0.1}, {'margin': math.nan}])
+def test_margin_refuses(kwargs):
+    with pytest.raises(ValueError, match=f'{next(iter(kwargs))} is '):
+        MarginLoss(**kwargs)
+
+
 def test_margin_parameter():
     loss = MarginLoss(beta_init=0.9, margin=0.3)
     assert {k: (v.shape, v.dtype) for k, v in loss.named_parameters()} == {'beta': ((1,), torch.float32)}

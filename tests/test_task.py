@@ -166,6 +166,8 @@ def test_bad_arguments_and_batches():
             (dict(instance_loss='arc'), "unknown instance loss 'arc'")):
         with pytest.raises(ValueError, match=message):
             MultiGrainTask(_model(), **kwargs)
+    with pytest.raises(ValueError, match='no classifier'):
+        MultiGrainTask(timm.create_model('resnet10t', num_classes=0))
     task = MultiGrainTask(_model()).train()
     with pytest.raises(ValueError, match=r'integer targets \(B, 2\).*of shape \(12,\)'):
         task(x, target[:, 0])

@@ -65,11 +65,18 @@ class MarginLoss(nn.Module):
     Args:
         beta_init: Initial boundary, a distance between unit vectors.
         margin: Half the width of the zone around beta that costs.
+
+    Raises:
+        ValueError: beta_init is no distance between unit vectors, or the margin is negative.
     """
     needs_triplets = True
 
     def __init__(self, beta_init: float = 1.2, margin: float = 0.2):
         super().__init__()
+        if not 0 < beta_init < 2:
+            raise ValueError(f'beta_init is {beta_init}: give a distance of unit vectors, above 0 and below 2, as 1.2')
+        if not 0 <= margin < 2:
+            raise ValueError(f'margin is {margin}: give a number from 0 to below 2, such as 0.2')
         self.beta = nn.Parameter(torch.tensor([beta_init], dtype=torch.float32))
         self.margin = margin
 

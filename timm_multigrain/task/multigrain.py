@@ -76,7 +76,8 @@ class MultiGrainTask(ClassificationTask):
         statistics: Add what to watch in a training to the result, see `timm_multigrain.task.statistics`.
 
     Raises:
-        ValueError: lambda outside [0, 1], fewer than 2 repeats with lambda < 1, or an unknown loss or sampling.
+        ValueError: lambda outside [0, 1], fewer than 2 repeats with lambda < 1, a model without classifier, or an
+            unknown loss or sampling.
     """
 
     def __init__(
@@ -102,6 +103,9 @@ class MultiGrainTask(ClassificationTask):
             raise ValueError(
                 f'num_repeats={num_repeats} with classif_weight={classif_weight}: the instance loss needs at least 2 '
                 'copies of an image in a batch. Use num_repeats=3, or classif_weight=1 for classification only.')
+        if getattr(model, 'num_classes', None) == 0:
+            raise ValueError('The model has no classifier (num_classes=0): create it with the number of classes, or '
+                             'with num_classes=1 to train on images without classes, classif_weight=0.')
         super().__init__(
             model, criterion, criterion_kwargs=criterion_kwargs, device=device, dtype=dtype, verbose=verbose)
         self.classif_weight = classif_weight
