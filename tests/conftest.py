@@ -1,4 +1,5 @@
 """Fixtures shared by the tests."""
+import logging
 import os
 from pathlib import Path
 
@@ -14,6 +15,17 @@ GOLDEN = Path(__file__).resolve().parent / 'golden'
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
 
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())))
+
+
+@pytest.fixture(autouse=True)
+def own_log():
+    """Takes away what a script run by a test set up for its log: it would write into streams closed by then."""
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    for handler in logging.root.handlers[:]:
+        if handler not in handlers and type(handler) is logging.StreamHandler:
+            logging.root.removeHandler(handler)
+    logging.root.setLevel(level)
 
 
 @pytest.fixture(scope='session')
