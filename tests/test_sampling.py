@@ -19,9 +19,7 @@ from timm_multigrain.loss import (
     effective_negatives,
     sampling,
 )
-from timm_multigrain.loss import (
-    triplets as triplets_module,
-)
+from timm_multigrain.loss import triplets as triplets_module
 
 NAMES = ['batch', 'row', 'uniform']
 TAGS = [
