@@ -20,7 +20,7 @@ from timm_multigrain.collection import Index
 from timm_multigrain.collection.dedup import find_copies
 from timm_multigrain.collection.edits import EDITS
 from timm_multigrain.files import write_text
-from timm_multigrain.retrieval.images import read_image
+from timm_multigrain.images.sources import read_image
 
 FOLDERS = ('classes', 'photos', 'instances')
 

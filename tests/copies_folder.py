@@ -7,7 +7,7 @@ from PIL import Image
 
 from timm_multigrain.collection import Index
 from timm_multigrain.demo.pictures import CLASSES, draw_picture
-from timm_multigrain.retrieval.protocol import Protocol
+from timm_multigrain.images.protocol import Protocol
 
 from .tiny import tiny_model
 

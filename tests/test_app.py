@@ -14,7 +14,7 @@ from PIL import Image
 
 from timm_multigrain.collection.app_answers import Answers
 from timm_multigrain.collection.app_guard import Guard
-from timm_multigrain.retrieval.images import UnreadableImage
+from timm_multigrain.images.sources import UnreadableImage
 
 from .copies_folder import make_index, make_pictures
 

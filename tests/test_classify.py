@@ -9,11 +9,11 @@ import torch
 from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.hub.metrics import read_metrics
+from timm_multigrain.images.labels import first_of_each, match_classes, open_classes
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.models.opening import open_model
-from timm_multigrain.retrieval.classes import first_of_each, match_classes, open_classes
 from timm_multigrain.retrieval.classify import classify, ranks_of_truth
-from timm_multigrain.retrieval.images import ImageFiles
-from timm_multigrain.retrieval.protocol import Protocol
 
 from .tiny import tiny_model
 

@@ -18,8 +18,8 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.collection import Index, IndexInUse, OtherModel, build, build_index
 from timm_multigrain.collection.lock import index_lock
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.retrieval.images import ImageFiles, UnreadableImage, read_image
-from timm_multigrain.retrieval.protocol import Protocol
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageFiles, UnreadableImage, read_image
 
 from .tiny import tiny_model
 

@@ -83,7 +83,7 @@ def test_only_exact(index):
 
 
 def test_without_looking_no_picture_is_read(index, monkeypatch):
-    monkeypatch.setattr('timm_multigrain.retrieval.images.read_image', lambda *a, **k: pytest.fail('it was read'))
+    monkeypatch.setattr('timm_multigrain.images.sources.read_image', lambda *a, **k: pytest.fail('it was read'))
     copies = find_copies(index, look=False)
     assert copies.unreadable == 0 and copies.of_kind('exact')
 

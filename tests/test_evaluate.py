@@ -14,11 +14,11 @@ from PIL import Image
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.hub import read_metrics, save_pretrained
+from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.layers import create_pool, gem, l2_normalize
 from timm_multigrain.retrieval.benchmark_result import BenchmarkResult, Comparison
 from timm_multigrain.retrieval.datasets import Figure, load_benchmark
 from timm_multigrain.retrieval.evaluate import AfterRanking, compare, evaluate
-from timm_multigrain.retrieval.protocol import Protocol
 from timm_multigrain.retrieval.systems import System, Systems, choose_systems
 
 from .test_datasets import small_truth, trapezoid
@@ -108,7 +108,7 @@ def test_whitening_beside_without(model, pictures, noise_folder):
                       whiten=noise_folder, components=8).results
     assert [(r.system, r.whitening) for r in results] == [
         ('tiny, GeM p=3', None), ('tiny, CroW', None), ('tiny, GeM p=3, whitened 8', 8), ('tiny, CroW, whitened 8', 8)]
-    from timm_multigrain.retrieval.images import find_images
+    from timm_multigrain.images.sources import find_images
     from timm_multigrain.retrieval.whiten import fit_whitening
     images = replace_database(benchmark, find_images(noise_folder))
     for result, pool in zip(results[2:], [
@@ -124,8 +124,8 @@ def test_whitening_beside_without(model, pictures, noise_folder):
 
 def test_whitened_sums_do_not_depend_on_their_number(model, pictures, noise_folder):
     """SPoC is GeM with p = 1 times the number of positions, so that both are the same L2-normalised and whitened."""
+    from timm_multigrain.images.sources import find_images
     from timm_multigrain.retrieval.evaluate import add_whitened
-    from timm_multigrain.retrieval.images import find_images
     systems = Systems(model, choose_systems(model, ['spoc']))
     with tempfile.TemporaryDirectory() as folder:
         add_whitened(systems, find_images(noise_folder), PROTOCOL, None, Path(folder))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from timm_multigrain.retrieval.images import (
+from timm_multigrain.images.sources import (
     ImageFiles,
     UnreadableImage,
     find_images,

@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 
 from timm_multigrain.data.transforms import create_eval_transform
-from timm_multigrain.retrieval.protocol import MS_SCALES, Protocol
+from timm_multigrain.images.protocol import MS_SCALES, Protocol
 
 from .tiny import tiny_model
 

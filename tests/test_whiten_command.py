@@ -12,12 +12,12 @@ import torch
 from timm_multigrain.cli.arguments import protocol_from_args
 from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import find_images
+from timm_multigrain.images.subset import Subset
 from timm_multigrain.models.opening import open_model
 from timm_multigrain.retrieval.extract import extract
 from timm_multigrain.retrieval.fitted import check_fitted, fitted, note_fitted
-from timm_multigrain.retrieval.images import find_images
-from timm_multigrain.retrieval.protocol import Protocol
-from timm_multigrain.retrieval.subset import Subset
 from timm_multigrain.retrieval.whiten import fit_whitening
 from timm_multigrain.retrieval.whitened_model import whiten_model
 

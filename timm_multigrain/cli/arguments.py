@@ -46,8 +46,8 @@ def protocol_from_args(args: argparse.Namespace, model):
 
     It warns on stderr where the model's whitening was fitted for another one.
     """
+    from timm_multigrain.images.protocol import MS_SCALES, Protocol
     from timm_multigrain.retrieval.fitted import check_fitted
-    from timm_multigrain.retrieval.protocol import MS_SCALES, Protocol
 
     scales = args.scales
     if scales is not None:

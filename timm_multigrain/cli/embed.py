@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.retrieval.images import open_images
+    from timm_multigrain.images.sources import open_images
     from timm_multigrain.retrieval.sharded import extract_shards
 
     source = open_images(args.images, args.split)

@@ -72,7 +72,7 @@ def _criterion(args: argparse.Namespace, model) -> str:
 
 
 def _tune(args: argparse.Namespace, model, protocol):
-    from timm_multigrain.retrieval.classes import first_of_each, open_classes
+    from timm_multigrain.images.labels import first_of_each, open_classes
     from timm_multigrain.retrieval.tune_p import GRID, check_p_model, tune_p
 
     check_p_model(model)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
-from timm_multigrain.retrieval.images import UnreadableImage, printable, read_image
+from timm_multigrain.images.sources import UnreadableImage, printable, read_image
 
 from .dedup import Copies, CopyGroup, find_copies
 from .queries import cut, embed_queries

@@ -277,7 +277,7 @@ class _Update:
             self.writer.remove([old])
             self.report.removed += 1
         if os.path.lexists(path):
-            from timm_multigrain.retrieval.images import printable
+            from timm_multigrain.images.sources import printable
             reason = message.removeprefix(f'{printable(path)}: ')
             if path.lower().endswith(HEIC) and 'no image in a format' in reason:
                 reason += ': HEIC takes a decoder, pip install pillow-heif'

@@ -177,7 +177,7 @@ class _Search:
 
     @classmethod
     def of(cls, index: 'Index', rows: np.ndarray, threshold: float | None, false_positives: float, look: bool):
-        from timm_multigrain.retrieval.images import read_image
+        from timm_multigrain.images.sources import read_image
 
         if threshold is not None and not -1 < threshold <= 1:
             raise ValueError(f'The threshold is a similarity above -1 and at most 1, got {threshold}.')

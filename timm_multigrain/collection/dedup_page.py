@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from timm_multigrain.retrieval.images import UnreadableImage, read_image
+from timm_multigrain.images.sources import UnreadableImage, read_image
 from timm_multigrain.retrieval.page import escape, inline_image, write_page
 
 from .dedup import KINDS, Copies, CopyFile, CopyGroup

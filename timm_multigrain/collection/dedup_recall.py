@@ -60,7 +60,7 @@ def measure_recall(
         ValueError: Fewer than one image, or as `find_copies`.
         UnreadableImage: A picture is not there any more.
     """
-    from timm_multigrain.retrieval.images import read_image
+    from timm_multigrain.images.sources import read_image
 
     from .dedup import thresholds_of
 

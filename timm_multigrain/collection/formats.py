@@ -3,7 +3,7 @@ from functools import cache
 
 from PIL import Image
 
-from timm_multigrain.retrieval.images import ImageFiles, read_image
+from timm_multigrain.images.sources import ImageFiles, read_image
 
 __all__ = ['CollectionFiles', 'read_picture', 'register_formats']
 

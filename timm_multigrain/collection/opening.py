@@ -79,8 +79,8 @@ def _create(out: Path, model, protocol, model_options, half: bool) -> OpenedInde
     import timm
 
     from timm_multigrain.hub import save_pretrained
+    from timm_multigrain.images.protocol import Protocol
     from timm_multigrain.models.opening import open_model
-    from timm_multigrain.retrieval.protocol import Protocol
 
     source = None
     if isinstance(model, str):

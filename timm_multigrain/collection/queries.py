@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.retrieval.extract import Embedded, embed_images
-from timm_multigrain.retrieval.images import ImageSource
-from timm_multigrain.retrieval.protocol import Protocol
 
 from .formats import read_picture
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from timm_multigrain.retrieval.images import UnreadableImage, printable
+from timm_multigrain.images.sources import UnreadableImage, printable
 from timm_multigrain.retrieval.page import escape, inline_image, write_page
 
 from .formats import read_picture

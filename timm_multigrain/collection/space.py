@@ -93,7 +93,7 @@ def _is_ours(directory: Path) -> bool:
 
 def _write_pictures(index: 'Index', path: Path, side: int) -> list[bytes]:
     """Small copies in one file, and their names in it, row by row; a picture that is gone has a name and no copy."""
-    from timm_multigrain.retrieval.images import UnreadableImage, read_image
+    from timm_multigrain.images.sources import UnreadableImage, read_image
 
     names = []
     with zipfile.ZipFile(path, 'w') as file:

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.opening import weights_sha256
 
 from .datasets import Benchmark
 from .descriptors import Descriptors, iter_shards
 from .extract import extract
-from .images import ImageSource
-from .protocol import Protocol
 from .systems import Systems
 
 __all__ = ['BenchmarkVectors', 'describe', 'describe_benchmark', 'one_pass']

@@ -7,12 +7,12 @@ import numpy as np
 import torch
 
 from timm_multigrain.hub.metrics import Metric
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.multigrain import MultiGrain
 
 from .extract import embed_images, none_readable
 from .fitted import json_p
-from .images import ImageSource
-from .protocol import Protocol
 from .result import Result
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from .images import printable
+from timm_multigrain.images.sources import printable
+
 from .shards import read_manifest, read_shard
 
 __all__ = ['Descriptors', 'iter_shards']

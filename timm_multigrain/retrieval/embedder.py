@@ -13,11 +13,10 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import printable
 from timm_multigrain.layers import GeM, l2_normalize
 from timm_multigrain.models.folding import fold_batch_norm
-
-from .images import printable
-from .protocol import Protocol
 
 __all__ = ['Decoded', 'Embedded', 'Embedder']
 

@@ -14,14 +14,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageSource, open_images
 from timm_multigrain.models.multigrain import MultiGrain
 
 from .benchmark_result import BenchmarkResult, Comparison
 from .benchmark_vectors import BenchmarkVectors, describe, describe_benchmark, one_pass
 from .datasets import Benchmark, Figure, load_benchmark
 from .descriptors import iter_shards
-from .images import ImageSource, open_images
-from .protocol import Protocol
 from .rankings import AfterRanking, normalize, rank
 from .systems import SUMS, Systems, UnitPool, choose_systems, with_own_head
 

@@ -13,12 +13,12 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageSource, UnreadableImage
 from timm_multigrain.models import MultiGrain
 
 from .descriptors import Descriptors
 from .embedder import Decoded, Embedded, Embedder
-from .images import ImageSource, UnreadableImage
-from .protocol import Protocol
 
 __all__ = ['Embedded', 'embed_images', 'extract']
 

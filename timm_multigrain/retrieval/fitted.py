@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from .protocol import Protocol
+from timm_multigrain.images.protocol import Protocol
 
 __all__ = ['check_fitted', 'fitted', 'note_fitted', 'with_note']
 

@@ -6,13 +6,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.multigrain import MultiGrain
 
 from .datasets.folder import Groups
 from .descriptors import iter_shards
 from .p_result import PResult
-from .protocol import Protocol
 from .search import similarity_chunks
 from .sharded import extract_shards
 from .systems import System, Systems

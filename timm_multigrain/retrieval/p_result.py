@@ -3,8 +3,9 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from timm_multigrain.images.protocol import Protocol
+
 from .fitted import json_p
-from .protocol import Protocol
 from .result import Result
 
 if TYPE_CHECKING:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from timm_multigrain.images.sources import ImageSource
+
 from .benchmark_vectors import BenchmarkVectors
-from .images import ImageSource
 from .rerank import alpha_query_expansion, database_augmentation, normalize_scores, score_offsets
 from .search import SimilarityChunks, similarity_chunks
 

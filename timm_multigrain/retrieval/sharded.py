@@ -17,13 +17,13 @@ import timm
 import torch
 import torch.distributed as dist
 
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageSource, UnreadableImage, printable
 from timm_multigrain.models.opening import weights_sha256
 from timm_multigrain.version import __version__
 
 from .embedder import Embedder
 from .extract import Batches, decode, in_order, none_readable, progress_bar
-from .images import ImageSource, UnreadableImage, printable
-from .protocol import Protocol
 from .shards import DamagedShard, Shard, read_manifest, read_shard, write_manifest, write_shard
 
 __all__ = ['Extraction', 'extract_shards']

@@ -16,8 +16,7 @@ import torch
 from safetensors.torch import save
 
 from timm_multigrain.files import fsync, write_bytes, write_text
-
-from .images import printable
+from timm_multigrain.images.sources import printable
 
 __all__ = ['DamagedShard', 'Shard', 'read_manifest', 'read_shard', 'shard_path', 'write_manifest', 'write_shard']
 

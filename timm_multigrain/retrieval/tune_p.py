@@ -17,16 +17,16 @@ import torch
 import torch.nn.functional as F
 
 from timm_multigrain.files import write_text
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import GeM, gem
 from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.opening import weights_sha256
 
 from .classify import ranks_of_truth
 from .extract import decode, none_readable, progress_bar
-from .images import ImageSource
 from .p_result import PResult
 from .p_tuner import PTuner
-from .protocol import Protocol
 
 __all__ = ['GRID', 'check_grid', 'check_p_model', 'scan_p', 'tune_p']
 

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 
 from timm_multigrain.hub import save_pretrained
+from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.multigrain import MultiGrain
 
 from .descriptors import Descriptors, iter_shards
 from .fitted import json_p, note_fitted
-from .images import ImageSource
 from .learned_whitening import fit_learned_whitening, matching_pairs
-from .protocol import Protocol
 from .sharded import extract_shards
 from .whiten import WhiteningFit, fit_whitening, fold_whitening
 

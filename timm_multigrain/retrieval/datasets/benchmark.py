@@ -7,7 +7,7 @@ from typing import ClassVar
 import numpy as np
 import torch
 
-from timm_multigrain.retrieval.images import ImageSource
+from timm_multigrain.images.sources import ImageSource
 
 __all__ = ['Benchmark', 'Figure', 'RowsOf', 'Scores']
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
+from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.retrieval.archives import RemoteFile
 from timm_multigrain.retrieval.copies import micro_average_precision_of_scores
-from timm_multigrain.retrieval.images import ImageFiles
 from timm_multigrain.retrieval.metrics import mean_average_precision
 
 from .benchmark import Benchmark, Figure, RowsOf, Scores

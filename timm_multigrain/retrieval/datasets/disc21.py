@@ -10,8 +10,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from timm_multigrain.images.sources import ImageFiles, ImageSource
 from timm_multigrain.retrieval.copies import micro_average_precision
-from timm_multigrain.retrieval.images import ImageFiles, ImageSource
 
 from .benchmark import Benchmark, Figure, Scores
 from .candidates import best_pairs

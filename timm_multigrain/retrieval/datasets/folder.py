@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_multigrain.retrieval.images import ImageFiles
+from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.retrieval.metrics import mean_average_precision
 
 from .benchmark import Benchmark, Figure, Scores

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from timm_multigrain.images.sources import ImageFiles, ImageSource
 from timm_multigrain.retrieval.archives import RemoteFile
-from timm_multigrain.retrieval.images import ImageFiles, ImageSource
 from timm_multigrain.retrieval.metrics import mean_average_precision
 
 from .benchmark import Benchmark, Figure, Scores

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
+from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.retrieval.archives import RemoteFile
-from timm_multigrain.retrieval.images import ImageFiles
 from timm_multigrain.retrieval.revisited import RevisitedQuery, revisited_scores
 from timm_multigrain.retrieval.unpickle import load_plain_pickle
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.retrieval.archives import RemoteFile
-from timm_multigrain.retrieval.images import ImageFiles
 from timm_multigrain.retrieval.ukb import ukb_score
 
 from .benchmark import Benchmark, Figure, Scores

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from .images import ImageSource
+from .sources import ImageSource
 
 __all__ = ['Subset']
 

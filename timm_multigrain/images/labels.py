@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 
-from .images import ImageFiles, find_images, printable
+from .sources import ImageFiles, find_images, printable
 from .subset import Subset
 
 __all__ = ['first_of_each', 'match_classes', 'open_classes']
