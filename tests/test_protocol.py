@@ -1,6 +1,7 @@
 """The two protocols against the transforms of the paper, the views, and extreme shapes."""
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
@@ -55,10 +56,27 @@ def test_views():
 def test_for_model():
     model = tiny_model()
     cfg = model.pretrained_cfg
-    assert Protocol.for_model(model) == Protocol(cfg['input_size'][-1], mean=cfg['mean'], std=cfg['std'])
+    assert Protocol.for_model(model) == Protocol(
+        cfg['input_size'][-1], **{name: cfg[name] for name in ('mean', 'std', 'crop_pct', 'interpolation')})
     assert Protocol.for_model(model, size=96, kind='longer-side', flip=None).size == 96
     model.pretrained_cfg = dict(cfg, test_input_size=(3, 288, 288))
     assert Protocol.for_model(model).size == 288
+
+
+@pytest.mark.parametrize('cfg', [
+    dict(crop_pct=0.875, interpolation='bilinear'), dict(crop_pct=0.95, interpolation='bicubic'),
+    dict(crop_pct=1.0, interpolation='bicubic', mean=(0.,) * 3, std=(1.,) * 3),
+    dict(crop_pct=0.9, interpolation='bicubic', crop_mode='squash'),
+    dict(crop_pct=0.9, interpolation='bilinear', crop_mode='border', mean=(0.1, 0.5, 0.9)),
+    dict(crop_pct=0.8, test_crop_pct=1.0, test_input_size=(3, 72, 72), interpolation='lanczos')])
+def test_a_model_is_tested_as_timm_tests_it(cfg):
+    model = tiny_model()
+    model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 64, 64), **cfg)
+    protocol = Protocol.for_model(model)
+    transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model, use_test_size=True))
+    for image in (noise(50, 37), noise(37, 50), noise(64, 64), noise(300, 20), noise(171, 128)):
+        got, expected = protocol.normalize(protocol.pixels(image)), transform(image)
+        assert got.shape == expected.shape and torch.equal(got, expected), image.size
 
 
 def test_shown_and_stored():
@@ -66,11 +84,15 @@ def test_shown_and_stored():
     assert str(protocol) == 'longer side 500, scales 1 0.7071 0.5, flip, EXIF ignored'
     assert Protocol(**protocol.to_dict()) == protocol
     assert str(Protocol()) == 'crop 224'
+    assert str(Protocol(64, crop_pct=1, interpolation='bicubic')) == 'crop 64, crop_pct 1, bicubic'
+    assert str(Protocol(64, crop_mode='squash')) == 'crop 64, squash'
 
 
 @pytest.mark.parametrize('kwargs, message', [
     ({'size': 0}, 'size is 0'), ({'size': 2.5}, r'size is 2\.5'), ({'kind': 'square'}, "protocol is 'square'"),
-    ({'scales': ()}, 'scales are'), ({'scales': (1, 0)}, 'scales are'), ({'scales': (float('nan'),)}, 'scales are')])
+    ({'crop_pct': 0}, 'crop_pct is 0'), ({'interpolation': 'best'}, "interpolation is 'best'"),
+    ({'crop_mode': 'left'}, "crop_mode is 'left'"), ({'scales': ()}, 'scales are'),
+    ({'scales': (1, 0)}, 'scales are'), ({'scales': (float('nan'),)}, 'scales are')])
 def test_bad_arguments(kwargs, message):
     with pytest.raises(ValueError, match=message):
         Protocol(**kwargs)

@@ -264,7 +264,7 @@ def test_sizes_and_options():
     assert not any(isinstance(step, Lighting) for step in create_transform(32, lighting=0).transforms)
     half = create_eval_transform(32, mean=(0.5,) * 3, std=(0.5,) * 3)(picture(60, 45))
     assert half.abs().max() <= 1
-    assert repr(Resize(32, largest=True)) == 'Resize(size=32, largest=True)'
+    assert repr(Resize(32, largest=True)) == 'Resize(size=32, largest=True, bilinear)'
 
 
 @pytest.mark.parametrize('call', [

@@ -26,16 +26,19 @@ class Protocol:
 
     Attributes:
         size: Side of the crop, or longer side, in pixels.
-        kind: 'crop' (shorter side int(256 / 224 * size), then the central size x size pixels) or 'longer-side' (longer
-            side becomes size, nothing is cut off).
+        kind: 'crop' (shorter side size / crop_pct, then the central size x size pixels) or 'longer-side' (longer side
+            becomes size, nothing is cut off).
         scales: Factors of the input's sides; the descriptor is the average over them.
         flip: Average the descriptors of the image and its mirror image at each scale.
         exif: Turn images upright as their EXIF orientation says.
         mean: Normalisation mean, RGB.
         std: Normalisation standard deviation, RGB.
+        crop_pct: Share of the shorter side that the crop keeps; 224 / 256 in the paper.
+        interpolation: Filter of the resize: 'bilinear' as in the paper, 'bicubic', ...
+        crop_mode: Of 'crop', as in timm: 'center', or 'squash' or 'border' for nothing cut off.
 
     Raises:
-        ValueError: Unknown kind, a size below 1, or a scale that is not above 0.
+        ValueError: Unknown kind, interpolation or crop mode, a size below 1, or a scale that is not above 0.
     """
     size: int = 224
     kind: str = 'crop'
@@ -44,9 +47,12 @@ class Protocol:
     exif: bool = True
     mean: tuple[float, ...] = IMAGENET_DEFAULT_MEAN
     std: tuple[float, ...] = IMAGENET_DEFAULT_STD
+    crop_pct: float = 0.875
+    interpolation: str = 'bilinear'
+    crop_mode: str = 'center'
 
     def __post_init__(self):
-        create_eval_transform(self.size, self.kind, self.mean, self.std)  # its errors
+        self._transform()  # its errors
         for name in ('scales', 'mean', 'std'):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
@@ -54,15 +60,20 @@ class Protocol:
 
     @classmethod
     def for_model(cls, model: torch.nn.Module, **kwargs) -> 'Protocol':
-        """The protocol for a model: its own size, mean and standard deviation unless they are given."""
+        """The protocol for a model: its own data configuration, as timm tests it, where nothing else is given."""
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         size = (cfg.get('test_input_size') or cfg.get('input_size') or (3, 224, 224))[-1]
-        own = {'size': size, 'mean': cfg.get('mean'), 'std': cfg.get('std')}
+        own = {'size': size, 'crop_pct': cfg.get('test_crop_pct') or cfg.get('crop_pct'),
+               **{name: cfg.get(name) for name in ('mean', 'std', 'interpolation', 'crop_mode')}}
         given = {k: v for k, v in kwargs.items() if v is not None}
         return cls(**{**{k: v for k, v in own.items() if v is not None}, **given})
 
     def __str__(self) -> str:
-        name = f'crop {self.size}' if self.kind == 'crop' else f'longer side {self.size}'
+        name = f'longer side {self.size}'
+        if self.kind == 'crop':
+            name = f'crop {self.size}' + f', crop_pct {self.crop_pct:g}' * (self.crop_pct != 0.875)
+            name += f', {self.crop_mode}' * (self.crop_mode != 'center')
+        name += f', {self.interpolation}' * (self.interpolation != 'bilinear')
         if self.scales != (1.,):
             name += ', scales ' + ' '.join(f'{scale:.4g}' for scale in self.scales)
         return name + ', flip' * self.flip + ', EXIF ignored' * (not self.exif)
@@ -74,11 +85,15 @@ class Protocol:
     def pixels(self, image: Image.Image) -> torch.Tensor:
         """PIL image to (3, H, W) uint8, resized and cropped."""
         image = to_rgb(image)
-        if self.kind == 'crop':
+        if self.kind == 'crop' and self.crop_mode == 'center':
             image = _cut_long_ends(image)
-        transform = create_eval_transform(self.size, self.kind)
+        steps = self._transform().transforms[:-2]  # up to ToTensor
         # the layout decides which convolution runs, and so the last bits of the result
-        return T.functional.pil_to_tensor(T.Compose(transform.transforms[:-2])(image)).contiguous()
+        return T.functional.pil_to_tensor(T.Compose(steps)(image)).contiguous()
+
+    def _transform(self) -> T.Compose:
+        return create_eval_transform(
+            self.size, self.kind, self.mean, self.std, self.crop_pct, self.interpolation, self.crop_mode)
 
     def shape(self, width: int, height: int) -> tuple[int, int]:
         """(H, W) of the network's input for an image of this size."""
