@@ -210,20 +210,23 @@ def test_any_number_of_processes(tmp_path, images, model_folder, reference, proc
         assert process.returncode == 2 and 'other protocol (flip False, now True)' in errors
 
 
-def test_interrupt(tmp_path, images, model_folder):
+@pytest.mark.parametrize('number, said', [(signal.SIGINT, 'interrupted'), (signal.SIGTERM, 'terminated')])
+def test_interrupt(tmp_path, images, model_folder, number, said):
     many = tmp_path / 'list.json'
     names = [str(images / f'{i % 6:02d}.png') for i in range(20_000)]
     many.write_text(json.dumps(names))
     out = tmp_path / 'out'
     process = subprocess.Popen(
         [*command(model_folder, many, out)[:-4], '--workers', '1'], env=environment(), stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE, text=True)
+        stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not list(out.glob('shard-*')):
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and errors.splitlines()[-1] == 'timm-multigrain embed: interrupted'
-    assert 'Traceback' not in errors
+    assert process.returncode == 128 + number and errors.splitlines()[-1] == f'timm-multigrain embed: {said}'
+    assert 'Traceback' not in errors and not list(out.glob('.*'))
+    with pytest.raises(ProcessLookupError):  # the worker has ended, too
+        os.killpg(process.pid, 0)
 
 
 def test_command(tmp_path, images, model_folder, reference, capsys):

@@ -3,7 +3,11 @@
 A first argument that ends in .py is one of timm's scripts, to be run with this package registered.
 """
 import argparse
+import os
+import signal
 import sys
+import threading
+from contextlib import contextmanager
 
 from timm_multigrain.version import __version__
 
@@ -55,10 +59,42 @@ def main(argv: list[str] | None = None) -> int:
         command.set_defaults(run=module.run)
     args = parser.parse_args(argv)
     try:
-        return args.run(args)
+        with _sigterm_interrupts():
+            return args.run(args)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
-        print(f'timm-multigrain {args.command}: error: {e}', file=sys.stderr)
+        print(f'timm-multigrain {args.command}: error: {_without_controls(str(e))}', file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(f'timm-multigrain {args.command}: interrupted', file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as e:
+        terminated = isinstance(e, _Terminated)
+        print(f'timm-multigrain {args.command}: {"terminated" if terminated else "interrupted"}', file=sys.stderr)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+
+
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which `kill`, service managers and schedulers send: everything is cleaned up as after Ctrl-C."""
+
+
+@contextmanager
+def _sigterm_interrupts():
+    """SIGTERM raises `_Terminated` in the block, unless the process has a handler of its own."""
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGTERM) != signal.SIG_DFL:
+        yield
+        return
+    process = os.getpid()
+
+    def handle(*_) -> None:
+        if os.getpid() != process:  # a forked worker that has not set its own handlers yet
+            os._exit(128 + signal.SIGTERM)
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _without_controls(text: str) -> str:
+    """A message that may quote names from a file of somebody else's, lines kept."""
+    from timm_multigrain.images.sources import printable
+    return '\n'.join(map(printable, text.splitlines()))
