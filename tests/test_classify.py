@@ -147,10 +147,11 @@ def test_command(noise_folder, tmp_path, capsys):
     model = open_model(folder, p=4)
     protocol = Protocol.for_model(model, size=32, kind='longer-side')
     result = classify(model, open_classes(noise_folder, model, 'validation'), protocol, workers=0)
-    assert f'longer side 32, p = 4\n{result}' in capsys.readouterr().out
+    assert f'longer side 32, smaller images enlarged, p = 4\n{result}' in capsys.readouterr().out
     top1, top5 = read_metrics(tmp_path / 'r.json')
     assert (top1.value, top5.value) == (100 * result.top1, 100 * result.top5)
-    assert (top1.metric, top1.size, top1.p, top1.protocol) == ('top1', 32, 4, 'longer side 32')
+    assert (top1.metric, top1.size, top1.p, top1.protocol) == (
+        'top1', 32, 4, 'longer side 32, smaller images enlarged')
     assert (tmp_path / 'r.png').stat().st_size > 1000
     assert main([*arguments[:2], str(tmp_path), *arguments[3:]]) == 2
     assert 'error' in capsys.readouterr().err

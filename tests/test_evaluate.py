@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.hub import read_metrics, save_pretrained
@@ -166,7 +167,9 @@ def test_query_crops_distractors_and_notes(model, pictures, tmp_path):
     benchmark = load_benchmark('rparis6k', tmp_path, ground_truth=tmp_path / 'gnd.json', subset=True)
     result = evaluate(model, benchmark, protocol=PROTOCOL, distractors=more)
     assert result.num_database == 10 and result.benchmark.endswith('+ 5 distractors')
-    assert 'broken.jpg' in result.notes[0] and 'broken.jpg' in str(result)
+    assert 'broken.jpg' in result.notes[1] and 'broken.jpg' in str(result)
+    assert result.notes[0] == 'Not comparable with published figures, which have kind thumbnail, exif False.'
+    assert result.protocol.endswith('queries cut out, then resized as an image of their own')
     pool = create_pool('gem')
     with torch.inference_mode():
         x = [PROTOCOL.normalize(PROTOCOL.pixels(Image.open(tmp_path / f'q{i}.jpg').crop((4, 4, 40, 30))))[None]
@@ -177,6 +180,43 @@ def test_query_crops_distractors_and_notes(model, pictures, tmp_path):
     scores = queries @ l2_normalize(torch.cat([database, others])).T
     assert result.figures == tuple(benchmark.measure([scores])) or [f.value for f in result.figures] == pytest.approx(
         [f.value for f in benchmark.measure([scores])])
+
+
+def test_queries_as_published(model, tmp_path):
+    """Cut out and reduced by the factor of the whole picture, files as they are stored, by Pillow alone."""
+    rng = np.random.default_rng(0)
+    shapes = dict(a=(80, 60), b=(30, 20), c=(64, 64), d=(40, 80), e=(50, 41), q0=(80, 60), q1=(30, 24))
+    turned = Image.Exif()
+    turned[0x112] = 6
+    for name, (width, height) in shapes.items():
+        Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
+            tmp_path / f'{name}.jpg', exif=turned)
+    truth = small_truth()
+    for entry in truth['gnd']:
+        entry['bbx'] = [4, 4.4, 28, 23.6]  # 24 x 20
+    (tmp_path / 'gnd.json').write_text(json.dumps(truth))
+    benchmark = load_benchmark('rparis6k', tmp_path, ground_truth=tmp_path / 'gnd.json', subset=True)
+    protocol = Protocol.for_model(model, size=40, **benchmark.published)
+
+    def prepare(name, box=None, side=40):
+        image = Image.open(tmp_path / f'{name}.jpg')
+        image = image.crop(box) if box else image
+        image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        return protocol.normalize(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1))[None]
+
+    with torch.inference_mode():
+        queries = torch.cat([model.embed(prepare('q0', (4, 4, 28, 24), side=12)),  # half of 24, as 80 becomes 40
+                             model.embed(prepare('q1', (4, 4, 28, 24)))])  # the whole has less than 40
+        database = torch.cat([model.embed(prepare(name)) for name in 'abcde'])
+    result = evaluate(model, benchmark, protocol=protocol, cache_dir=tmp_path / 'cache')
+    assert result.figures == tuple(benchmark.measure([queries @ database.T]))
+    vectors = [load_file(path)['vectors'] for path in (tmp_path / 'cache').rglob('*.safetensors')]
+    found, = (l2_normalize(v) for v in vectors if len(v) == 2)
+    torch.testing.assert_close(found, queries, rtol=0, atol=1e-6)
+    assert not result.notes and result.protocol == (
+        'longer side at most 40 (thumbnail), smaller images as they are, lanczos, EXIF ignored, queries cut out, then '
+        'reduced as the whole image')
+    assert evaluate(model, benchmark).protocol.startswith('longer side at most ')  # by default
 
 
 def test_after_the_first_ranking(model, pictures):
@@ -196,7 +236,8 @@ def test_after_the_first_ranking(model, pictures):
     result = evaluate(model, benchmark, protocol=PROTOCOL, after=AfterRanking(qe=(2, 3.), dba=(2, 3.)))
     scores = queries @ augmented.T
     assert result.value('mAP') == pytest.approx(benchmark.measure([scores])[0].value)
-    assert result.protocol == 'longer side 40, query expansion k=2 alpha=3, database augmentation k=2 alpha=3'
+    assert result.protocol == (
+        'longer side 40, smaller images enlarged, query expansion k=2 alpha=3, database augmentation k=2 alpha=3')
 
 
 def disc(root, pictures, monkeypatch):

@@ -101,8 +101,9 @@ def slow_descriptor(model, x, scales, flip, whitened):
 
     per_scale = []
     for scale in scales:
-        y = x if scale == 1 else F.interpolate(
-            x, size=[max(1, int(side * scale)) for side in x.shape[2:]], mode='bilinear', align_corners=False)
+        by = {'scale_factor': scale} if min(x.shape[2:]) * scale >= 1 else {
+            'size': [max(1, int(side * scale)) for side in x.shape[2:]]}
+        y = x if scale == 1 else F.interpolate(x, mode='bilinear', align_corners=False, **by)
         views = [y, torch.flip(y, [3])] if flip else [y]
         descriptors = [unit(model(view).double().numpy()[0]) for view in views]
         per_scale.append(unit(sum(descriptors) / len(descriptors)))

@@ -1,4 +1,4 @@
-"""The two protocols against the transforms of the paper, the views, and extreme shapes."""
+"""The protocols against the transforms of the paper and the public evaluators, the views, and extreme shapes."""
 import numpy as np
 import pytest
 import timm
@@ -24,9 +24,26 @@ def test_equals_the_transforms(kind, size, shape):
     image = noise(*shape)
     expected = create_eval_transform(size, kind, mean, std)(image)
     pixels = protocol.pixels(image)
-    assert pixels.dtype == torch.uint8 and tuple(pixels.shape[1:]) == protocol.shape(*shape)
+    assert pixels.dtype == torch.uint8
     assert torch.equal(protocol.normalize(pixels), expected)
     assert torch.equal(protocol.normalize(pixels[None].repeat(3, 1, 1, 1))[2], expected)
+
+
+@pytest.mark.parametrize('shape, box, expected', [
+    ((400, 300), None, (100, 75)), ((300, 401), None, (75, 100)), ((100, 40), None, (100, 40)), ((9, 2), None, (9, 2)),
+    ((400, 300), (0, 0, 100, 60), (25, 15)),  # a quarter, as the whole image
+    ((400, 300), (10, 10, 211, 20), (50, 3)),  # at most 50.25; 201 : 10 is nearer to 50 : 3 than to 50 : 2
+    ((80, 60), (0, 0, 10, 20), (10, 20)), ((2000, 10), (5, 0, 9, 9), (1, 1))])
+def test_thumbnail(shape, box, expected):
+    """As the public evaluators do it: Pillow's thumbnail, nothing enlarged, a part reduced as the whole."""
+    image = noise(*shape)
+    part = image if box is None else image.crop(box)
+    got = Protocol(100, 'thumbnail').pixels(part, image.size)
+    factor = min(1, 100 / max(shape))
+    wanted = part.copy()
+    wanted.thumbnail([max(1, int(factor * max(part.size)))] * 2, Image.Resampling.LANCZOS)
+    assert wanted.size == expected and part.size == (image if box is None else image.crop(box)).size
+    np.testing.assert_array_equal(got.permute(1, 2, 0).numpy(), np.asarray(wanted))
 
 
 @pytest.mark.parametrize('shape', [(20_000, 1), (1, 20_000), (20_000, 30), (3, 5_000)])
@@ -51,14 +68,20 @@ def test_views():
     (same, mirrored), = Protocol(flip=True).views(x)
     assert same is x and torch.equal(mirrored, x[..., range(14, -1, -1)])
     assert [v.shape[-2:] for v, in Protocol(scales=(0.5,)).views(torch.zeros(1, 3, 1, 9))] == [(1, 4)]
+    ramp = torch.arange(15.).expand(1, 3, 4, 15)
+    (view,), = Protocol(scales=(0.7,)).views(ramp)  # 10 columns, of which each stands for 1 / 0.7 of the ramp's
+    np.testing.assert_allclose(view[0, 0, 0], [(i + 0.5) / 0.7 - 0.5 for i in range(10)], rtol=1e-5)
 
 
 def test_for_model():
     model = tiny_model()
     cfg = model.pretrained_cfg
     assert Protocol.for_model(model) == Protocol(
-        cfg['input_size'][-1], **{name: cfg[name] for name in ('mean', 'std', 'crop_pct', 'interpolation')})
-    assert Protocol.for_model(model, size=96, kind='longer-side', flip=None).size == 96
+        cfg['input_size'][-1], 'longer-side', **{
+            name: cfg[name] for name in ('mean', 'std', 'crop_pct', 'interpolation')})
+    assert Protocol.for_model(model, 'crop').kind == 'crop'
+    assert Protocol.for_model(model, size=96, kind='thumbnail', flip=None, interpolation='bicubic') == Protocol(
+        96, 'thumbnail', mean=cfg['mean'], std=cfg['std'], crop_pct=cfg['crop_pct'], interpolation='lanczos')
     model.pretrained_cfg = dict(cfg, test_input_size=(3, 288, 288))
     assert Protocol.for_model(model).size == 288
 
@@ -72,7 +95,7 @@ def test_for_model():
 def test_a_model_is_tested_as_timm_tests_it(cfg):
     model = tiny_model()
     model.pretrained_cfg = dict(model.pretrained_cfg, input_size=(3, 64, 64), **cfg)
-    protocol = Protocol.for_model(model)
+    protocol = Protocol.for_model(model, 'crop')
     transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model, use_test_size=True))
     for image in (noise(50, 37), noise(37, 50), noise(64, 64), noise(300, 20), noise(171, 128)):
         got, expected = protocol.normalize(protocol.pixels(image)), transform(image)
@@ -81,7 +104,8 @@ def test_a_model_is_tested_as_timm_tests_it(cfg):
 
 def test_shown_and_stored():
     protocol = Protocol(500, 'longer-side', MS_SCALES, flip=True, exif=False)
-    assert str(protocol) == 'longer side 500, scales 1 0.7071 0.5, flip, EXIF ignored'
+    assert str(protocol) == 'longer side 500, smaller images enlarged, scales 1 0.7071 0.5, flip, EXIF ignored'
+    assert str(Protocol(500, 'thumbnail')) == 'longer side at most 500 (thumbnail), smaller images as they are, lanczos'
     assert Protocol(**protocol.to_dict()) == protocol
     assert str(Protocol()) == 'crop 224'
     assert str(Protocol(64, crop_pct=1, interpolation='bicubic')) == 'crop 64, crop_pct 1, bicubic'

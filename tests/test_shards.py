@@ -237,7 +237,7 @@ def test_command(tmp_path, images, model_folder, reference, capsys):
     finally:
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
-    assert out.startswith('23 images, longer side 48\n22 descriptors of 96 components in ')
+    assert out.startswith('23 images, longer side 48, smaller images enlarged\n22 descriptors of 96 components in ')
     assert '1 images could not be read' in out and '07.png: is no image' in out
     assert contents(tmp_path / 'out') == contents(reference)
     assert main(['embed', str(model_folder), str(tmp_path / 'nowhere'), str(tmp_path / 'new'), *FLAGS]) == 2

@@ -13,11 +13,11 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import open_classes
 from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.models.fitted import fitted
 from timm_multigrain.models.opening import open_model
 from timm_multigrain.retrieval.classify import classify
 from timm_multigrain.retrieval.datasets.folder import load_folder
 from timm_multigrain.retrieval.extract import extract
-from timm_multigrain.retrieval.fitted import fitted
 from timm_multigrain.retrieval.p_groups import scan_p_groups
 from timm_multigrain.retrieval.p_result import PResult
 from timm_multigrain.retrieval.tune_p import scan_p, tune_p

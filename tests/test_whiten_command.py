@@ -9,15 +9,18 @@ import pytest
 import timm
 import torch
 
+from timm_multigrain.cli import embed, evaluate, index, tune_p, validate
+from timm_multigrain.cli import whiten as whiten_command
 from timm_multigrain.cli.arguments import protocol_from_args
 from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.images.subset import Subset
+from timm_multigrain.models.fitted import check_fitted, fitted, note_fitted
 from timm_multigrain.models.opening import open_model
+from timm_multigrain.retrieval.datasets.folder import Groups
 from timm_multigrain.retrieval.extract import extract
-from timm_multigrain.retrieval.fitted import check_fitted, fitted, note_fitted
 from timm_multigrain.retrieval.whiten import fit_whitening
 from timm_multigrain.retrieval.whitened_model import whiten_model
 
@@ -58,6 +61,7 @@ def test_in_python_and_by_the_command(saved, noise_folder, tmp_path, capsys):
 
 def test_settings_are_recorded_and_compared(saved, noise_folder, tmp_path, capsys):
     assert whiten(saved, noise_folder, tmp_path / 'w', '--p', '2', '--dim', '8') == 0
+    capsys.readouterr()
     model = open_model(tmp_path / 'w')
     settings = fitted(model, 'whitening')
     assert (settings['components'], settings['images'], settings['p'], settings['kind']) == (8, 42, 2.0, 'pca')
@@ -72,11 +76,38 @@ def test_settings_are_recorded_and_compared(saved, noise_folder, tmp_path, capsy
     model.set_gem_p(3)
     assert 'p 2.0 there, 3.0 here' in check_fitted(model, same)
     assert check_fitted(open_model(saved), same) is None
-    args = argparse.Namespace(size=64, protocol='crop', scales=None, flip=False, no_exif=False)
-    protocol_from_args(args, model)
+    assert same == Protocol.for_model(model) == Protocol.for_model(model, 'crop')  # it brings its protocol
+    model.set_gem_p(2)
+    args = argparse.Namespace(size=None, protocol=None, scales=None, flip=None, exif=None, default_kind='crop')
+    assert protocol_from_args(args, model) == same and not capsys.readouterr().err
+    args.size, args.protocol = 64, 'crop'
+    assert protocol_from_args(args, model).kind == 'crop'
     assert 'warning: The whitening was fitted for other settings' in capsys.readouterr().err
+    for settings in ({'protocol': None}, {'protocol': 3}, {}, {'protocol': {'scales': [2]}}):  # of other programs
+        note_fitted(model, 'whitening', settings)
+        assert Protocol.for_model(model).kind == 'longer-side' and check_fitted(model, same) is None
     note_fitted(model, 'whitening', {'p': 5})
     assert fitted(model, 'whitening') == {'p': 5} and fitted(model, 'p') is None
+
+
+@pytest.mark.parametrize('command', [embed, whiten_command, tune_p, index, evaluate, validate])
+def test_commands_share_one_default(saved, command):
+    """The longer side at the model's size, of `validate` the crop; flags win."""
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    needed = {embed: ['m', 'x', 'y'], whiten_command: ['m', 'x', 'y'], tune_p: ['m', 'x'], validate: ['m', 'x'],
+              index: ['-o', 'x'], evaluate: ['m', '--benchmark', 'folder', '--data', 'x']}[command]
+    model = open_model(saved)
+
+    def get(*flags):
+        args = parser.parse_args([*needed, *flags])
+        if command is index:
+            protocol = command._protocol_options(args)
+            return Protocol.for_model(model) if protocol is None else protocol(model)
+        return command._protocols(args, model, Groups)[0] if command is evaluate else protocol_from_args(args, model)
+    assert get() == Protocol.for_model(model, kind='crop' if command is validate else 'longer-side')
+    assert get('--protocol', 'thumbnail', '--size', '99', '--flip', '--no-exif') == Protocol.for_model(
+        model, kind='thumbnail', size=99, flip=True, exif=False)
 
 
 def test_learned_from_groups(saved, noise_folder, tmp_path, capsys):

@@ -4,9 +4,9 @@ import sys
 
 __all__ = [
     'add_extraction_arguments', 'add_model_arguments', 'add_protocol_arguments', 'extraction_from_args',
-    'model_from_args', 'protocol_from_args']
+    'model_from_args', 'names_protocol', 'protocol_from_args']
 
-_PROTOCOLS = ('crop', 'longer-side')
+_PROTOCOLS = ('crop', 'longer-side', 'thumbnail')
 _DTYPES = ('float32', 'bfloat16', 'float16')
 
 
@@ -30,24 +30,37 @@ def model_from_args(args: argparse.Namespace):
     return open_model(args.model, pool=args.pool, p=args.p, pretrained=not args.no_pretrained, ema=not args.no_ema)
 
 
-def add_protocol_arguments(parser: argparse.ArgumentParser, kind: str = 'crop') -> None:
-    """--size, --protocol, --scales, --flip, --no-exif."""
+def add_protocol_arguments(parser: argparse.ArgumentParser, kind: str = 'longer-side', sizes: bool = False) -> None:
+    """--size (several with `sizes`), --protocol (`kind` by default), --scales, --flip, --exif."""
+    parser.set_defaults(default_kind=kind)
     add = parser.add_argument_group('protocol').add_argument
-    add('--size', type=int, metavar='N', help="side of the crop, or longer side, in pixels (default: the model's)")
-    add('--protocol', choices=_PROTOCOLS, default=kind,
-        help='shorter side 256/224 of the size and centre crop, or longer side without crop (%(default)s)')
+    add('--size', type=int, nargs='+' if sizes else None, metavar='N',
+        help="side of the crop, or longer side, in pixels (default: what a whitening was fitted for, or the model's)")
+    add('--protocol', choices=_PROTOCOLS,
+        help='crop: shorter side 256/224 of the size, centre crop; longer-side: nothing is cut off; thumbnail: the '
+             'same, smaller images are not enlarged (default: '
+             + ("as the benchmark's public evaluation, or " if sizes else '')
+             + f'the one a whitening was fitted for, or {kind})')
     add('--scales', nargs='+', metavar='F', help="average over the input at these scales; 'ms' for 1 0.7071 0.5")
-    add('--flip', action='store_true', help='average over the image and its mirror image')
-    add('--no-exif', action='store_true', help='leave images as they are stored, whatever their EXIF orientation says')
+    add('--flip', action='store_true', default=None, help='average over the image and its mirror image')
+    add('--exif', action=argparse.BooleanOptionalAction,
+        help='turn images as their EXIF orientation says (default: yes' + ', in published sets no' * sizes + ')')
 
 
-def protocol_from_args(args: argparse.Namespace, model):
-    """The protocol that the arguments describe, with the model's own size and normalisation by default.
+def names_protocol(args: argparse.Namespace) -> bool:
+    """Whether the arguments say anything of the protocol."""
+    return any(value is not None for value in (args.size, args.protocol, args.scales, args.flip, args.exif))
 
-    It warns on stderr where the model's whitening was fitted for another one.
+
+def protocol_from_args(args: argparse.Namespace, model, **published):
+    """The protocol that the arguments describe.
+
+    What they leave open is as `published`, else as the model's whitening was fitted for, else the command's default
+    kind at the model's own size; see `Protocol.for_model`. It warns on stderr where the model's whitening was fitted
+    for another one.
     """
     from timm_multigrain.images.protocol import MS_SCALES, Protocol
-    from timm_multigrain.retrieval.fitted import check_fitted
+    from timm_multigrain.models.fitted import check_fitted
 
     scales = args.scales
     if scales is not None:
@@ -55,8 +68,9 @@ def protocol_from_args(args: argparse.Namespace, model):
             scales = MS_SCALES if scales == ['ms'] else tuple(float(scale) for scale in scales)
         except ValueError:
             raise ValueError(f"--scales {' '.join(scales)}: give numbers, or 'ms'.") from None
-    protocol = Protocol.for_model(
-        model, size=args.size, kind=args.protocol, scales=scales, flip=args.flip, exif=not args.no_exif)
+    given = {'size': args.size, 'kind': args.protocol, 'scales': scales, 'flip': args.flip, 'exif': args.exif}
+    given = {name: value for name, value in given.items() if value is not None}
+    protocol = Protocol.for_model(model, args.default_kind, **{**published, **given})
     warning = check_fitted(model, protocol)
     if warning:
         print(f'warning: {warning}', file=sys.stderr)

@@ -1,6 +1,6 @@
 """Embed images: retrieval descriptors of a folder, a list or a data set of timm, in a folder of shards.
 
-    timm-multigrain embed multigrain_resnet50 photos descriptors --size 500 --protocol longer-side
+    timm-multigrain embed multigrain_resnet50 photos descriptors --size 500
     torchrun --nproc-per-node 8 -m timm_multigrain embed MODEL IMAGES OUT_DIR --device cuda
 
 IMAGES is a folder, a list file (.txt, a path a line; .json) or a data set of timm such as torch/cifar10:DIR. A run that

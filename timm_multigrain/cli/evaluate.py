@@ -1,7 +1,7 @@
 """Measure models on a benchmark of image retrieval or copy detection.
 
-    timm-multigrain evaluate multigrain_resnet50 --benchmark roxford5k --data DIR --download --size 800 \
-        --protocol longer-side --p 3 --whiten IMAGES --json results.json
+    timm-multigrain evaluate multigrain_resnet50 --benchmark roxford5k --data DIR --download --size 1024 \
+        --p 3 --whiten IMAGES --json results.json
     timm-multigrain evaluate resnet50 --benchmark ukbench --data DIR --pool gem mac spoc rmac crow --p 1 3 4
     timm-multigrain evaluate my-model --benchmark folder --data my-images
 
@@ -13,7 +13,7 @@ import os
 import shlex
 import sys
 
-from .arguments import add_extraction_arguments, extraction_from_args
+from .arguments import add_extraction_arguments, add_protocol_arguments, extraction_from_args, protocol_from_args
 
 _BENCHMARKS = ('holidays', 'ukbench', 'copydays', 'roxford5k', 'rparis6k', 'disc21', 'folder')
 
@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         'multigrain_NAME[.TAG], hf-hub:USER/NAME, or any timm model')
     _add_data(parser.add_argument_group('benchmark').add_argument)
     _add_systems(parser.add_argument_group('what to measure').add_argument)
+    add_protocol_arguments(parser, sizes=True)
     _add_after(parser.add_argument_group('after the first ranking').add_argument)
     add_extraction_arguments(parser)
     add = parser.add_argument_group('output').add_argument
@@ -49,12 +50,6 @@ def _add_systems(add) -> None:
     add('--pool', nargs='+', default=[], metavar='NAME',
         help="poolings: gem, mac, spoc, rmac, crow, avg (default: the model's own)")
     add('--p', nargs='+', type=float, default=[], metavar='P', help='exponents of gem')
-    add('--size', nargs='+', type=int, metavar='N', help="sides in pixels (default: the model's)")
-    add('--protocol', choices=('crop', 'longer-side'), default='longer-side',
-        help='shorter side 256/224 of the size and centre crop, or longer side without crop (%(default)s)')
-    add('--scales', nargs='+', metavar='F', help="average over the input at these scales; 'ms' for 1 0.7071 0.5")
-    add('--flip', action='store_true', help='average over the image and its mirror image')
-    add('--no-exif', action='store_true', help='leave images as they are stored, whatever their EXIF orientation says')
     add('--whiten', metavar='IMAGES', help='add each system with a whitening fitted on these images, at the same size '
                                            'and p: folder or list, none of the benchmark')
     add('--dim', type=int, metavar='N', help='components of the whitening (default: all)')
@@ -86,7 +81,8 @@ def run(args: argparse.Namespace) -> int:
     models = {label: open_model(name, pretrained=not args.no_pretrained, ema=not args.no_ema)
               for label, name in _labels(args.models).items()}
     result = compare(
-        models, benchmark, protocols=lambda model: _protocols(args, model), poolings=args.pool, exponents=args.p,
+        models, benchmark, protocols=lambda model: _protocols(args, model, benchmark), poolings=args.pool,
+        exponents=args.p,
         whiten=args.whiten, components=args.dim, distractors=args.distractors, after=after, cache_dir=args.cache_dir,
         command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **extraction_from_args(args))
     if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images out, and one tells the result
@@ -105,12 +101,11 @@ def _labels(names: list[str]) -> dict[str, str]:
     return dict(zip(labels, names, strict=True))
 
 
-def _protocols(args: argparse.Namespace, model) -> list:
+def _protocols(args: argparse.Namespace, model, benchmark) -> list:
     """A protocol for each size."""
-    from .arguments import protocol_from_args
-
     sizes = dict.fromkeys(args.size or [None])
-    return [protocol_from_args(argparse.Namespace(**{**vars(args), 'size': size}), model) for size in sizes]
+    return [protocol_from_args(argparse.Namespace(**{**vars(args), 'size': size}), model, **benchmark.published)
+            for size in sizes]
 
 
 def _after(args: argparse.Namespace):

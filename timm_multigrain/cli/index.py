@@ -9,7 +9,14 @@ again, it finds what is new, changed, moved and removed, and leaves the rest alo
 import argparse
 import sys
 
-from .arguments import add_extraction_arguments, add_model_arguments, add_protocol_arguments, extraction_from_args
+from .arguments import (
+    add_extraction_arguments,
+    add_model_arguments,
+    add_protocol_arguments,
+    extraction_from_args,
+    names_protocol,
+    protocol_from_args,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,7 +60,4 @@ def run(args: argparse.Namespace) -> int:
 
 def _protocol_options(args: argparse.Namespace):
     """What the command line says of the protocol, to be completed by the model's own; None if it says nothing."""
-    from .arguments import protocol_from_args
-
-    given = (args.size, args.scales, args.flip, args.no_exif, args.protocol) != (None, None, False, False, 'crop')
-    return (lambda model: protocol_from_args(args, model)) if given else None
+    return (lambda model: protocol_from_args(args, model)) if names_protocol(args) else None

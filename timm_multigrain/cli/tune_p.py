@@ -1,6 +1,6 @@
 """Find the exponent p* of GeM for a test resolution: fine-tune it and scan a grid, the trunk run once an image.
 
-    timm-multigrain tune-p my-model pictures my-model-500 --size 500 --protocol longer-side
+    timm-multigrain tune-p my-model pictures my-model-500 --size 500
     timm-multigrain tune-p my-model GROUPS my-model-500 --size 500 --criterion map
 
 With class folders (DATA/<class>/ or DATA/train/<class>/) p is fine-tuned on the first images of each class, and top-1
@@ -125,7 +125,7 @@ def _chosen(args: argparse.Namespace, result) -> float:
 def _save(args: argparse.Namespace, model, protocol, result, p: float) -> None:
     import shutil
 
-    from timm_multigrain.retrieval.fitted import json_p, note_fitted
+    from timm_multigrain.models.fitted import json_p, note_fitted
     from timm_multigrain.retrieval.whitened_model import save_fitted
 
     model.set_gem_p(p)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--json', metavar='FILE', help='write the figures to FILE, as `publish --metrics` takes them')
     add('--plot', metavar='FILE', help='draw the accuracy of the classes into FILE')
     add('--dataset', metavar='NAME', help='name of the data set in the figures (default: of the folder)')
-    add_protocol_arguments(parser)
+    add_protocol_arguments(parser, kind='crop')
     add_extraction_arguments(parser)
 
 

@@ -1,6 +1,6 @@
 """Whiten a model: fit PCA whitening on images and fold it into the network, in a timm folder.
 
-    timm-multigrain whiten multigrain_resnet50 IMAGES my-whitened-model --size 500 --protocol longer-side
+    timm-multigrain whiten multigrain_resnet50 IMAGES my-whitened-model --size 500
     timm-multigrain whiten my-model GROUPS my-whitened-model --learned
 
 IMAGES is a folder, a list file or a data set of timm: unlabelled images of the kind that will be searched, at least as

@@ -1,6 +1,7 @@
 """How an image becomes the network's input at test time, and how several views of it become one descriptor.
 
-Single scale: Berman et al., arXiv 1902.05509, section 4. Several scales: Radenović et al., arXiv 1711.02512.
+'crop' and 'longer-side': Berman et al., arXiv 1902.05509, section 4. 'thumbnail' and several scales: the public
+evaluation of Radenović et al., arXiv 1711.02512, github.com/filipradenovic/cnnimageretrieval-pytorch.
 """
 import math
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
-from timm_multigrain.data.transforms import create_eval_transform, resize_shape, to_rgb
+from timm_multigrain.data.transforms import create_eval_transform, to_rgb
+from timm_multigrain.models.fitted import whitened_for
 
 __all__ = ['MS_SCALES', 'Protocol']
 
@@ -26,15 +28,16 @@ class Protocol:
 
     Attributes:
         size: Side of the crop, or longer side, in pixels.
-        kind: 'crop' (shorter side size / crop_pct, then the central size x size pixels) or 'longer-side' (longer side
-            becomes size, nothing is cut off).
+        kind: 'crop' (shorter side size / crop_pct, then the central size x size pixels), 'longer-side' (longer side
+            becomes size, nothing is cut off) or 'thumbnail' (longer side becomes at most size, by Pillow's thumbnail; a
+            part cut out of an image is reduced by the factor of the whole).
         scales: Factors of the input's sides; the descriptor is the average over them.
         flip: Average the descriptors of the image and its mirror image at each scale.
         exif: Turn images upright as their EXIF orientation says.
         mean: Normalisation mean, RGB.
         std: Normalisation standard deviation, RGB.
         crop_pct: Share of the shorter side that the crop keeps; 224 / 256 in the paper.
-        interpolation: Filter of the resize: 'bilinear' as in the paper, 'bicubic', ...
+        interpolation: Filter of the resize: 'bilinear' as in the paper, 'bicubic', ...; 'lanczos' of 'thumbnail'.
         crop_mode: Of 'crop', as in timm: 'center', or 'squash' or 'border' for nothing cut off.
 
     Raises:
@@ -52,6 +55,8 @@ class Protocol:
     crop_mode: str = 'center'
 
     def __post_init__(self):
+        if self.kind == 'thumbnail':
+            object.__setattr__(self, 'interpolation', 'lanczos')
         self._transform()  # its errors
         for name in ('scales', 'mean', 'std'):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
@@ -59,17 +64,26 @@ class Protocol:
             raise ValueError(f'scales are {self.scales}: give factors above 0, such as 1 0.7071 0.5')
 
     @classmethod
-    def for_model(cls, model: torch.nn.Module, **kwargs) -> 'Protocol':
-        """The protocol for a model: its own data configuration, as timm tests it, where nothing else is given."""
+    def for_model(cls, model: torch.nn.Module, default_kind: str = 'longer-side', **kwargs) -> 'Protocol':
+        """The protocol for a model.
+
+        Args:
+            model: Its data configuration gives the defaults, as timm tests it; if it is whitened, size and kind are
+                those that the whitening was fitted for.
+            default_kind: Kind for a model that is not whitened.
+            **kwargs: Attributes that are given; None counts as not given.
+        """
         cfg = getattr(model, 'pretrained_cfg', None) or {}
         size = (cfg.get('test_input_size') or cfg.get('input_size') or (3, 224, 224))[-1]
-        own = {'size': size, 'crop_pct': cfg.get('test_crop_pct') or cfg.get('crop_pct'),
+        own = {'size': size, 'kind': default_kind, 'crop_pct': cfg.get('test_crop_pct') or cfg.get('crop_pct'),
                **{name: cfg.get(name) for name in ('mean', 'std', 'interpolation', 'crop_mode')}}
-        given = {k: v for k, v in kwargs.items() if v is not None}
-        return cls(**{**{k: v for k, v in own.items() if v is not None}, **given})
+        values = {**own, **whitened_for(model), **{k: v for k, v in kwargs.items() if v is not None}}
+        return cls(**{k: v for k, v in values.items() if v is not None})
 
     def __str__(self) -> str:
-        name = f'longer side {self.size}'
+        name = f'longer side {self.size}, smaller images enlarged'
+        if self.kind == 'thumbnail':
+            name = f'longer side at most {self.size} (thumbnail), smaller images as they are'
         if self.kind == 'crop':
             name = f'crop {self.size}' + f', crop_pct {self.crop_pct:g}' * (self.crop_pct != 0.875)
             name += f', {self.crop_mode}' * (self.crop_mode != 'center')
@@ -82,24 +96,29 @@ class Protocol:
         """Its attributes as JSON has them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def pixels(self, image: Image.Image) -> torch.Tensor:
-        """PIL image to (3, H, W) uint8, resized and cropped."""
+    def pixels(self, image: Image.Image, whole: tuple[int, int] | None = None) -> torch.Tensor:
+        """PIL image to (3, H, W) uint8, resized and cropped.
+
+        Args:
+            image: The image.
+            whole: (width, height) of the image that it was cut out of.
+        """
         image = to_rgb(image)
-        if self.kind == 'crop' and self.crop_mode == 'center':
-            image = _cut_long_ends(image)
-        steps = self._transform().transforms[:-2]  # up to ToTensor
+        if self.kind == 'thumbnail':
+            side = max(1, self.size * max(image.size) / max(whole or image.size))
+            image = image.copy()
+            image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        else:
+            if self.kind == 'crop' and self.crop_mode == 'center':
+                image = _cut_long_ends(image)
+            image = T.Compose(self._transform().transforms[:-2])(image)  # up to ToTensor
         # the layout decides which convolution runs, and so the last bits of the result
-        return T.functional.pil_to_tensor(T.Compose(steps)(image)).contiguous()
+        return T.functional.pil_to_tensor(image).contiguous()
 
     def _transform(self) -> T.Compose:
+        kind = 'longer-side' if self.kind == 'thumbnail' else self.kind
         return create_eval_transform(
-            self.size, self.kind, self.mean, self.std, self.crop_pct, self.interpolation, self.crop_mode)
-
-    def shape(self, width: int, height: int) -> tuple[int, int]:
-        """(H, W) of the network's input for an image of this size."""
-        if self.kind == 'crop':
-            return self.size, self.size
-        return resize_shape(width, height, self.size, largest=True)
+            self.size, kind, self.mean, self.std, self.crop_pct, self.interpolation, self.crop_mode)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """(..., 3, H, W) uint8 to float32, as ToTensor and Normalize do."""
@@ -111,8 +130,10 @@ class Protocol:
         for scale in self.scales:
             y = x
             if scale != 1:
-                size = [max(1, math.floor(side * scale)) for side in x.shape[-2:]]
-                y = F.interpolate(x, size=size, mode='bilinear', align_corners=False)
+                thin = min(x.shape[-2:]) * scale < 1
+                by = {'size': [max(1, math.floor(side * scale)) for side in x.shape[-2:]]} if thin else {
+                    'scale_factor': scale}
+                y = F.interpolate(x, mode='bilinear', align_corners=False, **by)
             yield [y, y.flip(-1)] if self.flip else [y]
 
 

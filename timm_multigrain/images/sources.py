@@ -121,6 +121,11 @@ class ImageSource:
         """
         raise TypeError(f'{type(self).__name__} has to define load().')
 
+    def load_part(self, i: int, exif: bool = True) -> tuple[Image.Image, tuple[int, int]]:
+        """Image i, and (width, height) of the whole image where it is a part that was cut out."""
+        image = self.load(i, exif=exif)
+        return image, image.size
+
     def fingerprint(self) -> str:
         """SHA-256 of what makes the list of images: names, in their order."""
         return hashlib.sha256(json.dumps(list(self.names)).encode('ascii')).hexdigest()
@@ -159,14 +164,17 @@ class ImageFiles(ImageSource):
                 raise ValueError(f'{len(values)} {what} for {len(self.paths)} images: give one for each.')
 
     def load(self, i: int, exif: bool = True) -> Image.Image:
+        return self.load_part(i, exif)[0]
+
+    def load_part(self, i: int, exif: bool = True) -> tuple[Image.Image, tuple[int, int]]:
         image = read_image(self.paths[i], exif=exif)
         box = self.boxes[i] if self.boxes else None
         if box is None:
-            return image
+            return image, image.size
         if box[0] >= image.width or box[1] >= image.height or box[2] <= 0 or box[3] <= 0:
             raise UnreadableImage(
                 f'{printable(self.paths[i])}: box {box} is outside the image of {image.width} x {image.height}')
-        return image.crop(box)
+        return image.crop(box), image.size
 
     def fingerprint(self) -> str:
         if not any(self.boxes or ()):

@@ -29,7 +29,10 @@ class Subset(ImageSource):
             self.labels = [source.labels[i] for i in self.indices]
 
     def load(self, i: int, exif: bool = True) -> Image.Image:
-        return self.source.load(self.indices[i], exif=exif)
+        return self.load_part(i, exif)[0]
+
+    def load_part(self, i: int, exif: bool = True) -> tuple[Image.Image, tuple[int, int]]:
+        return self.source.load_part(self.indices[i], exif=exif)
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps([self.source.fingerprint(), self.indices]).encode()).hexdigest()

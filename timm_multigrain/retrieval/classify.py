@@ -9,10 +9,10 @@ import torch
 from timm_multigrain.hub.metrics import Metric
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageSource
+from timm_multigrain.models.fitted import json_p
 from timm_multigrain.models.multigrain import MultiGrain
 
 from .extract import embed_images, none_readable
-from .fitted import json_p
 from .result import Result
 
 if TYPE_CHECKING:

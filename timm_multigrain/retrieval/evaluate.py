@@ -1,6 +1,7 @@
 """Measure models on a benchmark: describe its images, rank the database for each query, judge the ranking.
 
-    result = evaluate(model, 'rparis6k', 'data/rparis6k', Protocol.for_model(model, size=500, kind='longer-side'))
+    benchmark = load_benchmark('rparis6k', 'data/rparis6k')
+    result = evaluate(model, benchmark, protocol=Protocol.for_model(model, size=1024, **benchmark.published))
     print(result)
     result.save('results.json')
 
@@ -46,7 +47,7 @@ def evaluate(
         model: The model, in eval mode.
         benchmark: Name of one, see `timm_multigrain.retrieval.datasets.BENCHMARKS`, or one that is loaded.
         data: Its folder.
-        protocol: Preprocessing; the model's own size and a centre crop by default.
+        protocol: Preprocessing; by default as in the public evaluation of the benchmark, at the model's own size.
         name: What to call the model.
         **kwargs: As `compare` takes them. With `whiten` the result is the whitened one.
 
@@ -84,8 +85,8 @@ def compare(
         models: Models in eval mode, by what to call them.
         benchmark: Name of one, or one that is loaded.
         data: Its folder.
-        protocols: Preprocessings, each a row of the table; by default the model's own size and a centre crop.
-            Or a function that gives those of a model, where the models differ in normalisation.
+        protocols: Preprocessings, each a row of the table; by default as in the public evaluation of the benchmark, at
+            the model's own size. Or a function that gives those of a model, where the models differ in normalisation.
         poolings: Comparison systems, see `POOLINGS`; none: the model's own pooling.
         exponents: A GeM for each.
         whiten: Images to fit a whitening on, for every system at every protocol; it is measured beside the system
@@ -109,7 +110,7 @@ def compare(
     results = []
     with _folder(cache_dir) as folder:
         for name, model in models.items():
-            for protocol in _protocols(protocols, model):
+            for protocol in _protocols(protocols, model, benchmark):
                 systems = Systems(model, choose_systems(model, poolings, exponents))
                 if whiten is not None:
                     add_whitened(systems, whiten, protocol, components, folder, **extraction)
@@ -133,19 +134,34 @@ def _result(benchmark: Benchmark, vectors: BenchmarkVectors, number: int, name: 
         figures += [Figure(f.metric, f.value, f'{f.split}, normalised' if f.split else 'normalised')
                     for f in normalized if f.metric in SCORE_METRICS]
     added = vectors.num_database - len(benchmark.database)
-    words = ', '.join(filter(None, (str(protocol), str(after))))
+    words = ', '.join(filter(None, (str(protocol), _query_crop(benchmark, protocol), str(after))))
+    notes = [*_deviations(benchmark, protocol), *(f'Left out, not readable: {r}' for r in vectors.skipped.values())]
     return BenchmarkResult(
         benchmark=benchmark.title + (f' + {_count(added)}' if added else ''), task=benchmark.task,
         system=f'{name}, {system}', figures=tuple(figures), size=protocol.size, p=system.exponent,
         pooling=system.name, protocol=words, whitening=system.whitening,
         num_queries=benchmark.num_queries, num_database=vectors.num_database,
-        notes=tuple(f'Left out, not readable: {reason}' for reason in vectors.skipped.values()), command=command)
+        notes=tuple(notes), command=command)
 
 
-def _protocols(protocols: Sequence[Protocol] | Callable | None, model: MultiGrain) -> Sequence[Protocol]:
+def _query_crop(benchmark: Benchmark, protocol: Protocol) -> str:
+    """What is done with the part of an image that is the query."""
+    if not getattr(benchmark.queries, 'boxes', None):
+        return ''
+    return 'queries cut out, then ' + (
+        'reduced as the whole image' if protocol.kind == 'thumbnail' else 'resized as an image of their own')
+
+
+def _deviations(benchmark: Benchmark, protocol: Protocol) -> list[str]:
+    differing = [f'{name} {value}' for name, value in benchmark.published.items() if getattr(protocol, name) != value]
+    return [f'Not comparable with published figures, which have {", ".join(differing)}.'] if differing else []
+
+
+def _protocols(protocols: Sequence[Protocol] | Callable | None, model: MultiGrain,
+               benchmark: Benchmark) -> Sequence[Protocol]:
     if callable(protocols):
         return protocols(model)
-    return [Protocol.for_model(model)] if protocols is None else protocols
+    return [Protocol.for_model(model, **benchmark.published)] if protocols is None else protocols
 
 
 def _training(benchmark: Benchmark, after: AfterRanking) -> ImageSource | None:

@@ -151,9 +151,9 @@ class _Images(Dataset):
     def __getitem__(self, i: int) -> Decoded:
         index = int(self.indices[i])
         try:
-            image = self.source.load(index, exif=self.protocol.exif)
+            image, whole = self.source.load_part(index, exif=self.protocol.exif)
             # numpy travels by value: tensors would each hold a file descriptor while they wait
-            return Decoded(index, self.source.names[index], self.protocol.pixels(image).numpy(), image.size)
+            return Decoded(index, self.source.names[index], self.protocol.pixels(image, whole).numpy(), image.size)
         except UnreadableImage as e:
             return Decoded(index, self.source.names[index], message=str(e))
 

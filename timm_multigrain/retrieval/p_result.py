@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.models.fitted import json_p
 
-from .fitted import json_p
 from .result import Result
 
 if TYPE_CHECKING:

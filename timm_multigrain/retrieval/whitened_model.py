@@ -12,10 +12,10 @@ import torch
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageSource
+from timm_multigrain.models.fitted import json_p, note_fitted
 from timm_multigrain.models.multigrain import MultiGrain
 
 from .descriptors import Descriptors, iter_shards
-from .fitted import json_p, note_fitted
 from .learned_whitening import fit_learned_whitening, matching_pairs
 from .sharded import extract_shards
 from .whiten import WhiteningFit, fit_whitening, fold_whitening

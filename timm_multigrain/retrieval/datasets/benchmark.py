@@ -48,6 +48,7 @@ class Benchmark(ABC):
         database: Images to search among.
         queries: Images to search with; None where they are images of the database.
         query_rows: Which images of the database the queries are, (Q,) integers; None where they are others.
+        published: How the public evaluation prepares the images, as arguments of `Protocol.for_model`.
     """
     title: str
     database: ImageSource
@@ -55,6 +56,7 @@ class Benchmark(ABC):
     query_rows: np.ndarray | None = None
 
     task: ClassVar[str] = 'retrieval'
+    published: ClassVar[dict] = {'exif': False}  # the public evaluators open files as they are stored
 
     @property
     def num_queries(self) -> int:

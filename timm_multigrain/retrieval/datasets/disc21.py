@@ -32,6 +32,7 @@ class Disc21(Benchmark):
     training: ImageSource | None = None
 
     task = 'copy-detection'
+    published = {'kind': 'thumbnail', 'exif': False}
 
     def measure(self, scores: Scores) -> list[Figure]:
         result = micro_average_precision(*best_pairs(scores, MAX_PAIRS), self.pairs)

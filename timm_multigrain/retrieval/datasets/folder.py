@@ -27,6 +27,8 @@ class Groups(Benchmark):
     """The images; `groups` has the group of each, -1 for a distractor."""
     groups: np.ndarray = None
 
+    published = {}
+
     def measure(self, scores: Scores) -> list[Figure]:
         members = {group: np.flatnonzero(self.groups == group) for group in np.unique(self.groups)}
         relevant = [np.setdiff1d(members[self.groups[row]], [row]) for row in self.query_rows]

@@ -44,6 +44,8 @@ class Revisited(Benchmark):
     """The set; `truth` has the easy, hard and junk images of each query."""
     truth: list = None
 
+    published = {'kind': 'thumbnail', 'exif': False}
+
     def measure(self, scores: Scores) -> list[Figure]:
         result = revisited_scores(scores, self.truth)
         figures = [Figure('mAP', 100 * part.map, part.name) for part in result.parts]

@@ -6,13 +6,14 @@ saving, loading and publishing.
 import json
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from timm_multigrain.images.protocol import Protocol
+if TYPE_CHECKING:
+    from timm_multigrain.images.protocol import Protocol
 
-__all__ = ['check_fitted', 'fitted', 'note_fitted', 'with_note']
+__all__ = ['check_fitted', 'fitted', 'note_fitted', 'whitened_for', 'with_note']
 
 KINDS = ('whitening', 'p')
 
@@ -45,15 +46,21 @@ def fitted(model: torch.nn.Module, kind: str) -> dict[str, Any] | None:
     return None
 
 
-def check_fitted(model: torch.nn.Module, protocol: Protocol) -> str | None:
+def whitened_for(model: torch.nn.Module) -> dict[str, Any]:
+    """Size and kind of the protocol that the model's whitening was fitted for, as arguments of a Protocol."""
+    settings = fitted(model, 'whitening') if getattr(model, 'whitened', False) else None
+    protocol = (settings or {}).get('protocol')
+    return {name: protocol[name] for name in ('size', 'kind') if name in protocol} if isinstance(protocol, dict) else {}
+
+
+def check_fitted(model: torch.nn.Module, protocol: 'Protocol') -> str | None:
     """A sentence to warn with, if the model's whitening was fitted for another size, protocol or p; None if not."""
     settings = fitted(model, 'whitening')
     if settings is None or not getattr(model, 'whitened', False):
         return None
-    was = settings.get('protocol', {})
     here = protocol.to_dict()
-    differing = [f'{name} {was[name]} there, {here[name]} here' for name in ('size', 'kind')
-                 if name in was and was[name] != here[name]]
+    differing = [f'{name} {was} there, {here[name]} here' for name, was in whitened_for(model).items()
+                 if was != here[name]]
     p = model.gem_p
     if isinstance(p, float) and settings.get('p') not in (None, json_p(p)):
         differing.append(f'p {settings["p"]} there, {p} here')
