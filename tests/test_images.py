@@ -138,7 +138,7 @@ def test_any_bytes(tmp_path_factory, data, start):
     ((2, 3, 12, 13), (10, 10)), ((2.5, 3.5, 12.4, 12.6), (10, 9)), ((-5, -5, 10, 10), (15, 15))])
 def test_boxes(tmp_path, photo, box, size):
     photo.save(tmp_path / 'x.png')
-    got = ImageFiles([tmp_path / 'x.png'], boxes=[box]).load(0)
+    got = ImageFiles([tmp_path / 'x.png'], boxes=[box]).load_part(0)[0]
     assert got.size == size and got.tobytes() == photo.crop(box).tobytes()
 
 
@@ -148,7 +148,7 @@ def test_bad_boxes_and_lists(tmp_path, photo):
         with pytest.raises(ValueError, match=r'box .* is empty'):
             ImageFiles(['x.png'], boxes=[box])
     with pytest.raises(UnreadableImage, match='outside the image of 30 x 20'):
-        ImageFiles([tmp_path / 'x.png'], boxes=[(30, 0, 40, 10)]).load(0)
+        ImageFiles([tmp_path / 'x.png'], boxes=[(30, 0, 40, 10)]).load_part(0)
     with pytest.raises(ValueError, match='2 names for 1 images'):
         ImageFiles(['x.png'], names=['a', 'b'])
     with pytest.raises(ValueError, match='0 labels for 1 images'):

@@ -121,10 +121,23 @@ class ImageSource:
         """
         raise TypeError(f'{type(self).__name__} has to define load().')
 
+    def box(self, i: int) -> Box | None:
+        """The part of image i that is meant; None for all of it."""
+        return None
+
     def load_part(self, i: int, exif: bool = True) -> tuple[Image.Image, tuple[int, int]]:
-        """Image i, and (width, height) of the whole image where it is a part that was cut out."""
-        image = self.load(i, exif=exif)
-        return image, image.size
+        """The part of image i that is meant, and (width, height) of the whole image.
+
+        Raises:
+            UnreadableImage: The image cannot be read, or the part lies outside of it.
+        """
+        image, box = self.load(i, exif=exif), self.box(i)
+        if box is None:
+            return image, image.size
+        if box[0] >= image.width or box[1] >= image.height or box[2] <= 0 or box[3] <= 0:
+            raise UnreadableImage(
+                f'{printable(self.names[i])}: box {box} is outside the image of {image.width} x {image.height}')
+        return image.crop(box), image.size
 
     def fingerprint(self) -> str:
         """SHA-256 of what makes the list of images: names, in their order."""
@@ -137,7 +150,7 @@ class ImageFiles(ImageSource):
     Args:
         paths: Files; they are looked at when they are loaded.
         names: Name of each, the path by default.
-        boxes: A part of each image to cut out, or None for the whole; fractions are rounded as PIL's crop does, what
+        boxes: A part of each image for `load_part` to cut out, or None; fractions are rounded as PIL's crop does, what
             is outside the image is black.
         labels: Class of each.
         class_names: Names of the classes.
@@ -164,17 +177,10 @@ class ImageFiles(ImageSource):
                 raise ValueError(f'{len(values)} {what} for {len(self.paths)} images: give one for each.')
 
     def load(self, i: int, exif: bool = True) -> Image.Image:
-        return self.load_part(i, exif)[0]
+        return read_image(self.paths[i], exif=exif)
 
-    def load_part(self, i: int, exif: bool = True) -> tuple[Image.Image, tuple[int, int]]:
-        image = read_image(self.paths[i], exif=exif)
-        box = self.boxes[i] if self.boxes else None
-        if box is None:
-            return image, image.size
-        if box[0] >= image.width or box[1] >= image.height or box[2] <= 0 or box[3] <= 0:
-            raise UnreadableImage(
-                f'{printable(self.paths[i])}: box {box} is outside the image of {image.width} x {image.height}')
-        return image.crop(box), image.size
+    def box(self, i: int) -> Box | None:
+        return self.boxes[i] if self.boxes else None
 
     def fingerprint(self) -> str:
         if not any(self.boxes or ()):

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from .sources import ImageSource
+from .sources import Box, ImageSource
 
 __all__ = ['Subset']
 
@@ -29,10 +29,10 @@ class Subset(ImageSource):
             self.labels = [source.labels[i] for i in self.indices]
 
     def load(self, i: int, exif: bool = True) -> Image.Image:
-        return self.load_part(i, exif)[0]
+        return self.source.load(self.indices[i], exif=exif)
 
-    def load_part(self, i: int, exif: bool = True) -> tuple[Image.Image, tuple[int, int]]:
-        return self.source.load_part(self.indices[i], exif=exif)
+    def box(self, i: int) -> Box | None:
+        return self.source.box(self.indices[i])
 
     def fingerprint(self) -> str:
         return hashlib.sha256(json.dumps([self.source.fingerprint(), self.indices]).encode()).hexdigest()
