@@ -86,6 +86,42 @@ def test_evaluation_targets_and_any_timm_model():
     torch.testing.assert_close(result['loss'], F.cross_entropy(result['output'], target[:, 0]))
 
 
+@pytest.mark.parametrize('name', [
+    'resnet10t', 'test_vit', 'test_convnext', 'test_efficientnet', 'test_nfnet', 'test_mambaout',
+    'mobilenetv4_conv_small_035',  # a batch norm in the head
+    'efficientvit_b0', 'ghostnet_050', 'mobilevit_xxs', 'mvitv2_tiny', 'swin_tiny_patch4_window7_224',
+    'resnetv2_18', 'dla46x_c',  # the classifier is a convolution
+    'deit_tiny_distilled_patch16_224', 'levit_128s', 'shvit_s1'])  # two classifiers, a batch norm before them
+def test_one_pass_through_the_head_of_any_timm_model(name):
+    model = _any_timm_model(name, drop_rate=0.5).eval()
+    plain = _any_timm_model(name, drop_rate=0.).eval()
+    sizes = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or model.pretrained_cfg['input_size'][1:]
+    x = torch.randn(2, 3, *sizes, generator=torch.Generator().manual_seed(2))
+    trainable = MultiGrainTask(model).trainable_module
+    with torch.no_grad():
+        logits, embedding, _ = trainable.eval()(x)
+        assert torch.equal(logits, model(x))
+        assert torch.equal(embedding, model.forward_head(model.forward_features(x), pre_logits=True))
+        own = copy.deepcopy(model).train()
+        trainable.train(), plain.train()
+        torch.manual_seed(1)
+        expected = own(x)
+        torch.manual_seed(1)
+        logits, embedding, _ = trainable(x)
+        torch.manual_seed(1)
+        undropped = plain.forward_head(plain.forward_features(x), pre_logits=True)
+    assert torch.equal(embedding, undropped)
+    if trainable._head.shape is not None:  # nothing random between the two but timm's own dropout
+        assert torch.equal(logits, expected)
+    counters = [v for k, v in model.named_buffers() if k.endswith('num_batches_tracked')]
+    assert all(v == 1 for v in counters)
+
+
+def _any_timm_model(name, **kwargs):
+    torch.manual_seed(0)
+    return timm.create_model(name, num_classes=7, **kwargs)
+
+
 @pytest.mark.parametrize('loss', ['contrastive', 'triplet', 'pml:TripletMarginLoss', 'pml:MultiSimilarityLoss'])
 def test_other_instance_losses(loss):
     if loss.startswith('pml:'):
@@ -146,13 +182,16 @@ def test_ema_and_checkpoint_round_trip():
 
 
 @pytest.mark.slow
-def test_compiled_task():
+@pytest.mark.parametrize('name', ['multigrain', 'resnet10t'])
+def test_compiled_task(name):
     x, target = _batch()
-    task = MultiGrainTask(_model(), sampling=UniformSampler(generator=0)).train()
+    torch.manual_seed(0)
+    model = _model() if name == 'multigrain' else timm.create_model(name, num_classes=4, drop_rate=1e-6)
+    task = MultiGrainTask(model, sampling=UniformSampler(generator=0)).train()
     expected = copy.deepcopy(task)(x, target)['loss']
-    task.compile(backend='aot_eager')
+    task.compile(backend='aot_eager', fullgraph=True)
     torch.testing.assert_close(task(x, target)['loss'], expected, rtol=1e-4, atol=1e-5)
-    assert 'trunk.conv1.0.weight' in task.get_checkpoint_state()['state_dict']
+    assert any(k.endswith('conv1.0.weight') for k in task.get_checkpoint_state()['state_dict'])
     assert unwrap_model(task.get_eval_model()) is unwrap_model(task.get_trainable_module()).model
 
 

@@ -15,6 +15,7 @@ from timm_multigrain.loss import TripletSampler, create_instance_loss, create_sa
 from timm_multigrain.models import MultiGrain
 
 from .gather import all_gather_with_grad
+from .one_pass import embed_and_classify, inspect_head
 from .statistics import instance_statistics
 
 __all__ = ['MultiGrainTask', 'MultiGrainTrainableModule']
@@ -32,6 +33,7 @@ class MultiGrainTrainableModule(nn.Module):
         super().__init__()
         self.model = model
         self.instance_loss = instance_loss
+        self._head = None if isinstance(model, MultiGrain) else inspect_head(model)
 
     def no_weight_decay(self) -> set[str]:
         names = {f'model.{n}' for n in getattr(self.model, 'no_weight_decay', set)()}
@@ -46,13 +48,16 @@ class MultiGrainTrainableModule(nn.Module):
         return lambda name: layers.get(name.removeprefix('model.'), last)
 
     def forward(self, input: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, tuple[torch.Tensor, ...]]:
-        """(B, C, H, W) to logits (B, K), embedding (B, E), and the loss's parameters, so that DDP finds them used."""
+        """(B, C, H, W) to logits (B, K), embedding (B, E), and the loss's parameters, so that DDP finds them used.
+
+        The embedding is that before dropout, which belongs to the classifier.
+        """
         features = self.model.forward_features(input)
-        embedding = self.model.forward_head(features, pre_logits=True)
-        if isinstance(self.model, MultiGrain):
+        if self._head is None:
+            embedding = self.model.forward_head(features, pre_logits=True)
             logits = self.model.head.classify(embedding)
         else:
-            logits = self.model.forward_head(features)
+            embedding, logits = embed_and_classify(self.model, features, self._head)
         return logits, embedding, tuple(self.instance_loss.parameters())
 
 
