@@ -43,6 +43,22 @@ def test_command(capsys):
     with pytest.raises(SystemExit) as e:
         main(['demo', '--help'])
     assert e.value.code == 0 and '--data-dir' in capsys.readouterr().out
+    with pytest.raises(SystemExit) as e:
+        main(['search', 'an.index', 'a.jpg', '--bogus'])
+    error = capsys.readouterr().err
+    assert e.value.code == 2 and 'usage: timm-multigrain search' in error and 'unrecognized arguments: --bogus' in error
+
+
+def test_help_needs_neither_torch_nor_timm():
+    command = 'import sys; sys.argv[0] = "timm-multigrain"; from timm_multigrain.cli import main'
+    out = _python(
+        f'{command}\nfor words in (["--help"], *([name, "--help"] for name in main._COMMANDS)):\n'
+        '    try:\n        main.main(words)\n    except SystemExit as e:\n        assert e.code == 0, words\n'
+        'print([name for name in ("numpy", "timm", "torch") if name in sys.modules])')
+    assert out.splitlines()[-1] == '[]'
+    out = _python('import sys; sys.argv[0] = "timm-multigrain"; import timm_multigrain, timm; '
+                  'print(timm.is_model("multigrain")); timm_multigrain._register(); print(timm.is_model("multigrain"))')
+    assert out.split() == ['False', 'True']
 
 
 def test_old_timm_is_refused_in_one_sentence(tmp_path):

@@ -4,15 +4,14 @@ Importing this package registers the `multigrain_*` models with timm and teaches
 relatives. Everything else is imported on first use, so the import itself stays cheap.
 """
 import importlib
+import os
+import sys
+from itertools import pairwise
 
-from . import _timm  # noqa: F401 - first: it refuses a timm that the rest cannot be imported with
-from .layers.pool_factory import install as _install_pools
-from .models import MultiGrain, checkpoint_filter_fn, register_multigrain
 from .version import __version__
 
-_install_pools()
-
 _LAZY = {
+    'models': ('MultiGrain', 'checkpoint_filter_fn', 'register_multigrain'),
     'layers': ('GeM', 'MAC', 'RMAC', 'SPoC', 'CroW', 'create_pool', 'gem', 'l2_normalize'),
     'loss': (
         'ContrastiveLoss', 'DistanceWeightedSampler', 'MarginLoss', 'TripletLoss', 'UniformSampler',
@@ -22,7 +21,22 @@ _LAZY = {
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 
-__all__ = ['MultiGrain', '__version__', 'checkpoint_filter_fn', 'register_multigrain', *_HOME]
+__all__ = ['__version__', *_HOME]
+
+
+def _register() -> None:
+    from . import _timm, models  # noqa: F401 - _timm first: it refuses a timm that models cannot be imported with
+    from .layers.pool_factory import install
+
+    install()
+
+
+def _is_command() -> bool:
+    """Whether this process is `timm-multigrain` or `python -m timm_multigrain`."""
+    if not sys.argv:
+        return False
+    as_module = sys.argv[0] == '-m' and ('-m', __name__) in pairwise(sys.orig_argv)
+    return as_module or os.path.splitext(os.path.basename(sys.argv[0]))[0] == 'timm-multigrain'
 
 
 def __getattr__(name: str):
@@ -33,3 +47,7 @@ def __getattr__(name: str):
 
 def __dir__() -> list[str]:
     return sorted([*globals(), *_HOME])
+
+
+if not _is_command():  # the command answers --help without torch and timm, and registers before it does anything else
+    _register()

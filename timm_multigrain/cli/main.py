@@ -9,7 +9,7 @@ import sys
 import threading
 from contextlib import contextmanager
 
-from timm_multigrain.version import __version__
+import timm_multigrain
 
 from . import (
     app,
@@ -42,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run a subcommand. What the user can mend is one sentence on stderr and exit status 2, not a traceback."""
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].endswith('.py'):
+        timm_multigrain._register()
         from timm_multigrain.launcher import launch
         launch(argv[0], argv[1:])
         return 0
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         prog='timm-multigrain',
         description='MultiGrain for timm: one image embedding for classes, instances and copies.',
         epilog="With a first argument that ends in .py, such as PATH/train.py, it runs that script of timm's.")
-    parser.add_argument('--version', action='version', version=f'timm_multigrain {__version__}')
+    parser.add_argument('--version', action='version', version=f'timm_multigrain {timm_multigrain.__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for name, module in _COMMANDS.items():
         text = module.__doc__.strip()
@@ -57,9 +58,12 @@ def main(argv: list[str] | None = None) -> int:
             name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
         module.add_arguments(command)
         command.set_defaults(run=module.run)
-    args = parser.parse_args(argv)
+    args, unknown = parser.parse_known_args(argv)
+    if unknown:  # the usage of the subcommand helps more than the list of all
+        commands.choices[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
     try:
         with _sigterm_interrupts():
+            timm_multigrain._register()
             return args.run(args)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
         print(f'timm-multigrain {args.command}: error: {_without_controls(str(e))}', file=sys.stderr)
