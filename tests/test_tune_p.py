@@ -1,7 +1,9 @@
 """p*: the recipe recomputed step by step, the scan against models of each p, the command, cut off and gone on with."""
+import argparse
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import open_classes
 from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.layers import GeM
 from timm_multigrain.models.fitted import fitted
 from timm_multigrain.models.opening import open_model
 from timm_multigrain.retrieval.classify import classify
@@ -20,7 +23,7 @@ from timm_multigrain.retrieval.datasets.folder import load_folder
 from timm_multigrain.retrieval.extract import extract
 from timm_multigrain.retrieval.p_groups import scan_p_groups
 from timm_multigrain.retrieval.p_result import PResult
-from timm_multigrain.retrieval.tune_p import scan_p, tune_p
+from timm_multigrain.retrieval.tune_p import _Scan, scan_p, tune_p
 
 from .tiny import tiny_model
 
@@ -87,13 +90,16 @@ def test_the_recipe(model, source):
 def test_the_scan(model, source):
     grid = (4, 1, 2.5, float('inf'))
     result = scan_p(model, source, PROTOCOL, grid, workers=0)
-    assert result.grid == (1, 2.5, 4, float('inf')) and result.tuned is None
+    assert result.grid == (1, 2.5, 3, 4, float('inf')) and result.tuned is None
+    own = classify(model, source, PROTOCOL, workers=0).ranks < 1
     for p, value, loss in zip(result.grid, result.values, result.losses, strict=True):
         other = tiny_model()
         other.load_state_dict(model.state_dict())
         other.set_gem_p(p)
         expected = classify(other, source, PROTOCOL, workers=0)
         assert value == pytest.approx(expected.top1) and loss == pytest.approx(expected.loss, rel=1e-5)
+        noise = ((expected.ranks < 1) != own).sum() ** 0.5 / 18
+        assert result.noise[result.grid.index(p)] == pytest.approx(noise)
     best = max(zip(result.values, [-x for x in result.losses], result.grid, strict=True))
     assert result.best == best[2]
 
@@ -106,22 +112,59 @@ def test_scan_and_recipe_in_one_pass_change_nothing(model, source):
 
 def test_scan_of_groups(model, pictures):
     groups = load_folder(pictures / 'train')
-    result = scan_p_groups(model, groups, PROTOCOL, (1, 3, 8), workers=0)
-    for p, value in zip(result.grid, result.values, strict=True):
+    result = scan_p_groups(model, groups, PROTOCOL, (1, 8), workers=0)
+    assert result.grid == (1, 3, 8)
+    x = extract(model, groups.database, PROTOCOL, workers=0).vectors
+    own = groups.average_precisions(x @ x.T)
+    for p, value, noise in zip(result.grid, result.values, result.noise, strict=True):
         other = tiny_model()
         other.load_state_dict(model.state_dict())
         other.set_gem_p(p)
         x = extract(other, groups.database, PROTOCOL, workers=0).vectors
         figure, = groups.measure(x @ x.T)
         assert value == pytest.approx(figure.value / 100, abs=1e-6)
+        differences = groups.average_precisions(x @ x.T) - own
+        assert noise == pytest.approx(sum(d * d for d in differences) ** 0.5 / 18, abs=1e-6)
     assert result.criterion == 'mAP' and 'mAP' in str(result)
 
 
 def test_best_of_equal_ones():
     def result(values, losses):
-        return PResult('top-1', (1., 2., 3.), values, losses, 3., None, (), 9, PROTOCOL)
+        return PResult('top-1', (1., 2., 3.), values, (0.,) * 3, losses, 3., None, (), 9, PROTOCOL)
     assert result((.5, .7, .7), (1., .9, .8)).best == 3
     assert result((.7, .7, .7), None).best == 1
+
+
+@pytest.mark.parametrize('won, lost, changed', [
+    (0, 0, False), (1, 0, False), (4, 0, False), (5, 0, True), (5, 1, False), (8, 1, True), (60, 40, False),
+    (61, 39, True), (0, 9, False)])
+def test_p_is_kept_where_nothing_is_surely_better(won, lost, changed):
+    """Of 200 images some become hits at p = 4 and some none any more; (won - lost) ** 2 > 4 (won + lost) by hand."""
+    hits = torch.tensor([[True] * lost + [False] * (200 - lost), [False] * lost + [True] * won + [False] * (
+        200 - lost - won)])  # at p = 3 and 4
+    model = argparse.Namespace(gem_p=3., head=argparse.Namespace(pool=None, classify=None))
+    scan = _Scan(model, (3., 4.))
+    for pair in hits.T:
+        scan.classify = lambda _, pair=pair: torch.stack([pair.float() * 2, torch.ones(2)], 1)
+        scan.pool = GeM(3.)
+        scan.add(torch.ones(1, 1, 1, 1), 0)
+    result = PResult('top-1', scan.grid, scan.values(), scan.noise(), None, 3., None, (), 200, PROTOCOL)
+    assert scan.values() == (lost / 200, won / 200)
+    assert (result.how, result.p) == (('best', 4) if changed else ('kept', 3))
+    assert str(result).endswith('best of the grid' if changed else 'no other is surely better')
+    assert replace(result, choose='best').p == (4 if won > lost else 3)
+    again = _Scan(model, (3., 4.))
+    again.load_state_dict(json.loads(json.dumps(scan.state_dict())))
+    assert (again.values(), again.noise(), again.losses()) == (scan.values(), scan.noise(), scan.losses())
+
+
+def test_what_is_chosen():
+    result = PResult('top-1', (1., 2., 3.), (.5, .9, .4), (.1, .1, 0), None, 3., 3.2, (3., 3.2), 9, PROTOCOL)
+    for choose, p in ((None, 2), ('best', 2), ('tuned', 3.2)):
+        chosen = replace(result, choose=choose)
+        assert chosen.p == chosen.to_dict()['p'] == p and f'p* = {p:.4g}, ' in str(chosen)
+    assert replace(result, noise=(.1, .25, 0)).p == 3  # the gain is 0.5
+    assert replace(result, grid=(), values=(), noise=()).p == 3.2
 
 
 def test_damaged_images_are_left_out(model, pictures, tmp_path):
@@ -179,13 +222,13 @@ def test_refusals(model, source):
 def test_command(model, pictures, tmp_path, capsys):
     folder = save_pretrained(model, tmp_path / 'm', label_names=['0', '1', '2'])
     assert main(['tune-p', str(folder), str(pictures), str(tmp_path / 'tuned'), '--grid', '1', '3', '--lr', '0.05',
-                 '--per-class', '4', *SETTINGS]) == 0
+                 '--per-class', '4', '--choose', 'tuned', *SETTINGS]) == 0
     shown = capsys.readouterr().out
     again = timm.create_model(f'local-dir:{tmp_path}/tuned', pretrained=True)
     assert '12 images of 3 classes' in shown and f'p* = {again.gem_p:.4g}, fine-tuned' in shown and again.gem_p != 3
-    assert 'hardly moves' in shown
+    assert 'steps, few' in shown
     found = json.loads((tmp_path / 'tuned-p.json').read_text())
-    assert found['tuned'] == again.gem_p and found['grid'] == [1, 3] and found['num_images'] == 12
+    assert found['tuned'] == found['p'] == again.gem_p and found['grid'] == [1, 3] and found['num_images'] == 12
     with Image.open(tmp_path / 'tuned-p.png') as image:
         assert image.width > 300
     assert fitted(again, 'p')['how'] == 'tuned' and again.pretrained_cfg['label_names'] == ['0', '1', '2']
@@ -197,7 +240,9 @@ def test_command_scanning(model, pictures, tmp_path, capsys):
     assert main(['tune-p', str(folder), str(pictures / 'train'), str(tmp_path / 'out'), '--grid', '1', '6',
                  '--criterion', 'map', *SETTINGS]) == 0
     found = json.loads((tmp_path / 'out-p.json').read_text())
-    assert open_model(tmp_path / 'out').gem_p == found['best'] and found['criterion'] == 'mAP'
+    saved = open_model(tmp_path / 'out')
+    assert saved.gem_p == found['p'] and found['criterion'] == 'mAP' and found['grid'] == [1, 3, 6]
+    assert f"p* = {found['p']:g}, " in capsys.readouterr().out and fitted(saved, 'p')['how'] == found['how']
     for extra, message in ((['--choose', 'best', '--grid'], 'needs a grid'),
                            (['--criterion', 'map', '--choose', 'tuned'], 'scanned only')):
         assert main(['tune-p', str(folder), str(pictures), *extra, *SETTINGS]) == 2

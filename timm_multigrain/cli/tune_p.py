@@ -5,11 +5,13 @@
 
 With class folders (DATA/<class>/ or DATA/train/<class>/) p is fine-tuned on the first images of each class, and top-1
 is scanned on the same ones. With images of instances (DATA/<instance>/, or a gt.json of path: number) mAP is scanned.
-The model with the p that was found is saved to OUT_DIR; OUT_DIR-p.json and OUT_DIR-p.png lie beside it. Take no test
-images. A run that was killed goes on when the same command is given again.
+The p that is recommended is saved to OUT_DIR: the best of the grid if it gains more than twice the noise, or else the
+model's own. OUT_DIR-p.json and OUT_DIR-p.png lie beside it. Take no test images. A run that was killed goes on when the
+same command is given again.
 """
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from .arguments import (
@@ -29,9 +31,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('out_dir', metavar='OUT_DIR', nargs='?', help='folder of the model with the new p (default: save none)')
     add('--criterion', choices=('top1', 'map'), help='top-1 on classes or mAP on groups (default: map for a folder '
                                                      'with gt.json or a model without classifier)')
-    add('--grid', nargs='*', type=float, metavar='P', help='exponents to scan (default: 1 to 8); none: fine-tune only')
-    add('--choose', choices=('tuned', 'best'), help='p to save: fine-tuned, or best of the grid (default: tuned for '
-                                                    'classes)')
+    add('--grid', nargs='*', type=float, metavar='P',
+        help="exponents to scan beside the model's own (default: 1 to 8); none: fine-tune only")
+    add('--choose', choices=('tuned', 'best'),
+        help="p to save: fine-tuned, or best of the grid (default: the best if surely better than the model's own)")
     add('--per-class', type=int, default=50, metavar='N', help='images of each class, by name (%(default)s)')
     add('--split', metavar='NAME', default='train', help='subfolder of the class folders (default: train, if there is '
                                                          'one)')
@@ -56,12 +59,11 @@ def run(args: argparse.Namespace) -> int:
         result = _scan_groups(args, model, protocol)
     else:
         result = _tune(args, model, protocol)
+    result = replace(result, choose=args.choose)
     print(result)
     _write(args, result)
-    p = _chosen(args, result)
-    print(f'p* = {p:.4g}, {"fine-tuned" if p == result.tuned else "best of the grid"}')
     if args.out_dir:
-        _save(args, model, protocol, result, p)
+        _save(args, model, protocol, result)
     return 0
 
 
@@ -118,20 +120,16 @@ def _write(args: argparse.Namespace, result) -> None:
             print(f'No plot: {e}')
 
 
-def _chosen(args: argparse.Namespace, result) -> float:
-    return result.best if args.choose == 'best' or result.tuned is None else result.tuned
-
-
-def _save(args: argparse.Namespace, model, protocol, result, p: float) -> None:
+def _save(args: argparse.Namespace, model, protocol, result) -> None:
     import shutil
 
     from timm_multigrain.models.fitted import json_p, note_fitted
     from timm_multigrain.retrieval.whitened_model import save_fitted
 
-    model.set_gem_p(p)
+    model.set_gem_p(result.p)
     note_fitted(model, 'p', {
-        'p': json_p(p), 'from': json_p(result.start), 'how': 'tuned' if p == result.tuned else 'scanned',
-        'criterion': result.criterion, 'images': result.num_images, 'protocol': protocol.to_dict()})
+        'p': json_p(result.p), 'from': json_p(result.start), 'how': result.how, 'criterion': result.criterion,
+        'images': result.num_images, 'protocol': protocol.to_dict()})
     print(f'Written: {save_fitted(model, args.out_dir, protocol)}')
     Path(_progress(args, '-progress.json')).unlink(missing_ok=True)
     shutil.rmtree(_progress(args, '-embeddings'), ignore_errors=True)

@@ -6,6 +6,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.multigrain import MultiGrain
@@ -36,7 +39,7 @@ def scan_p_groups(
         model: Model with GeM and no whitening.
         groups: Images in groups, see `timm_multigrain.retrieval.datasets.folder.load_folder`; not the test images.
         protocol: Test protocol, one scale, no flip.
-        grid: Exponents to scan.
+        grid: Exponents to scan, beside the model's own.
         work_dir: Folder that keeps the embeddings, so that a run that was cut off goes on.
         **extraction: As of `embed_images`: batch_size, workers, device, dtype, progress.
 
@@ -45,29 +48,29 @@ def scan_p_groups(
         ValueError: Another pooling than GeM with one p, a whitened model, or an impossible grid.
     """
     check_p_model(model)
-    grid = check_grid(grid)
+    grid = check_grid(grid, model.gem_p)
     if not grid:
         raise ValueError('The grid is empty: give exponents, such as 1 2 3 4.')
     if protocol.scales != (1.,) or protocol.flip:
         raise ValueError(f'{protocol}: p is fitted at one scale, without flip.')
     systems = Systems(model, [System('gem', p) for p in grid])
-    values = []
+    aps = []
     with _folder(work_dir) as folder:
         extracted = extract_shards(
             systems, groups.database, protocol, folder, strict=True, descriptor=False, **extraction)
         for number in range(len(grid)):
             pieces = [systems.take(vectors, number) for _, vectors in iter_shards(folder)]
-            values.append(_map(groups, pieces))
-    return PResult('mAP', grid, tuple(values), None, model.gem_p, None, (), extracted.number, protocol)
+            aps.append(_average_precisions(groups, pieces))
+    aps = np.stack(aps)
+    noise = np.sqrt(((aps - aps[grid.index(model.gem_p)]) ** 2).sum(1)) / aps.shape[1]
+    return PResult(
+        'mAP', grid, tuple(aps.mean(1).tolist()), tuple(noise.tolist()), None, model.gem_p, None, (), extracted.number,
+        protocol)
 
 
-def _map(groups: Groups, pieces: list) -> float:
-    import torch
-
+def _average_precisions(groups: Groups, pieces: list) -> np.ndarray:
     vectors = l2_normalize(torch.cat(pieces))
-    scores = similarity_chunks(vectors[torch.as_tensor(groups.query_rows)], vectors)
-    figure, = (figure for figure in groups.measure(scores) if figure.metric == 'mAP')
-    return figure.value / 100
+    return groups.average_precisions(similarity_chunks(vectors[torch.as_tensor(groups.query_rows)], vectors))
 
 
 @contextmanager

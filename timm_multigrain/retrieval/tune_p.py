@@ -63,7 +63,7 @@ def tune_p(
         model: Model with GeM, a classifier, and no whitening.
         source: Labelled images, in the original the first 50 of each class; not the test images.
         protocol: Test protocol, one scale, no flip.
-        grid: Exponents to scan.
+        grid: Exponents to scan, beside the model's own; none: fine-tune only.
         finetune: Also fine-tune p.
         batch_size: Images of a step.
         lr: Learning rate of the first step.
@@ -80,7 +80,7 @@ def tune_p(
             or a state file of another run.
     """
     check_p_model(model)
-    grid = check_grid(grid)
+    grid = check_grid(grid, model.gem_p)
     if not model.num_classes or source.labels is None:
         raise ValueError('p is fine-tuned and scanned by classification: give a model with a classifier and labelled '
                          'images, or groups of images of an instance to scan_p_groups.')
@@ -105,7 +105,7 @@ def tune_p(
     if not scan.count:
         raise ValueError(none_readable(len(source), run.skipped.values()))
     return PResult(
-        'top-1', grid, scan.values(), scan.losses(), model.gem_p, tuner.p if tuner else None,
+        'top-1', grid, scan.values(), scan.noise(), scan.losses(), model.gem_p, tuner.p if tuner else None,
         tuple(tuner.trace) if tuner else (), scan.count, protocol, run.skipped)
 
 
@@ -124,12 +124,12 @@ def check_p_model(model: MultiGrain) -> None:
                          'p with the model without whitening, then whiten that.')
 
 
-def check_grid(grid: Sequence[float]) -> tuple[float, ...]:
-    """The grid in ascending order, each p once."""
-    grid = tuple(sorted({float(p) for p in grid}))
-    if any(not p > 0 for p in grid):
-        raise ValueError(f'The grid holds p = {grid[0]:g}: exponents are above 0.')
-    return grid
+def check_grid(grid: Sequence[float], start: float) -> tuple[float, ...]:
+    """The grid, and the p that it is compared with, in ascending order, each once; an empty one stays empty."""
+    wrong = [p for p in grid if not p > 0]
+    if wrong:
+        raise ValueError(f'The grid holds p = {wrong[0]:g}: exponents are above 0.')
+    return tuple(sorted({float(p) for p in (*grid, start)})) if len(grid) else ()
 
 
 def _maps(model, source, protocol, indices, workers, dtype, skipped) -> Iterator[tuple[int, torch.Tensor | None]]:
@@ -158,13 +158,13 @@ def _evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 class _Scan:
-    """Sums of hits and losses at every p of a grid."""
+    """Sums of hits, of images that are a hit or not unlike at the model's p, and of losses at every p of a grid."""
 
     def __init__(self, model: MultiGrain, grid: Sequence[float]):
         self.grid, self.count = grid, 0
         self.pool, self.classify = model.head.pool, model.head.classify
-        self.hits = torch.zeros(len(grid), dtype=torch.float64)
-        self.loss = torch.zeros(len(grid), dtype=torch.float64)
+        self.start = grid.index(model.gem_p) if grid else None
+        self.hits, self.changed, self.loss = torch.zeros(3, len(grid), dtype=torch.float64)
 
     def add(self, maps: torch.Tensor, label: int) -> None:
         self.count += 1
@@ -172,21 +172,27 @@ class _Scan:
             return
         logits = self.classify(torch.cat([pool_map(self.pool, maps, p) for p in self.grid])).float().cpu()
         labels = torch.full((len(self.grid),), label)
-        self.hits += ranks_of_truth(logits, labels) < 1
+        hits = ranks_of_truth(logits, labels) < 1
+        self.hits += hits
+        self.changed += hits != hits[self.start]
         self.loss += F.cross_entropy(logits.double(), labels, reduction='none')
 
     def values(self) -> tuple[float, ...]:
         return tuple((self.hits / self.count).tolist())
 
+    def noise(self) -> tuple[float, ...]:
+        return tuple((self.changed.sqrt() / self.count).tolist())  # a difference is 1, 0 or -1
+
     def losses(self) -> tuple[float, ...]:
         return tuple((self.loss / self.count).tolist())
 
     def state_dict(self) -> dict:
-        return {'count': self.count, 'hits': self.hits.tolist(), 'loss': self.loss.tolist()}
+        return {'count': self.count, **{name: getattr(self, name).tolist() for name in ('hits', 'changed', 'loss')}}
 
     def load_state_dict(self, state: dict) -> None:
         self.count = state['count']
-        self.hits, self.loss = (torch.tensor(state[name], dtype=torch.float64) for name in ('hits', 'loss'))
+        for name in ('hits', 'changed', 'loss'):
+            setattr(self, name, torch.tensor(state[name], dtype=torch.float64))
 
 
 def pool_map(pool: GeM, maps: torch.Tensor, p: float) -> torch.Tensor:

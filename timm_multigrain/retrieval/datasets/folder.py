@@ -30,10 +30,13 @@ class Groups(Benchmark):
     published = {}
 
     def measure(self, scores: Scores) -> list[Figure]:
+        return [Figure('mAP', 100 * float(self.average_precisions(scores).mean()))]
+
+    def average_precisions(self, scores: Scores) -> np.ndarray:
+        """Average precision of each query, (Q,) float64 in [0, 1]; scores as of `measure`."""
         members = {group: np.flatnonzero(self.groups == group) for group in np.unique(self.groups)}
         relevant = [np.setdiff1d(members[self.groups[row]], [row]) for row in self.query_rows]
-        result = mean_average_precision(scores, relevant, [[row] for row in self.query_rows])
-        return [Figure('mAP', 100 * result.map)]
+        return mean_average_precision(scores, relevant, [[row] for row in self.query_rows]).ap
 
 
 def load_folder(data: str | os.PathLike, ground_truth: str | os.PathLike | None = None) -> Groups:
