@@ -49,7 +49,6 @@ class Fault:
 class Repo:
     """Commits, each a tree of path to (content, whether it is a large file); branches and pull requests by ref."""
     private: bool
-    sdk: str | None = None  # of a Space; a Space and a model of one name are not kept apart
     commits: dict[str, dict[str, tuple[bytes, bool]]] = field(default_factory=dict)
     refs: dict[str, str] = field(default_factory=dict)
 
@@ -127,15 +126,15 @@ class Handler(BaseHTTPRequestHandler):
         ('POST', r'/api/repos/create', 'create'),
         ('DELETE', r'/api/repos/delete', 'delete'),
         ('POST', r'/api/validate-yaml', 'validate_yaml'),
-        ('POST', r'/api/(?:models|spaces)/([^/]+/[^/]+)/preupload/([^/]+)', 'preupload'),
-        ('POST', r'/api/(?:models|spaces)/([^/]+/[^/]+)/commit/([^/]+)', 'commit'),
-        ('POST', r'/api/(?:models|spaces)/([^/]+/[^/]+)/branch/([^/]+)', 'create_branch'),
-        ('DELETE', r'/api/(?:models|spaces)/([^/]+/[^/]+)/branch/([^/]+)', 'delete_branch'),
-        ('GET', r'/api/(?:models|spaces)/([^/]+/[^/]+)(?:/revision/([^/]+))?', 'info'),
-        ('POST', r'(?:/spaces)?/([^/]+/[^/]+)\.git/info/lfs/objects/batch', 'batch'),
+        ('POST', r'/api/models/([^/]+/[^/]+)/preupload/([^/]+)', 'preupload'),
+        ('POST', r'/api/models/([^/]+/[^/]+)/commit/([^/]+)', 'commit'),
+        ('POST', r'/api/models/([^/]+/[^/]+)/branch/([^/]+)', 'create_branch'),
+        ('DELETE', r'/api/models/([^/]+/[^/]+)/branch/([^/]+)', 'delete_branch'),
+        ('GET', r'/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?', 'info'),
+        ('POST', r'/([^/]+/[^/]+)\.git/info/lfs/objects/batch', 'batch'),
         ('PUT', r'/objects/([0-9a-f]{64})', 'upload'),
-        ('HEAD', r'(?:/spaces)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', 'resolve'),
-        ('GET', r'(?:/spaces)?/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', 'resolve'),
+        ('HEAD', r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', 'resolve'),
+        ('GET', r'/([^/]+/[^/]+)/resolve/([^/]+)/(.+)', 'resolve'),
     )
 
     def handle_any(self):
@@ -256,7 +255,7 @@ class Handler(BaseHTTPRequestHandler):
         if repo_id in self.server.repos:
             raise Answer(409, {'error': 'You already created this model repo', **url})
         private = wanted.get('visibility') == 'private' or bool(wanted.get('private'))
-        self.server.add_repo(repo_id, private=private).sdk = wanted.get('sdk')
+        self.server.add_repo(repo_id, private=private)
         raise Answer(200, url)
 
     def delete(self):

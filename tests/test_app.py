@@ -1,10 +1,18 @@
 """The web app over HTTP: what it answers, and what it refuses: other files, other sites, large and broken uploads."""
+import asyncio
 import contextlib
+import http.client
 import io
 import json
+import os
+import signal
 import socket
+import stat
 import struct
+import subprocess
+import sys
 import urllib.error
+import urllib.parse
 import urllib.request
 import zlib
 from pathlib import Path
@@ -12,8 +20,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from timm_multigrain.cli.main import main
 from timm_multigrain.collection.app_answers import Answers
-from timm_multigrain.collection.app_guard import Guard
+from timm_multigrain.collection.app_guard import Guard, keep_newest
 from timm_multigrain.images.sources import UnreadableImage
 
 from .copies_folder import make_index, make_pictures
@@ -22,6 +31,7 @@ gradio = pytest.importorskip('gradio')
 from timm_multigrain.collection.app import _box, launch_app  # noqa: E402
 
 MAX_UPLOAD = 400_000
+MAX_TEMPORARY = 1_500_000
 
 
 @pytest.fixture(scope='module')
@@ -32,7 +42,8 @@ def index(tmp_path_factory):
 
 @contextlib.contextmanager
 def running(index, **options):
-    app = launch_app(index, block=False, port=free_port(), max_upload=MAX_UPLOAD, max_pixels=1_000_000, **options)
+    app = launch_app(index, block=False, port=free_port(), max_upload=MAX_UPLOAD, max_pixels=1_000_000,
+                     max_temporary=MAX_TEMPORARY, **options)
     try:
         yield app.local_url.rstrip('/')
     finally:
@@ -47,7 +58,7 @@ def free_port():
 
 @pytest.fixture(scope='module')
 def url(index):
-    with running(index) as address:
+    with running(index, allow_hosts=['photos.example.org']) as address:
         yield address
 
 
@@ -61,15 +72,18 @@ def ask(url, data=None, headers=None, method=None):
         return e.code, e.read(), e.headers
 
 
-def upload(url, content, name='a.png'):
-    head = f'--b\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'
-    return ask(f'{url}/gradio_api/upload', head.encode() + content + b'\r\n--b--\r\n',
-               {'Content-Type': 'multipart/form-data; boundary=b'})
+def multipart(content, headers=None):
+    head = b'--b\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n'
+    return head + content + b'\r\n--b--\r\n', {'Content-Type': 'multipart/form-data; boundary=b', **(headers or {})}
+
+
+def upload(url, content):
+    return ask(f'{url}/gradio_api/upload', *multipart(content))
 
 
 def search(url, file):
     """Outcome of the app's search: 'complete' or 'error', and what it says."""
-    data = [file, [], 4, 'any']
+    data = [file, [], 4, '']
     status, body, _ = ask(f'{url}/gradio_api/call/search', json.dumps({'data': data}).encode(),
                           {'Content-Type': 'application/json'})
     if status != 200:
@@ -102,6 +116,7 @@ def test_pages_allow_nothing_from_elsewhere(url):
     status, page, headers = ask(f'{url}/')
     policy = headers['Content-Security-Policy']
     assert status == 200 and "default-src 'self'" in policy and 'http' not in policy
+    assert "frame-ancestors 'none'" in policy and headers['X-Frame-Options'] == 'DENY'
     assert headers['X-Content-Type-Options'] == 'nosniff' and headers['Referrer-Policy'] == 'no-referrer'
     assert b'fonts.googleapis' not in page and b'cdnjs' not in page
     config = json.loads(ask(f'{url}/config')[1])
@@ -123,17 +138,70 @@ def test_no_other_file_is_served(url, index, tmp_path):
         assert outcome != 'complete' and 'secret' not in text and 'root:' not in text, path
 
 
-def test_no_address_is_fetched(url):
-    asked = []
+def test_no_address_is_fetched(url, monkeypatch):
+    """Also if gradio took this computer for a public one, to which its own check lets it go."""
+    monkeypatch.setattr('gradio.processing_utils.PUBLIC_HOSTNAME_WHITELIST', ['127.0.0.1'])
     with socket.create_server(('127.0.0.1', 0)) as other:
         other.settimeout(1)
         address = f'http://127.0.0.1:{other.getsockname()[1]}/a.png'
         for route in (f'/gradio_api/file={address}', f'/gradio_api/proxy={address}', f'/file={address}'):
             assert ask(url + route)[0] in (403, 404)
-        assert search(url, {'path': address, 'url': address, 'meta': {'_type': 'gradio.FileData'}})[0] != 'complete'
+        file = {'path': address, 'url': address, 'meta': {'_type': 'gradio.FileData'}}
+        assert search(url, file)[0] == '403'
+        for data in ([None, [], file, ''], [None, [], 4, {'a': [file]}], [file, [], 4, '']):  # where none belongs, too
+            for body in ({'data': data, 'fn_index': 2, 'session_hash': 'a'}, {'data': data}, dict(enumerate(data))):
+                for route in ('queue/join', 'run/search', 'call/v2/search', 'call/upload'):
+                    text = json.dumps(body).replace('http', '\\u0068ttp').encode()
+                    assert ask(f'{url}/gradio_api/{route}', text, {'Content-Type': 'application/json'})[0] == 403
         with contextlib.suppress(TimeoutError):
-            asked.append(other.accept())
-    assert not asked
+            pytest.fail(f'{other.accept()} asked')
+
+
+def forged(url, method='GET', path='/config', body=None, **headers):
+    connection = http.client.HTTPConnection(*url.removeprefix('http://').split(':'), timeout=30)
+    try:
+        connection.putrequest(method, path, skip_host=True)
+        for name, value in headers.items():
+            for one in value if isinstance(value, list) else [value]:
+                connection.putheader(name.replace('_', '-'), one)
+        if body is not None:
+            connection.putheader('Content-Length', str(len(body)))
+        connection.endheaders(body)
+        answer = connection.getresponse()
+        return answer.status, answer.read()
+    finally:
+        connection.close()
+
+
+def test_only_its_own_names_reach_it(url):
+    """A page of another site whose name was made to lead here sends that name as Host."""
+    own = url.removeprefix('http://')
+    port = own.partition(':')[2]
+    assert forged(url, Host=own)[0] == 200 and forged(url, Host=f'LOCALHOST:{port}')[0] == 200
+    assert forged(url, Host='127.0.0.1')[0] == 200 and forged(url, Host='photos.example.org:8443')[0] == 200
+    for host in ('evil.example', f'evil.example:{port}', f'127.0.0.1.evil.example:{port}', '192.0.2.1', '[::2]:1', '',
+                 '0.0.0.0', [own, 'evil.example']):
+        for path in ('/', '/config', '/gradio_api/info', '/static/img/logo.svg', '/nothing'):
+            status, body = forged(url, path=path, Host=host)
+            assert status in (400, 421) and b'pictures' not in body, (host, path)  # 400: uvicorn's own, of two
+    assert forged(url, Host=own, X_Forwarded_Host='evil.example')[0] == 421
+    status, body = forged(url, Host='evil.example')
+    assert status == 421 and b'--allow-host NAME' in body
+    assert forged(url, 'POST', '/gradio_api/queue/join', b'x' * 500_000, Host='evil.example')[0] == 421
+    upgrade = dict(Connection='Upgrade', Upgrade='websocket', Sec_WebSocket_Version='13', Sec_WebSocket_Key='a' * 24)
+    assert forged(url, Host='evil.example', **upgrade)[0] in (403, 421)
+
+
+def test_other_sites_may_not_use_it(url):
+    own = url.removeprefix('http://')
+    send = dict(method='POST', path='/gradio_api/call/search', body=b'{"data": [null, [], 4, ""]}', Host=own,
+                Content_Type='application/json')
+    assert forged(url, **send, Origin=url)[0] == 200 and forged(url, **send)[0] == 200
+    other_port = 'http://127.0.0.1:1'
+    for origin in ('http://evil.example', 'null', other_port, f'{url}.evil.example', 'http://['):
+        assert forged(url, **send, Origin=origin)[0] == 403, origin
+    proxied = {**send, 'Host': 'photos.example.org'}
+    assert forged(url, **proxied, Origin='https://photos.example.org')[0] == 200
 
 
 def test_large_uploads_are_refused(url):
@@ -144,7 +212,7 @@ def test_large_uploads_are_refused(url):
     assert status == 413 and b'larger than this app takes' in body
     host, port = url.removeprefix('http://').split(':')
     with socket.create_connection((host, int(port)), timeout=30) as raw:  # a body that does not say how long it is
-        raw.sendall(b'POST /gradio_api/upload HTTP/1.1\r\nHost: a\r\nTransfer-Encoding: chunked\r\n'
+        raw.sendall(b'POST /gradio_api/upload HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n'
                     b'Content-Type: multipart/form-data; boundary=b\r\n\r\n')
         answer = b''
         try:
@@ -218,9 +286,17 @@ def test_answers(index):
     assert answers.name('/elsewhere/x\n.jpg') == 'x\\n.jpg' and '96 x 96 pixels' in answers.describe(index.records(0))
 
 
-def test_guard_counts_bodies_without_length():
-    import asyncio
+def guarded(app, folder, **options):
+    options = dict(hosts=['a'], uploads=str(folder), max_bytes=100, max_total=1000, max_files=3) | options
+    return Guard(app, **options)
 
+
+def scope(path='/', method='GET', **headers):
+    return {'type': 'http', 'method': method, 'path': path,
+            'headers': [(name.encode(), value.encode()) for name, value in {'host': 'a', **headers}.items()]}
+
+
+def test_guard_counts_bodies_without_length(tmp_path):
     messages = [{'type': 'http.request', 'body': b'x' * 60, 'more_body': True}] * 2
     received = []
 
@@ -230,5 +306,120 @@ def test_guard_counts_bodies_without_length():
     async def receive():
         return messages.pop()
 
-    asyncio.run(Guard(app, 100)({'type': 'http', 'path': '/', 'headers': []}, receive, None))
+    asyncio.run(guarded(app, tmp_path)(scope(), receive, None))
     assert [message['type'] for message in received] == ['http.request', 'http.disconnect']
+
+
+@pytest.mark.parametrize('body, status', [
+    (b'{"data": [1]}', 200), (b'', 200), (b'x=1', 400), (b'[' * 60_000, 400), (b'{"path": 3}', 403),
+    (b'{"a": [{"path": "/etc/passwd"}]}', 403), (b'{"path": "UP/x"}', 200), (b'{"path": "UP/../x"}', 403),
+    (b'{"path": "UP-other/x"}', 403), (b'{"path": "UP/link"}', 403), (b'{"path": "UP"}', 403),
+    (b'{"path": "a.png"}', 403), ('{"path": "https://example.org"}'.encode('utf-16'), 403),
+    (b'{"path": "UP/\\u0000"}', 403), (b'"' + b'x' * (2 << 20) + b'"', 413)])
+def test_guard_looks_at_the_files_a_request_names(tmp_path, body, status):
+    (tmp_path / 'UP').mkdir()
+    (tmp_path / 'UP' / 'link').symlink_to('/etc/passwd')
+    body = body.replace(b'UP', str(tmp_path / 'UP').encode())
+    sent, received = [], []
+
+    async def app(scope, receive, send):
+        received.append(await receive())
+        await send({'type': 'http.response.start', 'status': 200})
+
+    messages = [{'type': 'http.request', 'body': body[i:i + 65536], 'more_body': i + 65536 < len(body)}
+                for i in range(0, max(1, len(body)), 65536)]
+
+    async def receive():
+        return messages.pop(0)
+
+    async def send(message):
+        sent.append(message)
+
+    guard = guarded(app, tmp_path / 'UP', max_bytes=8 << 20)
+    asyncio.run(guard(scope('/gradio_api/call/search', 'POST'), receive, send))
+    assert sent[0]['status'] == status
+    assert [message['body'] for message in received] == ([body] if status == 200 else [])
+
+
+def test_the_oldest_files_go(tmp_path):
+    def fill(*sizes):
+        for i, size in enumerate(sizes):
+            (tmp_path / f'{i}').mkdir(exist_ok=True)
+            (tmp_path / f'{i}' / 'a.png').write_bytes(bytes(size))
+            os.utime(tmp_path / f'{i}' / 'a.png', (i, i))
+
+    fill(100, 200, 300, 400)
+    keep_newest(str(tmp_path), 1000, 4)
+    assert len(os.listdir(tmp_path)) == 4
+    keep_newest(str(tmp_path), 899, 4)
+    assert sorted(os.listdir(tmp_path)) == ['2', '3']
+    fill(1, 1, 1, 1)
+    keep_newest(str(tmp_path), 1000, 3)
+    assert sorted(os.listdir(tmp_path)) == ['1', '2', '3']
+
+
+def test_uploads_have_a_quota(url):
+    """Of seven uploads of 300 kB the folder holds as many as 1.5 MB allow."""
+    paths = []
+    for seed in range(7):
+        status, body, _ = upload(url, bytes([seed]) * 300_000)
+        paths += json.loads(body)
+        assert status == 200 and os.path.exists(paths[-1])
+        assert sum(f.stat().st_size for f in Path(paths[0]).parents[1].rglob('*') if f.is_file()) <= MAX_TEMPORARY
+    assert [os.path.exists(path) for path in paths[:2] + paths[-3:]] == [False, False, True, True, True]
+
+
+def test_a_password_private_files_and_sigterm(index, tmp_path):
+    """As a user starts it: pictures only after the login, temporary files that only the user reads, and none left."""
+    port, password = free_port(), 'sécret:1'
+    command = [sys.executable, '-m', 'timm_multigrain', 'app', str(index.path), '--port', str(port), '--auth', 'me']
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                          env={**os.environ, 'TMPDIR': str(tmp_path), 'MULTIGRAIN_PASSWORD': password}) as process:
+        try:
+            assert f'http://127.0.0.1:{port}' in process.stdout.readline()
+            url = f'http://127.0.0.1:{port}'
+            picture = Path(index.path_of(3)).read_bytes()
+            assert upload(url, picture)[0] == 401 and ask(f'{url}/config')[0] == 401
+            login = f'{url}/login', urllib.parse.urlencode({'username': 'me', 'password': 'wrong'}).encode()
+            assert ask(*login)[0] == 400
+            _, _, headers = ask(login[0], urllib.parse.urlencode({'username': 'me', 'password': password}).encode())
+            cookie = {'Cookie': '; '.join(c.partition(';')[0] for c in headers.get_all('Set-Cookie'))}
+            status, body, _ = ask(f'{url}/gradio_api/upload', *multipart(picture, cookie))
+            assert status == 200
+            path = Path(json.loads(body)[0])
+            data = json.dumps({'data': [{'path': str(path), 'meta': {'_type': 'gradio.FileData'}}, [], 4, '']}).encode()
+            call = f'{url}/gradio_api/call/search'
+            event = json.loads(ask(call, data, {**cookie, 'Content-Type': 'application/json'})[1])
+            text = ask(f'{call}/{event["event_id"]}', headers=cookie)[1].decode()
+            assert 'event: complete' in text
+            folder = path.parents[1]
+            files = [file for file in folder.rglob('*') if file.is_file()]
+            assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) == 0o700 and len(files) > 4
+            assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
+            assert not os.listdir(tmp_path) and 'Traceback' not in process.stderr.read()
+        finally:
+            process.kill()
+
+
+@pytest.mark.parametrize('options, says', [
+    (['--auth', ''], 'neither may be empty'), (['--auth', 'me'], 'MULTIGRAIN_PASSWORD'),
+    (['--auth', ':x'], 'USER:PASS'), (['--auth', 'me:'], 'USER:PASS'), (['--auth', 'm\ne:x'], 'USER:PASS'),
+    (['--max-upload', 'nan'], 'megabytes'),
+    (['--max-upload', '-1'], 'megabytes'), (['--max-upload', 'inf'], 'megabytes'),
+    (['--port', '0'], '1 to 65535'),
+    (['--port', '99999'], '1 to 65535')])
+def test_wrong_options(index, capsys, monkeypatch, options, says):
+    monkeypatch.delenv('MULTIGRAIN_PASSWORD', raising=False)
+    assert main(['app', str(index.path), *options]) == 2
+    assert says in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('options, warned', [
+    ([], False), (['--host', 'localhost'], False), (['--host', '0.0.0.0'], True), (['--host', '192.0.2.7'], True),
+    (['--host', '0.0.0.0', '--auth', 'me:x'], False)])
+def test_a_warning_where_everybody_is_let_in(index, capsys, monkeypatch, options, warned):
+    monkeypatch.setattr('timm_multigrain.collection.app.launch_app', lambda *a, **k: None)
+    assert main(['app', str(index.path), *options]) == 0
+    assert ('everybody who can reach' in capsys.readouterr().err) == warned

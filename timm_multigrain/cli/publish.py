@@ -4,10 +4,6 @@
 
 MODEL is a folder of save_pretrained, a checkpoint of timm's train.py, or a registered model with its tag. The model is
 saved as safetensors, loaded back and compared before anything is sent. Log in first: hf auth login.
-
-    timm-multigrain publish my-space me/my-photos --space
-
-puts a folder of `timm-multigrain app INDEX --space my-space` on the Hub as a Space that only its owners see (--public).
 """
 import argparse
 
@@ -28,15 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--pr', action='store_true', help='open a pull request instead')
     add('--no-ema', action='store_true', help="publish a checkpoint's plain weights, not the averaged ones")
     add('--dry-run', metavar='DIR', help='write what would be published to DIR and send nothing')
-    add('--space', action='store_true', help='MODEL is the folder of a Space')
-    add('--public', action='store_true', help='let everybody see the Space')
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.space:
-        from timm_multigrain.collection.space import publish_space
-        print(f'Published {publish_space(args.model, args.repo_id, private=not args.public)}')
-        return 0
     from timm_multigrain.hub import publish, read_metrics
     from timm_multigrain.hub.source import load_source
 

@@ -73,7 +73,7 @@ class Answers:
         Args:
             image: Picture.
             crop: (x, y, width, height) in its pixels.
-            k: Images wanted, at most 100.
+            k: Images wanted.
             class_name: Only images of this class.
 
         Raises:
@@ -82,7 +82,7 @@ class Answers:
         image = cut(image, crop, 'the picture') if crop else image
         with self._lock:
             embedded = embed_queries(self.index.model(), self.index.protocol(), [image])
-        scores, rows = self.index.search(embedded.vectors, max(1, min(int(k), MAX_HITS)), class_name or None)
+        scores, rows = self.index.search(embedded.vectors, k, class_name)
         hits = []
         for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
             record = self.index.records(row)
@@ -94,7 +94,8 @@ class Answers:
             return ()
         numbers, probabilities = (values[0].tolist() for values in top_classes(logits))
         names = self.index.label_names
-        return tuple((names[i] if names else str(i), p) for i, p in zip(numbers, probabilities, strict=True))
+        return tuple((printable(names[i]) if names else str(i), p)
+                     for i, p in zip(numbers, probabilities, strict=True))
 
     def cover(self, group: CopyGroup) -> tuple[Image.Image, str]:
         """Picture and caption of a group."""
@@ -116,7 +117,7 @@ class Answers:
         """A few lines on an image, plain text."""
         lines = [self.name(record.path), f'{record.width} x {record.height} pixels, {size(record.bytes)}']
         if record.classes:
-            lines.append(', '.join(f'{name} {probability:.0%}' for name, probability in record.classes[:3]))
+            lines.append(', '.join(f'{printable(name)} {probability:.0%}' for name, probability in record.classes[:3]))
         return '\n'.join(lines)
 
     def name(self, path: str) -> str:
