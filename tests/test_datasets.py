@@ -9,6 +9,7 @@ from PIL import Image
 
 from timm_multigrain.retrieval import datasets
 from timm_multigrain.retrieval.archives import RemoteFile
+from timm_multigrain.retrieval.datasets import copydays as copydays_set
 from timm_multigrain.retrieval.datasets import disc21, download_benchmark, load_benchmark, ukbench
 from timm_multigrain.retrieval.datasets.candidates import best_pairs
 from timm_multigrain.retrieval.datasets.disc21 import read_pairs
@@ -159,12 +160,14 @@ def copydays(root, blocks=6):
     return touch(root, names)
 
 
-def test_copydays(tmp_path):
+def test_copydays(tmp_path, monkeypatch):
+    monkeypatch.setattr(copydays_set, 'NEAREST', 4)
     benchmark = load_benchmark('copydays', copydays(tmp_path), subset=True)
-    assert len(benchmark.database) == 6 and benchmark.num_queries == 24 + 9
-    scores = np.random.default_rng(0).standard_normal((33, 10)).astype(np.float32)  # 4 distractors
+    assert len(benchmark.database) == 6 and benchmark.num_queries == 24 + 9 + 6
+    scores = np.random.default_rng(0).standard_normal((39, 10)).astype(np.float32).round(1)  # 4 distractors
+    scores += np.arange(10) / 1e4  # no two equal ones of a query, but of different queries
     figures = {(f.metric, f.split): f.value for f in benchmark.measure(pieces(scores))}
-    ap, strong, pairs = {}, [], []
+    ap, pairs = {}, []
     for query, name in enumerate(benchmark.queries.names):
         family, *strength, base = name.split('/')
         truth = list(benchmark.database.names).index(f'original/{base[:4]}00.jpg')
@@ -172,15 +175,13 @@ def test_copydays(tmp_path):
         family = {'crops': 'crop', 'jpegqual': 'jpeg'}.get(family, family)
         for split in {family + ', all' if strength else family, ' '.join([family, *strength])}:
             ap.setdefault(('mAP', split), []).append(value)
-        if family == 'strong':
-            pairs += [(scores[query, i], i == truth) for i in range(10)]
-    found = 0
-    for rank, (_, hit) in enumerate(sorted(pairs, key=lambda pair: -pair[0]), 1):
-        found += hit
-        strong.append(found / rank if hit else 0)
+        pairs += sorted((-scores[query, i], i == truth) for i in range(10))[:4]
     wanted = {key: 100 * np.mean(values) for key, values in ap.items()}
-    wanted['uAP', 'strong'] = 100 * np.sum(strong) / 9
-    assert figures == pytest.approx(wanted, rel=1e-6) and len(wanted) == 8
+    ranking = [hit for _, hit in sorted(pairs)]  # wrong ones first
+    wanted['uAP', 'crop, jpeg, original, strong'] = 100 * trapezoid(
+        range(len(ranking)), {i for i, hit in enumerate(ranking) if hit}) * sum(ranking) / 39
+    assert figures == pytest.approx(wanted, rel=1e-6) and len(wanted) == 9
+    assert 0 < sum(ranking) < 39 and len({score for score, _ in pairs}) < len(pairs)
 
 
 def test_copydays_incomplete(tmp_path):
@@ -216,7 +217,8 @@ def test_revisited(tmp_path, suffix):
     path.write_bytes(pickle.dumps(truth) if suffix == 'pkl' else json.dumps(truth).encode())
     benchmark = load_benchmark('roxford5k', tmp_path, ground_truth=path, subset=True)
     assert benchmark.title == 'Revisited Oxford (5 images and 2 queries)'
-    assert benchmark.queries.load(0).size == (4, 4)
+    part, whole = benchmark.queries.load_part(0)
+    assert (part.size, whole) == ((4, 4), (8, 6))
     scores = np.array([[.9, .1, .8, 1., .7, .75], [.1, .2, .3, .4, .35, .05]], np.float32)  # a distractor
     figures = {(f.metric, f.split): f.value for f in benchmark.measure(pieces(scores, 2))}
     # Medium: d is junk; a and c lead, b follows e and the distractor. Of the second query, e is behind d.

@@ -43,7 +43,8 @@ class Metric:
         value: The figure, in the unit the metric is quoted in.
         size: Pixels of the side that the protocol names.
         p: Exponent of the pooling at the test (p*), 'inf' for the maximum; None where the model has several or none.
-        protocol: Which side the size is of, and the crop, such as 'shorter side 256, centre crop'.
+        protocol: Which side the size is of, the crop, what becomes of smaller images and of queries that are cut out,
+            such as 'shorter side 256, centre crop'.
         whitening: Components of the whitened descriptor, or words for it; None without.
         split: Part of the data set.
         source_name: Who published the figure, if it was not measured on these very weights here.

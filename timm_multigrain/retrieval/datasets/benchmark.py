@@ -1,6 +1,6 @@
 """What a benchmark is: the images to search among, the images to search with, and how the ranking is judged."""
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -9,7 +9,7 @@ import torch
 
 from timm_multigrain.images.sources import ImageSource
 
-__all__ = ['Benchmark', 'Figure', 'RowsOf', 'Scores']
+__all__ = ['Benchmark', 'Figure', 'Scores']
 
 Scores = Iterable[torch.Tensor]
 
@@ -26,17 +26,6 @@ class Figure:
     metric: str
     value: float
     split: str | None = None
-
-
-class RowsOf:
-    """Some rows of streamed scores, that can be iterated as often as the scores."""
-
-    def __init__(self, scores: Scores, rows: np.ndarray):
-        self.scores = scores
-        self.rows = torch.from_numpy(rows)
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (piece[self.rows.to(piece.device)] for piece in self.scores)
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,9 +1,10 @@
 """INRIA Copydays: copies of 157 holiday photographs, cropped, compressed or strongly edited, to be traced to them.
 
-`Evaluation of GIST descriptors for web-scale image search`, Douze et al. 2009. The queries are the copies, the database
-is the originals and, if given, distractors; every copy has one original. Mean average precision a family of copies, of
-which "strong" is the one quoted, and micro average precision (one ranking of all pairs) of the strong ones. A copy
-belongs to the original with the same number but for the last two digits.
+`Evaluation of GIST descriptors for web-scale image search`, Douze et al. 2009. The queries are the originals and the
+copies, the database is the originals and, if given, distractors; every query has one original, that with the same
+number but for the last two digits. Mean average precision per family, of which "strong" is the one quoted, and micro
+average precision as in the code of SSCD (Pizzi et al. 2022): the 100 nearest images of every query of all families in
+one ranking.
 """
 import os
 import re
@@ -11,13 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.retrieval.archives import RemoteFile
-from timm_multigrain.retrieval.copies import micro_average_precision_of_scores
-from timm_multigrain.retrieval.metrics import mean_average_precision
+from timm_multigrain.retrieval.metrics import average_precision, mean_average_precision
 
-from .benchmark import Benchmark, Figure, RowsOf, Scores
+from .benchmark import Benchmark, Figure, Scores
 from .files import image_names, require_folder, some
 
 __all__ = ['DOWNLOADS', 'Copydays', 'load_copydays']
@@ -30,6 +31,8 @@ DOWNLOADS = tuple(RemoteFile(f'{_ADDRESS}_{name}.tar.gz', name) for name in ('or
 
 NUM_ORIGINALS = 157
 NUM_STRONG = 229
+NUM_FAMILIES = 20
+NEAREST = 100  # of a query, for the micro average precision
 # Folder names in use, to the family; the ones of crop and jpeg have a folder for each strength.
 _FAMILIES = {'original': 'original', 'originals': 'original', 'strong': 'strong', 'crop': 'crop', 'crops': 'crop',
              'jpeg': 'jpeg', 'jpegqual': 'jpeg'}
@@ -47,22 +50,32 @@ class Copydays(Benchmark):
         ap = mean_average_precision(scores, self.truth[:, None]).ap
         kinds = np.array([family.partition(' ')[0] for family in self.families])
         figures = []
-        for kind in ('strong', 'crop', 'jpeg'):
+        for kind in ('strong', 'crop', 'jpeg', 'original'):
             strengths = sorted(set(self.families[kinds == kind]), key=_strength)
             figures += [Figure('mAP', 100 * ap[self.families == family].mean(), family) for family in strengths]
             if len(strengths) > 1:
                 figures.append(Figure('mAP', 100 * ap[kinds == kind].mean(), f'{kind}, all'))
-        return figures + self._micro(scores, np.flatnonzero(kinds == 'strong'))
+        whole = len(set(self.families)) == NUM_FAMILIES
+        split = 'all' if whole else ', '.join(dict.fromkeys(kinds))
+        return [*figures, Figure('uAP', 100 * self._micro_average_precision(scores), split)]
 
-    def _micro(self, scores: Scores, rows: np.ndarray) -> list[Figure]:
-        if not len(rows):
-            return []
-        result = micro_average_precision_of_scores(RowsOf(scores, rows), self.truth[rows, None])
-        return [Figure('uAP', 100 * result.uap, 'strong')]
+    def _micro_average_precision(self, scores: Scores) -> float:
+        """Trapezoidal average precision of the nearest images of all queries in one ranking, wrong first if equal."""
+        best = torch.empty(len(self.truth), 0)
+        places, start = torch.empty(len(self.truth), 0, dtype=torch.int64), 0
+        for piece in scores:
+            columns = torch.arange(start, start + piece.shape[1]).expand(len(piece), -1)
+            start += piece.shape[1]
+            best, places = torch.cat([best, piece.cpu()], 1), torch.cat([places, columns], 1)
+            best, order = best.topk(min(NEAREST, best.shape[1]), dim=1)
+            places = places.gather(1, order)
+        right = (places == torch.from_numpy(self.truth)[:, None]).flatten().numpy()
+        order = np.lexsort((right, -best.flatten().numpy()))
+        return average_precision(np.flatnonzero(right[order]), len(self.truth))
 
 
 def load_copydays(data: str | os.PathLike, subset: bool = False) -> Copydays:
-    """Copydays in a folder with original/, strong/, crops/<percent>/ and jpeg/<quality>/.
+    """Copydays in a folder with original/, strong/, crops/<percent>/ and jpeg/<quality>/ or jpegqual/<quality>/.
 
     The families that have no folder are left out, the strong one must be there.
 
@@ -85,14 +98,14 @@ def load_copydays(data: str | os.PathLike, subset: bool = False) -> Copydays:
                              'leave one.')
         found[family][number] = path
     _check_counts(data, found, subset)
-    originals = found.pop('original')
+    originals = found['original']
     places = {number // 100: place for place, number in enumerate(originals)}
     copies = [(family, number, path) for family in sorted(found) for number, path in found[family].items()]
     orphans = [path for _, number, path in copies if number // 100 not in places]
     if orphans:
         raise ValueError(f'{data} has {len(orphans)} copies without their original: {some(orphans)}; {SOURCE}.')
     return Copydays(
-        title=TITLE if not subset else f'{TITLE} ({len(copies)} copies of {len(originals)} originals)',
+        title=TITLE if not subset else f'{TITLE} ({len(copies) - len(originals)} copies of {len(originals)} originals)',
         database=_files(data, originals.values()), queries=_files(data, [path for *_, path in copies]),
         families=np.array([family for family, *_ in copies]),
         truth=np.array([places[number // 100] for _, number, _ in copies]))
