@@ -1,204 +1,212 @@
-"""NASNet-A-Mobile (4 @ 1056), the trunk of one of MultiGrain's official checkpoints. timm has NASNet-A-Large only.
+"""The NASNets of MultiGrain's official checkpoints: timm's PNASNet-5-Large and NASNet cells, the original's padding.
 
-Zoph, Vasudevan, Shlens, Le, "Learning Transferable Architectures for Scalable Image Recognition", arXiv 1707.07012,
-figure 4. Each cell takes the outputs of the two layers before it. The names below are those of the checkpoint; its
-padding is described in nasnet_padding, the cells are in nasnet_cells.
+Zoph, Vasudevan, Shlens, Le, "Learning Transferable Architectures for Scalable Image Recognition", arXiv 1707.07012.
+
+The weights are TensorFlow's, ported to PyTorch with fixed amounts of padding, which differ from the 'same' padding of
+TensorFlow and timm. A layer of stride 2 and kernel k pads k // 2 on every side, so that N positions become ceil(N / 2);
+but some reduction cells pad as 'same' padding does for an even N whatever N is, so that N positions become
+floor(N / 2). Behind such a cell the map of the layer before it, halved to ceil(N / 2), is larger where N is odd: each
+sum and concatenation keeps the positions that all of its terms have, from the top left corner.
 """
+from collections.abc import Callable, Iterable
+
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from timm.layers import ConvNormAct, create_classifier, get_device_dtype
+from timm.models import NASNetALarge, build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.nasnet import ReductionCell0
 
-from .nasnet_cells import NormalCell, ReductionCell, norm
-
-__all__ = ['NASNetAMobile']
-
-_STEM = 32
-_CELLS = {  # name: channels of each of its branches
-    'cell_stem_0': 11, 'cell_stem_1': 22,
-    'cell_0': 44, 'cell_1': 44, 'cell_2': 44, 'cell_3': 44,
-    'reduction_cell_0': 88,
-    'cell_6': 88, 'cell_7': 88, 'cell_8': 88, 'cell_9': 88,
-    'reduction_cell_1': 176,
-    'cell_12': 176, 'cell_13': 176, 'cell_14': 176, 'cell_15': 176,
-}
-_REDUCTIONS = ('cell_stem_0', 'cell_stem_1', 'reduction_cell_0', 'reduction_cell_1')
-_TAPS = ('conv0', 'cell_stem_0', 'cell_3', 'cell_9', 'cell_15')  # the last layer of each resolution
-_FEATURE_INFO = (
-    dict(num_chs=32, reduction=2, module='conv0'),
-    dict(num_chs=44, reduction=4, module='cell_stem_1.conv_1x1.act'),
-    dict(num_chs=264, reduction=8, module='reduction_cell_0.conv_1x1.act'),
-    dict(num_chs=528, reduction=16, module='reduction_cell_1.conv_1x1.act'),
-    dict(num_chs=1056, reduction=32, module='act'),
-)
+__all__ = ['FloorConv2d', 'NASNetAMobile', 'crop_like', 'floor_pool2d', 'nasnetamobile', 'restore_padding']
 
 
-class NASNetAMobile(nn.Module):
-    """NASNet-A-Mobile with timm's model verbs.
+class FloorConv2d(nn.Conv2d):
+    """Convolution of stride 2 that pads k - 2 positions, the odd one behind: 'same' padding of an even size.
+
+    Shape:
+        (N, C, H, W) to (N, out_channels, H // 2, W // 2).
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 2, **kwargs):
+        super().__init__(in_channels, out_channels, kernel_size, stride=stride, **kwargs)
+        k = self.kernel_size[0]
+        self.before = max(k // 2 - 1, 0)
+        self.after = k - 2 - self.before  # -1 for a 1x1 kernel: a last position without partner is left out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.pad(x, [self.before, self.after, self.before, self.after])
+        return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
+
+
+def floor_pool2d(pool: Callable[..., nn.Module], **kwargs) -> nn.Module:
+    """A 3x3 pooling (nn.MaxPool2d or nn.AvgPool2d) of stride 2 with the windows and output size of `FloorConv2d`."""
+    # without padding in front, a window that sticks out behind is cut there, which is what ceil_mode allows
+    return pool(3, stride=2, padding=0, ceil_mode=True, **kwargs)
+
+
+def crop_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """The top left corner of ``x`` (N, C, H, W), of the height and width of ``like``."""
+    # a slice or narrow would be exported for the sizes of the example alone, with or without a position to cut
+    return F.pad(x, [0, like.shape[3] - x.shape[3], 0, like.shape[2] - x.shape[2]])
+
+
+class _Cell(nn.Module):
+    """The layers of one of timm's cells with another forward.
+
+    The left input of a cropping cell may be one position larger than its right one: what is computed from the left
+    input alone is computed in full and cropped where it meets the rest.
+    """
+
+    def __init__(self, cell: nn.Module):
+        super().__init__()
+        for name, child in cell.named_children():
+            self.add_module(name, child)
+
+
+class _CroppingPNASCell(_Cell):
+    """A normal cell of PNASNet."""
+
+    def forward(self, x_left: torch.Tensor, x_right: torch.Tensor) -> torch.Tensor:
+        left = self.conv_prev_1x1(x_left)
+        right = self.conv_1x1(x_right)
+        sum_0 = self.comb_iter_0_left(left) + self.comb_iter_0_right(left)
+        sum_1 = self.comb_iter_1_left(right) + self.comb_iter_1_right(right)
+        sum_2 = self.comb_iter_2_left(right) + self.comb_iter_2_right(right)
+        sum_3 = self.comb_iter_3_left(sum_2) + self.comb_iter_3_right(right)
+        sum_4 = crop_like(self.comb_iter_4_left(left), right) + right
+        return torch.cat([crop_like(sum_0, right), sum_1, sum_2, sum_3, sum_4], 1)
+
+
+class _CroppingNASCell(_Cell):
+    """The first cell of NASNet behind a reduction cell."""
+
+    def forward(self, x: torch.Tensor, x_prev: torch.Tensor) -> torch.Tensor:
+        prev = self.act(x_prev)
+        left = self.final_path_bn(torch.cat([self.path_1(prev), self.path_2(prev)], 1))
+        right = self.conv_1x1(x)
+        kept = crop_like(left, right)
+        return torch.cat([
+            kept,
+            self.comb_iter_0_left(right) + crop_like(self.comb_iter_0_right(left), right),
+            crop_like(self.comb_iter_1_left(left) + self.comb_iter_1_right(left), right),
+            self.comb_iter_2_left(right) + kept,
+            crop_like(self.comb_iter_3_left(left) + self.comb_iter_3_right(left), right),
+            self.comb_iter_4_left(right) + right,
+        ], 1)
+
+
+class _ReductionCell(_Cell):
+    """A reduction cell of NASNet that the next cell sees as any other.
+
+    After a cell of its own class, timm's forward_intermediates keeps the left input of NASNet-A-Large.
+    """
+    forward = ReductionCell0.forward
+
+
+def restore_padding(trunk: nn.Module) -> None:
+    """Give timm's PNASNet-5-Large the original's padding, in place; parameters and their names stay.
+
+    Outputs stay the same at sides of 11 modulo 32 (331, 523), where the two paddings agree. `cell_4` rounds down.
 
     Args:
-        num_classes: Classes, 0 for none.
-        in_chans: Channels of the input image.
-        drop_rate: Dropout before the classifier.
-        global_pool: Any pooling of timm, '' for the map.
+        trunk: A whole timm.models.PNASNet5Large.
+    """
+    _pad_cells(trunk, round_down=('cell_4',))
+    trunk.cell_5 = _CroppingPNASCell(trunk.cell_5).train(trunk.cell_5.training)
+
+
+def _pad_cells(trunk: nn.Module, round_down: Iterable[str]) -> None:
+    """Fix the padding of all layers of stride 2, in `round_down` cells so that sizes are rounded down."""
+    for name, module in list(trunk.named_modules()):
+        if 'cell_' not in name or getattr(module, 'stride', 1) not in (2, (2, 2)):
+            continue
+        floor = name.partition('.')[0] in round_down
+        if isinstance(module, nn.Conv2d):
+            new = _rebuild_conv(module, floor)
+        elif isinstance(module, nn.MaxPool2d):
+            new = floor_pool2d(nn.MaxPool2d) if floor else nn.MaxPool2d(3, stride=2, padding=1)
+        elif floor and module.kernel_size in (3, (3, 3)):
+            new = floor_pool2d(nn.AvgPool2d, count_include_pad=False)
+        else:  # the 1x1 pooling that halves the left input of a cell; symmetric already
+            continue
+        parent, _, leaf = name.rpartition('.')
+        setattr(trunk.get_submodule(parent), leaf, new.train(module.training))
+
+
+def _rebuild_conv(conv: nn.Conv2d, floor: bool) -> nn.Conv2d:
+    kwargs = dict(stride=2, groups=conv.groups, bias=False, device='meta')
+    size = conv.in_channels, conv.out_channels, conv.kernel_size[0]
+    new = FloorConv2d(*size, **kwargs) if floor else nn.Conv2d(*size, padding=size[2] // 2, **kwargs)
+    new.weight = conv.weight
+    return new
+
+
+class NASNetAMobile(NASNetALarge):
+    """NASNet-A-Mobile (4 @ 1056), which timm does not have: NASNet-A-Large with 4 normal cells in a row instead of 6.
+
+    Args:
+        **kwargs: As timm's NASNetALarge: num_classes, in_chans, drop_rate, global_pool, ...
 
     Shape:
         (N, in_chans, H, W) float to (N, num_classes); the map has 1056 channels.
     """
 
-    def __init__(
-            self,
-            num_classes: int = 1000,
-            in_chans: int = 3,
-            drop_rate: float = 0.,
-            global_pool: str = 'avg',
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-        self.conv0 = ConvNormAct(
-            in_chans, _STEM, kernel_size=3, stride=2, padding=0, norm_layer=norm, apply_act=False, **dd)
-        prev_chs = x_chs = _STEM
-        after_reduction = False
-        for name, chs in _CELLS.items():
-            reduction = name in _REDUCTIONS
-            # the first cell has one input only, and the one padding of the reduction cells that rounds up
-            first = dict(project_prev=False, floor=False) if name == 'cell_stem_0' else {}
-            cell = (ReductionCell if reduction else NormalCell)(
-                prev_chs, x_chs, chs, halve_prev=after_reduction, **first, **dd)
-            self.add_module(name, cell)
-            prev_chs, x_chs, after_reduction = x_chs, (4 if reduction else 6) * chs, reduction
-        self.act = nn.ReLU()
-        self.layer_names = ['conv0', *_CELLS]
-        self.feature_info = [dict(info) for info in _FEATURE_INFO]
-        self.num_features = x_chs
-        self.global_pool, self.head_drop, self.last_linear = create_classifier(
-            x_chs, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
-        self.head_hidden_size = x_chs * self.global_pool.feat_mult()
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict:
-        """Layer groups for layer decay: the stem, then one a cell."""
-        return dict(
-            stem=r'^conv0|^cell_stem_[01]',
-            blocks=[(r'^cell_(\d+)', None), (r'^reduction_cell_0', (5,)), (r'^reduction_cell_1', (11,))])
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Trade compute for memory in the backward, cell by cell."""
-        for module in self.modules():
-            if isinstance(module, (NormalCell, ReductionCell)):
-                module.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        return self.last_linear
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        dd = get_device_dtype(self)
-        self.num_classes = num_classes
-        pool = self.global_pool.pool_type if global_pool is None else global_pool
-        self.global_pool, self.last_linear = create_classifier(self.num_features, num_classes, pool_type=pool, **dd)
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.global_pool.train(self.training)
-        self.last_linear.train(self.training)
-
-    @torch.jit.ignore
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
-        """The last map of each resolution, activated but for the first one; arguments as in timm."""
-        if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt={output_fmt!r} is not what this model gives: use 'NCHW'.")
-        taken = _taken(indices)
-        names = self.layer_names
-        if stop_early:
-            names = names[:names.index(_TAPS[max(taken)]) + 1]
-        intermediates = []
-        x = prev = self.conv0(x)
-        for name in names:
-            if name != 'conv0':
-                prev, x = x, getattr(self, name)(prev, x)
-            if name in _TAPS and _TAPS.index(name) in taken:
-                intermediates.append(x if name == 'conv0' else F.relu(x))
-        if intermediates_only:
-            return intermediates
-        return (x if names[-1] == 'conv0' else F.relu(x)), intermediates
-
-    @torch.jit.ignore
-    def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
-        """Drop the layers behind the last of these maps; arguments and result as in timm."""
-        taken = _taken(indices)
-        last = self.layer_names.index(_TAPS[max(taken)])
-        pruned = self.layer_names[last + 1:]
-        for name in pruned:
-            setattr(self, name, None)
-        self.layer_names = self.layer_names[:last + 1]
-        if pruned:
-            self.num_features = self.feature_info[max(taken)]['num_chs']
-        if prune_head or pruned:
-            self.reset_classifier(0, '')
-        return taken
+    def __init__(self, **kwargs):
+        super().__init__(stem_size=32, channel_multiplier=2, num_features=1056, pad_type='', **kwargs)
+        for i in (4, 5, 10, 11, 16, 17):
+            name = f'cell_{i}'
+            delattr(self, name)
+            self.layer_names.remove(name)
+        self.feature_ends = [self.layer_names.index(name) for name in (
+            'conv0', 'cell_stem_0', 'cell_3', 'cell_9', 'cell_15')]
+        for info, channels in zip(self.feature_info, (32, 44, 264, 528, 1056), strict=True):
+            info['num_chs'] = channels
+        _pad_cells(self, round_down=('cell_stem_1', 'reduction_cell_0', 'reduction_cell_1'))
+        for name in ('reduction_cell_0', 'reduction_cell_1'):
+            setattr(self, name, _ReductionCell(getattr(self, name)))
+        for name in ('cell_0', 'cell_6', 'cell_12'):
+            setattr(self, name, _CroppingNASCell(getattr(self, name)))
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, in_chans, H, W) to the (N, 1056, h, w) map."""
+        """(N, in_chans, H, W) to the (N, 1056, h, w) map; a pruned network's to its last map, as timm's does."""
         conv0 = self.conv0(x)
-        if self.cell_stem_0 is None:  # pruned behind one of the intermediate maps
+        if self.cell_stem_0 is None:
             return conv0
-        stem_0 = self.cell_stem_0(conv0, conv0)
+        stem_0 = self.cell_stem_0(conv0)
         if self.cell_stem_1 is None:
-            return self.act(stem_0)
+            return F.relu(stem_0)
         stem_1 = self.cell_stem_1(conv0, stem_0)
-        x_0 = self.cell_0(stem_0, stem_1)
-        x_1 = self.cell_1(stem_1, x_0)
-        x_2 = self.cell_2(x_0, x_1)
-        x_3 = self.cell_3(x_1, x_2)
+        x_0 = self.cell_0(stem_1, stem_0)
+        x_1 = self.cell_1(x_0, stem_1)
+        x_2 = self.cell_2(x_1, x_0)
+        x_3 = self.cell_3(x_2, x_1)
         if self.reduction_cell_0 is None:
-            return self.act(x_3)
-        reduced_0 = self.reduction_cell_0(x_2, x_3)
-        x_6 = self.cell_6(x_3, reduced_0)
-        x_7 = self.cell_7(reduced_0, x_6)
-        x_8 = self.cell_8(x_6, x_7)
-        x_9 = self.cell_9(x_7, x_8)
+            return F.relu(x_3)
+        reduced_0 = self.reduction_cell_0(x_3, x_2)
+        x_6 = self.cell_6(reduced_0, x_3)
+        x_7 = self.cell_7(x_6, reduced_0)
+        x_8 = self.cell_8(x_7, x_6)
+        x_9 = self.cell_9(x_8, x_7)
         if self.reduction_cell_1 is None:
-            return self.act(x_9)
-        reduced_1 = self.reduction_cell_1(x_8, x_9)
-        x_12 = self.cell_12(x_9, reduced_1)
-        x_13 = self.cell_13(reduced_1, x_12)
-        x_14 = self.cell_14(x_12, x_13)
-        x_15 = self.cell_15(x_13, x_14)
+            return F.relu(x_9)
+        reduced_1 = self.reduction_cell_1(x_9, x_8)
+        x_12 = self.cell_12(reduced_1, x_9)
+        x_13 = self.cell_13(x_12, reduced_1)
+        x_14 = self.cell_14(x_13, x_12)
+        x_15 = self.cell_15(x_14, x_13)
         return self.act(x_15)
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        """The map to (N, num_classes) logits, or with ``pre_logits`` to the pooled features."""
-        x = self.head_drop(self.global_pool(x))
-        return x if pre_logits else self.last_linear(x)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
+default_cfgs = generate_default_cfgs({
+    'nasnetamobile.untrained': {
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7), 'crop_pct': 0.875,
+        'interpolation': 'bilinear', 'mean': (0.5, 0.5, 0.5), 'std': (0.5, 0.5, 0.5),
+        'first_conv': 'conv0.conv', 'classifier': 'last_linear', 'paper_ids': 'arXiv:1707.07012',
+    },
+})
 
 
-def _taken(indices: int | list[int] | None) -> list[int]:
-    """The chosen intermediate maps, as timm counts them: all, the last n, or a list that may count from the end."""
-    n = len(_TAPS)
-    if indices is None:
-        return list(range(n))
-    chosen = list(range(-indices, 0)) if isinstance(indices, int) else list(indices)
-    if not chosen or not all(-n <= i < n for i in chosen):
-        raise ValueError(f'indices={indices!r} do not name any of the {n} intermediate maps: use 1 to {n} for the last '
-                         f'ones, or a list of {-n} to {n - 1}.')
-    return [i % n for i in chosen]
+@register_model
+def nasnetamobile(pretrained: bool = False, **kwargs) -> NASNetAMobile:
+    """NASNet-A-Mobile, without weights of its own."""
+    return build_model_with_cfg(
+        NASNetAMobile, 'nasnetamobile', pretrained, feature_cfg=dict(feature_cls='hook', no_rewrite=True), **kwargs)

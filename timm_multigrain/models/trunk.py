@@ -7,7 +7,7 @@ import torch
 import torch.nn as nn
 from torch.func import functional_call
 
-from . import nasnet_entry  # noqa: F401 - registers the trunk nasnetamobile
+from . import nasnet
 
 __all__ = ['FeatureMap', 'create_trunk', 'probe_trunk']
 
@@ -53,8 +53,8 @@ def create_trunk(name: str, pretrained: bool | str = False, in_chans: int = 3, *
     except AssertionError as e:
         raise ValueError(f'Trunk {name!r} cannot be built without its pooling and classifier ({e}).') from e
     if isinstance(trunk, timm.models.PNASNet5Large):
-        from .nasnet_padding import restore_padding  # importing the package stays quick without it
-        restore_padding(trunk)
+
+        nasnet.restore_padding(trunk)
     return trunk
 
 
