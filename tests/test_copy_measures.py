@@ -4,9 +4,8 @@ import json
 
 import numpy as np
 import pytest
-import torch
 
-from timm_multigrain.retrieval.copies import micro_average_precision, micro_average_precision_of_scores
+from timm_multigrain.retrieval.copies import micro_average_precision
 
 
 def slow(pairs, truth):
@@ -35,24 +34,6 @@ def test_equals_slow_list(seed, digits):
     assert result.uap == pytest.approx(uap, abs=1e-12)
     assert result.recall_at_p90 == pytest.approx(recall, abs=1e-12)
     assert result.threshold_at_p90 == threshold
-
-
-@pytest.mark.parametrize('seed', range(6))
-@pytest.mark.parametrize('digits', [1, 12])
-def test_matrix_equals_list_of_its_pairs(seed, digits):
-    rng = np.random.default_rng(seed)
-    scores = rng.standard_normal((9, 30))
-    relevant = [rng.permutation(30)[:rng.integers(0, 3)] for _ in range(8)] + [[4]]
-    for row, items in zip(scores, relevant, strict=True):
-        row[items] += 3
-    scores = scores.round(digits)
-    queries, references = np.divmod(np.arange(270), 30)
-    truth = [(query, int(item)) for query, items in enumerate(relevant) for item in items]
-    expected = micro_average_precision(queries, torch.from_numpy(references), torch.from_numpy(scores.ravel()), truth)
-    for given in (scores, iter(np.array_split(scores, 4, axis=1))):
-        result = micro_average_precision_of_scores(given, relevant)
-        assert result.ranks.tolist() == expected.ranks.tolist()
-        assert result.to_dict() == expected.to_dict()
 
 
 def test_by_hand():
@@ -105,12 +86,3 @@ def test_prints_saves_and_draws(tmp_path):
 def test_bad_pairs(queries, references, scores, truth, message):
     with pytest.raises(ValueError, match=message):
         micro_average_precision(queries, references, scores, truth)
-
-
-def test_bad_relevant():
-    with pytest.raises(ValueError, match='nothing to find'):
-        micro_average_precision_of_scores(np.zeros((2, 3)), [[], []])
-    with pytest.raises(ValueError, match='index 3 is out of range'):
-        micro_average_precision_of_scores(np.zeros((2, 3)), [[], [3]])
-    with pytest.raises(ValueError, match=r'scores\[1\] holds NaN'):
-        micro_average_precision_of_scores(np.array([[0., 1.], [np.nan, 1.]]), [[1], []])

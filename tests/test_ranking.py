@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from timm_multigrain.retrieval import counting, ranking
 from timm_multigrain.retrieval.counting import count_reaching
-from timm_multigrain.retrieval.ranking import Labelled, outranking, outranking_pairs
+from timm_multigrain.retrieval.ranking import Labelled, outranking
 from timm_multigrain.retrieval.search import similarity_chunks
 
 
@@ -45,17 +45,6 @@ def test_equals_comparing_all(few, piece, problem):
             assert outranking(given_scores, labelled).tolist() == expected
         patch.setattr(ranking, 'HELD_BYTES', 0)
         assert outranking(pieces, labelled).tolist() == expected
-
-
-@given(problem=problems())
-@settings(max_examples=100, deadline=None)
-def test_pairs_equal_one_long_row(problem):
-    scores, lists, cuts = problem
-    labelled = Labelled.of([lists], ['wanted'])
-    flat = labelled.rows * scores.shape[1] + labelled.items
-    above, values = outranking_pairs(np.split(scores, cuts, axis=1), labelled)
-    assert above.tolist() == slow(scores.ravel(), flat)
-    assert len(flat) == 0 or values.tolist() == scores.ravel()[flat].tolist()
 
 
 @pytest.mark.parametrize('few', [0, 16])

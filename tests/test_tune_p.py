@@ -139,21 +139,21 @@ def test_best_of_equal_ones():
     (0, 0, False), (1, 0, False), (4, 0, False), (5, 0, True), (5, 1, False), (8, 1, True), (60, 40, False),
     (61, 39, True), (0, 9, False)])
 def test_p_is_kept_where_nothing_is_surely_better(won, lost, changed):
-    """Of 200 images some become hits at p = 4 and some none any more; (won - lost) ** 2 > 4 (won + lost) by hand."""
-    hits = torch.tensor([[True] * lost + [False] * (200 - lost), [False] * lost + [True] * won + [False] * (
-        200 - lost - won)])  # at p = 3 and 4
+    """Of 200 images some become hits at p = 2 and some none any more; (won - lost) ** 2 > 4 (won + lost) by hand."""
+    hits = torch.tensor([[False] * lost + [True] * won + [False] * (200 - lost - won),
+                         [True] * lost + [False] * (200 - lost)])  # at p = 2 and 3
     model = argparse.Namespace(gem_p=3., head=argparse.Namespace(pool=None, classify=None))
-    scan = _Scan(model, (3., 4.))
+    scan = _Scan(model, (2., 3.))
     for pair in hits.T:
         scan.classify = lambda _, pair=pair: torch.stack([pair.float() * 2, torch.ones(2)], 1)
         scan.pool = GeM(3.)
         scan.add(torch.ones(1, 1, 1, 1), 0)
     result = PResult('top-1', scan.grid, scan.values(), scan.noise(), None, 3., None, (), 200, PROTOCOL)
-    assert scan.values() == (lost / 200, won / 200)
-    assert (result.how, result.p) == (('best', 4) if changed else ('kept', 3))
+    assert scan.values() == (won / 200, lost / 200)
+    assert (result.how, result.p) == (('best', 2) if changed else ('kept', 3))
     assert str(result).endswith('best of the grid' if changed else 'no other is surely better')
-    assert replace(result, choose='best').p == (4 if won > lost else 3)
-    again = _Scan(model, (3., 4.))
+    assert replace(result, choose='best').p == (2 if won >= lost else 3)
+    again = _Scan(model, (2., 3.))
     again.load_state_dict(json.loads(json.dumps(scan.state_dict())))
     assert (again.values(), again.noise(), again.losses()) == (scan.values(), scan.noise(), scan.losses())
 

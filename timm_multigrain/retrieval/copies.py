@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from .ranking import Array, Indices, Labelled, Scores, outranking_pairs
+from .ranking import Array
 from .result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['CopyResult', 'micro_average_precision', 'micro_average_precision_of_scores']
+__all__ = ['CopyResult', 'micro_average_precision']
 
 PRECISION = 0.9
 
@@ -119,25 +119,6 @@ def micro_average_precision(
     order = np.lexsort((correct, -scores))  # false ones first among equal scores
     ranks = np.flatnonzero(correct[order])
     return CopyResult(ranks, scores[order][ranks], len(truth))
-
-
-def micro_average_precision_of_scores(scores: Scores, relevant: Sequence[Indices]) -> CopyResult:
-    """Measures of all pairs of Q queries and N references, none left out, without sorting them.
-
-    Args:
-        scores: Similarities, higher is nearer: (Q, N), or (Q, n) pieces in database order; any real dtype.
-        relevant: References that each query is a copy of, often none.
-
-    Raises:
-        ValueError: If shapes disagree, a score is NaN, there is no true pair, or indices are not integers, repeat or
-            lie outside 0 to N - 1.
-    """
-    labelled = Labelled.of([relevant], ['relevant'])
-    num_true = len(labelled.items)
-    if not num_true:
-        raise ValueError('No query has a relevant item: there is nothing to find.')
-    above, values = outranking_pairs(scores, labelled)
-    return CopyResult(np.sort(above) + np.arange(num_true), np.sort(values)[::-1], num_true)
 
 
 def _to_list(values: Iterable | Array) -> list:

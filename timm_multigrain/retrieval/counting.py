@@ -17,14 +17,13 @@ MOST_BINS = 1 << 14
 FEW_LEVELS = 16  # of a row: comparing with each is quicker than bins
 
 
-def count_reaching(scores: Array, levels: np.ndarray, rows: np.ndarray, first_row: int = 0) -> np.ndarray:
+def count_reaching(scores: Array, levels: np.ndarray, rows: np.ndarray) -> np.ndarray:
     """Number of scores of row rows[i] that are at least levels[i].
 
     Args:
         scores: (Q, n), n above 0, of any real dtype; those of a GPU are counted there.
         levels: (L,) in the dtype of `to_numpy(scores)`, none NaN, ascending within a row.
         rows: (L,) int64, ascending.
-        first_row: Number of the first row in errors.
 
     Returns:
         (L,) int64.
@@ -33,13 +32,13 @@ def count_reaching(scores: Array, levels: np.ndarray, rows: np.ndarray, first_ro
         ValueError: If a score is NaN.
     """
     if isinstance(scores, torch.Tensor) and scores.is_cuda:
-        return _count_on_device(scores.detach(), levels, rows, first_row)
+        return _count_on_device(scores.detach(), levels, rows)
     if isinstance(scores, torch.Tensor) and scores.dtype not in (torch.float16, torch.bfloat16):
         scores = to_numpy(scores)  # a view: only half precision is converted, piece by piece
     num_rows, num = scores.shape
     starts = np.searchsorted(rows, np.arange(num_rows + 1))
     if np.diff(starts).max() <= FEW_LEVELS:
-        return _compare(scores, levels, starts, first_row)
+        return _compare(scores, levels, starts)
     counts = np.zeros(len(levels), dtype=np.int64)
     group = max(1, PIECE // num)
     for row in range(0, num_rows, group):
@@ -47,7 +46,7 @@ def count_reaching(scores: Array, levels: np.ndarray, rows: np.ndarray, first_ro
         part = slice(own[0], own[-1])
         for start in range(0, num, PIECE * 16):
             piece = scores[row:row + group, start:start + PIECE * 16]
-            counts[part] += _count(piece, levels[part], rows[part] - row, own - own[0], first_row + row)
+            counts[part] += _count(piece, levels[part], rows[part] - row, own - own[0], row)
     return counts
 
 
@@ -67,12 +66,12 @@ def to_numpy(scores: Array) -> np.ndarray:
     return scores
 
 
-def _compare(scores: Array, levels: np.ndarray, starts: np.ndarray, first_row: int) -> np.ndarray:
+def _compare(scores: Array, levels: np.ndarray, starts: np.ndarray) -> np.ndarray:
     counts = np.zeros(len(levels), dtype=np.int64)
     for row in range(len(scores)):
         for start in range(0, scores.shape[1], PIECE):
             piece = to_numpy(scores[row, start:start + PIECE])
-            _refuse_nan(piece[None], first_row + row)
+            _refuse_nan(piece[None], row)
             for i in range(starts[row], starts[row + 1]):
                 counts[i] += np.count_nonzero(piece >= levels[i])
     return counts
@@ -149,7 +148,7 @@ class _Bins:
         return places
 
 
-def _count_on_device(scores: torch.Tensor, levels: np.ndarray, rows: np.ndarray, first_row: int) -> np.ndarray:
+def _count_on_device(scores: torch.Tensor, levels: np.ndarray, rows: np.ndarray) -> np.ndarray:
     starts = np.searchsorted(rows, np.arange(len(scores) + 1))
     levels = torch.from_numpy(levels).to(scores.device)
     counts, nan = [], []
@@ -162,6 +161,6 @@ def _count_on_device(scores: torch.Tensor, levels: np.ndarray, rows: np.ndarray,
                 torch.searchsorted(own, piece, right=True), minlength=len(own) + 1)
         counts.append(reached[1:].flip(0).cumsum(0).flip(0))
     if torch.stack(nan).any():
-        row = first_row + int(scores.isnan().any(1).nonzero()[0])
+        row = int(scores.isnan().any(1).nonzero()[0])
         raise ValueError(f'scores[{row}] holds NaN.')
     return torch.cat(counts).cpu().numpy()

@@ -13,7 +13,7 @@ import torch
 
 from .counting import Array, count_reaching, to_numpy
 
-__all__ = ['Array', 'Indices', 'Labelled', 'Scores', 'outranking', 'outranking_pairs', 'ranks_in_rows', 'to_indices']
+__all__ = ['Array', 'Indices', 'Labelled', 'Scores', 'outranking', 'ranks_in_rows', 'to_indices']
 
 Indices = Sequence[int] | Array
 Scores = Array | Iterable[Array]
@@ -89,17 +89,6 @@ def outranking(scores: Scores, labelled: Labelled) -> np.ndarray:
     return _count(scores, labelled).unlabelled()
 
 
-def outranking_pairs(scores: Scores, labelled: Labelled) -> tuple[np.ndarray, np.ndarray]:
-    """As `outranking` with all pairs of a query and an item in one ranking.
-
-    Returns:
-        How many unlabelled pairs, of any query, score at least as much as each labelled one, (L,) int64, and the
-        scores of those, (L,).
-    """
-    counter = _count(scores, labelled, pooled=True)
-    return counter.unlabelled(), counter.values
-
-
 def ranks_in_rows(above: np.ndarray, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """0-based ranks of the items that are looked for, in rankings without the other labelled ones.
 
@@ -138,10 +127,10 @@ def _to_array(values: Indices, name: str) -> np.ndarray:
     return values.astype(np.int64, copy=False)
 
 
-def _count(scores: Scores, labelled: Labelled, pooled: bool = False) -> '_Counter':
+def _count(scores: Scores, labelled: Labelled) -> '_Counter':
     """Read the scores, once or twice."""
     last = labelled.items.max(initial=-1)
-    counter, held, end = _Counter(labelled, pooled), [], 0
+    counter, held, end = _Counter(labelled), [], 0
     for start, block in _blocks(scores, labelled.num_queries):
         end = start + block.shape[1]
         if counter.complete:
@@ -178,16 +167,15 @@ def _count_again(scores: Scores, counter: '_Counter', num_items: int) -> '_Count
 
 
 class _Counter:
-    """Number of scores that reach those of the labelled items: of the same query, or of any (`pooled`).
+    """Number of scores that reach those of the labelled items: of the same query.
 
     Attributes:
         complete: Whether the scores of all labelled items have been picked.
         values: Those scores, (L,).
     """
 
-    def __init__(self, labelled: Labelled, pooled: bool) -> None:
+    def __init__(self, labelled: Labelled) -> None:
         self.labelled = labelled
-        self.pooled = pooled
         self.complete = False
         self.values: np.ndarray | None = None
         self.order: np.ndarray | None = None
@@ -206,11 +194,7 @@ class _Counter:
     def count(self, block: Array) -> None:
         if self.order is None:
             self._sort_levels()
-        if not self.pooled:
-            self.counts += count_reaching(block, self.levels, self.rows)
-            return
-        for query in range(len(block)):
-            self.counts += count_reaching(block[query:query + 1], self.levels, self.rows, query)
+        self.counts += count_reaching(block, self.levels, self.rows)
 
     def unlabelled(self) -> np.ndarray:
         """The counts without the labelled items' own, in the order of the labelled items."""
@@ -227,7 +211,7 @@ class _Counter:
     def _sort_levels(self) -> None:
         if np.isnan(self.values).any():
             raise ValueError(f'scores[{self.labelled.rows[np.isnan(self.values)][0]}] holds NaN.')
-        rows = np.zeros_like(self.labelled.rows) if self.pooled else self.labelled.rows
+        rows = self.labelled.rows
         places = np.empty(len(rows), dtype=np.int64)
         places[np.argsort(self.values)] = np.arange(len(rows))
         self.order = np.argsort(places + rows * len(rows))  # by row, then score: np.lexsort takes several times longer
