@@ -20,6 +20,7 @@ from timm_multigrain.images.subset import Subset
 from timm_multigrain.models.fitted import check_fitted, fitted, note_fitted
 from timm_multigrain.models.opening import open_model
 from timm_multigrain.retrieval.datasets.folder import Groups
+from timm_multigrain.retrieval.datasets.revisited import Revisited
 from timm_multigrain.retrieval.extract import extract
 from timm_multigrain.retrieval.whiten import fit_whitening
 from timm_multigrain.retrieval.whitened_model import whiten_model
@@ -108,6 +109,11 @@ def test_commands_share_one_default(saved, command):
     assert get() == Protocol.for_model(model, kind='crop' if command is validate else 'longer-side')
     assert get('--protocol', 'thumbnail', '--size', '99', '--flip', '--no-exif') == Protocol.for_model(
         model, kind='thumbnail', size=99, flip=True, exif=False)
+    if command is evaluate:
+        protocols = [evaluate._protocols(parser.parse_args([*needed, *flags]), model, Revisited)
+                     for flags in ([], ['--protocol', 'longer-side', '--exif', '--size', '40', '50'])]
+        assert protocols == [[Protocol.for_model(model, kind='thumbnail', exif=False)], [
+            Protocol.for_model(model, size=40), Protocol.for_model(model, size=50)]]
 
 
 def test_learned_from_groups(saved, noise_folder, tmp_path, capsys):

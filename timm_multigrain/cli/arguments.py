@@ -37,8 +37,8 @@ def add_protocol_arguments(parser: argparse.ArgumentParser, kind: str = 'longer-
     add('--size', type=int, nargs='+' if sizes else None, metavar='N',
         help="side of the crop, or longer side, in pixels (default: what a whitening was fitted for, or the model's)")
     add('--protocol', choices=_PROTOCOLS,
-        help='crop: shorter side 256/224 of the size, centre crop; longer-side: nothing is cut off; thumbnail: the '
-             'same, smaller images are not enlarged (default: '
+        help="crop: shorter side size / the model's crop_pct, centre crop; longer-side: nothing is cut off; "
+             'thumbnail: the same, smaller images are not enlarged (default: '
              + ("as the benchmark's public evaluation, or " if sizes else '')
              + f'the one a whitening was fitted for, or {kind})')
     add('--scales', nargs='+', metavar='F', help="average over the input at these scales; 'ms' for 1 0.7071 0.5")
