@@ -268,6 +268,8 @@ def test_score_normalisation(model, pictures, tmp_path, monkeypatch):
     plain, shifted = benchmark.measure([scores]), benchmark.measure([scores + offsets[:, None]])
     assert [f.value for f in result.figures] == pytest.approx([f.value for f in plain + shifted])
     assert [f.split for f in result.figures] == [None, None, 'normalised', 'normalised']
+    assert 'queries cut out' not in result.protocol and 'kind thumbnail' in str(result)
+    assert evaluate(model, benchmark).metrics()[0].protocol.startswith('longer side at most ')  # the organisers'
     with pytest.raises(ValueError, match='has no training images'):
         evaluate(model, 'folder', pictures, PROTOCOL, after=AfterRanking(score_norm=True))
 
