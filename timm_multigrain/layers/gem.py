@@ -16,7 +16,7 @@ import torch.nn as nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .format import drop_prefix_tokens, spatial_dims
-from .gem_function import compiles, fused_power_mean, power_mean, takes, unscaled_power_mean
+from .gem_function import power_mean
 
 
 def gem(
@@ -29,9 +29,8 @@ def gem(
     """Generalized mean of x over `dim`.
 
     A number p = inf is the plain maximum and a number p = 1 the plain mean; every other p, and every tensor p, raises
-    the values to at least `eps` first. The power runs in float32 (float64 for a float64 x) and no p overflows or
-    underflows: where float32 could, values are divided by their maximum first. Under torch.compile the third power (p =
-    2 to 4) is taken as it is, which holds up to values of 1e9.
+    the values to at least `eps` first. The power runs in float32 (float64 for a float64 x) on values divided by their
+    maximum, so that no p overflows or underflows.
 
     Args:
         x: Map of any floating dtype.
@@ -46,7 +45,7 @@ def gem(
     if has_torch_function_unary(x):  # one node in an fx graph
         return handle_torch_function(gem, (x,), x, p, eps, dim, keepdim)
     if isinstance(p, torch.Tensor):
-        y = _power_mean(x, p, eps, dim)
+        y = power_mean(x, p, eps, dim)
     elif not p > 0:
         raise ValueError(f'GeM needs p > 0, got {p}: 1 is the average, 3 the usual choice, inf the maximum.')
     elif p == math.inf:
@@ -54,22 +53,13 @@ def gem(
     elif p == 1:
         y = x.mean(dim, keepdim=True)
     else:
-        y = _power_mean(x, float(p), eps, dim)
+        y = power_mean(x, float(p), eps, dim)
     if not keepdim:  # one by one: torch's older ONNX exporter takes no squeeze of several dimensions
         axes = [d % x.dim() for d in dim]
         axes.sort(reverse=True)
         for axis in axes:
             y = y.squeeze(axis)
     return y.to(x.dtype)
-
-
-def _power_mean(x: torch.Tensor, p: float | torch.Tensor, eps: float, dim: list[int]) -> torch.Tensor:
-    if not torch.jit.is_scripting():
-        if takes(x, p, dim):
-            return fused_power_mean(x, p, eps, dim)
-        if compiles(p):
-            return unscaled_power_mean(x, p, eps, dim)
-    return power_mean(x, p, eps, dim)
 
 
 def _max(x: torch.Tensor, dim: list[int]) -> torch.Tensor:
