@@ -17,6 +17,11 @@ SHARED = Path(__file__).resolve().parents[2] / 'shared'
 torch.set_num_threads(int(os.environ.get('OMP_NUM_THREADS', torch.get_num_threads())))
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker('gpu') and not torch.cuda.is_available():
+        pytest.skip('needs a GPU')
+
+
 @pytest.fixture(autouse=True)
 def own_log():
     """Takes away what a script run by a test set up for its log: it would write into streams closed by then."""

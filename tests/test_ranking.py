@@ -85,7 +85,7 @@ def test_many_scores():
     assert count_reaching(scores, levels, rows).tolist() == expected
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+@pytest.mark.gpu
 @pytest.mark.parametrize('dtype', [torch.float16, torch.float32])
 def test_on_a_gpu(dtype):
     scores = torch.randn(4, 3000).to(dtype)

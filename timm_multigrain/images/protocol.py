@@ -122,7 +122,8 @@ class Protocol:
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """(..., 3, H, W) uint8 to float32, as ToTensor and Normalize do."""
-        mean, std = (torch.tensor(v, device=pixels.device).view(3, 1, 1) for v in (self.mean, self.std))
+        # not made on the device, where the host would wait for it
+        mean, std = (torch.tensor(v).view(3, 1, 1).to(pixels.device, non_blocking=True) for v in (self.mean, self.std))
         return (pixels.to(torch.float32) / 255).sub_(mean).div_(std)
 
     def views(self, x: torch.Tensor) -> Iterator[list[torch.Tensor]]:

@@ -33,6 +33,6 @@ def all_gather_with_grad(x: torch.Tensor) -> torch.Tensor:
     Returns:
         (world size * B, ...).
     """
-    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+    if not (dist.is_available() and dist.is_initialized()):
         return x
     return _AllGather.apply(x)
