@@ -17,9 +17,7 @@ from timm_multigrain.loss import (
     UniformSampler,
     create_sampler,
     effective_negatives,
-    sampling,
 )
-from timm_multigrain.loss import triplets as triplets_module
 
 NAMES = ['batch', 'row', 'uniform']
 TAGS = [
@@ -454,27 +452,6 @@ def test_no_result_is_needed_on_the_host(name):
     assert all(t.shape == (18,) and t.device.type == 'meta' for t in triplets)
     with pytest.raises((RuntimeError, NotImplementedError)):
         create_sampler(name)(embedding, target)
-
-
-@pytest.mark.parametrize('name', NAMES)
-@pytest.mark.parametrize(('pairs', 'side'), [(1, 7), (300, 5), (10 ** 6, 10 ** 6)])
-def test_blocks_do_not_matter(monkeypatch, name, pairs, side):
-    embedding, target = make_embedding('relu', 17, 3, 64)
-    embedding[5, 3], embedding[20] = math.nan, embedding[21]
-    expected = create_sampler(name, generator=3)
-    expected_prob = expected.probabilities(embedding, target)
-    triplets = expected(embedding, target)
-    monkeypatch.setattr(triplets_module, '_PAIRS', pairs)
-    monkeypatch.setattr(sampling, '_SIDE', side)
-    sampler = create_sampler(name, generator=3)
-    prob, uniform_row = sampler.probabilities(embedding, target)
-    torch.testing.assert_close(prob, expected_prob[0], rtol=1e-6, atol=1e-30)
-    assert torch.equal(uniform_row, expected_prob[1])
-    found = sampler(embedding, target)
-    assert torch.equal(found.anchor, triplets.anchor) and torch.equal(found.positive, triplets.positive)
-    usable = embedding.isfinite().all(1)
-    check_triplets(found, target, naive_pairs(target, usable), None)
-    check_negatives(found, target, usable, prob, name)
 
 
 def test_embedding_is_left_alone():

@@ -1,7 +1,6 @@
 """The demo's training: one model from scratch, with timm's loader, optimizer and schedule and MultiGrain's task."""
 import math
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -162,11 +161,11 @@ class _CountingSampler(DistanceWeightedSampler):
     """Also counts the anchors whose negatives were drawn uniformly, as none had any weight."""
     uniform = anchors = 0
 
-    def _parts(self, embedding: torch.Tensor, target: torch.Tensor) -> Iterator[tuple]:
-        for part in super()._parts(embedding, target):
-            self.uniform += int(part.is_uniform.sum())
-            self.anchors += int((part.log_weight.amax(1) > -math.inf).sum())
-            yield part
+    def _candidates(self, embedding: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        found = super()._candidates(embedding, target)
+        self.uniform += int(found[2].sum())
+        self.anchors += int((found[1].amax(1) > -math.inf).sum())
+        return found
 
     @property
     def uniform_share(self) -> float | None:

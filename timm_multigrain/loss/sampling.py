@@ -11,11 +11,9 @@ import math
 import torch
 from torch import Tensor
 
-from .triplets import TripletSampler, split_rows
+from .triplets import TripletSampler
 
 __all__ = ['DistanceWeightedSampler', 'UniformSampler', 'create_sampler', 'effective_negatives']
-
-_SIDE = 64  # rows of the blocks of distances on a CPU
 
 
 def effective_negatives(prob: Tensor) -> Tensor:
@@ -27,7 +25,7 @@ def effective_negatives(prob: Tensor) -> Tensor:
     Returns:
         (B,) from 1, always the same negative, to the number of candidates, uniform; 0 for an anchor without negatives.
     """
-    return torch.where(prob.sum(-1) > 0, torch.special.entr(prob).sum(-1).exp(), 0)
+    return torch.where(prob.sum(-1) > 0, (-torch.xlogy(prob, prob)).sum(-1).exp(), 0)
 
 
 class DistanceWeightedSampler(TripletSampler):
@@ -73,28 +71,12 @@ class DistanceWeightedSampler(TripletSampler):
         self.nonzero_loss_cutoff = nonzero_loss_cutoff
 
     def log_weights(self, embedding: Tensor) -> Tensor:
-        batch_size, dim = embedding.shape
-        log_weight = embedding.new_empty(batch_size, batch_size)
         square_norm = torch.linalg.vector_norm(embedding, dim=1).square()
-        for rows in split_rows(embedding, max(_SIDE, batch_size // 16)):
-            # what is left of the diagonal has been computed above it
-            columns = slice(rows.start, batch_size)
-            square = square_norm[rows, None] + square_norm[columns]
-            square.addmm_(embedding[rows], embedding[columns].T, alpha=-2)
-            square.fill_diagonal_(1.)
-            square = _log_weight(square, dim, self.cutoff, self.nonzero_loss_cutoff)
-            log_weight[rows, columns] = square
-            if rows.stop < batch_size:
-                beyond = slice(rows.stop, batch_size)
-                log_weight[beyond, rows] = square[:, rows.stop - rows.start:].T
+        square = (square_norm[:, None] + square_norm).addmm_(embedding, embedding.T, alpha=-2).fill_diagonal_(1.)
+        log_weight = _log_weight(square, embedding.shape[1], self.cutoff, self.nonzero_loss_cutoff)
         if self.normalize == 'batch':
-            largest = log_weight.max()
-            for rows in split_rows(embedding):
-                # The round trip through float32 is where the original implementation loses its weights. An exponential
-                # that underflows and the logarithm of 0 are slow, hence a power of 2 and the mask.
-                weight = log_weight[rows].sub_(largest).div_(math.log(2)).float().exp2_()
-                lost = weight == 0
-                log_weight[rows] = weight.masked_fill_(lost, 1.).log_().masked_fill_(lost, -math.inf)
+            # The round trip through float32 is where the original implementation loses its weights.
+            log_weight = log_weight.sub_(log_weight.max()).float().exp_().to(log_weight.dtype).log_()
         return log_weight
 
     def extra_repr(self) -> str:

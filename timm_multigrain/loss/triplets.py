@@ -4,18 +4,13 @@ A batch holds several images of each instance. Every ordered pair of images of o
 pair, and an anchor gets as many negatives, images of other instances, as it has positives.
 """
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from timm_multigrain.eager import is_traced
-
-__all__ = ['TripletSampler', 'Triplets', 'is_blind', 'split_rows']
-
-_PAIRS = 2 ** 17  # pairs that are looked at together on a CPU: 1 MiB in float64
+__all__ = ['TripletSampler', 'Triplets']
 
 
 class Triplets(NamedTuple):
@@ -77,8 +72,8 @@ class TripletSampler(nn.Module):
         Raises:
             ValueError: The shapes or dtypes are not as above.
         """
-        parts = [(part.prob(embedding.dtype), part.is_uniform) for part in self._parts(embedding, target)]
-        return tuple(map(torch.cat, zip(*parts, strict=True)))
+        _, log_weight, is_uniform = self._candidates(embedding, target)
+        return _probabilities(log_weight, embedding.dtype), is_uniform
 
     @torch.no_grad()
     def forward(
@@ -91,15 +86,15 @@ class TripletSampler(nn.Module):
 
         With `return_prob` also the probabilities (B, B), as `probabilities` gives them, without computing them twice.
         """
-        _check_batch(embedding, target)
+        positives, log_weight, _ = self._candidates(embedding, target)
+        prob = _probabilities(log_weight, embedding.dtype) if return_prob else None
         slots = self._slots(target)
         index = torch.arange(len(target), device=target.device)
-        columns, prob = [], []
-        for part in self._parts(embedding, target):
-            prob += [part.prob(embedding.dtype)] if return_prob else []
-            columns.append(self._pairs(part, index, slots))
-        positive, negative, num_draws = map(torch.cat, zip(*columns, strict=True))
-        used = index[:slots] < num_draws[:, None]
+        first = torch.where(positives, (len(index) - index).to(torch.float32), 0.)  # the first ones in the batch
+        first, positive = first.topk(slots)
+        num_draws = (first > 0).sum(1)
+        negative, num_candidates = self._draw(log_weight, num_draws, slots)
+        used = index[:slots] < (num_draws * (num_candidates > 0))[:, None]
         triplets = index[:, None].expand(-1, slots), positive, negative
         if self.max_positives is None:
             rows, places = used.nonzero(as_tuple=True)
@@ -107,7 +102,7 @@ class TripletSampler(nn.Module):
         else:
             padding = 0, self.max_positives - slots
             triplets = Triplets(*(F.pad(t.where(used, -1), padding, value=-1).flatten() for t in triplets))
-        return (triplets, torch.cat(prob)) if return_prob else triplets
+        return (triplets, prob) if return_prob else triplets
 
     def _slots(self, target: Tensor) -> int:
         """Negatives to draw for each anchor, padding included."""
@@ -115,30 +110,19 @@ class TripletSampler(nn.Module):
             return min(self.max_positives, len(target))
         return max(int(target.unique(return_counts=True)[1].max()) - 1, 1)
 
-    def _parts(self, embedding: Tensor, target: Tensor) -> Iterator['_Part']:
-        """The batch in groups of anchors, so that what exists of all pairs is their log weights only."""
+    def _candidates(self, embedding: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which pairs are positives (B, B), log weights of the negatives (B, B), and which rows became uniform (B,)."""
         _check_batch(embedding, target)
         # An error of a distance is multiplied by an exponent in the thousands; MPS has no float64.
         embedding = embedding.to(torch.float32 if embedding.device.type == 'mps' else torch.float64)
         usable = torch.linalg.vector_norm(embedding, dim=1).isfinite()
-        log_weights = self.log_weights(embedding)
-        for rows in split_rows(embedding):
-            same = target[rows, None] == target
-            positives, negatives = same & usable, ~same & usable
-            positives.diagonal(rows.start).fill_(False)
-            log_weight = log_weights[rows].masked_fill_(~negatives, -math.inf)
-            is_uniform = log_weight.amax(1).isneginf() & usable[rows]
-            if is_blind(embedding) or is_uniform.any():
-                log_weight.masked_fill_(is_uniform[:, None] & negatives, 0.)
-            yield _Part(positives, log_weight, is_uniform & negatives.any(1))
-
-    def _pairs(self, part: '_Part', index: Tensor, slots: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Positives and negatives (rows, slots) of the anchors, and how many of the slots count."""
-        score = torch.where(part.positives, (len(index) - index).to(torch.float32), 0.)  # the first ones in the batch
-        score, positive = score.topk(slots)
-        num_draws = (score > 0).sum(1)
-        negative, num_candidates = self._draw(part.log_weight, num_draws, slots)
-        return positive, negative, num_draws * (num_candidates > 0)
+        same = target[:, None] == target
+        positives, negatives = same & usable, ~same & usable
+        positives.fill_diagonal_(False)
+        log_weight = self.log_weights(embedding).masked_fill_(~negatives, -math.inf)
+        is_uniform = log_weight.amax(1).isneginf() & usable
+        log_weight.masked_fill_(is_uniform[:, None] & negatives, 0.)
+        return positives, log_weight, is_uniform & negatives.any(1)
 
     def _draw(self, log_weight: Tensor, num_draws: Tensor, slots: int) -> tuple[Tensor, Tensor]:
         """Negatives (rows, slots) of as many anchors, and how many there are to draw from, at most `slots`.
@@ -168,29 +152,9 @@ class TripletSampler(nn.Module):
         return self.generator
 
 
-class _Part(NamedTuple):
-    """Some anchors: their positives and the log weights of their negatives, (rows, B), and which weights are all 0."""
-    positives: Tensor
-    log_weight: Tensor
-    is_uniform: Tensor
-
-    def prob(self, dtype: torch.dtype) -> Tensor:
-        # The fill is for the rows without negatives, NaN by now.
-        prob = self.log_weight.softmax(1).masked_fill_(self.log_weight.isneginf(), 0.)
-        return prob.to(torch.promote_types(dtype, torch.float32))
-
-
-def is_blind(embedding: Tensor) -> bool:
-    """Whether a look at values would wait for a device, or stop a compiler."""
-    return embedding.device.type != 'cpu' or type(embedding) is not Tensor or is_traced()
-
-
-def split_rows(embedding: Tensor, size: int | None = None) -> Iterator[slice]:
-    """Slices of `size` rows, or as many as fit a CPU's cache; a single one on other devices and for a compiler."""
-    number = len(embedding)
-    size = number if is_blind(embedding) else size or max(_PAIRS // number, 1)
-    for start in range(0, number, size):
-        yield slice(start, min(start + size, number))
+def _probabilities(log_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    prob = log_weight.softmax(1).masked_fill_(log_weight.isneginf(), 0.)  # rows without negatives are NaN by now
+    return prob.to(torch.promote_types(dtype, torch.float32))
 
 
 def _check_batch(embedding: Tensor, target: Tensor) -> None:
