@@ -1,9 +1,55 @@
-"""Files that appear whole or not at all."""
+"""Files that appear whole or not at all, and JSON files that anybody may have written."""
+import json
 import os
 import uuid
 from pathlib import Path
+from typing import Any
 
-__all__ = ['fsync', 'write_bytes', 'write_text']
+__all__ = ['fsync', 'parse_json', 'read_json', 'write_bytes', 'write_text']
+
+MAX_JSON = 256 << 20  # bytes
+
+
+def read_json(path: str | os.PathLike, what: str = '') -> Any:
+    """Content of a JSON file.
+
+    Args:
+        path: The file.
+        what: What it is, for the error.
+
+    Raises:
+        FileNotFoundError: There is none.
+        ValueError: It is not JSON, or larger than any that this package reads.
+    """
+    try:
+        with open(path, 'rb') as file:
+            return parse_json(file.read(MAX_JSON + 1))
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{_shown(path)}: {what or "file"} not found.') from None
+    except ValueError as e:
+        raise ValueError(f'{_shown(path)} is not a JSON file: {e}.') from e
+
+
+def parse_json(text: bytes | str) -> Any:
+    """The value of JSON text, in which NaN and infinities are none.
+
+    Raises:
+        ValueError: It is not JSON.
+    """
+    def refuse(name: str) -> None:
+        raise ValueError(f'{name} is not a number in JSON')
+
+    if len(text) > MAX_JSON:
+        raise ValueError(f'it has more than {MAX_JSON >> 20} MB')
+    try:
+        return json.loads(text, parse_constant=refuse)
+    except RecursionError:
+        raise ValueError('it is nested too deep') from None
+
+
+def _shown(path: str | os.PathLike) -> str:
+    from timm_multigrain.images.sources import printable
+    return printable(path)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:

@@ -9,9 +9,7 @@ import functools
 import math
 import os
 import shutil
-import signal
 import tempfile
-import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -261,7 +259,7 @@ def launch_app(
         max_upload: Largest request, bytes.
         max_pixels: Larger pictures are refused.
         max_temporary: Bytes of all uploads and small pictures that are kept.
-        block: Return only when it is interrupted, by Ctrl-C or SIGTERM.
+        block: Return only when it is interrupted.
 
     Raises:
         ImportError: gradio is not installed.
@@ -276,8 +274,6 @@ def launch_app(
     app = build_app(index, title, max_pixels)
     if block:
         os.umask(0o077)  # of the pictures that gradio writes
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the folder is deleted
     guard = Middleware(
         Guard, hosts=[LOOPBACK, '::1', 'localhost', host, *allow_hosts], uploads=_temporary_folder(),
         max_bytes=max_upload + (1 << 20), max_total=max_temporary, max_files=MAX_FILES)

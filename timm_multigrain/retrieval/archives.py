@@ -3,29 +3,29 @@
 What a download was is kept in `downloads.json` beside it: address, length and SHA-256. Where the right hash is known it
 is compared; where it is not, the first download is trusted, and a later one of the same address has to be equal.
 """
+import gzip
 import hashlib
 import json
 import os
-import shutil
 import tarfile
-import uuid
+import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from pathlib import Path
+from typing import Any, BinaryIO
 
 from timm_multigrain.download import download
-from timm_multigrain.files import write_text
+from timm_multigrain.files import read_json, write_text
+from timm_multigrain.images.sources import printable
 
 __all__ = ['RemoteFile', 'fetch_files', 'unpack']
 
 MANIFEST = 'downloads.json'
 ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.zip')
-MAX_BYTES = 200 << 30  # of one archive, unpacked
 MAX_RATIO = 100  # unpacked over packed: photographs hardly shrink at all
-MAX_FILES = 5_000_000
-_CHUNK = 1 << 20
+MAX_FILES = 200_000
+MAX_HEADER = 16 << 20  # bytes, of the directory of a zip, of a file in a tar
 
 
 @dataclass(frozen=True)
@@ -85,118 +85,100 @@ def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike,
         report(f'{remote.name}: {size} bytes, SHA-256 {sha256} ({how})')
 
 
-def unpack(archive: str | os.PathLike, folder: str | os.PathLike, max_bytes: int = MAX_BYTES,
-           max_ratio: float = MAX_RATIO, max_files: int = MAX_FILES) -> int:
-    """Unpack the plain files of a tar, tar.gz or zip archive, all of them or none.
-
-    Files that are there already are replaced. Permissions, owners and times are not taken over.
-
-    Args:
-        archive: The file.
-        folder: Where to, made if missing.
-        max_bytes: Most bytes unpacked.
-        max_ratio: Most bytes unpacked for a byte of the archive.
-        max_files: Most files.
+def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
+    """Unpack a tar, tar.gz or zip archive of files and folders, all of it or nothing; old files are replaced.
 
     Returns:
         Number of files.
 
     Raises:
-        ValueError: The archive is damaged, larger than allowed when unpacked, or holds a link, a device or a path that
+        ValueError: The archive is damaged, larger than any set of photographs, or holds a link, a device or a path that
             leads out of the folder.
     """
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    staging = folder / f'.unpacking-{uuid.uuid4().hex[:8]}'
-    allowed = min(max_bytes, int(max_ratio * max(archive.stat().st_size, 1 << 16)))
-    names = []
-    try:
-        for name, content in _members(archive):
-            allowed -= _copy(content, _inside(staging, name, archive), allowed, archive)
-            names.append(name)
-            if len(names) > max_files:
-                raise ValueError(f'{archive} holds more than {max_files} files: it is not unpacked.')
-        for name in dict.fromkeys(names):
-            target = _inside(folder, name, archive)
+    with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=folder) as work, open(archive, 'rb') as file:
+        try:
+            (_unzip if file.read(2) == b'PK' else _untar)(archive, work)
+        except Exception as e:  # a damaged archive raises whatever its headers lead to
+            if isinstance(e, OSError) and e.errno is not None:  # the disk's, not the archive's
+                raise
+            raise ValueError(f'{printable(archive)} was not unpacked: {printable(str(e)) or type(e).__name__}.') from e
+        files = [path for path in Path(work).rglob('*') if path.is_file()]
+        for path in files:
+            target = folder / path.relative_to(work)
+            if not target.parent.resolve().is_relative_to(folder.resolve()):
+                raise ValueError(f'{printable(target)} is outside of {printable(folder)}, through a link there.')
             target.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(_inside(staging, name, archive), target)
-    except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, NotImplementedError, RuntimeError) as e:
-        if isinstance(e, OSError) and e.errno is not None:  # the disk's, not the archive's
-            raise
-        raise ValueError(f'{archive} is no whole archive ({type(e).__name__}: {e}): download it again.') from e
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-    return len(set(names))
+            os.replace(path, target)
+    return len(files)
 
 
-def _members(archive: Path) -> Iterator[tuple[str, BinaryIO]]:
-    """Name and content of each plain file."""
-    if zipfile.is_zipfile(archive):
-        with zipfile.ZipFile(archive) as file:
-            for info in file.infolist():
-                if info.is_dir():
-                    continue
-                kind = info.external_attr >> 28  # of a Unix file mode, 0 where the archive has none
-                if kind not in (0, 0o10):
-                    raise ValueError(_unsafe(archive, info.filename, 'no plain file'))
-                with file.open(info) as content:
-                    yield info.filename, content
-        return
-    with tarfile.open(archive, 'r|*') as file:
-        for info in file:
-            if info.isdir():
-                continue
-            if not info.isreg():
-                raise ValueError(_unsafe(archive, info.name, 'a link or a device'))
-            content = file.extractfile(info)
-            yield info.name, content
+class _Reader:
+    """A file that gives a limited number of bytes, of which headers get a few: both formats read those into memory."""
+
+    def __init__(self, file: BinaryIO, size: int):
+        self.file, self.size, self.left, self.header = file, size, MAX_RATIO * max(size, 1 << 16), MAX_HEADER
+
+    def read(self, size: int = -1) -> bytes:
+        size = size if size >= 0 else self.size - self.file.tell()  # a zip is read to its end
+        self.left, self.header = self.left - size, self.header - size
+        if self.left < 0 or self.header < 0:
+            raise ValueError('it is larger, unpacked or in its headers, than any set of photographs')
+        return self.file.read(size)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
 
 
-def _inside(folder: Path, name: str, archive: Path) -> Path:
-    parts = PurePosixPath(name).parts
-    if (not parts or name.startswith('/') or '..' in parts or '\\' in name or '\0' in name
-            or (len(name) > 1 and name[1] == ':')):
-        raise ValueError(_unsafe(archive, name, f'outside of {folder}'))
-    path = folder.joinpath(*parts)
-    if not path.parent.resolve().is_relative_to(folder.resolve()):  # a link that was there before
-        raise ValueError(_unsafe(archive, name, f'outside of {folder}, through a link'))
-    return path
+def _untar(archive: Path, folder: str) -> None:
+    if not hasattr(tarfile, 'data_filter'):
+        raise ValueError('tar archives need Python 3.10.12, 3.11.4, or newer')
+    with open(archive, 'rb') as file:
+        zipped = file.read(2) == b'\x1f\x8b'
+    with (gzip.open if zipped else open)(archive, 'rb') as file:
+        reader = _Reader(file, archive.stat().st_size)
+        with tarfile.open(fileobj=reader, mode='r|') as tar:
+            for number, info in enumerate(tar):
+                _check(number, info.name, info.isdir() or (info.isreg() and not info.issparse()))
+                reader.header = info.size + MAX_HEADER
+                tar.extract(info, folder, filter='data')
+                reader.header = MAX_HEADER
 
 
-def _unsafe(archive: Path, name: str, what: str) -> str:
-    return f'{archive} is not safe to unpack: it would write {name!r}, {what}; nothing of it was unpacked.'
+def _unzip(archive: Path, folder: str) -> None:
+    with open(archive, 'rb') as file:
+        reader = _Reader(file, archive.stat().st_size)
+        with zipfile.ZipFile(reader) as zipped:
+            for number, info in enumerate(zipped.infolist()):
+                plain = info.external_attr >> 28 in (0, 0o4, 0o10)  # of a Unix file mode: not said, folder, file
+                inside = (Path(folder) / info.filename).resolve().is_relative_to(Path(folder).resolve())
+                _check(number, info.filename, plain and inside)
+                reader.left -= info.file_size
+                reader.header = info.compress_size + MAX_HEADER
+                zipped.extract(info, folder)
 
 
-def _copy(content: BinaryIO, path: Path, allowed: int, archive: Path) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    size = 0
-    with open(path, 'wb') as file:
-        while chunk := content.read(_CHUNK):
-            size += len(chunk)
-            if size > allowed:
-                raise ValueError(f'{archive} becomes larger than the {MAX_RATIO} times its own size, or '
-                                 f'{MAX_BYTES >> 30} GiB, that a set of images may have: nothing of it was unpacked.')
-            file.write(chunk)
-    return size
+def _check(number: int, name: str, plain: bool) -> None:
+    if not plain:
+        raise ValueError(f'{name!r} is not a plain file of the folder')
+    if number >= MAX_FILES:
+        raise ValueError(f'it holds more than {MAX_FILES} files')
 
 
 def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, 'rb') as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(_CHUNK):
+        while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
 
 
 def _read_manifest(root: Path) -> dict[str, dict]:
-    try:
-        manifest = json.loads((root / MANIFEST).read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        return {}
-    except (ValueError, UnicodeDecodeError) as e:
-        raise ValueError(f'{root / MANIFEST} is not JSON ({e}): delete it.') from e
+    path = root / MANIFEST
+    manifest = read_json(path) if path.exists() else {}
     if not (isinstance(manifest, dict) and all(isinstance(entry, dict) for entry in manifest.values())):
-        raise ValueError(f'{root / MANIFEST} is no list of downloads: delete it.')
+        raise ValueError(f'{printable(path)} is not a list of downloads: delete it.')
     return manifest
 
 

@@ -1,181 +1,136 @@
-"""Pickles of plain values, read without running anything that is in them.
+"""Pickles of plain values, as the ground truth of Revisited Oxford and Paris is published, without running any of them.
 
-The ground truth of several benchmarks is published as a pickle, a format whose files can run any code when they are
-loaded. Here a file may hold numbers, texts, lists, tuples, dicts, sets, and numpy arrays and scalars of numbers, texts
-or booleans; whatever else it names is refused, and no constructor of numpy's sees a byte of it.
+Only the opcodes of numbers, texts, lists and dicts are carried out, and numpy's arrays and numbers are read as those.
 """
 import io
 import os
 import pickle
-from collections.abc import Callable
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from timm_multigrain.images.sources import printable
+
 __all__ = ['load_plain_pickle']
 
-MAX_BYTES = 256 << 20
-_KINDS = 'biufSU'
+MAX_BYTES, MAX_DEPTH = 16 << 20, 20
+_NAMES = (
+    'PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING BINSTRING '
+    'SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 LIST EMPTY_LIST '
+    'APPEND APPENDS DICT EMPTY_DICT SETITEM SETITEMS PUT BINPUT LONG_BINPUT MEMOIZE GET BINGET LONG_BINGET GLOBAL '
+    'STACK_GLOBAL REDUCE')
+_OPCODES = [getattr(pickle, name)[0] for name in _NAMES.split()]
 
 
-def load_plain_pickle(path: str | os.PathLike, max_bytes: int = MAX_BYTES) -> Any:
-    """Read a pickle of plain values, also one of Python 2 (texts as Latin-1).
-
-    Args:
-        path: The file.
-        max_bytes: Larger files are refused.
-
-    Returns:
-        Its value; arrays are writeable copies.
+def load_plain_pickle(path: str | os.PathLike) -> Any:
+    """Read a pickle of numbers, texts, lists and dicts; tuples and numpy arrays become lists.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: It is no whole pickle, is too large, or holds anything but plain values.
+        ValueError: It holds anything else, is damaged, or is larger than any ground truth.
     """
     path = Path(path)
     try:
-        size = path.stat().st_size
+        with open(path, 'rb') as file:
+            content = file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: there is no such file.') from None
-    if size > max_bytes:
-        raise ValueError(f'{path} has {size} bytes, more than the {max_bytes} of any ground truth: it is not read.')
+        raise FileNotFoundError(f'{printable(path)} not found.') from None
     try:
-        return _Plain().convert(_PlainUnpickler(io.BytesIO(path.read_bytes()), encoding='latin1').load())
-    except _Refused as e:
-        raise ValueError(f'{path} is refused, nothing of it was run: the pickle {e}; a ground truth holds numbers, '
-                         'texts, lists, dicts and numpy arrays only.') from e
+        if len(content) > MAX_BYTES:
+            raise ValueError(f'larger than {MAX_BYTES} bytes')
+        unpickler = _Unpickler(io.BytesIO(content), encoding='latin1')
+        unpickler.left = 10 * len(content)
+        return unpickler.plain(unpickler.load())
     except Exception as e:  # a damaged pickle raises whatever its opcodes run into
-        raise ValueError(f'{path} is no whole pickle of plain values ({type(e).__name__}: '
-                         f'{str(e) or "no reason given"}): download it again.') from e
+        reason = printable(str(e)[:200] or type(e).__name__)
+        raise ValueError(f'{printable(path)} is not a whole pickle of numbers, texts, lists and dicts ({reason}); '
+                         'nothing in it was run.') from e
 
 
-class _Refused(Exception):
-    pass
+class _Unpickler(pickle._Unpickler):
+    """The one written in Python, whose memo is a dict: in the one in C, a few bytes ask for a table of gigabytes."""
+    dispatch = {code: pickle._Unpickler.dispatch[code] for code in _OPCODES}
+    # Tuples become lists, which are no keys: the hash of a tuple of tuples that are one and the same takes forever.
+    dispatch |= {pickle.TUPLE[0]: dispatch[pickle.LIST[0]], pickle.EMPTY_TUPLE[0]: dispatch[pickle.EMPTY_LIST[0]],
+                 pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]]}  # which allocates nothing beforehand
 
-
-class _PlainUnpickler(pickle._Unpickler):
-    """The unpickler written in Python: in the one written in C, a few bytes can ask for gigabytes of memo table."""
-
-    def find_class(self, module: str, name: str) -> Callable:
-        module = {'__builtin__': 'builtins'}.get(module, module).replace('numpy._core', 'numpy.core')
-        try:
-            return _ALLOWED[module, name]
-        except KeyError:
-            raise _Refused(f'calls {module}.{name}') from None
-
-    def get_extension(self, code: int) -> None:
-        raise _Refused(f'calls number {code} of the registered extensions')
-
-    def persistent_load(self, pid: Any) -> None:
-        raise _Refused('refers to objects outside of it')
+    def load_tuple_of(self, number: int) -> None:
+        self.stack[-number:] = [self.stack[-number:]]
 
     def load_build(self) -> None:
-        if not isinstance(self.stack[-2], (_Dtype, _Array)):
-            raise _Refused(f'sets the state of a {type(self.stack[-2]).__name__}')
-        super().load_build()
+        state = self.stack.pop()
+        if not isinstance(self.stack[-1], (_Dtype, _Array)):
+            raise ValueError('it sets the state of an object')
+        self.stack[-1].set_state(*state)
 
-    dispatch = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: load_build}
+    dispatch |= {
+        pickle.TUPLE1[0]: lambda self: self.load_tuple_of(1), pickle.TUPLE2[0]: lambda self: self.load_tuple_of(2),
+        pickle.TUPLE3[0]: lambda self: self.load_tuple_of(3), pickle.BUILD[0]: load_build}
+
+    def find_class(self, module: str, name: str) -> Any:
+        known = {'_codecs.encode': self.encode, '__builtin__.bytes': lambda: b'',
+                 'numpy.ndarray': None, 'numpy.dtype': _Dtype,
+                 'numpy.core.multiarray._reconstruct': lambda *_: _Array(),
+                 'numpy.core.multiarray.scalar': lambda dtype, data: _Array(data, dtype),
+                 'numpy.core.numeric._frombuffer': _Array}
+        name = f'{module}.{name}'.replace('numpy._core', 'numpy.core')
+        if name not in known:
+            raise ValueError(f'it calls {name}')
+        return known[name]
+
+    def encode(self, text: str, encoding: str) -> bytes:  # how protocols 0 to 2 write bytes
+        if encoding != 'latin1':
+            raise ValueError(f'it has bytes in {encoding}')
+        self.spend(len(text))
+        return text.encode('latin1')
+
+    def spend(self, number: int) -> None:
+        self.left -= number
+        if self.left < 0:
+            raise ValueError('it repeats itself')
+
+    def plain(self, value: Any, depth: int = 0) -> Any:
+        """The value without stand-ins, as a tree: what is used twice counts twice."""
+        self.spend(1)
+        if depth > MAX_DEPTH:
+            raise ValueError(f'it is nested more than {MAX_DEPTH} deep')
+        value = value.to_list() if isinstance(value, _Array) else value
+        if isinstance(value, dict):
+            return {self.plain(k, depth + 1): self.plain(v, depth + 1) for k, v in value.items()}
+        if isinstance(value, list):
+            return [self.plain(part, depth + 1) for part in value]
+        if value is not None and not isinstance(value, (bool, int, float, str, bytes)):
+            raise ValueError(f'it holds a {type(value).__name__}')
+        return value
 
 
 class _Dtype:
-    """What a pickled numpy.dtype says."""
+    order = '='
 
     def __init__(self, code: str, *_: Any):
-        if not isinstance(code, str):
-            raise _Refused(f'has an array of {code!r}')
-        try:
-            self.dtype = np.dtype(code)
-        except (TypeError, ValueError):
-            raise _Refused(f'has an array of {code!r}') from None
-        if self.dtype.kind not in _KINDS:
-            raise _Refused(f'has an array of {code!r}, not of numbers or texts')
+        if not re.fullmatch(r'[biuf][1248]|[SU][1-9]\d{0,3}', code):
+            raise ValueError(f'it has an array of {code}')
+        self.code = code
 
-    def __setstate__(self, state: tuple) -> None:
-        order = state[1]
-        if order not in ('<', '>', '|', '='):
-            raise _Refused(f'has an array of byte order {order!r}')
-        self.dtype = self.dtype.newbyteorder(order) if order in '<>' else self.dtype
+    def set_state(self, version: int, order: str, *_: Any) -> None:
+        self.order = order.replace('|', '=')
 
 
 class _Array:
-    """A pickled array, before it is one."""
+    def __init__(self, data: bytes | str = b'', dtype: _Dtype | None = None, shape: Sequence = (), order: str = 'C'):
+        self.data = data.encode('latin1') if isinstance(data, str) else data  # a text in Python 2
+        self.dtype, self.shape, self.order = dtype, shape, order
 
-    def __init__(self, *_: Any):
-        self.value = None
+    def set_state(self, version: int, shape: list, dtype: _Dtype, fortran: bool, data: bytes | str) -> None:
+        self.__init__(data, dtype, shape, 'F' if fortran else 'C')
 
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, data = state
-        self.value = _from_bytes(data, dtype, shape, 'F' if fortran else 'C')
-
-
-def _from_bytes(data: Any, dtype: Any, shape: Any, order: str = 'C') -> np.ndarray:
-    if isinstance(data, str):  # written by Python 2
-        data = data.encode('latin1')
-    if not isinstance(dtype, _Dtype) or not isinstance(data, (bytes, bytearray)):
-        raise _Refused('has an array that is not made of bytes')
-    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order).copy(order='K')
-
-
-def _make_array(data: Any, dtype: Any, shape: Any, order: str) -> _Array:
-    array = _Array()
-    array.value = _from_bytes(data, dtype, shape, order)
-    return array
-
-
-def _make_scalar(dtype: Any, data: Any = b'') -> Any:
-    return _from_bytes(data, dtype, ())[()]
-
-
-def _bytes(data: Any = b'', encoding: Any = 'latin1') -> bytes:
-    if encoding not in ('latin1', 'latin-1') or not isinstance(data, (str, bytes)):
-        raise _Refused(f'makes bytes of a {type(data).__name__}, encoding {encoding!r}')
-    return data.encode('latin1') if isinstance(data, str) else data
-
-
-def _array_class(*_: Any) -> None:
-    raise _Refused('makes an array in an unusual way')
-
-
-_ALLOWED = {
-    ('numpy', 'ndarray'): _array_class,
-    ('numpy', 'dtype'): _Dtype,
-    ('numpy.core.multiarray', '_reconstruct'): _Array,
-    ('numpy.core.multiarray', 'scalar'): _make_scalar,
-    ('numpy.core.numeric', '_frombuffer'): _make_array,
-    ('_codecs', 'encode'): _bytes,
-    ('builtins', 'bytes'): _bytes,
-    ('builtins', 'bytearray'): _bytes,
-    ('builtins', 'set'): lambda values=(): set(values),
-    ('builtins', 'frozenset'): lambda values=(): frozenset(values),
-}
-
-
-class _Plain:
-    """Copies what was read, with arrays in place of their stand-ins; each object once, however often it is met."""
-
-    def __init__(self):
-        self.done: dict[int, Any] = {}
-        self.alive: list[Any] = []  # an id is an object's own only as long as the object is there
-
-    def convert(self, value: Any) -> Any:
-        if value is None or isinstance(value, (bool, int, float, complex, str, bytes, bytearray, np.generic)):
-            return value
-        if id(value) not in self.done:
-            self.alive.append(value)
-            self.done[id(value)] = _Refused  # until it is complete: one that holds itself is met again
-            self.done[id(value)] = self._copy(value)
-        elif self.done[id(value)] is _Refused:
-            raise _Refused('holds a list that holds itself')
-        return self.done[id(value)]
-
-    def _copy(self, value: Any) -> Any:
-        if isinstance(value, dict):
-            return {self.convert(k): self.convert(v) for k, v in value.items()}
-        if isinstance(value, (list, tuple, set, frozenset)):
-            return type(value)(map(self.convert, value))
-        if isinstance(value, _Array) and value.value is not None:
-            return value.value
-        if isinstance(value, _Dtype):
-            return str(value.dtype)
-        raise _Refused(f'holds a {type(value).__name__.strip("_")}')
+    def to_list(self) -> Any:
+        if len(self.shape) > 2:
+            raise ValueError(f'it has an array of {len(self.shape)} axes')
+        if not self.data and 0 in self.shape:  # a million rows of no number are a million lists
+            return []
+        array = np.frombuffer(self.data, self.dtype.order + self.dtype.code)
+        return array.reshape(self.shape, order=self.order).tolist()

@@ -1,11 +1,9 @@
 """Images of a published set on the disk: found by name wherever an archive put them, counted, and missed by name."""
-import json
 import os
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any
 
-__all__ = ['IMAGE_SUFFIXES', 'image_names', 'locate', 'read_json', 'require_folder', 'some']
+__all__ = ['IMAGE_SUFFIXES', 'image_names', 'locate', 'require_folder', 'some']
 
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff', '.webp')
 
@@ -74,17 +72,3 @@ def _choose(name: str, paths: Sequence[str], folder: Path, prefer: Sequence[str]
     if len(paths) > 1:
         raise ValueError(f'{folder} has the image {name} more than once ({some(paths)}): leave one.')
     return paths[0]
-
-
-def read_json(path: str | os.PathLike) -> Any:
-    """Content of a JSON file.
-
-    Raises:
-        FileNotFoundError, ValueError: There is none, or it is not JSON.
-    """
-    try:
-        return json.loads(Path(path).read_text(encoding='utf-8'))
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: there is no such file.') from None
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{path} is not JSON: {e}.') from e

@@ -12,13 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from timm_multigrain.files import read_json
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.retrieval.archives import RemoteFile
 from timm_multigrain.retrieval.revisited import RevisitedQuery, revisited_scores
 from timm_multigrain.retrieval.unpickle import load_plain_pickle
 
 from .benchmark import Benchmark, Figure, Scores
-from .files import locate, read_json, require_folder, some
+from .files import locate, require_folder, some
 
 __all__ = ['DISTRACTORS', 'DOWNLOADS', 'Revisited', 'load_revisited', 'read_ground_truth']
 
