@@ -21,7 +21,6 @@ from . import (
     export,
     index,
     publish,
-    publish_official,
     recipe,
     search,
     tune_p,
@@ -34,8 +33,7 @@ __all__ = ['main']
 _COMMANDS = {
     'demo': demo, 'recipe': recipe, 'embed': embed, 'evaluate': evaluate, 'validate': validate, 'whiten': whiten,
     'tune-p': tune_p, 'index': index, 'search': search,
-    'dedup': dedup, 'app': app, 'export': export, 'convert': convert, 'publish': publish,
-    'publish-official': publish_official}
+    'dedup': dedup, 'app': app, 'export': export, 'convert': convert, 'publish': publish}
 
 
 def main(argv: list[str] | None = None) -> int:
