@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 import timm_multigrain
 from timm_multigrain.models import checkpoint_filter_fn
+from timm_multigrain.models.checkpoint import new_classifier
 
 from . import original
 
@@ -184,6 +185,58 @@ def test_load_state_dict_takes_weights_of_the_trunk(tmp_path):
         timm.create_model('multigrain', trunk='resnet10t', num_classes=6, checkpoint_path=path)
     with pytest.raises(ValueError, match='neither a MultiGrain one'):
         model.load_state_dict({'blocks.0.weight': torch.zeros(1)})
+
+
+@pytest.mark.parametrize('prefix', ['', 'module.', '_orig_mod.', '_orig_mod.module.', 'module._orig_mod.module.'])
+def test_prefixes_of_wrappers(prefix):
+    trunk = timm.create_model('resnet10t', num_classes=7)
+    model, other = (timm.create_model('multigrain', trunk='resnet10t', num_classes=7) for _ in range(2))
+    for source in (trunk, other):
+        model.load_state_dict({f'{prefix}{k}': v for k, v in source.state_dict().items()})
+        convolution = (source.trunk if source is other else source).layer2[0].conv1.weight
+        assert torch.equal(model.trunk.layer2[0].conv1.weight, convolution)
+        assert torch.equal(model.head.fc.weight, source.get_classifier().weight)
+
+
+def test_part_of_a_state_dict_loads_as_torch_does():
+    model = timm.create_model('multigrain', trunk='resnet10t', num_classes=2)
+    head = {'head.fc.bias': torch.tensor([3., 4.])}
+    found = model.load_state_dict(head, strict=False)
+    assert found == torch.nn.Module.load_state_dict(model, head, strict=False)
+    assert 'head.fc.weight' in found.missing_keys
+    assert model.head.fc.bias.tolist() == [3, 4]
+    found = model.load_state_dict({'trunk.bn1.bias': torch.ones(64), 'head.unknown': torch.ones(1)}, strict=False)
+    assert found.unexpected_keys == ['head.unknown'] and model.trunk.bn1.bias.sum() == 64
+    with pytest.raises(RuntimeError, match='Missing key'):
+        model.load_state_dict({'head.fc.bias': torch.zeros(2)})
+
+
+def test_starting_weights_of_other_classes(caplog, tmp_path):
+    """What train.py starts from may be of other classes; what validate.py tests may not."""
+    caplog.set_level('INFO')
+    trunk = timm.create_model('resnet10t', num_classes=9)
+    sources = [trunk, timm.create_model('multigrain', trunk='resnet10t', num_classes=9, gem_p=2.5),
+               timm.create_model('multigrain', trunk='resnet10t', num_classes=0)]
+    for number, source in enumerate(sources):
+        path = tmp_path / f'{number}.pth'
+        torch.save(source.state_dict(), path)
+        torch.manual_seed(0)
+        fresh = timm.create_model('multigrain', trunk='resnet10t', num_classes=4)
+        torch.manual_seed(0)
+        with new_classifier():
+            model = timm.create_model('multigrain', trunk='resnet10t', num_classes=4, checkpoint_path=path)
+        assert torch.equal(model.head.fc.weight, fresh.head.fc.weight)
+        convolution = (source.trunk if number else source).conv1[0].weight
+        assert torch.equal(model.trunk.conv1[0].weight, convolution)
+        assert f'{"no" if number == 2 else 9} classes, the model 4: its classifier starts anew' in caplog.text
+        caplog.clear()
+        if number < 2:
+            with pytest.raises(RuntimeError, match=r'size mismatch for head\.fc\.weight'):
+                timm.create_model('multigrain', trunk='resnet10t', num_classes=4, checkpoint_path=path)
+            with new_classifier():  # of as many classes it is taken
+                model = timm.create_model('multigrain', trunk='resnet10t', num_classes=9, checkpoint_path=path)
+            assert torch.equal(model.head.fc.weight, source.get_classifier().weight)
+            assert 'anew' not in caplog.text and model.gem_p == (3, 2.5)[number]
 
 
 @pytest.mark.parametrize('key, value', [

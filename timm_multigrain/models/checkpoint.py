@@ -3,10 +3,20 @@
 The original implementation saves `model_state` beside the optimizer. Its keys are `features.<trunk>`, `pool.p`,
 `classifier.*` and, once whitened, `whitening.pca.pca_{m,P}`; the NASNets' bodies sit one level deeper.
 """
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+
 import torch
 from timm.models import get_pretrained_cfg_value
 
-__all__ = ['checkpoint_filter_fn', 'model_state']
+__all__ = ['checkpoint_filter_fn', 'model_state', 'new_classifier', 'starting_weights', 'unwrapped']
+
+_logger = logging.getLogger(__name__)
+_WRAPPERS = re.compile(r'^((_orig_mod|module)\.)+')  # of torch.compile and DistributedDataParallel, in any order
+_new_classifier = ContextVar('new_classifier', default=False)
 
 _BODY = ('features.0.base_net.', 'features.module.', 'features.')
 _HEAD = {
@@ -25,8 +35,8 @@ def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, 
     asked for when the model was made.
 
     Args:
-        state_dict: The original's container or bare state dict, with or without DataParallel's prefix; timm weights of
-            the trunk; or a state dict of ours.
+        state_dict: The original's container or bare state dict; timm weights of the trunk; or a state dict of ours;
+            with or without the prefixes of torch.compile and DistributedDataParallel.
         model: The model that will load it.
 
     Raises:
@@ -65,10 +75,41 @@ def model_state(state_dict: dict, own: dict | None = None) -> dict[str, torch.Te
     if not isinstance(state, dict) or not any(isinstance(v, torch.Tensor) for v in state.values()):
         entries = f'only entries such as {list(state_dict)[:4]}' if state_dict else 'nothing'
         raise ValueError(f'The checkpoint holds no weights, {entries}.')
-    state = {str(k).removeprefix('module.'): v for k, v in state.items()}
+    state = unwrapped(state)
     original = 'classifier.weight' in state and any(
         k.startswith('features.') and f'trunk.{k}' not in (own or {}) for k in state)
     return _from_original(state) if original else state
+
+
+def unwrapped(state_dict: dict) -> dict:
+    """A state dict without the prefixes of torch.compile and DistributedDataParallel; itself if it has none."""
+    if not any(_WRAPPERS.match(str(k)) for k in state_dict):
+        return state_dict  # with the versions of its modules, which torch keeps beside the keys
+    return {_WRAPPERS.sub('', str(k)): v for k, v in state_dict.items()}
+
+
+@contextmanager
+def new_classifier() -> Iterator[None]:
+    """While this is open, `MultiGrain.load_state_dict` leaves out a classifier of another number of classes.
+
+    For the weights that a training starts from; elsewhere a classifier that is left out would be a random one.
+    """
+    token = _new_classifier.set(True)
+    try:
+        yield
+    finally:
+        _new_classifier.reset(token)
+
+
+def starting_weights(state: dict, model: torch.nn.Module) -> dict:
+    """A state dict of ours; within `new_classifier` with the model's classifier in place of one of other classes."""
+    own = model.state_dict()
+    names = [k for k in ('head.fc.weight', 'head.fc.bias') if k in state or k in own]
+    if not _new_classifier.get() or all(k in own and k in state and own[k].shape == state[k].shape for k in names):
+        return state
+    found = f'{len(state[names[0]])} classes' if names[0] in state else 'no classes'
+    _logger.info(f'The starting weights have {found}, the model {model.num_classes}: its classifier starts anew.')
+    return {**{k: v for k, v in state.items() if k not in names}, **{k: own[k] for k in names if k in own}}
 
 
 def _check_finite(state: dict) -> None:

@@ -15,7 +15,7 @@ from timm.models import get_model_traits
 
 from timm_multigrain.layers import GeM, Whitening, l2_normalize
 
-from .checkpoint import checkpoint_filter_fn  # timm looks it up beside the class
+from .checkpoint import checkpoint_filter_fn, starting_weights, unwrapped  # timm looks the first up beside the class
 from .config import model_cfg
 from .head import MultiGrainHead
 from .trunk import create_trunk, probe_trunk
@@ -176,9 +176,11 @@ class MultiGrain(nn.Module):
 
         timm loads `checkpoint_path` (train.py --initial-checkpoint, validate.py --checkpoint) without a filter.
         """
-        if state_dict and not any(k.removeprefix('module.').startswith('trunk.') for k in state_dict):
-            state_dict = checkpoint_filter_fn(dict(state_dict), self)
-        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+        state = unwrapped(state_dict)
+        foreign = not any(k.startswith('trunk.') for k in state) and not all(k.startswith('head.') for k in state)
+        if foreign:
+            state = checkpoint_filter_fn(state, self)
+        return super().load_state_dict(starting_weights(state, self), strict=strict, assign=assign)
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

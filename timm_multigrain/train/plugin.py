@@ -11,6 +11,7 @@ from torch import nn
 
 from timm_multigrain.data import Lighting, create_loader
 from timm_multigrain.data.lighting import insert_lighting
+from timm_multigrain.models.checkpoint import new_classifier
 from timm_multigrain.task import MultiGrainTask, MultiGrainTrainableModule
 
 from .monitor import Monitor
@@ -42,6 +43,7 @@ class TrainPlugin:
 
     def bind(self, script: ModuleType) -> None:
         """Rebind the names in `script`; with one repeat and lambda = 1 there is nothing to change."""
+        script.create_model = new_classifier()(script.create_model)  # --initial-checkpoint of other classes
         if self.options.plain:
             return
         problem = conflict(self.args, self.options) or resume_problem(self.args, self.options)
