@@ -12,7 +12,7 @@ from timm_multigrain.hub.metrics import read_metrics
 from timm_multigrain.images.labels import first_of_each, match_classes, open_classes
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageFiles
-from timm_multigrain.models.opening import open_model
+from timm_multigrain.models.open import open_model
 from timm_multigrain.retrieval.classify import classify, ranks_of_truth
 
 from .tiny import tiny_model

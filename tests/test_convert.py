@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.convert import Conversion, convert_checkpoint
-from timm_multigrain.models.recognize import recognize_model
+from timm_multigrain.models.weights import recognize_model
 
 from . import original
 from .original_files import container, refused, write
@@ -26,16 +26,11 @@ def reference(golden):
 @pytest.fixture
 def official(server, monkeypatch):
     """Lets the tag of the published ResNet-50 name a file of the test's server; its address."""
-    from timm_multigrain import convert
-
     def serve(body, **kwargs):
         url = server.add('multigrain_models/joint_3B_0.5.pth', body, **kwargs)
-
-        def moved(name, real=timm.models.get_pretrained_cfg):
-            cfg = real(name)
-            ours = cfg is not None and cfg.url and cfg.url.endswith('/joint_3B_0.5.pth')
-            return dataclasses.replace(cfg, url=url) if ours else cfg
-        monkeypatch.setattr(convert, 'get_pretrained_cfg', moved)
+        tag = 'multigrain_resnet50.fb_p3_l05_in1k'
+        cfg = dataclasses.replace(timm.models.get_pretrained_cfg(tag), url=url)
+        monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, tag, cfg)
         return url
     return serve
 
@@ -137,7 +132,7 @@ def test_model_by_name(tmp_path):
     path = write(tmp_path / 'w.pth', timm.create_model('multigrain_efficientnet_b0', num_classes=3).state_dict())
     convert_checkpoint(path, tmp_path / 'model', 'multigrain_efficientnet_b0')
     assert _loaded(tmp_path / 'model').num_classes == 3
-    with refused(ValueError, "no MultiGrain model 'multigrain_resnet5': did you mean multigrain_resnet50"):
+    with refused(ValueError, "MultiGrain model 'multigrain_resnet5' not found: did you mean multigrain_resnet50"):
         convert_checkpoint(path, tmp_path / 'model', 'multigrain_resnet5')
     with refused(ValueError, f"{path}: The weights are not those of the trunk 'resnet18'"):
         convert_checkpoint(path, tmp_path / 'other', 'multigrain_resnet18')
@@ -147,7 +142,7 @@ def test_what_cannot_be_converted(tmp_path, server, capsys):
     out = tmp_path / 'model'
     assert main(['convert', 'nowhere/joint_3B_0.5.pth', str(out)]) == 2
     err = capsys.readouterr().err
-    assert 'nowhere/joint_3B_0.5.pth is neither a file, nor an http(s) address, nor one of the tags multigrain_' in err
+    assert 'nowhere/joint_3B_0.5.pth is neither a folder, nor a file, nor a model of timm' in err
     assert len(err.splitlines()) == 1
     path = tmp_path / 'w.pth'
     path.write_bytes(b'')

@@ -15,7 +15,7 @@ from timm_multigrain.data.transforms import create_eval_transform
 from timm_multigrain.images.protocol import MS_SCALES, Protocol
 from timm_multigrain.images.sources import ImageFiles, UnreadableImage
 from timm_multigrain.models import MultiGrain
-from timm_multigrain.models.opening import open_model
+from timm_multigrain.models.open import open_model
 from timm_multigrain.retrieval import extract as module
 from timm_multigrain.retrieval.extract import embed_images, extract
 

@@ -1,13 +1,25 @@
-"""Models by folder, file and name."""
+"""Models by folder, file and name: as they were trained, and nothing that a file names is followed."""
 import argparse
+import json
+import random
+import warnings
 
+import numpy as np
 import pytest
 import timm
 import torch
+from PIL import Image
 
+from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
+from timm_multigrain.images.labels import open_classes
+from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.models import MultiGrain
-from timm_multigrain.models.opening import open_model, weights_sha256
+from timm_multigrain.models.open import open_model, weights_sha256
+from timm_multigrain.models.weights import UnreadableWeightsError
+from timm_multigrain.retrieval.classify import classify
+from timm_multigrain.train.options import TrainOptions
+from timm_multigrain.train.resume import resume_problem
 
 from .tiny import image_for, tiny_model
 
@@ -25,38 +37,286 @@ def test_folder(folder):
         assert weights_sha256(opened) == weights_sha256(model)
 
 
-def test_any_timm_model(monkeypatch):
+@pytest.fixture
+def offline(monkeypatch):
+    """No connection, no download: whatever tries fails the test."""
+    asked = []
+
+    def fail(*args, **kwargs):
+        asked.append((args, kwargs))
+        raise AssertionError('the network was asked')
+    for name in ('socket.socket.connect', 'socket.getaddrinfo', 'huggingface_hub.hf_hub_download',
+                 'timm.models._hub.hf_hub_download', 'timm.models._builder.load_state_dict_from_url'):
+        monkeypatch.setattr(name, fail)
+    yield
+    assert not asked
+
+
+def train_checkpoint(path, model, name='multigrain', ema=None, **args):
+    """What timm's train.py saves."""
+    args = argparse.Namespace(**{'model': name, 'num_classes': model.num_classes, 'gp': None, 'pretrained': False,
+                                 'model_kwargs': {}, **args})
+    torch.save({'args': args, 'state_dict': model.state_dict(), 'epoch': 3,
+                **({} if ema is None else {'state_dict_ema': ema.state_dict()})}, path)
+    return path
+
+
+def trained(name, **kwargs):
+    """A timm model with weights and statistics unlike those that it starts with."""
+    torch.manual_seed(0)
+    model = timm.create_model(name, **kwargs).eval()
+    with torch.no_grad():
+        for key, value in model.state_dict().items():
+            if key.endswith('running_mean'):
+                value.normal_(std=0.1)
+    return model
+
+
+# --- timm models as they were trained
+
+
+@pytest.mark.parametrize('name, kwargs, pool, p', [
+    ('test_resnet', {}, 'gem', 1), ('test_resnet', dict(global_pool='gem4'), 'gem', 4),
+    ('test_resnet', dict(global_pool='max'), 'gem', float('inf')),
+    ('test_resnet', dict(global_pool='rmac'), 'rmac', None),
+    ('test_efficientnet', dict(global_pool='gem_learn', bn_eps=0.1), 'gem', 3.5), ('test_efficientnet', {}, 'gem', 1)])
+def test_timm_models_keep_pooling_and_classifier(tmp_path, offline, name, kwargs, pool, p):
+    plain = trained(name, num_classes=4, **kwargs)
+    if p == 3.5:
+        next(m for m in plain.modules() if hasattr(m, 'set_p')).set_p(p)
+    path = train_checkpoint(tmp_path / 'last.pth.tar', plain, name, gp=kwargs.get('global_pool'),
+                            bn_eps=kwargs.get('bn_eps'))
+    timm.models.save_for_hf(plain, str(tmp_path / 'hub'), safe_serialization=True)
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        logits, embedding = plain(x), plain.forward_head(plain.forward_features(x), pre_logits=True)
+    for opened in (open_model(path), open_model(tmp_path / 'hub'), open_model(f'local-dir:{tmp_path / "hub"}')):
+        assert isinstance(opened, MultiGrain) and (opened.global_pool, opened.gem_p, opened.num_classes) == (pool, p, 4)
+        with torch.no_grad():
+            torch.testing.assert_close(opened(x), logits, rtol=1e-6, atol=1e-6)
+            unit = torch.nn.functional.normalize(embedding, dim=1)
+            torch.testing.assert_close(opened.embed(x), unit, rtol=1e-6, atol=1e-6)
+    again = open_model(save_pretrained(open_model(path), tmp_path / 'saved'))
+    with torch.no_grad():
+        torch.testing.assert_close(again(x), logits, rtol=1e-6, atol=1e-6)
+    assert weights_sha256(again) == weights_sha256(open_model(path))
+
+
+def test_a_head_of_another_kind_is_said(tmp_path):
+    plain = trained('test_convnext', num_classes=4)  # a norm between pooling and classifier
+    path = train_checkpoint(tmp_path / 'last.pth.tar', plain, 'test_convnext')
+    with pytest.warns(UserWarning, match='pools and classifies in a way of its own.*without its classifier'):
+        opened = open_model(path)
+    assert (opened.gem_p, opened.num_classes) == (3, 0)
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in opened.trunk.state_dict().items())
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        assert open_model(path, pool='mac').global_pool == 'mac'
+
+
+def test_timm_names(monkeypatch):
     asked = []
     create = timm.create_model
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **kwargs: (
         asked.append((name, pretrained)), create(name, pretrained=False, **kwargs))[1])
     model = open_model('test_resnet.r160_in1k')
-    assert isinstance(model, MultiGrain) and model.num_classes == 0 and model.global_pool == 'gem' and model.gem_p == 3
-    assert asked == [('test_resnet.r160_in1k', True)]
-    open_model('test_resnet', pretrained=False)
-    assert asked[1:] == [('test_resnet', False)]
+    assert isinstance(model, MultiGrain) and (model.num_classes, model.gem_p) == (1000, 1)
+    assert asked[0] == ('test_resnet.r160_in1k', True) and not any(pretrained for _, pretrained in asked[1:])
+    assert model.pretrained_cfg['tag'] == 'r160_in1k' and model.pretrained_cfg['license']
+    assert open_model('test_resnet', pretrained=False, pool='gem', p=2.5).gem_p == 2.5
+    assert open_model('multigrain_test_resnet', pretrained=False).gem_p == 3  # registered on the way
 
 
-def test_folder_of_a_plain_timm_model(tmp_path):
-    from timm.models import save_for_hf
-    torch.manual_seed(0)
-    plain = timm.create_model('test_resnet', num_classes=4).eval()
-    save_for_hf(plain, str(tmp_path), safe_serialization=True)
-    model = open_model(tmp_path)
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(model.forward_features(x), plain.forward_features(x))
+# --- data configuration: one for a checkpoint and the folder published from it
 
 
-def test_checkpoint_of_a_plain_timm_model(tmp_path):
-    plain = timm.create_model('test_resnet', num_classes=4, global_pool='avg').eval()
-    args = argparse.Namespace(model='test_resnet', num_classes=4, gp=None, model_kwargs={})
-    torch.save({'args': args, 'state_dict': plain.state_dict(), 'epoch': 3}, tmp_path / 'last.pth.tar')
-    x = torch.randn(1, 3, 64, 64)
-    assert torch.equal(open_model(tmp_path / 'last.pth.tar').forward_features(x), plain.forward_features(x))
-    args.model = 'test_byobnet'
-    torch.save({'args': args, 'state_dict': plain.state_dict(), 'epoch': 3}, tmp_path / 'last.pth.tar')
-    with pytest.raises(ValueError, match='does not fit the test_byobnet'):
-        open_model(tmp_path / 'last.pth.tar')
+def test_what_a_checkpoint_was_trained_with(tmp_path):
+    model = tiny_model(gem_p=2)
+    given = dict(mean=[0., 0., 0.], std=[1., 1., 1.], crop_pct=1.0, img_size=64, interpolation='bicubic')
+    path = train_checkpoint(tmp_path / 'last.pth.tar', model, model_kwargs=dict(trunk='test_resnet', gem_p=2), **given)
+    opened = open_model(path)
+    expected = Protocol(64, mean=(0,) * 3, std=(1,) * 3, crop_pct=1, interpolation='bicubic')
+    assert Protocol.for_model(opened) == expected
+    again = open_model(save_pretrained(opened, tmp_path / 'saved'))
+    assert Protocol.for_model(again) == expected and 'test_input_size' not in again.pretrained_cfg
+    assert main(['publish', str(path), 'me/model', '--license', 'mit', '--dry-run', str(tmp_path / 'published')]) == 0
+    published = open_model(tmp_path / 'published')
+    assert Protocol.for_model(published) == expected
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (90, 120, 3), dtype=np.uint8))
+    a, b = (m.embed(Protocol.for_model(m).normalize(Protocol.for_model(m).pixels(image))[None])
+            for m in (opened, published))
+    assert (a * b).sum() > 1 - 1e-6
+
+
+def test_validate_counts_as_timms_validate_py(tmp_path, noise_folder, capsys):
+    torch.manual_seed(1)
+    model = timm.create_model('test_resnet', num_classes=3, global_pool='gem4').eval()
+    args = dict(mean=[0.2] * 3, std=[0.3] * 3, crop_pct=0.6, img_size=48, interpolation='bicubic', gp='gem4')
+    path = train_checkpoint(tmp_path / 'last.pth.tar', model, 'test_resnet', **args)
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(args, model=model))
+    dataset = timm.data.ImageDataset(str(noise_folder / 'train'), transform=transform)
+    with torch.no_grad():
+        logits = torch.stack([model(image[None])[0] for image, _ in dataset])
+    targets = torch.tensor([target for _, target in dataset])
+    right = (logits.argmax(1) == targets).float().mean()
+    loss = torch.nn.functional.cross_entropy(logits, targets)
+    assert main(['validate', str(path), str(noise_folder), '--split', 'train', '--workers', '0', '--json',
+                 str(tmp_path / 'figures.json')]) == 0
+    figures = json.loads((tmp_path / 'figures.json').read_text())
+    assert figures[0]['metric'] == 'top1' and figures[0]['value'] == pytest.approx(100 * right.item())
+    source = open_classes(noise_folder, open_model(path), 'train')
+    result = classify(open_model(path), source, Protocol.for_model(open_model(path)), workers=0)
+    assert result.loss == pytest.approx(loss.item(), abs=1e-5) and 0 < right < 1
+
+
+# --- names and contents of files that are not to be trusted
+
+
+def test_no_name_in_a_file_reaches_the_network(tmp_path, offline):
+    folder = save_pretrained(tiny_model(), tmp_path / 'model')
+    config = json.loads((folder / 'config.json').read_text())
+    for args in (dict(trunk='hf-hub:me/other'), dict(trunk='local-dir:/etc'), dict(trunk='../other'), dict(trunk=3),
+                 dict(pretrained_trunk=True), dict(pretrained_trunk='a1_in1k'), dict(checkpoint_path='/etc/passwd'),
+                 dict(pretrained_cfg_overlay={'hf_hub_id': 'me/other'}), dict(cache_dir='/tmp'), [1]):
+        args = {**config['model_args'], **args} if isinstance(args, dict) else args
+        (folder / 'config.json').write_text(json.dumps({**config, 'model_args': args}))
+        with pytest.raises(ValueError, match=r'config\.json: .*(followed|arguments of the model)'):
+            open_model(folder)
+        if isinstance(args, dict):
+            with pytest.raises((ValueError, TypeError)):
+                timm.create_model(f'local-dir:{folder}', pretrained=True)
+    for architecture in ('hf-hub:me/other', f'local-dir:{folder}', 'nothing', 7, None, ['resnet18']):
+        (folder / 'config.json').write_text(json.dumps({**config, 'architecture': architecture}))
+        with pytest.raises(ValueError, match='is not a model of timm'):
+            open_model(folder)
+    (folder / 'config.json').write_text(json.dumps(
+        {**config, 'pretrained_cfg': {**config['pretrained_cfg'], 'hf_hub_id': 'me/other', 'source': 'hf-hub',
+                                      'url': 'https://example.org/x.pth'}}))
+    assert torch.equal(open_model(folder)(image_for(tiny_model())), tiny_model()(image_for(tiny_model())))
+    for name, kwargs in (
+            ('hf-hub:me/other', {}), (f'local-dir:{folder}', {}), ('multigrain', dict(trunk='hf-hub:me/other')),
+            ('multigrain', dict(trunk='test_resnet', checkpoint_path='/etc/passwd'))):
+        path = train_checkpoint(tmp_path / 'last.pth.tar', tiny_model(), name, model_kwargs=kwargs)
+        with pytest.raises(ValueError, match=r'last\.pth\.tar: .*followed'):
+            open_model(path)
+    path = train_checkpoint(
+        tmp_path / 'last.pth.tar', tiny_model(), model_kwargs=dict(trunk='test_resnet', pretrained_trunk=True))
+    assert open_model(path).num_classes == 3
+
+
+def test_a_name_that_the_user_gives_is_followed(tmp_path):
+    folder = save_pretrained(tiny_model(gem_p=2), tmp_path / 'model')
+    path = train_checkpoint(tmp_path / 'last.pth.tar', tiny_model(1, gem_p=2), f'local-dir:{folder}')
+    opened = open_model(path, architecture=f'local-dir:{folder}')
+    assert weights_sha256(opened) == weights_sha256(tiny_model(1, gem_p=2))
+    bare = tmp_path / 'bare.pth'
+    torch.save(trained('test_resnet').state_dict(), bare)
+    assert open_model(bare, architecture='test_resnet').num_classes == 1000
+    with pytest.raises(ValueError, match=r'bare\.pth: .*name the model that it is of'):
+        open_model(bare)
+
+
+def test_a_trunk_from_elsewhere_is_recorded_by_its_architecture(tmp_path, offline):
+    plain = trained('test_resnet', num_classes=4)
+    timm.models.save_for_hf(plain, str(tmp_path / 'plain'), safe_serialization=True)
+    model = MultiGrain(f'local-dir:{tmp_path / "plain"}', num_classes=2, pretrained_trunk=True)
+    assert model.trunk_name == 'test_resnet'
+    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in model.trunk.state_dict().items())
+    assert open_model(save_pretrained(model, tmp_path / 'saved')).trunk_name == 'test_resnet'
+
+
+def test_programs_and_code_are_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return open, (str(tmp_path / 'executed'), 'w')
+
+    program, evil = tmp_path / 'program.pth', tmp_path / 'evil.pth'
+    torch.jit.script(torch.nn.Linear(2, 2)).save(program)
+    torch.save({'state_dict': {}, 'args': Evil()}, evil)
+    for path, cause in ((program, 'it is a TorchScript program'), (evil, 'it asks to run Python code')):
+        for read in (lambda path: open_model(path), lambda path: open_model(path, architecture='test_resnet'),
+                     lambda path: timm.create_model('multigrain_resnet18', pretrained=True,
+                                                    pretrained_cfg_overlay=dict(file=str(path)))):
+            with pytest.raises(UnreadableWeightsError, match=cause):
+                read(path)
+        args = argparse.Namespace(resume=str(path), model='multigrain_resnet18')
+        assert cause in resume_problem(args, TrainOptions())
+    assert not (tmp_path / 'executed').exists()
+
+
+def odd(rng, value):
+    """Another value in the place of this one, of any type that JSON and torch.save know."""
+    if isinstance(value, torch.Tensor):
+        return rng.choice([
+            value.flatten()[:1], value.to(torch.complex64), value.to(torch.int8), value.to_sparse(), value[None],
+            value.flatten(), 'text', None, 3, [value], {'a': value}])
+    return rng.choice([
+        None, True, -1, 0, 7, 1.5, 1 << 40, float('nan'), float('inf'), '', 'x', 'hf-hub:me/x', '\x1b[31m\n', 'inf',
+        '224', [], [1], ['a', 3], [[0.5] * 3], {}, {'a': 1}])
+
+
+def mutate(rng, tree, depth=0):
+    """The tree with one of its values another one, gone, or under another name."""
+    tree = dict(tree)
+    key = rng.choice(list(tree)) if tree else 'new'
+    if isinstance(tree.get(key), dict) and tree[key] and rng.random() < 0.8:
+        tree[key] = mutate(rng, tree[key], depth + 1)
+    elif rng.random() < 0.15 and tree:
+        value = tree.pop(key)
+        if rng.random() < 0.5:
+            tree[rng.choice(['x', 'trunk', 'pretrained_trunk', 'checkpoint_path', 3, 'features_only', ''])] = value
+    else:
+        tree[key] = odd(rng, tree.get(key))
+    return tree
+
+
+def outcome(open_it):
+    """None, or the error if it is one sentence of a kind that commands print."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        try:
+            open_it()
+        except (ValueError, FileNotFoundError, RuntimeError) as e:
+            assert '\n' not in str(e) and str(e), repr(e)
+            return e
+
+
+def fuzz(folder, number, seed=0):
+    """Open as many folders and checkpoints with something odd in them; how many were opened, and how many refused."""
+    rng = random.Random(seed)
+    saved = save_pretrained(tiny_model(), folder / 'model', label_names=['a', 'b', 'c'])
+    config = json.loads((saved / 'config.json').read_text())
+    args = dict(
+        model='multigrain', model_kwargs={'trunk': 'test_resnet', 'gem_p': 2.}, num_classes=3, gp='gem', mean=[.5],
+        img_size=64, input_size=None, in_chans=None, crop_pct=0.9, std=[.2] * 3, interpolation='', pretrained=True)
+    state = dict(tiny_model().state_dict())
+    state = {k: state[k] for k in [*list(state)[:3], 'head.fc.weight', 'head.fc.bias', 'head.pool.p']} | state
+    counts = {True: 0, False: 0}
+    for i in range(number):
+        if i % 2:
+            broken = config
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                broken = mutate(rng, broken)
+            (saved / 'config.json').write_text(json.dumps({str(k): v for k, v in broken.items()}))
+            error = outcome(lambda: Protocol.for_model(open_model(saved)))
+        else:
+            tree = {'args': dict(args), 'state_dict': state, 'state_dict_ema': None, 'epoch': 3}
+            for _ in range(rng.choice([1, 1, 2, 3])):
+                tree = mutate(rng, tree)
+            if isinstance(tree.get('args'), dict) and rng.random() < 0.9:
+                tree['args'] = argparse.Namespace(**{str(k): v for k, v in tree['args'].items()})
+            torch.save(tree, folder / 'fuzz.pth')
+            error = outcome(lambda: Protocol.for_model(open_model(folder / 'fuzz.pth')))
+        counts[error is None] += 1
+    return counts
+
+
+def test_odd_files_are_refused_in_a_sentence(tmp_path, offline):
+    counts = fuzz(tmp_path, 150)
+    assert counts[True] > 10 and counts[False] > 50
+
+
+# --- names, poolings
 
 
 def test_registered_names():
@@ -96,9 +356,9 @@ def test_whitened(tmp_path):
 def test_bad_names(tmp_path, folder):
     (tmp_path / 'x.pth').write_bytes(b'nothing')
     for name, error, message in (
-            ('no/such/model', FileNotFoundError, 'is no folder, no file and no model of timm'),
-            ('resnet9000', FileNotFoundError, 'is no folder, no file'),
-            (tmp_path / 'x.pth', ValueError, 'no checkpoint that can be read'),
+            ('no/such/model', FileNotFoundError, 'is neither a folder, nor a file, nor a model of timm'),
+            ('resnet9000', FileNotFoundError, 'is neither a folder'),
+            (tmp_path / 'x.pth', UnreadableWeightsError, 'cannot be read as weights'),
             (tmp_path, FileNotFoundError, r'has no config\.json')):
         with pytest.raises(error, match=message):
             open_model(name)

@@ -12,7 +12,7 @@ from safetensors.torch import save
 
 from timm_multigrain.download import download
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.models.reading import UnreadableWeightsError, Weights, read_checkpoint
+from timm_multigrain.models.weights import UnreadableWeightsError, Weights, read_file
 
 from . import original
 from .original_files import container, refused, write
@@ -170,7 +170,7 @@ def test_damaged_bytes_give_one_sentence(tmp_path, golden):
             damaged[chance.randrange(len(damaged))] = chance.randrange(256)
         path.write_bytes(damaged)
         try:
-            read_checkpoint(Weights('w.pth', path))
+            read_file(Weights('w.pth', path))
         except UnreadableWeightsError as e:
             refusals.append(str(e))
     assert len(refusals) > 50  # most of the rest differ in the value of a weight

@@ -17,7 +17,7 @@ from timm_multigrain.images.labels import open_classes
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.layers import GeM
 from timm_multigrain.models.fitted import fitted
-from timm_multigrain.models.opening import open_model
+from timm_multigrain.models.open import open_model
 from timm_multigrain.retrieval.classify import classify
 from timm_multigrain.retrieval.datasets.folder import load_folder
 from timm_multigrain.retrieval.extract import extract

@@ -18,7 +18,7 @@ from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.images.subset import Subset
 from timm_multigrain.models.fitted import check_fitted, fitted, note_fitted
-from timm_multigrain.models.opening import open_model
+from timm_multigrain.models.open import open_model
 from timm_multigrain.retrieval.datasets.folder import Groups
 from timm_multigrain.retrieval.datasets.revisited import Revisited
 from timm_multigrain.retrieval.extract import extract

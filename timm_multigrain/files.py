@@ -1,11 +1,12 @@
-"""Files that appear whole or not at all, and JSON files that anybody may have written."""
+"""Files that appear whole or not at all, their hash, and JSON files that anybody may have written."""
+import hashlib
 import json
 import os
 import uuid
 from pathlib import Path
 from typing import Any
 
-__all__ = ['fsync', 'parse_json', 'read_json', 'write_bytes', 'write_text']
+__all__ = ['file_sha256', 'fsync', 'parse_json', 'read_json', 'write_bytes', 'write_text']
 
 MAX_JSON = 256 << 20  # bytes
 
@@ -80,3 +81,12 @@ def fsync(path: str | os.PathLike) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def file_sha256(path: str | os.PathLike) -> str:
+    """SHA-256 of a file, in hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, 'rb') as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()

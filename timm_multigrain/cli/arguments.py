@@ -25,7 +25,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = True
 
 def model_from_args(args: argparse.Namespace):
     """The model that the arguments name, see `open_model`."""
-    from timm_multigrain.models.opening import open_model
+    from timm_multigrain.models.open import open_model
 
     return open_model(args.model, pool=args.pool, p=args.p, pretrained=not args.no_pretrained, ema=not args.no_ema)
 

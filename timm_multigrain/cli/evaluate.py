@@ -65,7 +65,7 @@ def _add_after(add) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.models.opening import open_model
+    from timm_multigrain.models.open import open_model
     from timm_multigrain.retrieval.datasets import download_benchmark, load_benchmark
     from timm_multigrain.retrieval.evaluate import compare
 

@@ -6,6 +6,7 @@ MODEL is a folder of save_pretrained, a checkpoint of timm's train.py, or a regi
 saved as safetensors, loaded back and compared before anything is sent. Log in first: hf auth login.
 """
 import argparse
+import os
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -28,14 +29,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from timm_multigrain.hub import publish, read_metrics
-    from timm_multigrain.hub.source import load_source
+    from timm_multigrain.models.open import open_model
 
     metrics = read_metrics(args.metrics) if args.metrics else None
-    source = load_source(args.model, ema=not args.no_ema)
-    print(f'Publishing {source.origin}')
+    model = open_model(args.model, ema=not args.no_ema)
+    print(f'Publishing {args.model}')
     print(publish(
-        source.model, args.repo_id, license=args.license, license_name=args.license_name,
-        license_link=args.license_link, metrics=metrics, description=args.description or source.description,
-        data_config=source.data_config, card=source.card, private=args.private, revision=args.revision,
-        create_pr=args.pr, dry_run=args.dry_run))
+        model, args.repo_id, license=args.license, license_name=args.license_name, license_link=args.license_link,
+        metrics=metrics, description=args.description or model.pretrained_cfg.get('description'),
+        card=os.path.join(args.model, 'README.md'), private=args.private, revision=args.revision, create_pr=args.pr,
+        dry_run=args.dry_run))
     return 0

@@ -127,7 +127,7 @@ class Index:
         if model is not None:
             shown = model if isinstance(model, str) else 'This model'
             if isinstance(model, str):
-                from timm_multigrain.models.opening import open_model
+                from timm_multigrain.models.open import open_model
                 model = open_model(model, **described['options'])
             check_same_model(described, model, self.path, shown)
             self._model = model

@@ -225,7 +225,7 @@ class MilvusIndex:
 
     def model(self, model=None, device: str | None = None):
         """As `Index.model`."""
-        from timm_multigrain.models.opening import open_model
+        from timm_multigrain.models.open import open_model
 
         from .model import check_same_model, open_described
 

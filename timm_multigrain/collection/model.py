@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from timm_multigrain.models.opening import open_model, weights_sha256
+from timm_multigrain.models.open import open_model, weights_sha256
 
 from .errors import OtherModel
 

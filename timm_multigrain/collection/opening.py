@@ -63,7 +63,7 @@ def open_or_create(out: Path, model, protocol, model_options, half: bool) -> Ope
     if model is not None:
         shown = model if isinstance(model, str) else 'This model'
         if isinstance(model, str):
-            from timm_multigrain.models.opening import open_model
+            from timm_multigrain.models.open import open_model
             model = open_model(model, **{**described['options'], **(model_options or {})})
         check_same_model(described, model, out, shown)
     own = protocol_from_json(store.config['protocol'])
@@ -80,7 +80,7 @@ def _create(out: Path, model, protocol, model_options, half: bool) -> OpenedInde
 
     from timm_multigrain.hub import save_pretrained
     from timm_multigrain.images.protocol import Protocol
-    from timm_multigrain.models.opening import open_model
+    from timm_multigrain.models.open import open_model
 
     source = None
     if isinstance(model, str):

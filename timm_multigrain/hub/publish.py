@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from timm_multigrain.files import write_text
+from timm_multigrain.files import file_sha256, write_text
 
 from .card import CardFacts, is_generated, load_card, make_card
 from .errors import hub_errors
@@ -16,7 +16,6 @@ from .metrics import Metric, parse_metrics
 from .remote import Remote, check_content, fetch_card, look, own_name
 from .save import CARD, CONFIG, WEIGHTS, model_folder, write_model
 from .upload import Target, upload
-from .verify import file_sha256
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi, ModelCard

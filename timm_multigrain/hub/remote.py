@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from timm_multigrain.files import file_sha256
+
 from .errors import hub_errors
 from .save import CARD, CONFIG
-from .verify import file_sha256, git_blob_hash
+from .verify import git_blob_hash
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi

@@ -1,9 +1,15 @@
-"""Models on disk in the layout of the Hugging Face Hub: config.json and model.safetensors, as timm reads them."""
+"""Models on disk in the layout of the Hugging Face Hub: config.json and model.safetensors, as timm reads them.
+
+config.json also holds the SHA-256 of model.safetensors, which tells later whether the two belong together.
+"""
+import fcntl
+import glob
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import timm
@@ -12,7 +18,8 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
-from timm_multigrain.files import fsync
+from timm_multigrain.files import file_sha256, fsync, write_text
+from timm_multigrain.models.weights import SHA256
 
 __all__ = ['check_model_folder', 'model_folder', 'save_pretrained', 'write_model']
 
@@ -27,12 +34,13 @@ def save_pretrained(
 ) -> Path:
     """Save a model so that ``timm.create_model('local-dir:<directory>', pretrained=True)`` gives it back.
 
-    The folder appears whole or not at all, and is loaded back and compared with the model before this returns.
+    A new folder appears whole or not at all; of an earlier model the two files are replaced, and its README.md stays.
+    What was written is loaded back and compared with the model before it takes its place.
 
     Args:
         model: A MultiGrain made by ``timm.create_model``, in any mode; it is not changed.
         directory: Folder to write; an earlier one is replaced, its README.md kept.
-        label_names: Names of the classes, in the order of the classifier's rows.
+        label_names: Names of the classes, in the order of the classifier's rows. None: those that the model has.
         data_config: Preprocessing the weights were trained for (input_size, crop_pct, mean, std, interpolation).
 
     Returns:
@@ -47,8 +55,6 @@ def save_pretrained(
     directory = Path(directory)
     with model_folder(directory) as unfinished:
         write_model(model, unfinished, label_names, data_config, shown=directory)
-        if (directory / CARD).is_file():
-            shutil.copyfile(directory / CARD, unfinished / CARD)
     return directory
 
 
@@ -65,7 +71,11 @@ def check_model_folder(directory: str | os.PathLike) -> None:
 
 @contextmanager
 def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder that takes the place of ``directory`` once the block has ended without an error.
+    """A temporary folder whose files go to ``directory`` once the block has ended without an error.
+
+    A new directory is the temporary one renamed. In one that is there the files are replaced one by one, config.json
+    first: whoever comes in between finds that its hash is not that of the weights. What killed runs have left is
+    removed.
 
     Raises:
         FileExistsError: The path is a file, or a folder that holds other things than a saved model.
@@ -73,7 +83,10 @@ def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
     directory = Path(directory)
     check_model_folder(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f'.{directory.name}.', dir=directory.parent))
+    prefix = f'.{directory.name}.unfinished-'
+    _remove_leftovers(directory.parent, prefix)
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+    lock = _lock(work)
     try:
         unfinished = work / 'new'
         unfinished.mkdir()
@@ -81,12 +94,33 @@ def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
         for path in [*unfinished.iterdir(), unfinished]:
             fsync(path)
         if directory.exists():
-            os.rename(directory, work / 'old')
-        os.rename(unfinished, directory)
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name != CONFIG):
+                os.replace(path, directory / path.name)
+        else:
+            os.rename(unfinished, directory)
     finally:
-        if (work / 'old').exists() and not directory.exists():
-            os.rename(work / 'old', directory)
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A lock on a folder that the system takes back when its process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f'{glob.escape(prefix)}*'):
+        if {entry.name for entry in path.iterdir()} == {'new'}:
+            with suppress(OSError):  # a run that is writing it
+                lock = _lock(path)
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
 
 
 def write_model(
@@ -123,10 +157,18 @@ def write_model(
         config['label_names'] = list(label_names)
     try:
         save_for_hf(model, str(directory), model_config=config, safe_serialization=True, data_config=data_config)
+        _record_hash(directory)
     except (OSError, SafetensorError) as e:
         raise OSError(f'{WEIGHTS} could not be written to {shown or directory}: {e}; free space there, or name another '
                       'folder.') from e
     return _check_saved(model, directory, shown or directory)
+
+
+def _record_hash(directory: Path) -> None:
+    config, weights = directory / CONFIG, directory / WEIGHTS
+    weights.chmod(config.stat().st_mode)  # safetensors writes files that nobody else can read
+    described = json.loads(config.read_text(encoding='utf-8'))
+    write_text(config, json.dumps({**described, SHA256: file_sha256(weights)}, indent=2))
 
 
 def _holds_model_or_nothing(directory: Path) -> bool:
@@ -137,9 +179,8 @@ def _holds_model_or_nothing(directory: Path) -> bool:
 def _check_saved(model: nn.Module, directory: Path, shown: str | os.PathLike) -> nn.Module:
     loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
     parameter = next(model.parameters())
-    x = torch.linspace(-2, 2, 3 * 64 * 64).reshape(1, 3, 64, 64)[:, :1].expand(1, loaded.in_chans, 64, 64)
-    size = loaded.pretrained_cfg['input_size'][1:] if loaded.pretrained_cfg.get('fixed_input_size') else None
-    x = nn.functional.interpolate(x, size=size, mode='bilinear') if size else x
+    size = loaded.pretrained_cfg['input_size'][1:]
+    x = torch.linspace(-2, 2, loaded.in_chans * size[0] * size[1]).view(1, loaded.in_chans, *size)
     training = model.training
     try:
         expected = model.eval()(x.to(parameter))

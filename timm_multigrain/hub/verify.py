@@ -8,9 +8,11 @@ import os
 import re
 from pathlib import Path
 
+from timm_multigrain.files import file_sha256
+
 from .errors import hub_errors
 
-__all__ = ['file_sha256', 'git_blob_hash', 'verified_hub_file']
+__all__ = ['git_blob_hash', 'verified_hub_file']
 
 _SHA256 = re.compile('[0-9a-f]{64}')
 _GIT = re.compile('[0-9a-f]{40}')
@@ -57,15 +59,6 @@ def verified_hub_file(
             f'{shown} came damaged twice ({problem}): check the disk and the network between here and the Hub, then '
             'run the same again; the copy was deleted.')
     return path
-
-
-def file_sha256(path: str | os.PathLike) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def git_blob_hash(path: str | os.PathLike) -> str:

@@ -71,10 +71,14 @@ class MultiGrain(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
-        self.trunk_name = trunk
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.trunk = create_trunk(trunk, pretrained_trunk, in_chans, **trunk_kwargs, **dd)
+        if ':' in trunk:  # what rebuilds the model is recorded, not the place that it came from
+            trunk = self.trunk.pretrained_cfg['architecture']
+            trunk_kwargs = {k: v for k, v in self.trunk._model_args.items()
+                            if k not in ('num_classes', 'global_pool', 'in_chans')}
+        self.trunk_name = trunk
         feature_map = probe_trunk(self.trunk, trunk)
         self.output_fmt = feature_map.format
         self.num_prefix_tokens = feature_map.prefix_tokens

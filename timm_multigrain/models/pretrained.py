@@ -12,9 +12,18 @@ from urllib.parse import urlparse
 import torch
 from timm.models import PretrainedCfg, build_model_with_cfg, resolve_pretrained_cfg
 
-from .checkpoint import checkpoint_filter_fn
-from .reading import UnreadableWeightsError, Weights, reading_error, telling_line
-from .recognize import recognize_model, trunk_shapes
+from .checkpoint import checkpoint_filter_fn, model_state
+from .weights import (
+    UnreadableWeightsError,
+    Weights,
+    check_hash,
+    check_numbers,
+    reading_error,
+    recognize_model,
+    refuse_program,
+    telling_line,
+    trunk_shapes,
+)
 
 __all__ = ['build_pretrained', 'use_cached']
 
@@ -114,9 +123,13 @@ class _Steps:
     def run(self, **kwargs) -> torch.nn.Module:
         kwargs['pretrained_filter_fn'] = self._convert
         try:
+            if self.weights.path is not None and self.weights.path.is_file():
+                refuse_program(self.weights.path)
+                if self.cfg.source == 'local-dir':
+                    check_hash(self.weights.path.parent)
             return build_model_with_cfg(self._create, self.variant, True, **kwargs)
         except Exception as e:
-            if self.step == 'read':
+            if self.step == 'read' or isinstance(e, UnreadableWeightsError):
                 raise reading_error(e, self.weights) from e
             if self.step == 'load' and isinstance(e, RuntimeError):
                 raise RuntimeError(f'{self.weights.shown} cannot be loaded into {self.variant}: {telling_line(e)}; '
@@ -131,6 +144,7 @@ class _Steps:
     def _convert(self, state_dict: dict, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         self.step = 'convert'
         try:
+            check_numbers(model_state(state_dict, own=model.state_dict()))
             state = checkpoint_filter_fn(state_dict, model)
             keeps_classes = not self.adapted and model.num_classes == self.cfg.num_classes
             _check_fits(state, model, self.variant, keeps_classes)

@@ -10,7 +10,7 @@ import timm
 from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 
 from .checkpoint import checkpoint_filter_fn
-from .config import official_cfg, paper_cfg, trunk_cfg
+from .config import check_saved_args, official_cfg, paper_cfg, trunk_cfg
 from .multigrain import MultiGrain
 
 __all__ = ['register_multigrain']
@@ -61,6 +61,7 @@ default_cfgs = generate_default_cfgs({
 
 
 def _create_multigrain(variant: str, pretrained: bool = False, **kwargs) -> MultiGrain:
+    check_saved_args(kwargs.get('pretrained_model_args'))  # of a config.json
     kwargs['feature_cfg'] = dict(feature_cls='getter', out_indices=None)
     if pretrained:
         from .pretrained import build_pretrained  # importing the package stays quick without it

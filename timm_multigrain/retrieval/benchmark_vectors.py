@@ -10,7 +10,7 @@ import torch
 
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageSource
-from timm_multigrain.models.opening import weights_sha256
+from timm_multigrain.models.open import weights_sha256
 
 from .datasets import Benchmark
 from .descriptors import Descriptors, iter_shards

@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageSource, UnreadableImage, printable
-from timm_multigrain.models.opening import weights_sha256
+from timm_multigrain.models.open import weights_sha256
 from timm_multigrain.version import __version__
 
 from .embedder import Embedder

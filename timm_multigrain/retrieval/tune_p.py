@@ -21,7 +21,7 @@ from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import GeM, gem
 from timm_multigrain.models.multigrain import MultiGrain
-from timm_multigrain.models.opening import weights_sha256
+from timm_multigrain.models.open import weights_sha256
 
 from .classify import ranks_of_truth
 from .extract import decode, none_readable, progress_bar

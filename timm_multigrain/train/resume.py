@@ -1,9 +1,8 @@
 """Whether a checkpoint can be resumed, told before any data is read."""
 import argparse
 from pathlib import Path
-from typing import Any
 
-import torch
+from timm_multigrain.models.weights import UnreadableWeightsError, Weights, read_file
 
 from .options import TrainOptions
 
@@ -18,10 +17,9 @@ def resume_problem(args: argparse.Namespace, options: TrainOptions) -> str | Non
     if not Path(path).is_file():
         return f'--resume {path}: there is no such file'
     try:
-        checkpoint = _read(path)
-    except Exception as e:  # torch raises whatever the broken file makes its readers raise
-        reason = f'{type(e).__name__}: {str(e).splitlines()[0]}'
-        return f'--resume {path} is no checkpoint that can be read safely ({reason})'
+        checkpoint = read_file(Weights(path, Path(path)))
+    except UnreadableWeightsError as e:
+        return f'--resume {e}'.rstrip('.')
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
         return (f'--resume {path} holds weights but no state of a training: give it as --initial-checkpoint, '
                 'and start a new training')
@@ -40,8 +38,3 @@ def resume_problem(args: argparse.Namespace, options: TrainOptions) -> str | Non
         return (f'--resume {path} was trained with the instance loss {before}, and --mg-instance-loss is '
                 f'{options.instance_loss}')
     return None
-
-
-def _read(path: str) -> Any:
-    torch.serialization.add_safe_globals([argparse.Namespace])  # what timm stores the arguments in
-    return torch.load(path, map_location='cpu', weights_only=True, mmap=True)

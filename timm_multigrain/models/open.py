@@ -1,0 +1,363 @@
+"""The way in: any model that a command line or a program names, as a MultiGrain with its data configuration.
+
+Nothing that is opened is executed, and no name inside a file leads to the network or to another file.
+"""
+import argparse
+import dataclasses
+import difflib
+import hashlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlparse
+
+import timm
+import torch
+import torch.nn as nn
+from timm.data import resolve_data_config
+from timm.models import (
+    PretrainedCfg,
+    clean_state_dict,
+    get_model_traits,
+    get_pretrained_cfg,
+    get_pretrained_cfg_value,
+    is_model_pretrained,
+)
+
+from timm_multigrain.files import read_json
+from timm_multigrain.layers import GeM
+
+from .checkpoint import model_state
+from .config import check_config, check_saved_args
+from .multigrain import MultiGrain
+from .registry import register_multigrain
+from .weights import UnreadableWeightsError, Weights, check_numbers, read_file, recognize_model, telling_line
+
+__all__ = ['open_model', 'weights_sha256']
+
+CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
+
+# what a configuration says of the published weights, and not of weights that someone trained in the same way
+_OF_THE_WEIGHTS = ('url', 'hf_hub_id', 'tag', 'license', 'description', 'notes', 'origin_url', 'test_input_size')
+# settings of train.py that a model is made with and that change what it computes
+_TRAIN_ARGS = ('bn_momentum', 'bn_eps')
+_POOLINGS = {'avg': 'avg', 'fast': 'avg', 'fastavg': 'avg', 'max': 'max', 'fastmax': 'max',
+             **{name: name for name in ('mac', 'spoc', 'rmac', 'crow')}}
+
+
+def open_model(
+        name: str | os.PathLike,
+        *,
+        pool: str | None = None,
+        p: float | None = None,
+        pretrained: bool = True,
+        num_classes: int | None = None,
+        ema: bool = True,
+        architecture: str | None = None,
+) -> MultiGrain:
+    """Open a model by folder, file or name. Nothing of it is executed.
+
+    The model's pretrained_cfg is its data configuration (input_size, crop_pct, interpolation, mean, std, label_names):
+    of a checkpoint, what it was trained with.
+
+    Args:
+        name: A folder of `save_pretrained` or of timm; a checkpoint of timm's train.py, of the original implementation,
+            or bare weights, as a file or http(s) address; a MultiGrain with or without its tag; 'hf-hub:...'; or any
+            timm model ('resnet50', 'resnet50.a1_in1k'). A timm model is opened as it was trained, with its pooling and
+            its classifier, if that is a linear one on a pooled map; otherwise with GeM and none, and a warning.
+        pool: Another pooling: 'gem', 'mac', 'spoc', 'rmac', 'crow', 'avg' or 'max'.
+        p: Another exponent of GeM.
+        pretrained: False for random weights, with names only.
+        num_classes: Classes of the model, 0 for none. A number that is not the model's own gives it a random
+            classifier. None: as it is.
+        ema: Take a checkpoint's averaged weights, if it has them.
+        architecture: Model that the weights in a file are of, where the file does not tell: 'multigrain_resnet50',
+            'resnet50', 'hf-hub:...', 'local-dir:...'.
+
+    Returns:
+        The model in eval mode on the CPU.
+
+    Raises:
+        FileNotFoundError: Folder, file or model not found.
+        ValueError: It cannot be read, has no map to pool, or the pooling or p does not suit it.
+        OSError, RuntimeError: Weights that cannot be downloaded, or do not fit.
+    """
+    name = os.fsdecode(name)
+    model = _open(name, pretrained, ema, architecture, pool)
+    with _building(name):
+        check_config(model.pretrained_cfg)
+    if num_classes is not None and num_classes != model.num_classes:
+        model.reset_classifier(num_classes)
+    if pool is not None:
+        _set_pool(model, name, pool)
+    if p is not None:
+        if model.whitened and p != model.gem_p:
+            warnings.warn(f'{name} was whitened for p = {model.gem_p}, not for {p}: whiten it again.', stacklevel=2)
+        model.set_gem_p(p)
+    return model.eval()
+
+
+def _open(name: str, pretrained: bool, ema: bool, architecture: str | None, pool: str | None) -> MultiGrain:
+    path = Path(name.removeprefix('local-dir:'))
+    if path.exists():
+        if not pretrained:
+            raise ValueError(f'{name} holds weights: random ones are for names, such as multigrain_resnet50.')
+        return _from_folder(path, pool) if path.is_dir() else _from_file(path, name, ema, architecture, pool)
+    official = _official_name(name)
+    if name.startswith(('http://', 'https://')) and official is None:
+        from timm_multigrain.download import download
+        with tempfile.TemporaryDirectory(prefix='multigrain-') as folder:
+            path = download(name, Path(folder) / (Path(urlparse(name).path).name or 'weights.pth'))
+            return _from_file(path, name, ema, architecture, pool)
+    if name.startswith(('hf-hub:', 'hf_hub:')):
+        return _as_multigrain(timm.create_model(name, pretrained=pretrained), name, pool)
+    return _from_name(official or name, pretrained, pool)
+
+
+def _from_name(name: str, pretrained: bool, pool: str | None) -> MultiGrain:
+    if not _is_model(name):
+        raise FileNotFoundError(
+            f'{name} is neither a folder, nor a file, nor a model of timm: give a folder of save_pretrained, a '
+            'checkpoint of train.py, or a name such as multigrain_resnet50 or resnet50.')
+    if pretrained and name.startswith('multigrain'):
+        tagged = timm.list_models('multigrain*', pretrained=True)
+        if not is_model_pretrained(name):
+            own = [tag for tag in tagged if tag.startswith(f'{name}.')]
+            near = ', '.join(own or difflib.get_close_matches(name, tagged) or tagged)
+            raise ValueError(f'{name} names no pretrained weights: give one of {near}, or a folder or a checkpoint.')
+    return _as_multigrain(timm.create_model(name, pretrained=pretrained), name, pool)
+
+
+def _is_model(name: Any) -> bool:
+    """Whether timm knows a model, or the trunk of a multigrain_* one."""
+    if not isinstance(name, str) or ':' in name or os.sep in name:
+        return False
+    arch = name.partition('.')[0]
+    trunk = arch.removeprefix('multigrain_')
+    if not timm.is_model(arch) and trunk != arch and timm.is_model(trunk):
+        register_multigrain(trunk)
+    return timm.is_model(arch)
+
+
+def _from_folder(path: Path, pool: str | None) -> MultiGrain:
+    for file in (CONFIG, WEIGHTS):
+        if not (path / file).is_file():
+            raise FileNotFoundError(f'{path} has no {file}: save the model with timm_multigrain.hub.save_pretrained.')
+    shown = f'{path / CONFIG}'
+    config = read_json(path / CONFIG)
+    with _building(shown):
+        if not isinstance(config, dict):
+            raise ValueError(f'it is a {type(config).__name__}, not a configuration of timm.')
+        if not _is_model(config.get('architecture')):
+            raise ValueError(f'the architecture {config.get("architecture")!r:.100} is not a model of timm.')
+        check_saved_args(config.get('model_args'))
+        check_config(config.get('pretrained_cfg') or {})
+        model = timm.create_model(f'local-dir:{path}', pretrained=True)
+        return _as_multigrain(model, f'{path}', pool)
+
+
+def _from_file(path: Path, shown: str, ema: bool, architecture: str | None, pool: str | None) -> MultiGrain:
+    checkpoint = read_file(Weights(shown, path, 'copy or download it again'))
+    with _building(shown, path):
+        if not isinstance(checkpoint, dict):
+            raise ValueError(f'it holds a {type(checkpoint).__name__} and no weights.')
+        args = checkpoint.get('args')
+        if isinstance(args, argparse.Namespace) and 'state_dict' in checkpoint:
+            return _from_training(checkpoint, vars(args), path, shown, ema, architecture, pool)
+        if architecture is not None and not architecture.startswith('multigrain'):
+            state = checkpoint.get('state_dict', checkpoint)
+            return _rebuild(architecture, state, {}, shown, pool)
+        return _from_original(checkpoint, path, shown, architecture)
+
+
+def _from_training(
+        checkpoint: dict, args: dict, path: Path, shown: str, ema: bool, architecture: str | None,
+        pool: str | None) -> MultiGrain:
+    """A checkpoint of timm's train.py, ours or of any timm model, which says how its model is made."""
+    name = architecture or args.get('model')
+    if architecture is None and not _is_model(name):
+        raise ValueError(f'its --model {name!r:.200} is not a registered model, and no other name in a file is '
+                         'followed: timm-multigrain convert FILE FOLDER --model NAME.')
+    averaged = ema and checkpoint.get('state_dict_ema') is not None
+    model = _rebuild(name, checkpoint['state_dict_ema' if averaged else 'state_dict'], args, shown, pool)
+    try:
+        from timm_multigrain.images.labels import read_class_names
+    except ImportError:
+        return model  # TEMPORARY
+    names = read_class_names(path)
+    if names is not None and len(names) == model.num_classes:
+        _configure(model, label_names=list(names))
+    return model
+
+
+def _rebuild(name: str, state: Any, args: dict, shown: str, pool: str | None) -> MultiGrain:
+    """The model that train.py made from these arguments, without the weights that it started from."""
+    check_numbers(state)
+    state = clean_state_dict(state)
+    kwargs = args.get('model_kwargs') or {}
+    if isinstance(kwargs, dict):
+        kwargs = {k: v for k, v in kwargs.items()
+                  if not str(k).startswith('mg_') and k not in ('pretrained_trunk', 'pretrained_cfg_overlay')}
+    check_saved_args(kwargs)
+    size = args.get('input_size')
+    kwargs.update(
+        {k: args.get(k) for k in _TRAIN_ARGS}, in_chans=args.get('in_chans') or (size[0] if size else None),
+        global_pool=args.get('gp'), num_classes=_num_classes(name, state, args))
+    # Trained on, the weights are no longer those of the configuration; their license stays with what was made of them.
+    cfg = dict.fromkeys(key for key in _OF_THE_WEIGHTS if key not in ('license', 'origin_url'))
+    if not args.get('pretrained'):
+        cfg['license'] = None
+    model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=cfg, **kwargs)
+    try:
+        model.load_state_dict(state)
+    except (RuntimeError, ValueError) as e:
+        raise ValueError(f'it does not fit the {name} that its arguments describe: {" ".join(str(e).split())}') from e
+    data = resolve_data_config(args, model=model)
+    model = _as_multigrain(model, shown, pool)
+    # what it was trained at replaces what is recommended for the weights that it started from
+    _configure(model, **data, test_input_size=None, test_crop_pct=None, test_pool_size=None, pool_size=None)
+    return model
+
+
+def _num_classes(name: str, state: dict, args: dict) -> int | None:
+    if any(key.startswith('trunk.') for key in state):
+        return len(state.get('head.fc.weight', ()))
+    classifier = get_pretrained_cfg_value(name, 'classifier') if _is_model(name) else None
+    return len(state[f'{classifier}.weight']) if f'{classifier}.weight' in state else args.get('num_classes')
+
+
+def _from_original(checkpoint: dict, path: Path, shown: str, architecture: str | None) -> MultiGrain:
+    """A container of the original implementation, or a bare state dict of a MultiGrain or its trunk."""
+    state = model_state(checkpoint.get('state_dict', checkpoint))
+    check_numbers(state)
+    name = architecture or recognize_model(state)
+    if not _is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models('multigrain_*'), n=2)
+        raise ValueError(f'MultiGrain model {name!r} not found' + (f': did you mean {" or ".join(near)}?' * bool(near)))
+    weight = state.get('head.fc.weight')
+    model = timm.create_model(
+        name, pretrained=True, pretrained_cfg=_original_cfg(name, path.name),
+        pretrained_cfg_overlay=dict(file=str(path), source=None, num_classes=0 if weight is None else len(weight)))
+    _configure(model, file=None)
+    return model
+
+
+def _original_cfg(name: str, file: str) -> PretrainedCfg:
+    """timm's configuration of the weights: of those that the authors published, told by the file's name, or others."""
+    tag = next((tag for tag, url in _official().items() if Path(urlparse(url).path).name == file), None)
+    if tag is not None and tag.partition('.')[0] == name:
+        return get_pretrained_cfg(tag)
+    return dataclasses.replace(get_pretrained_cfg(name), **dict.fromkeys(_OF_THE_WEIGHTS))
+
+
+def _official() -> dict[str, str]:
+    """Tag -> address of the published weights."""
+    urls = {name: get_pretrained_cfg(name).url for name in timm.list_models('multigrain*', pretrained=True)}
+    return {name: url for name, url in urls.items() if url}
+
+
+def _official_name(name: str) -> str | None:
+    """The tag whose weights an address is of."""
+    return next((tag for tag, url in _official().items() if url == name), None)
+
+
+def _as_multigrain(model: nn.Module, shown: str, pool: str | None) -> MultiGrain:
+    """A MultiGrain as it is, and any other timm model with its own pooling and classifier where we have them."""
+    if isinstance(model, MultiGrain):
+        return model
+    if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'forward_head'):
+        raise ValueError(f'{shown} is a {type(model).__name__}, without the verbs of a timm model.')
+    pooling = _pooling_of(model)
+    own = None if pooling is None else _wrap(model, model.num_classes, **pooling)
+    if own is not None and _same_outputs(model, own):
+        return own
+    if pool is None and model.num_classes:
+        warnings.warn(
+            f'{shown} pools and classifies in a way of its own, which a MultiGrain does not have: it is opened with '
+            'GeM, p = 3, and without its classifier. Name a pooling to choose another one.', stacklevel=4)
+    return _wrap(model, 0)
+
+
+def _wrap(model: nn.Module, num_classes: int, **pooling: Any) -> MultiGrain:
+    """A MultiGrain on a timm model, with its weights and configuration."""
+    cfg = model.pretrained_cfg
+    kwargs = {k: v for k, v in getattr(model, '_model_args', {}).items()
+              if k not in ('num_classes', 'global_pool', 'in_chans', 'drop_rate')}
+    own = MultiGrain(
+        cfg['architecture'], num_classes=num_classes, in_chans=getattr(model, 'in_chans', 3), **kwargs, **pooling)
+    own.load_state_dict(model.state_dict())
+    kept = ('license', 'tag', 'label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'crop_mode')
+    _configure(own, **{key: cfg[key] for key in kept if cfg.get(key) is not None})
+    return own
+
+
+def _pooling_of(model: nn.Module) -> dict[str, Any] | None:
+    """MultiGrain's arguments for the pooling of a timm model, None if it is another one."""
+    gem = next((module for module in model.modules() if isinstance(module, GeM)), None)
+    if gem is not None:
+        return {'gem_p': float(gem.p.detach()), 'learn_p': gem.learn_p}
+    for holder in (getattr(model, 'head', None), model):
+        pool = getattr(holder, 'global_pool', None)
+        name = getattr(pool, 'pool_type', pool)
+        if isinstance(name, str):
+            return {'global_pool': _POOLINGS[name]} if name in _POOLINGS else None
+    return None
+
+
+@torch.no_grad()
+def _same_outputs(model: nn.Module, own: MultiGrain) -> bool:
+    """Whether the MultiGrain computes what the timm model does, seen on one picture of the model's size."""
+    size = get_model_traits(model).get('img_size') or model.pretrained_cfg['input_size'][-2:]
+    x = torch.linspace(-2, 2, own.in_chans * size[0] * size[1]).sin().view(1, own.in_chans, *size)
+    expected, got = model.eval()(x), own.eval()(x)
+    if not isinstance(expected, torch.Tensor) or expected.shape != got.shape:
+        return False
+    return bool((expected - got).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1e-6))
+
+
+def _configure(model: MultiGrain, **cfg: Any) -> None:
+    """Set fields of a model's configuration; None takes a field out."""
+    cfg = {**model.pretrained_cfg, 'num_classes': model.num_classes, **cfg}
+    model.pretrained_cfg = model.default_cfg = {key: value for key, value in cfg.items() if value is not None}
+
+
+@contextmanager
+def _building(shown: str, path: Path | None = None) -> Iterator[None]:
+    """One sentence that names the file, whatever a constructor of timm makes of what it says."""
+    try:
+        yield
+    except (FileNotFoundError, UnreadableWeightsError):
+        raise
+    except Exception as e:
+        text = str(e) if isinstance(e, ValueError | RuntimeError) and '\n' not in str(e) else telling_line(e)
+        if not isinstance(e, ValueError | RuntimeError):
+            text = f'it does not describe a model that can be built ({type(e).__name__}: {text}).'
+        if path is not None:  # which may be a temporary one
+            text = text.replace(str(path), shown)
+        raise ValueError(text if text.startswith(shown) else f'{shown}: {text}') from e
+
+
+def _set_pool(model: MultiGrain, name: str, pool: str) -> None:
+    if not pool:
+        raise ValueError("pool='' gives a map, not a descriptor: give 'gem', 'mac', 'spoc', 'rmac', 'crow' or 'avg'.")
+    before = (model.global_pool, model.gem_p)
+    parameter = next(model.parameters())
+    model.head.reset_pool(pool, device=parameter.device, dtype=parameter.dtype)
+    if model.whitened and (model.global_pool, model.gem_p) != before:
+        raise ValueError(f'{name} was whitened for its own pooling: {pool!r} needs a model without whitening.')
+
+
+def weights_sha256(model: torch.nn.Module) -> str:
+    """SHA-256 over names, types, shapes and values of a model's weights and buffers."""
+    digest = hashlib.sha256()
+    for key, value in sorted(model.state_dict().items()):
+        value = value.detach().cpu().contiguous()
+        digest.update(f'{key} {value.dtype} {tuple(value.shape)}\n'.encode())
+        digest.update(value.flatten().view(torch.uint8).numpy().data if value.numel() else b'')
+    if isinstance(getattr(getattr(model, 'head', None), 'pool', None), GeM):
+        digest.update(f'p {model.gem_p}'.encode())
+    return digest.hexdigest()
