@@ -135,7 +135,7 @@ def test_what_a_checkpoint_was_trained_with(tmp_path):
     given = dict(mean=[0., 0., 0.], std=[1., 1., 1.], crop_pct=1.0, img_size=64, interpolation='bicubic')
     path = train_checkpoint(tmp_path / 'last.pth.tar', model, model_kwargs=dict(trunk='test_resnet', gem_p=2), **given)
     opened = open_model(path)
-    expected = Protocol(64, mean=(0,) * 3, std=(1,) * 3, crop_pct=1, interpolation='bicubic')
+    expected = Protocol(64, 'longer-side', mean=(0,) * 3, std=(1,) * 3, crop_pct=1, interpolation='bicubic')
     assert Protocol.for_model(opened) == expected
     again = open_model(save_pretrained(opened, tmp_path / 'saved'))
     assert Protocol.for_model(again) == expected and 'test_input_size' not in again.pretrained_cfg
@@ -165,7 +165,7 @@ def test_validate_counts_as_timms_validate_py(tmp_path, noise_folder, capsys):
     figures = json.loads((tmp_path / 'figures.json').read_text())
     assert figures[0]['metric'] == 'top1' and figures[0]['value'] == pytest.approx(100 * right.item())
     source = open_classes(noise_folder, open_model(path), 'train')
-    result = classify(open_model(path), source, Protocol.for_model(open_model(path)), workers=0)
+    result = classify(open_model(path), source, Protocol.for_model(open_model(path), kind='crop'), workers=0)
     assert result.loss == pytest.approx(loss.item(), abs=1e-5) and 0 < right < 1
 
 

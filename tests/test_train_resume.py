@@ -49,9 +49,9 @@ def test_what_cannot_be_resumed(tmp_path):
     truncated.write_bytes(Path(joint).read_bytes()[:5000])
     cases = [
         (str(tmp_path / 'none.pth'), {}, 'no such file'),
-        (str(tmp_path / 'text.pth'), {}, 'no checkpoint that can be read safely'),
-        (str(truncated), {}, 'no checkpoint that can be read safely'),
-        (str(tmp_path / 'code.pth'), {}, 'no checkpoint that can be read safely'),
+        (str(tmp_path / 'text.pth'), {}, 'cannot be read as weights'),
+        (str(truncated), {}, 'cannot be read as weights'),
+        (str(tmp_path / 'code.pth'), {}, 'cannot be read as weights'),
         (str(tmp_path / 'weights.pth'), {}, 'weights but no state of a training'),
         (classes, {}, 'without an instance loss'),
         (joint, {'classif_weight': 1}, 'with an instance loss'),
