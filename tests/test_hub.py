@@ -1,6 +1,7 @@
 """Saved folders load back in a fresh process, bit by bit, and a failed write leaves nothing behind."""
 import json
 import math
+import os
 import subprocess
 import sys
 
@@ -10,6 +11,10 @@ import torch
 
 import timm_multigrain
 from timm_multigrain.hub import save_pretrained
+from timm_multigrain.hub.save import model_folder
+from timm_multigrain.models.open import open_model
+
+from .tiny import tiny_model
 
 
 def _model(name='multigrain_resnet18', **kwargs):
@@ -94,6 +99,70 @@ def test_a_card_in_the_folder_is_kept(tmp_path):
     (path / 'more.safetensors').write_bytes(b'')
     with pytest.raises(FileExistsError, match='is not a saved model'):
         save_pretrained(_model(), path)
+
+
+def test_the_card_is_there_while_the_folder_is_replaced(tmp_path, monkeypatch):
+    path = save_pretrained(tiny_model(), tmp_path / 'model')
+    (path / 'README.md').write_text('mine')
+    replace, seen = os.replace, []
+
+    def watched(source, target):
+        seen.append((path / 'README.md').read_text())
+        if str(target) == str(path / 'model.safetensors'):
+            with pytest.raises(RuntimeError, match=r'it is not the file that config\.json was saved with'):
+                timm.create_model(f'local-dir:{path}', pretrained=True)  # the new config.json, the old weights
+        replace(source, target)
+        seen.append((path / 'README.md').read_text())
+
+    monkeypatch.setattr(os, 'replace', watched)
+    save_pretrained(tiny_model(1), path)
+    assert set(seen) == {'mine'} and len(seen) >= 4 and open_model(path).num_classes == 3
+
+
+@pytest.mark.parametrize('umask', [0o022, 0o077, 0o002])
+def test_files_have_the_mode_that_the_umask_says(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        path = save_pretrained(tiny_model(), tmp_path / 'model')
+        save_pretrained(tiny_model(), path)  # once more, over the first
+    finally:
+        os.umask(before)
+    assert {p.name: p.stat().st_mode & 0o777 for p in path.iterdir()} == dict.fromkeys(
+        ('config.json', 'model.safetensors'), 0o666 & ~umask)
+    assert path.stat().st_mode & 0o777 == 0o777 & ~umask
+
+
+def test_leftovers_of_a_killed_run_go_and_those_of_a_running_one_stay(tmp_path):
+    code = ('import os, pathlib, signal, sys\n'
+            'from timm_multigrain.hub.save import model_folder\n'
+            'with model_folder(sys.argv[1]) as folder:\n'
+            '    (folder / "model.safetensors").write_bytes(bytes(1000))\n'
+            '    os.kill(os.getpid(), signal.SIGKILL)\n')
+    killed = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'model')])
+    assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / '.model.unfinished-mine').mkdir()
+    (tmp_path / '.model.unfinished-mine' / 'photo.jpg').touch()  # nothing that this package leaves
+    with model_folder(tmp_path / 'model') as running:
+        save_pretrained(tiny_model(), tmp_path / 'model')
+        assert running.is_dir()
+        (running / 'config.json').write_text('{}')
+    assert {p.name for p in tmp_path.iterdir()} == {'model', '.model.unfinished-mine'}
+
+
+def test_damage_of_the_same_size_is_found(tmp_path):
+    path = save_pretrained(tiny_model(), tmp_path / 'model')
+    weights = path / 'model.safetensors'
+    body = bytearray(weights.read_bytes())
+    for place in (len(body) - 1, len(body) // 2, len(body) - 5000):
+        weights.write_bytes(body[:place] + bytes([body[place] ^ 1]) + body[place + 1:])
+        for load in (open_model, lambda path: timm.create_model(f'local-dir:{path}', pretrained=True)):
+            with pytest.raises(RuntimeError, match=r'it is not the file that config\.json was saved with .*again\.'):
+                load(path)
+    weights.write_bytes(body)
+    open_model(path)
+    config = json.loads((path / 'config.json').read_text())
+    (path / 'config.json').write_text(json.dumps({**config, 'label_names': ['x', 'y', 'z']}))  # people may edit it
+    assert open_model(path).pretrained_cfg['label_names'] == ['x', 'y', 'z']
 
 
 def test_weights_that_hold_nan_are_refused(tmp_path):
