@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 
 from timm_multigrain.cli.main import main
+from timm_multigrain.collection.model import label_names_of
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import open_classes
 from timm_multigrain.images.protocol import Protocol
@@ -125,6 +126,18 @@ def test_timm_names(monkeypatch):
     assert model.pretrained_cfg['tag'] == 'r160_in1k' and model.pretrained_cfg['license']
     assert open_model('test_resnet', pretrained=False, pool='gem', p=2.5).gem_p == 2.5
     assert open_model('multigrain_test_resnet', pretrained=False).gem_p == 3  # registered on the way
+
+
+def test_names_of_classes(tmp_path):
+    imagenet = open_model('test_resnet.r160_in1k', pretrained=False)
+    imagenet.pretrained_cfg['tag'] = 'r160_in1k'
+    assert label_names_of(imagenet)[0] == 'tench, Tinca tinca' and len(label_names_of(imagenet)) == 1000
+    assert label_names_of(open_model(save_pretrained(imagenet, tmp_path / 'model')))[999].startswith('toilet tissue')
+    other = train_checkpoint(tmp_path / 'other', trained('test_resnet'), 'test_resnet')  # 1000 classes of any kind
+    assert label_names_of(open_model(other)) is None
+    model = tiny_model()
+    model.pretrained_cfg['label_names'] = {'0': 'boat', '2': 'tree'}
+    assert label_names_of(model) == ['boat', '1', 'tree']
 
 
 # --- data configuration: one for a checkpoint and the folder published from it

@@ -1,4 +1,5 @@
 """The model an index was built with: described in config.json, told from any other by the hash of its weights."""
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,15 +36,19 @@ def describe_model(model: torch.nn.Module, source: str | None, options: Mapping[
 
 
 def label_names_of(model: torch.nn.Module) -> list[str] | None:
-    """Names of the model's classes: its own, those of ImageNet where it is a classifier of that, or None."""
-    names = model.pretrained_cfg.get('label_names')
+    """Names of the model's classes: its own, ImageNet's where its weights are tagged as of that, or None."""
+    cfg = model.pretrained_cfg
+    names = cfg.get('label_names')
+    if isinstance(names, dict):  # timm's form for rows with gaps between them
+        return [names.get(str(row), str(row)) for row in range(model.num_classes)]
     if names and len(names) == model.num_classes:
         return list(names)
-    if model.num_classes != 1000:
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+    subset = infer_imagenet_subset(model)
+    if subset is None or not re.search(r'in\d+k', cfg.get('tag') or ''):
         return None
-    from timm.data import ImageNetInfo
-    info = ImageNetInfo('imagenet-1k')
-    return [info.index_to_description(i) for i in range(1000)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(row) for row in range(model.num_classes)]
 
 
 def open_described(described: Mapping[str, Any], folder: Path, device: str | None = None) -> torch.nn.Module:
