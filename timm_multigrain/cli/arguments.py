@@ -16,8 +16,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = True
     if positional:
         parser.add_argument('model', metavar='MODEL', help='folder, checkpoint of train.py, multigrain_NAME[.TAG], '
                                                            'hf-hub:USER/NAME, or any timm model')
-    add('--pool', metavar='NAME', help='pooling: gem, mac, spoc, rmac, crow, avg (default: the model\'s, gem for a '
-                                       'timm model)')
+    add('--pool', metavar='NAME', help='pooling: gem, mac, spoc, rmac, crow, avg (default: the model\'s)')
     add('--p', type=float, metavar='P', help="exponent of GeM (default: the model's)")
     add('--no-pretrained', action='store_true', help='random weights')
     add('--no-ema', action='store_true', help="a checkpoint's plain weights, not the averaged ones")

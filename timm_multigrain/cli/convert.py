@@ -1,11 +1,11 @@
-"""Convert a checkpoint of the original implementation to a timm folder.
+"""Convert a checkpoint of the original implementation, or of train.py, to a timm folder.
 
     timm-multigrain convert multigrain_resnet50.fb_p3_l05_in1k my-model
     timm-multigrain convert joint_3B_0.5.pth my-model
     timm-multigrain convert https://example.org/checkpoint_120.pth my-model
 
-It writes config.json and model.safetensors, loads them back and compares the outputs. The network is told by the names
-and shapes of the weights. No code in the file is run.
+It writes config.json and model.safetensors, loads them back and compares the outputs. The network is told by what
+the file says of itself or by the names and shapes of the weights. No code in the file is run.
 """
 import argparse
 
@@ -14,8 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('source', metavar='FILE_OR_URL', help='checkpoint: a file, an http(s) address, or a pretrained tag')
     add('out_dir', metavar='OUT_DIR', help='folder to write; an earlier model there is replaced')
-    add('--model', metavar='NAME', help='model that the weights are of, such as multigrain_resnet50 (default: told by '
-                                        'the weights)')
+    add('--model', metavar='NAME', help='model that the weights are of: multigrain_resnet50, resnet50, hf-hub:NAME or '
+                                        'local-dir:FOLDER (default: told by the file)')
 
 
 def run(args: argparse.Namespace) -> int:
