@@ -103,16 +103,18 @@ def test_timm_models_keep_pooling_and_classifier(tmp_path, offline, name, kwargs
     assert weights_sha256(again) == weights_sha256(open_model(path))
 
 
-def test_a_head_of_another_kind_is_said(tmp_path):
-    plain = trained('test_convnext', num_classes=4)  # a norm between pooling and classifier
-    path = train_checkpoint(tmp_path / 'last.pth.tar', plain, 'test_convnext')
-    with pytest.warns(UserWarning, match='pools and classifies in a way of its own.*without its classifier'):
+@pytest.mark.parametrize('name', ['test_convnext', 'test_vit', 'test_vit2'])
+def test_a_head_of_another_kind_is_said(tmp_path, name):
+    plain = trained(name, num_classes=4)  # a norm after the pooling, a class token, averaged tokens and then a norm
+    path = train_checkpoint(tmp_path / 'last.pth.tar', plain, name)
+    with pytest.warns(UserWarning, match='pools in a way of its own.*without a classifier'):
         opened = open_model(path)
     assert (opened.gem_p, opened.num_classes) == (3, 0)
     assert all(torch.equal(value, plain.state_dict()[key]) for key, value in opened.trunk.state_dict().items())
     with warnings.catch_warnings():
         warnings.simplefilter('error')
         assert open_model(path, pool='mac').global_pool == 'mac'
+        assert open_model(save_pretrained(opened, tmp_path / 'saved')).gem_p == 3
 
 
 def test_timm_names(monkeypatch):

@@ -10,7 +10,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
@@ -272,13 +272,17 @@ def _as_multigrain(model: nn.Module, shown: str, pool: str | None) -> MultiGrain
     if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'forward_head'):
         raise ValueError(f'{shown} is a {type(model).__name__}, without the verbs of a timm model.')
     pooling = _pooling_of(model)
-    own = None if pooling is None else _wrap(model, model.num_classes, **pooling)
-    if own is not None and _same_outputs(model, own):
-        return own
-    if pool is None and model.num_classes:
+    if pooling is not None:
+        with suppress(ValueError):  # weights that a trunk without its pooling has no place for
+            own = _wrap(model, model.num_classes, **pooling)
+            if _same_outputs(model, own):
+                return own
+    if pool is None:
         warnings.warn(
-            f'{shown} pools and classifies in a way of its own, which a MultiGrain does not have: it is opened with '
-            'GeM, p = 3, and without its classifier. Name a pooling to choose another one.', stacklevel=4)
+            f'{shown} pools in a way of its own, which a MultiGrain does not have: it is opened with GeM, p = 3, and '
+            'without a classifier. Name a pooling to choose another one.', stacklevel=4)
+    with suppress(AssertionError, TypeError):  # then the trunk says what it cannot do
+        model.reset_classifier(0, '')  # some models move their last norm, and record it
     return _wrap(model, 0)
 
 
