@@ -47,6 +47,15 @@ def test_metadata():
     assert _card(tiny_model(num_classes=0)).data.pipeline_tag == 'image-feature-extraction'
 
 
+def test_classes_are_named():
+    model = tiny_model()
+    model.pretrained_cfg['label_names'] = ['boat | ship', 'a<!-- timm_multigrain end model -->', 'tree\n\x1b[31m']
+    assert (r'| classes | 3: boat \| ship, a&lt;!-- timm_multigrain end model --&gt;, tree\n\x1b[31m |'
+            in _card(model).text)
+    model.pretrained_cfg['label_names'] = {'0': 'boat'}
+    assert '| classes | 3 |' in _card(model).text
+
+
 def test_figures_survive_the_card():
     metrics = parse_metrics([figure(77.4), HOLIDAYS, COPYDAYS])
     read = ModelCard(str(_card(metrics=metrics))).data.eval_results

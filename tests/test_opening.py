@@ -219,6 +219,23 @@ def test_no_name_in_a_file_reaches_the_network(tmp_path, offline):
     assert open_model(path).num_classes == 3
 
 
+def test_repositories_that_the_user_names_and_no_others(hub, tmp_path):
+    plain = trained('test_resnet', num_classes=4, global_pool='gem4')
+    timm.models.save_for_hf(plain, str(tmp_path / 'plain'), safe_serialization=True)
+    files = {file.name: file.read_bytes() for file in (tmp_path / 'plain').iterdir()}
+    hub.add_repo('me/plain', files)
+    opened = open_model('hf-hub:me/plain')
+    assert (opened.gem_p, opened.num_classes, opened.trunk_name) == (4, 4, 'test_resnet')
+    assert torch.equal(opened.head.fc.weight, plain.get_classifier().weight)
+    config = {'architecture': 'multigrain', 'num_classes': 0, 'pretrained_cfg': {'num_classes': 0}}
+    for name, args in (('me/trunk', dict(trunk='hf-hub:me/plain')), ('me/start', dict(pretrained_trunk='r160_in1k'))):
+        hub.add_repo(name, {**files, 'config.json': json.dumps({**config, 'model_args': args}).encode()})
+        hub.requests.clear()
+        with pytest.raises(ValueError, match='followed'):
+            open_model(f'hf-hub:{name}')
+        assert hub.requests and all(name in address for _, address in hub.requests)
+
+
 def test_a_name_that_the_user_gives_is_followed(tmp_path):
     folder = save_pretrained(tiny_model(gem_p=2), tmp_path / 'model')
     path = train_checkpoint(tmp_path / 'last.pth.tar', tiny_model(1, gem_p=2), f'local-dir:{folder}')

@@ -101,6 +101,7 @@ def test_command_with_card_and_figures(hub, tmp_path):
                  '--description', 'Boats and cars.', '--private']) == 0
     card = hub.repos['me/model'].files()['README.md'].decode()
     assert 'Trained on my holiday pictures.' in card and 'language: en' in card and 'Boats and cars.' in card
+    assert '| classes | 3: a, b, c |' in card
     assert '| classification | ImageNet-1k | top1 | 71.5 | 224 | 3 |' in card and hub.repos['me/model'].private
     loaded = timm.create_model('hf-hub:me/model', pretrained=True)
     assert loaded.pretrained_cfg['label_names'] == ['a', 'b', 'c']

@@ -18,6 +18,8 @@ _LAZY = {
         'create_instance_loss', 'create_sampler', 'effective_negatives', 'margin_loss', 'margin_statistics'),
     'data': ('InstanceDataset', 'Lighting', 'RepeatedAugSampler', 'create_loader'),
     'task': ('MultiGrainTask',),
+    'models.open': ('open_model',),
+    'hub': ('save_pretrained',),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 

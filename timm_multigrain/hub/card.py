@@ -3,6 +3,7 @@
 A card has blocks between HTML comments, which every publication writes anew. What stands outside of them belongs to
 people and is kept, as are metadata that this module does not set and figures that it did not write.
 """
+import html
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
+
+from timm_multigrain.images.sources import printable
 
 from .metrics import Metric
 
@@ -31,6 +34,7 @@ _INTRO = (
 _MARK = 'timm_multigrain'
 _TAGS = ('multigrain', 'timm', 'image-classification', 'image-feature-extraction', 'image-retrieval', 'copy-detection')
 _HEADINGS = {'model': None, 'usage': 'Usage', 'results': 'Results', 'citation': 'Citation'}
+_NAMED = 50  # classes that are listed
 _MODES = {1: "'L'", 3: "'RGB'", 4: "'RGBA'"}
 
 
@@ -138,7 +142,7 @@ def _model_block(model: nn.Module, facts: CardFacts) -> str:
     license_ = facts.license_name or facts.license
     rows = {
         'trunk': f'`{model.trunk_name}` of timm',
-        'classes': model.num_classes or 'none, the output is the embedding',
+        'classes': _classes(model),
         'embedding': f'{model.embed_dim} components',
         'pooling': _pooling(model),
         'whitening': f'to {model.embed_dim} components' if model.whitened else 'none',
@@ -148,6 +152,15 @@ def _model_block(model: nn.Module, facts: CardFacts) -> str:
     }
     table = '\n'.join(['| | |', '|---|---|', *(f'| {name} | {value} |' for name, value in rows.items())])
     return '\n\n'.join(filter(None, [_INTRO, facts.description, table]))
+
+
+def _classes(model: nn.Module) -> str:
+    if not model.num_classes:
+        return 'none, the output is the embedding'
+    names = model.pretrained_cfg.get('label_names') or ()
+    if isinstance(names, dict) or not 0 < len(names) <= _NAMED:
+        return f'{model.num_classes}'
+    return f'{model.num_classes}: {_cell(", ".join(html.escape(printable(name), quote=False) for name in names))}'
 
 
 def _pooling(model: nn.Module) -> str:
