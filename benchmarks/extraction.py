@@ -16,9 +16,9 @@ import timing
 import torch
 from tqdm import tqdm
 
-from timm_multigrain.data.transforms import create_eval_transform
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import find_images
+from timm_multigrain.images.transforms import create_eval_transform
 from timm_multigrain.models.open import open_model
 from timm_multigrain.retrieval.embedder import Embedder
 from timm_multigrain.retrieval.extract import Batches, decode, in_order

@@ -1,15 +1,25 @@
 """Classification: folders matched with classes, ranks counted in loops, the validate command."""
 import json
+import os
 import shutil
 
 import numpy as np
 import pytest
 import torch
+from timm.data import ImageDataset
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.hub.metrics import read_metrics
-from timm_multigrain.images.labels import first_of_each, match_classes, open_classes
+from timm_multigrain.images.labels import (
+    class_names,
+    find_classes,
+    first_of_each,
+    match_classes,
+    open_classes,
+    read_class_names,
+    write_class_names,
+)
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.models.open import open_model
@@ -129,6 +139,48 @@ def test_folders(model, noise_folder, tmp_path):
         open_classes(noise_folder, model, 'fold7')
     with pytest.raises(FileNotFoundError, match='is no folder'):
         open_classes(tmp_path / 'nowhere', model, 'validation')
+
+
+NAMES = ['1', '2', '10', 'a10', 'a9', 'B1', 'b02', 'Zebra', 'apple', 'Öl', 'öre', 'É2', 'é10', 'x-1', 'x_1', 'ｆ２',
+         'ß', 'İ', '日本', '٣', '12a3', '12A20', ' lead', 'ǅ']
+
+
+def test_classes_are_those_of_timm(tmp_path):
+    rng = np.random.default_rng(0)
+    for split, nested in (('flat', ''), ('deep', 'some/where')):
+        for name in rng.permutation(NAMES):
+            folder = tmp_path / split / nested / str(name)
+            folder.mkdir(parents=True)
+            (folder / 'x.png').touch()
+        if nested:  # a folder with images and folders, and the same name in two places
+            for name in ('some/x.png', 'other/10/y.png', 'other/y.jpg'):
+                (tmp_path / split / name).parent.mkdir(exist_ok=True, parents=True)
+                (tmp_path / split / name).touch()
+        truth = ImageDataset(str(tmp_path / split)).reader
+        source = find_classes(tmp_path / split)
+        assert truth.class_to_idx == {name: i for i, name in enumerate(source.class_names)}
+        labels = {os.path.relpath(path, tmp_path / split): label for path, label in truth.samples}
+        assert labels == dict(zip(source.names, source.labels, strict=True)) and len(labels) >= len(NAMES)
+    assert class_names(['b', '2²', 'B', '10', '9', '1', '01']) == ['01', '1', '2²', '9', '10', 'B', 'b']
+
+
+def test_matching_by_order_is_natural(model):
+    assert match_classes(model, ['10', '2', '1']) == [2, 1, 0]
+    with pytest.raises(ValueError, match='timm has no fixed order of the classes Cat and cat'):
+        match_classes(model, class_names(['cat', 'dog', 'Cat']))
+    with pytest.raises(ValueError, match='no fixed order of the classes 01 and 1'):
+        match_classes(model, ['01', '1', 'x'])
+
+
+def test_class_names_beside_a_checkpoint(tmp_path):
+    assert read_class_names(tmp_path / 'last.pth.tar') is None
+    path = write_class_names(tmp_path / 'run', ['10', 'Ö "quoted"', 'line\nbreak'])
+    assert read_class_names(tmp_path / 'run' / 'model_best.pth.tar') == ['10', 'Ö "quoted"', 'line\nbreak']
+    assert read_class_names(tmp_path / 'run') == read_class_names(path)
+    for content in (b'{"a": 1}', b'["a", 1]', b'[', b'\xff', b'[' * 100_000, b'null'):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r'class_names\.json is not (a JSON list|JSON)'):
+            read_class_names(tmp_path / 'run')
 
 
 def test_first_of_each(model, noise_folder):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from timm_multigrain.demo.copies import COPY_TRANSFORMS, make_copies, to_rgb
+from timm_multigrain.demo.copies import COPY_TRANSFORMS, make_copies
 from timm_multigrain.demo.pictures import draw_picture
 
 NAMES = ['crop', 'jpeg', 'rotate', 'blur', 'colour', 'mirror', 'text', 'strong']
@@ -87,17 +87,3 @@ def test_any_mode_and_size(mode):
     for size in ((1, 1), (1, 3000), (3000, 1), (2, 3), (800, 20)):
         for copy in make_copies(Image.new(mode, size)).values():
             assert copy.mode == 'RGB' and min(copy.size) >= 1
-
-
-def test_to_rgb_values():
-    transparent = Image.new('RGBA', (2, 1), (200, 0, 0, 255))
-    transparent.putpixel((1, 0), (200, 0, 0, 0))
-    assert np.asarray(to_rgb(transparent)).tolist() == [[[200, 0, 0], [255, 255, 255]]]
-    indexed = Image.new('P', (1, 1))
-    indexed.putpalette([10, 20, 30])
-    assert to_rgb(indexed).getpixel((0, 0)) == (10, 20, 30)
-    indexed.info['transparency'] = 0
-    assert to_rgb(indexed).getpixel((0, 0)) == (255, 255, 255)
-    deep = Image.fromarray(np.array([[0, 0x8000, 0xffff]], dtype=np.uint16))
-    assert np.asarray(to_rgb(deep))[0, :, 0].tolist() == [0, 128, 255]
-    assert to_rgb(Image.new('CMYK', (1, 1), (0, 255, 255, 0))).getpixel((0, 0)) == (255, 0, 0)

@@ -94,7 +94,7 @@ def _broken(root):
     (lambda root: _folder(root, count=0), 'holds 0 class folders'),
     (lambda root: _folder(root, classes=('cat',)), r'holds 1 class folders .*\(cat\), at least 2'),
     (lambda root: (_folder(root), _folder(root, classes=('cow',), splits=('val',))), 'differ between .* cow'),
-    (_broken, r'dog.2\.jpg is not a readable picture'),
+    (_broken, r'dog.2\.jpg: .*replace this picture or take it out'),
 ])
 def test_folders_it_cannot_use(tmp_path, capsys, make, message):
     make(tmp_path / 'data')

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from timm_multigrain.data.transforms import create_eval_transform
 from timm_multigrain.images.protocol import MS_SCALES, Protocol
 from timm_multigrain.images.sources import ImageFiles, UnreadableImage
+from timm_multigrain.images.transforms import create_eval_transform
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model
 from timm_multigrain.retrieval import extract as module

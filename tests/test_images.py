@@ -4,6 +4,7 @@ import json
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,10 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from timm_multigrain.images.labels import find_classes
 from timm_multigrain.images.sources import (
     ImageFiles,
     UnreadableImage,
+    decode,
     find_images,
+    open_image,
     open_images,
     printable,
     read_image,
@@ -65,12 +69,63 @@ def test_not_a_number_is_black(tmp_path):
     assert np.asarray(read_image(tmp_path / 'x.tif'))[0, :, 0].tolist() == [0, 255, 128]
 
 
-@pytest.mark.parametrize('mode', ['RGBA', 'LA', 'P'])
-def test_transparent_is_white(tmp_path, mode):
-    image = Image.new('RGBA', (4, 2), (255, 0, 0, 0)).convert(mode)
-    kwargs = {'transparency': image.getpixel((0, 0))} if mode == 'P' else {}
+def palette(colours, transparency):
+    image = Image.new('P', (len(colours), 1))
+    image.putpalette([value for colour in colours for value in colour])
+    image.putdata(range(len(colours)))
+    return image, {'transparency': transparency}
+
+
+def of_pixels(mode, pixels):
+    image = Image.new(mode, (len(pixels), 1))
+    image.putdata(pixels)
+    return image, {}
+
+
+def key(mode, pixels, transparency):
+    return of_pixels(mode, pixels)[0], {'transparency': transparency}
+
+
+BLACK, GREY, WHITE, RED = (0, 0, 0), (127, 127, 127), (255, 255, 255), (255, 0, 0)
+
+
+@pytest.mark.parametrize('picture, expected', [
+    # black and red on nothing: on white; half of black on white is 255 * 127 / 255
+    (of_pixels('RGBA', [(*BLACK, 255), (*WHITE, 0), (*BLACK, 0)]), [BLACK, WHITE, WHITE]),
+    (of_pixels('RGBA', [(*RED, 255), (*RED, 0), (*BLACK, 128)]), [RED, WHITE, GREY]),
+    # white on nothing: on black; half of white on black is 128
+    (of_pixels('RGBA', [(*WHITE, 255), (*WHITE, 0), (*BLACK, 0)]), [WHITE, BLACK, BLACK]),
+    (of_pixels('RGBA', [(*WHITE, 255), (*WHITE, 128), (*WHITE, 0)]), [WHITE, (128, 128, 128), BLACK]),
+    # (3 * 255 + 195) / 4 = 240 is not nearly white, 241 is; what is seen little counts little
+    (of_pixels('LA', [(255, 255), (255, 255), (255, 255), (195, 255), (9, 0)]), [WHITE] * 3 + [(195,) * 3, WHITE]),
+    (of_pixels('LA', [(255, 255), (255, 255), (255, 255), (199, 255), (9, 0)]), [WHITE] * 3 + [(199,) * 3, BLACK]),
+    (of_pixels('LA', [(255, 255), (0, 1), (0, 0)]), [WHITE, BLACK, BLACK]),
+    # nothing to be seen
+    (of_pixels('LA', [(7, 0), (255, 0)]), [WHITE, WHITE]),
+    # palettes: one transparent colour, and an opacity for each
+    (palette([BLACK, RED], 1), [BLACK, WHITE]),
+    (palette([WHITE, RED], 1), [WHITE, BLACK]),
+    (palette([RED, BLACK, WHITE], bytes([255, 128, 0])), [RED, GREY, WHITE]),
+    # a transparent colour: grey, RGB, and 16 bits, in which 514 / 257 is 2
+    (key('L', [0, 10, 11], 10), [BLACK, WHITE, (11, 11, 11)]),
+    (key('RGB', [RED, WHITE, WHITE], RED), [BLACK, WHITE, WHITE]),
+    (key('I;16', [514, 10, 65535 - 257], 10), [(2, 2, 2), WHITE, (254, 254, 254)]),
+])
+def test_transparent_parts(tmp_path, picture, expected):
+    image, kwargs = picture
     image.save(tmp_path / 'x.png', **kwargs)
-    assert np.asarray(read_image(tmp_path / 'x.png')).min() == 255
+    assert [read_image(tmp_path / 'x.png').getpixel((x, 0)) for x in range(len(expected))] == expected
+    with Image.open(tmp_path / 'x.png') as opened:
+        assert decode(opened).tobytes() == read_image(tmp_path / 'x.png').tobytes()
+
+
+def test_large_images_are_put_together_of_strips(tmp_path):
+    values = np.random.default_rng(0).integers(0, 256, (700, 3000, 4))  # two strips
+    pixels = values.astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / 'x.png', compress_level=1)
+    alpha = values[..., 3:]
+    expected = (values[..., :3] * alpha + 255 * (255 - alpha)) / 255
+    assert np.abs(np.asarray(read_image(tmp_path / 'x.png')) - expected).max() <= 0.51
 
 
 @pytest.mark.parametrize('extension', ['gif', 'webp', 'png'])
@@ -92,6 +147,13 @@ def test_exif_orientation(tmp_path, photo, orientation):
         upright = upright.transpose(turn)
     assert read_image(tmp_path / 'x.png').tobytes() == upright.tobytes()
     assert read_image(tmp_path / 'x.png', exif=False).tobytes() == photo.tobytes()
+    with Image.open(tmp_path / 'x.png') as image:
+        twice = decode(decode(image))
+        assert twice.size == upright.size and twice.tobytes() == upright.tobytes()
+        assert decode(image, exif=False).tobytes() == photo.tobytes()
+    photo.convert('L').save(tmp_path / 'grey.jpg', exif=exif)
+    twice = decode(read_image(tmp_path / 'grey.jpg'))
+    assert twice.size == upright.size and twice.tobytes() == read_image(tmp_path / 'grey.jpg').tobytes()
 
 
 def test_damaged_exif_is_ignored(tmp_path, photo):
@@ -111,7 +173,7 @@ def test_unreadable(tmp_path, photo):
     (tmp_path / 'folder.jpg').mkdir()
     (tmp_path / 'loop.jpg').symlink_to('loop.jpg')
     for name, reason in {
-            'empty.jpg': 'is empty', 'text.jpg': 'is no image', 'cut.jpg': 'truncated', 'bomb.png': 'pixels',
+            'empty.jpg': 'is empty', 'text.jpg': 'is not an image', 'cut.jpg': 'truncated', 'bomb.png': 'pixels',
             'large.png': '', 'folder.jpg': 'is a folder', 'missing.jpg': 'no such file', 'loop.jpg': '',
             'nul\0.jpg': 'null'}.items():
         with pytest.raises(UnreadableImage) as e:
@@ -183,9 +245,10 @@ def test_find_images(tmp_path, photo):
     source = find_images(tmp_path)
     assert source.names == names and source.labels is None
     assert all(source.load(i).size == (30, 20) for i in range(len(source)))
-    classes = find_images(tmp_path, classes=True)
-    assert classes.names == ['a/2.png', 'a/deep/er.bmp', 'b/1.JPG'] and classes.labels == [0, 0, 1]
-    assert classes.class_names == ['a', 'b']
+    classes = find_classes(tmp_path)
+    assert classes.names == ['a/2.png', 'a/deep/er.bmp', 'b/1.JPG'] and classes.labels == [0, 2, 1]
+    assert classes.class_names == ['a', 'b', 'deep']
+    assert all(classes.load(i).size == (30, 20) for i in range(len(classes)))
     assert open_images(tmp_path, 'b').names == ['1.JPG']
 
 
@@ -252,3 +315,84 @@ def test_printable(name):
     shown = printable(name.replace('\0', ''))
     shown.encode('utf-8')
     assert len(shown.splitlines()) <= 1
+
+
+def test_nothing_but_regular_files_of_known_formats_is_opened(tmp_path, photo, monkeypatch):
+    ran = tmp_path / 'ran'
+    (tmp_path / 'bin').mkdir()
+    (tmp_path / 'bin' / 'gs').write_text(f'#!/bin/sh\ntouch {ran}\n')
+    (tmp_path / 'bin' / 'gs').chmod(0o755)
+    monkeypatch.setenv('PATH', f'{tmp_path / "bin"}:{os.environ["PATH"]}')
+    monkeypatch.setattr('PIL.EpsImagePlugin.gs_binary', None)
+    folder = tmp_path / 'images'
+    folder.mkdir()
+    photo.save(folder / 'page.eps')
+    os.rename(folder / 'page.eps', folder / 'eps.jpg')
+    photo.save(folder / 'page.pdf')
+    os.rename(folder / 'page.pdf', folder / 'pdf.png')
+    photo.save(folder / 'icon.ico')
+    os.rename(folder / 'icon.ico', folder / 'ico.gif')
+    for name in ('eps.jpg', 'pdf.png', 'ico.gif'):
+        with pytest.raises(UnreadableImage, match=r'is not an image in a format that is read here \(JPEG, PNG'):
+            read_image(folder / name)
+    with pytest.raises(Image.UnidentifiedImageError), open(folder / 'eps.jpg', 'rb') as file:
+        open_image(file)
+    assert not ran.exists()
+    with pytest.raises(OSError), Image.open(folder / 'eps.jpg') as image:
+        image.load()
+    assert ran.exists()  # it would have been run
+
+    os.mkfifo(folder / 'fifo.jpg')
+    (folder / 'zero.jpg').symlink_to('/dev/zero')
+    (folder / 'nowhere.jpg').symlink_to('gone.jpg')
+    photo.save(tmp_path / 'photo.png')
+    (folder / 'link.png').symlink_to(tmp_path / 'photo.png')
+    for name in ('fifo.jpg', 'zero.jpg'):
+        with pytest.raises(UnreadableImage, match=f'{name}: is not a regular file'):
+            read_image(folder / name)
+    assert find_images(folder).names == ['eps.jpg', 'ico.gif', 'link.png', 'nowhere.jpg', 'pdf.png']
+    with pytest.raises(UnreadableImage, match=r'nowhere\.jpg: no such file'):
+        read_image(folder / 'nowhere.jpg')
+    with pytest.raises(FileNotFoundError, match='is no folder of images'):
+        open_images(folder / 'fifo.jpg')
+
+
+@pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'LA', 'I;16', 'I', 'F', 'CMYK', 'P'])
+def test_memory_a_pixel(tmp_path, mode):
+    """8 bytes and what a strip takes, of a file that holds next to nothing, turned by its EXIF orientation."""
+    side, exif = 5000, Image.Exif()
+    exif[0x112] = 6
+    path = tmp_path / ('x.tif' if mode in ('F', 'I', 'CMYK') else 'x.png')
+    kwargs = {'compression': 'tiff_lzw'} if path.suffix == '.tif' else {}
+    Image.new(mode, (side, side)).save(path, exif=exif, **kwargs)
+    read_image(path)
+    before, peak = peak_memory(), 0
+    read_image(path)
+    peak = peak_memory(reset=False)
+    assert peak - before < 8.5 * side ** 2 + 64e6
+
+
+def peak_memory(reset=True):
+    """Bytes of this process at most since the last reset."""
+    status = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
+    if reset:
+        Path('/proc/self/clear_refs').write_text('5')
+        return int(status['VmRSS'].split()[0]) * 1024
+    return int(status['VmHWM'].split()[0]) * 1024
+
+
+def test_small_pictures_of_large_jpegs(tmp_path):
+    Image.new('RGB', (3200, 1600), 'red').save(tmp_path / 'x.jpg')
+    assert read_image(tmp_path / 'x.jpg', size=400).size == (800, 400)
+    assert read_image(tmp_path / 'x.jpg', size=400, max_pixels=400_000).size == (800, 400)
+    Image.new('RGB', (32, 16), 'red').save(tmp_path / 'x.png')
+    assert read_image(tmp_path / 'x.png', size=4).size == (32, 16)
+
+
+def test_file_objects(tmp_path, photo):
+    photo.save(tmp_path / 'x.png')
+    with open(tmp_path / 'x.png', 'rb') as file:
+        assert read_image(file).tobytes() == photo.tobytes()
+    assert read_image(io.BytesIO((tmp_path / 'x.png').read_bytes())).tobytes() == photo.tobytes()
+    with pytest.raises(UnreadableImage, match=r'^image: is not an image'):
+        read_image(io.BytesIO(b'text'))

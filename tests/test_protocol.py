@@ -5,8 +5,8 @@ import timm
 import torch
 from PIL import Image
 
-from timm_multigrain.data.transforms import create_eval_transform
 from timm_multigrain.images.protocol import MS_SCALES, Protocol
+from timm_multigrain.images.transforms import create_eval_transform
 
 from .tiny import tiny_model
 

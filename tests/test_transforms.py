@@ -14,7 +14,7 @@ from torchvision.transforms import functional as F
 
 from timm_multigrain.data import Lighting, create_eval_transform, create_transform, resize_shape
 from timm_multigrain.data.lighting import EIGENVALUES, EIGENVECTORS, insert_lighting
-from timm_multigrain.data.transforms import Resize
+from timm_multigrain.images.transforms import Resize
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 

@@ -14,6 +14,7 @@ from timm_multigrain.cli import whiten as whiten_command
 from timm_multigrain.cli.arguments import protocol_from_args
 from timm_multigrain.cli.main import main
 from timm_multigrain.hub import save_pretrained
+from timm_multigrain.images.labels import find_classes
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.images.subset import Subset
@@ -183,7 +184,7 @@ def test_a_killed_run_goes_on(saved, noise_folder, tmp_path):
 
 
 def test_subset(noise_folder):
-    source = find_images(noise_folder / 'train', classes=True)
+    source = find_classes(noise_folder / 'train')
     part = Subset(source, [5, 0])
     assert part.names == [source.names[5], source.names[0]] and part.labels == [source.labels[5], source.labels[0]]
     assert part.load(0).tobytes() == source.load(5).tobytes() and part.fingerprint() != source.fingerprint()

@@ -22,7 +22,6 @@ from .tidy import compact_if_worthwhile, delete_leftovers
 
 __all__ = ['BuildReport', 'build_index']
 
-HEIC = (b'.heic', b'.heif', b'.hif')
 ATTEMPTS = 3  # for a file that changes while it is read
 
 
@@ -279,8 +278,6 @@ class _Update:
         if os.path.lexists(path):
             from timm_multigrain.images.sources import printable
             reason = message.removeprefix(f'{printable(path)}: ')
-            if path.lower().endswith(HEIC) and 'no image in a format' in reason:
-                reason += ': HEIC takes a decoder, pip install pillow-heif'
             self.writer.skip(path, reason, file.size, file.mtime_ns)
             self.report.new_skipped += 1
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from timm_multigrain.images.protocol import Protocol
-from timm_multigrain.images.sources import ImageSource
+from timm_multigrain.images.sources import ImageSource, decode
 from timm_multigrain.retrieval.extract import Embedded, embed_images
 
 from .formats import read_picture
@@ -40,7 +40,7 @@ class Queries(ImageSource):
             ValueError: The crop lies outside of it.
         """
         image = self.images[i]
-        image = image.convert('RGB') if isinstance(image, Image.Image) else read_picture(image, exif=exif)
+        image = decode(image, exif) if isinstance(image, Image.Image) else read_picture(image, exif=exif)
         return image if self.crop is None else cut(image, self.crop, self.names[i])
 
 

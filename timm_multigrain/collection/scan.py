@@ -9,16 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from PIL import Image
+from timm_multigrain.images.sources import EXTENSIONS
 
 from .manifest import is_index
 
 __all__ = ['FoundFile', 'Scan', 'is_image_name', 'scan_folders']
 
-# readable only by code that is not there, or no photographs
-_NO_PHOTO = {'.pdf', '.ps', '.eps', '.mpg', '.mpeg', '.hdf', '.h5', '.wmf', '.emf', '.fit', '.fits', '.bufr', '.grib',
-             '.iim', '.gbr', '.palm', '.mic', '.fpx', '.msp', '.flc', '.fli', '.im', '.psd', '.xpm', '.xbm'}
-_ALWAYS = {'.heic', '.heif', '.hif', '.avif', '.jxl'}  # photographs, listed with the reason where no decoder is there
 _SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n', b'GIF87a', b'GIF89a', b'II*\0', b'MM\0*', b'BM')
 _BRANDS = (b'heic', b'heix', b'mif1', b'msf1', b'avif')
 
@@ -90,7 +86,7 @@ def is_image_name(name: bytes) -> bool | None:
     extension = os.path.splitext(os.fsdecode(name))[1].lower()
     if not extension:
         return None
-    return extension in _ALWAYS or (extension in Image.registered_extensions() and extension not in _NO_PHOTO)
+    return extension in EXTENSIONS
 
 
 def _walk(scan, root: int, folder: bytes, seen: set, links: list, below: bytes = b'') -> None:

@@ -3,20 +3,11 @@ import io
 import math
 from collections.abc import Callable, Iterable
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
-__all__ = ['COPY_TRANSFORMS', 'make_copies', 'to_rgb']
+from timm_multigrain.images.pixels import decode
 
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """8-bit RGB of an image of any mode, transparent parts on white."""
-    if image.mode.startswith('I;16'):
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-    if image.has_transparency_data:
-        image = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    return image.convert('RGB')
+__all__ = ['COPY_TRANSFORMS', 'make_copies']
 
 
 def crop(image: Image.Image, area: float = 0.5) -> Image.Image:
@@ -111,5 +102,5 @@ def make_copies(image: Image.Image, names: Iterable[str] | None = None) -> dict[
     unknown = [name for name in names if name not in COPY_TRANSFORMS]
     if unknown:
         raise ValueError(f'Unknown copy transformations {unknown}; choose from {list(COPY_TRANSFORMS)}.')
-    image = to_rgb(image)
+    image = decode(image)
     return {name: COPY_TRANSFORMS[name](image) for name in names}

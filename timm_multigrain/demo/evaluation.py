@@ -3,10 +3,10 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from PIL import Image
 from tqdm import tqdm
 
-from timm_multigrain.data import create_eval_transform
+from timm_multigrain.images.sources import read_image
+from timm_multigrain.images.transforms import create_eval_transform
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.retrieval.metrics import mean_average_precision
 
@@ -54,8 +54,8 @@ def make_copy_set(folder: PictureFolder, img_size: int) -> CopySet:
     images = torch.empty(len(folder.val), len(_KINDS), 3, img_size, img_size, dtype=torch.uint8)
     labels = torch.empty(len(folder.val), dtype=torch.int64)
     for i in tqdm(range(len(folder.val)), desc='Editing copies', unit='picture', leave=False, disable=None):
-        with Image.open(folder.path(i)) as picture:
-            versions = {'original': picture.convert('RGB'), **make_copies(picture)}
+        picture = read_image(folder.path(i))
+        versions = {'original': picture, **make_copies(picture)}
         for j, kind in enumerate(_KINDS):
             images[i, j] = (transform(versions[kind]) * 255).round().to(torch.uint8)
         labels[i] = folder.val[i][1]

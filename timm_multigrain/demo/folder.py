@@ -2,9 +2,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
 from timm.data import ImageDataset, get_img_extensions
 from tqdm import tqdm
+
+from timm_multigrain.images.labels import class_names
+from timm_multigrain.images.sources import UnreadableImage, read_image
 
 __all__ = ['PictureFolder', 'open_folder']
 
@@ -50,8 +52,9 @@ def open_folder(root: str | Path) -> PictureFolder:
                          f'({", ".join(classes) or "none"}), at least 2 are needed. {_LAYOUT}')
     other = set(_classes(root / 'val')) ^ set(classes)
     if other:
-        raise ValueError(f'The class folders with pictures differ between train/ and val/: {", ".join(sorted(other))} '
-                         f'is in one of them only. {_LAYOUT}')
+        names = ', '.join(class_names(other))
+        raise ValueError(f'The class folders with pictures differ between train/ and val/: {names} is in one of them '
+                         f'only. {_LAYOUT}')
     class_map = {name: i for i, name in enumerate(classes)}
     train, val = (ImageDataset(str(root / split), class_map=class_map) for split in ('train', 'val'))
     for dataset in (train, val):
@@ -61,7 +64,7 @@ def open_folder(root: str | Path) -> PictureFolder:
 
 def _classes(split: Path) -> list[str]:
     extensions = get_img_extensions()
-    return sorted(
+    return class_names(
         folder.name for folder in split.iterdir()
         if folder.is_dir() and any(path.suffix.lower() in extensions for path in folder.iterdir()))
 
@@ -70,7 +73,6 @@ def _check_pictures(dataset: ImageDataset) -> None:
     for index in tqdm(range(len(dataset)), desc='Checking pictures', unit='picture', leave=False, disable=None):
         path = dataset.filename(index, absolute=True)
         try:
-            with Image.open(path) as image:
-                image.load()
-        except Exception as e:
-            raise ValueError(f'{path} is not a readable picture ({e}): replace it or take it out.') from e
+            read_image(path)
+        except UnreadableImage as e:
+            raise ValueError(f'{e}: replace this picture or take it out.') from e

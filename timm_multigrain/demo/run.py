@@ -11,6 +11,7 @@ from PIL import Image
 
 from timm_multigrain.files import write_text
 from timm_multigrain.hub import save_pretrained
+from timm_multigrain.images.sources import read_image
 from timm_multigrain.retrieval.report import GalleryRow, Neighbor, Table, write_report
 
 from .collection import make_collection
@@ -170,8 +171,8 @@ def _neighbor(folder, copies: CopySet, query: int, index: int, similarity: float
 
 
 def _picture(folder: PictureFolder, number: int, kind: str) -> Image.Image:
-    with Image.open(folder.path(number)) as image:
-        return image.convert('RGB') if kind == 'original' else make_copies(image, [kind])[kind]
+    image = read_image(folder.path(number))
+    return image if kind == 'original' else make_copies(image, [kind])[kind]
 
 
 def _notes(folder: PictureFolder, settings: TrainSettings, model_dir: Path) -> list[str]:

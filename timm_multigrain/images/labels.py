@@ -1,18 +1,80 @@
-"""Images in a folder for each class, labelled with the classes of a model."""
+"""Classes of images: their order, their names, images in a folder for each of them, the rows of a classifier."""
+import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import torch
 
+from timm_multigrain.files import write_text
+
 from .sources import ImageFiles, find_images, printable
 from .subset import Subset
 
-__all__ = ['first_of_each', 'match_classes', 'open_classes']
+__all__ = [
+    'class_names', 'find_classes', 'first_of_each', 'match_classes', 'open_classes', 'read_class_names',
+    'write_class_names']
 
+NAMES_FILE = 'class_names.json'
 _IMAGENET = {1000: 'imagenet-1k', 12000: 'imagenet-12k', 21841: 'imagenet-22k', 11221: 'imagenet-21k-miil'}
 _SPLITS = {'train': ('train', 'training'), 'validation': ('val', 'validation', 'test')}
+
+
+def class_names(folders: Iterable[str]) -> list[str]:
+    """Names of the classes, each once, in the order in which timm counts them: 1, 2, 10, and A beside a.
+
+    Of names that timm's order does not tell apart (A and a, 1 and 01), it has no fixed order; here they are sorted.
+    """
+    return sorted(set(folders), key=lambda name: (_timm_order(name), name))
+
+
+def _timm_order(name: str) -> list[str | int]:
+    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name.lower()))]
+
+
+def write_class_names(folder: str | os.PathLike, names: Sequence[str]) -> Path:
+    """Write the names of the classes of the checkpoints in a folder, in the order of the classifier's rows."""
+    return write_text(Path(folder) / NAMES_FILE, json.dumps(list(names), indent=1) + '\n')
+
+
+def read_class_names(checkpoint_path: str | os.PathLike) -> list[str] | None:
+    """What `write_class_names` has written beside a checkpoint, or in a folder; None if there is nothing.
+
+    Raises:
+        ValueError: The file is not a JSON list of names.
+    """
+    path = Path(checkpoint_path)
+    path = (path if path.is_dir() else path.parent) / NAMES_FILE
+    if not path.is_file():
+        return None
+    try:
+        names = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{printable(path)} is not JSON ({e}): remove it or name the classes in it.') from e
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f'{printable(path)} is not a JSON list of names: remove it or name the classes in it.')
+    return names
+
+
+def find_classes(folder: str | os.PathLike) -> ImageFiles:
+    """All image files below a folder, labelled as timm labels them: with the name of the folder that each is in.
+
+    Images right in `folder` and not in one of a class are left out.
+
+    Raises:
+        FileNotFoundError: There is no such folder.
+        ValueError: It holds no folders with images.
+    """
+    found = find_images(folder)
+    names = [name for name in found.names if '/' in name]
+    if not names:
+        raise ValueError(f'{printable(folder)} holds no folder for each class with images in it.')
+    of_each = [name.split('/')[-2] for name in names]
+    classes = class_names(of_each)
+    numbers = {name: number for number, name in enumerate(classes)}
+    paths = [os.path.join(os.fsdecode(folder), name) for name in names]
+    return ImageFiles(paths, names, labels=[numbers[name] for name in of_each], class_names=classes)
 
 
 def open_classes(
@@ -35,9 +97,9 @@ def open_classes(
         ValueError: A class folder without images, or folders that do not match the model's classes.
     """
     root = _find_split(Path(os.fsdecode(data)), split)
-    source = find_images(root, classes=True)
+    source = find_classes(root)
     folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.')}
-    empty = sorted(folders - set(source.class_names))
+    empty = class_names(folders - {name.partition('/')[0] for name in source.names})
     if empty:
         raise ValueError(f'{printable(root)}: {len(empty)} of {len(folders)} class folders hold no images, such as '
                          f'{printable(empty[0])}. Fill or remove them.')
@@ -57,18 +119,18 @@ def _find_split(root: Path, split: str | None) -> Path:
 
 def match_classes(
         model: torch.nn.Module,
-        class_names: Sequence[str],
+        folders: Sequence[str],
         class_map: str | os.PathLike | None = None,
 ) -> list[int]:
     """The row of the model's classifier for each class folder.
 
     The first of these that applies: the class map; the model's own label_names; WordNet ids ('n01440764') for a model
-    of one of timm's ImageNets, of which the folders may be some; as many folders as classes, in sorted order, as timm's
-    train.py counts them.
+    of one of timm's ImageNets, of which the folders may be some; as many folders as classes, in the order of
+    `class_names`, as timm's train.py counts them.
 
     Args:
         model: Model with a classifier.
-        class_names: Names of the folders.
+        folders: Names of the folders.
         class_map: Text file that names the folder of each row of the classifier, a line each.
 
     Raises:
@@ -79,29 +141,41 @@ def match_classes(
     if class_map is not None:
         known, origin = _read_class_map(class_map, model.num_classes), f'class map {printable(class_map)}'
     else:
-        known, origin = _known_names(model, class_names)
+        known, origin = _known_names(model, folders)
     if known is None:
-        if len(class_names) == model.num_classes:
-            return list(range(len(class_names)))
+        if len(folders) == model.num_classes:
+            return _by_order(folders)
         raise ValueError(
-            f'{len(class_names)} class folders ({_some(class_names)}) for a model of {model.num_classes} classes, and '
+            f'{len(folders)} class folders ({_some(folders)}) for a model of {model.num_classes} classes, and '
             'nothing says which they are: give a class map, a text file with the folder of each class, a line each.')
-    unknown = [name for name in class_names if name not in known]
+    unknown = [name for name in folders if name not in known]
     if unknown:
-        raise ValueError(f'{len(unknown)} of {len(class_names)} class folders, such as {printable(unknown[0])}, are no '
+        raise ValueError(f'{len(unknown)} of {len(folders)} class folders, such as {printable(unknown[0])}, are no '
                          f'classes of the {origin} ({_some(list(known))}): give a class map, a text file with the '
                          'folder of each class, a line each.')
-    return [known[name] for name in class_names]
+    return [known[name] for name in folders]
 
 
-def _known_names(model: torch.nn.Module, class_names: Sequence[str]) -> tuple[dict[str, int] | None, str]:
+def _by_order(names: Sequence[str]) -> list[int]:
+    first = {}
+    for name in names:
+        same = first.setdefault(tuple(_timm_order(name)), name)
+        if same != name:
+            raise ValueError(f'timm has no fixed order of the classes {printable(same)} and {printable(name)}: rename '
+                             'one before training, or give a class map, a text file with the folder of each class, a '
+                             'line each.')
+    rows = {name: row for row, name in enumerate(class_names(names))}
+    return [rows[name] for name in names]
+
+
+def _known_names(model: torch.nn.Module, folders: Sequence[str]) -> tuple[dict[str, int] | None, str]:
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     names = cfg.get('label_names')
     if names:
         rows = {str(name): int(row) for row, name in (names.items() if isinstance(names, dict) else enumerate(names))}
-        if set(class_names) <= set(rows) or model.num_classes not in _IMAGENET:
+        if set(folders) <= set(rows) or model.num_classes not in _IMAGENET:
             return rows, 'model'
-    if model.num_classes in _IMAGENET and all(re.fullmatch(r'n\d{8}', name) for name in class_names):
+    if model.num_classes in _IMAGENET and all(re.fullmatch(r'n\d{8}', name) for name in folders):
         from timm.data import ImageNetInfo
 
         subset = _IMAGENET[model.num_classes]

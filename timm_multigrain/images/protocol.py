@@ -13,8 +13,10 @@ from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
-from timm_multigrain.data.transforms import create_eval_transform, to_rgb
 from timm_multigrain.models.fitted import whitened_for
+
+from .pixels import decode
+from .transforms import create_eval_transform
 
 __all__ = ['MS_SCALES', 'Protocol']
 
@@ -103,7 +105,7 @@ class Protocol:
             image: The image.
             whole: (width, height) of the image that it was cut out of.
         """
-        image = to_rgb(image)
+        image = decode(image, self.exif)
         if self.kind == 'thumbnail':
             side = max(1, self.size * max(image.size) / max(whole or image.size))
             image = image.copy()

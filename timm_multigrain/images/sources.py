@@ -2,24 +2,29 @@
 import hashlib
 import json
 import os
+import stat
 import warnings
 from collections.abc import Iterable, Sequence
+from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
-from timm_multigrain.data.transforms import to_rgb
+from .pixels import decode, to_rgb, turn_of
 
 __all__ = [
-    'Box', 'ImageFiles', 'ImageSource', 'UnreadableImage', 'find_images', 'open_images', 'printable', 'read_image',
-    'read_list']
+    'EXTENSIONS', 'FORMATS', 'Box', 'ImageFiles', 'ImageSource', 'UnreadableImage', 'decode', 'find_images',
+    'image_names', 'open_image', 'open_images', 'printable', 'read_image', 'read_list']
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image as read
 
+FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'HEIF')  # Pillow's names
 EXTENSIONS = frozenset({
-    '.jpg', '.jpeg', '.jpe', '.jfif', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pnm', '.jp2',
-    '.avif'})
+    '.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
+    '.pnm', '.jp2', '.j2k', '.avif', '.heic', '.heif', '.hif', '.jxl'})  # .jxl: found, and listed as not readable
+_HEIC = ('.heic', '.heif', '.hif')
 MAX_PIXELS = 178_956_970  # Pillow's own limit, twice its Image.MAX_IMAGE_PIXELS
 
 
@@ -27,16 +32,60 @@ class UnreadableImage(ValueError):
     """An image that cannot be read. The message is 'PATH: reason'."""
 
 
-def read_image(path: str | os.PathLike, exif: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Read an image file of any mode as RGB; of an animation, the first frame.
+@cache
+def _formats() -> list[str]:
+    try:
+        from pillow_heif import register_heif_opener
+        register_heif_opener()
+    except ImportError:
+        pass
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]
 
-    Transparent parts become white, 16 bits are reduced to 8.
+
+def open_image(
+        file: str | os.PathLike | BinaryIO,
+        max_pixels: int = MAX_PIXELS,
+        size: int | None = None,
+) -> Image.Image:
+    """Open an image of one of `FORMATS` without decoding it.
 
     Args:
-        path: File.
+        file: A file, which has to be a regular one, or a binary file object.
+        max_pixels: See `read_image`.
+        size: See `read_image`.
+
+    Raises:
+        OSError, ValueError: It is no such file or image, or too large (or another of Pillow's errors).
+    """
+    if not hasattr(file, 'read') and not stat.S_ISREG(os.stat(file).st_mode):
+        raise OSError('is not a regular file')  # opening a FIFO would wait for a writer, a device may never end
+    image = Image.open(file, formats=_formats())
+    if size is not None:
+        image.draft(None, (size, size))
+    if image.width * image.height > max_pixels:
+        image.close()
+        raise ValueError(f'{image.width} x {image.height} pixels are more than {max_pixels} in all')
+    return image
+
+
+def read_image(
+        file: str | os.PathLike | BinaryIO,
+        exif: bool = True,
+        max_pixels: int = MAX_PIXELS,
+        size: int | None = None,
+) -> Image.Image:
+    """Read an image file of any mode as RGB, see `pixels`; of an animation, the first frame.
+
+    Takes at most 8 bytes of memory for a pixel.
+
+    Args:
+        file: A file, which has to be a regular one, or a binary file object.
         exif: Turn the image upright as its EXIF orientation says.
         max_pixels: Larger images are refused, by the size that their header states. Pillow refuses what is larger than
             twice its ``Image.MAX_IMAGE_PIXELS`` in any case.
+        size: For a small picture to be looked at: a JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, its
+            shorter side not below this many pixels, which is quicker and not the same to the last grey level.
 
     Raises:
         UnreadableImage: No such file, no image, a damaged or truncated one, or one that is too large.
@@ -44,52 +93,42 @@ def read_image(path: str | os.PathLike, exif: bool = True, max_pixels: int = MAX
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # a large image is not yet a bomb; damaged EXIF is no reason to stop
-            with Image.open(path) as image:
-                if image.width * image.height > max_pixels:
-                    raise ValueError(f'{image.width} x {image.height} pixels are more than {max_pixels} in all')
+            with open_image(file, max_pixels, size) as image:
                 image.load()
-                return _to_rgb(_upright(image) if exif else image)
+                turn = turn_of(image) if exif else None
+                rgb = to_rgb(image)
+                # a copy: the file that the image was read from is closed
+                rgb = rgb.copy() if rgb is image else rgb
+        del image  # its pixels: turning takes memory again
+        rgb = rgb if turn is None else rgb.transpose(turn)
+        rgb.info = {}  # the orientation has been followed
+        return rgb
     except MemoryError:
         raise
     except Exception as e:  # Pillow's readers raise whatever a broken file makes them raise
-        raise UnreadableImage(f'{printable(path)}: {_reason(path, e)}') from e
+        raise UnreadableImage(f'{_name(file)}: {_reason(file, e)}') from e
 
 
-def _reason(path: str | os.PathLike, error: Exception) -> str:
-    if os.path.isdir(path):
+def _name(file: str | os.PathLike | BinaryIO) -> str:
+    name = getattr(file, 'name', None) if hasattr(file, 'read') else file
+    return printable(name) if isinstance(name, (str, bytes, os.PathLike)) else 'image'
+
+
+def _reason(file: str | os.PathLike | BinaryIO, error: Exception) -> str:
+    path = None if hasattr(file, 'read') else os.fsdecode(file)
+    if path is not None and os.path.isdir(path):
         return 'is a folder, not an image'
     if isinstance(error, FileNotFoundError):
         return 'no such file'
     if isinstance(error, Image.UnidentifiedImageError):
-        return 'is empty' if os.path.getsize(path) == 0 else 'is no image in a format that Pillow reads'
+        if path is not None and os.path.getsize(path) == 0:
+            return 'is empty'
+        if path is not None and path.lower().endswith(_HEIC) and 'HEIF' not in _formats():
+            return 'HEIC takes a decoder: pip install pillow-heif'
+        return f'is not an image in a format that is read here ({", ".join(_formats())})'
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return ' '.join(str(error).split()) or type(error).__name__
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # damaged EXIF: the picture itself was read
-        return image
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode in ('I', 'F') or image.mode.startswith('I;'):
-        return Image.fromarray(_eight_bits(np.asarray(image), image.mode)).convert('RGB')
-    if image.mode in ('RGBA', 'LA', 'PA', 'RGBa', 'La') or 'transparency' in image.info:
-        image = image.convert('RGBA')
-        return Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image).convert('RGB')
-    # a copy: the file that the image was read from is closed
-    return image.copy() if image.mode == 'RGB' else to_rgb(image)
-
-
-def _eight_bits(values: np.ndarray, mode: str) -> np.ndarray:
-    """Grey values of more than 8 bits to uint8. Of modes that do not say their range, the values tell it."""
-    values = np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-    ranges = {'I': (255., 65535.), 'F': (1., 255., 65535.)}.get(mode, (65535.,))
-    top = next((top for top in ranges if values.max() <= top), values.max())
-    return (values.clip(0, top) * (255 / top)).round().astype(np.uint8)
 
 
 def printable(name: str | os.PathLike) -> str:
@@ -195,12 +234,8 @@ def _check_box(box: Box) -> Box:
     return box
 
 
-def find_images(folder: str | os.PathLike, classes: bool = False) -> ImageFiles:
-    """All image files below a folder, sorted, named by their path in it. Hidden files and folders are left out.
-
-    Args:
-        folder: Folder; links are followed.
-        classes: Take the folder's own subfolders as classes, in sorted order, and the images in them only.
+def find_images(folder: str | os.PathLike) -> ImageFiles:
+    """All image files below a folder, sorted, named by their path in it; see `image_names`.
 
     Raises:
         FileNotFoundError: There is no such folder.
@@ -209,31 +244,39 @@ def find_images(folder: str | os.PathLike, classes: bool = False) -> ImageFiles:
     root = os.fsdecode(folder)
     if not os.path.isdir(root):
         raise FileNotFoundError(f'{printable(root)} is no folder: name one that holds images.')
-    names = sorted(os.path.relpath(path, root).replace(os.sep, '/') for path in _walk(root, set()))
-    labels = class_names = None
-    if classes:
-        names = [name for name in names if '/' in name]
-        class_names = sorted({name.partition('/')[0] for name in names})
-        numbers = {name: number for number, name in enumerate(class_names)}
-        labels = [numbers[name.partition('/')[0]] for name in names]
+    names = image_names(root)
     if not names:
-        where = 'a folder for each class with images in it' if classes else 'image files'
-        raise ValueError(f'{printable(root)} holds no {where} ({", ".join(sorted(EXTENSIONS))}).')
-    return ImageFiles([os.path.join(root, name) for name in names], names, labels=labels, class_names=class_names)
+        raise ValueError(f'{printable(root)} holds no image files ({", ".join(sorted(EXTENSIONS))}).')
+    return ImageFiles([os.path.join(root, name) for name in names], names)
 
 
-def _walk(folder: str, above: set[str]) -> Iterable[str]:
-    real = os.path.realpath(folder)
-    if real in above:  # a link to a folder that it is in
-        return
-    with os.scandir(folder) as entries:
-        for entry in sorted(entries, key=lambda entry: entry.name):
-            if entry.name.startswith('.'):
-                continue
-            if entry.is_dir():
-                yield from _walk(entry.path, above | {real})
-            elif os.path.splitext(entry.name)[1].lower() in EXTENSIONS:
-                yield entry.path
+def image_names(folder: str | os.PathLike) -> list[str]:
+    """Paths of the image files below a folder, relative, with '/', sorted.
+
+    They are told by their suffix, and regular files, also through links. Hidden files and folders are left out. A link
+    that leads nowhere is among them, for the reader to name.
+    """
+    names, pending = [], [('', frozenset())]  # a list, not the stack: folders may be nested deeply
+    while pending:
+        below, above = pending.pop()
+        path = os.path.join(os.fsdecode(folder), below)
+        real = os.path.realpath(path)
+        if real in above:  # a link to a folder that it is in
+            continue
+        with os.scandir(path) as entries:
+            for entry in entries:
+                name = f'{below}/{entry.name}' if below else entry.name
+                try:
+                    mode = entry.stat().st_mode
+                except OSError:
+                    mode = stat.S_IFREG
+                if entry.name.startswith('.'):
+                    continue
+                if stat.S_ISDIR(mode):
+                    pending.append((name, above | {real}))
+                elif stat.S_ISREG(mode) and os.path.splitext(name)[1].lower() in EXTENSIONS:
+                    names.append(name)
+    return sorted(names)
 
 
 def read_list(path: str | os.PathLike) -> ImageFiles:
@@ -274,8 +317,9 @@ class DatasetImages(ImageSource):
 
     def load(self, i: int, exif: bool = True) -> Image.Image:
         try:
-            image = self.dataset[i][0]
-            return _to_rgb(_upright(image) if exif else image)
+            # timm's own decoding knows no transparency
+            reader = getattr(self.dataset, 'reader', None)
+            return decode(self.dataset[i][0], exif) if reader is None else read_image(reader[i][0], exif)
         except Exception as e:  # whatever the data set's reader raises
             reason = ' '.join(str(e).split()) or type(e).__name__
             raise UnreadableImage(f'{self.title}, {printable(self.names[i])}: {reason}') from e

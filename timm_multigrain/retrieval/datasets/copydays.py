@@ -14,12 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.images.sources import ImageFiles, image_names
 from timm_multigrain.retrieval.archives import RemoteFile
 from timm_multigrain.retrieval.metrics import average_precision, mean_average_precision
 
 from .benchmark import Benchmark, Figure, Scores
-from .files import image_names, require_folder, some
+from .files import require_folder, some
 
 __all__ = ['DOWNLOADS', 'Copydays', 'load_copydays']
 

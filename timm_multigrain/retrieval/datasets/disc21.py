@@ -10,12 +10,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from timm_multigrain.images.sources import ImageFiles, ImageSource
+from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
 from timm_multigrain.retrieval.copies import micro_average_precision
 
 from .benchmark import Benchmark, Figure, Scores
 from .candidates import best_pairs
-from .files import image_names, locate, require_folder, some
+from .files import locate, require_folder, some
 
 __all__ = ['Disc21', 'load_disc21', 'read_pairs']
 

@@ -1,11 +1,11 @@
 """Images of a published set on the disk: found by name wherever an archive put them, counted, and missed by name."""
 import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-__all__ = ['IMAGE_SUFFIXES', 'image_names', 'locate', 'require_folder', 'some']
+from timm_multigrain.images.sources import image_names
 
-IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.ppm', '.bmp', '.tif', '.tiff', '.webp')
+__all__ = ['locate', 'require_folder', 'some']
 
 
 def some(names: Sequence[str], number: int = 3) -> str:
@@ -24,17 +24,6 @@ def require_folder(folder: str | os.PathLike, title: str, source: str) -> Path:
     if not folder.is_dir():
         raise FileNotFoundError(f'{folder} is no folder, so {title} is not there; {source}.')
     return folder
-
-
-def image_names(folder: Path, suffixes: Collection[str] = IMAGE_SUFFIXES) -> list[str]:
-    """Paths of the images below a folder, relative, with '/', sorted; hidden files and folders are passed over."""
-    found = []
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith('.'))
-        base = Path(parent).relative_to(folder)
-        found += [(base / name).as_posix() for name in files
-                  if not name.startswith('.') and os.path.splitext(name)[1].lower() in suffixes]
-    return sorted(found)
 
 
 def locate(folder: Path, names: Iterable[str], title: str, source: str, prefer: Sequence[str] = ()) -> list[Path]:

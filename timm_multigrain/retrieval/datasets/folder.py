@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from timm_multigrain.files import read_json
-from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.images.sources import ImageFiles, image_names
 from timm_multigrain.retrieval.metrics import mean_average_precision
 
 from .benchmark import Benchmark, Figure, Scores
-from .files import image_names, require_folder, some
+from .files import require_folder, some
 
 __all__ = ['Groups', 'load_folder']
 

@@ -14,12 +14,12 @@ import numpy as np
 from PIL import Image
 
 from timm_multigrain.files import read_json
-from timm_multigrain.images.sources import ImageFiles, ImageSource
+from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
 from timm_multigrain.retrieval.archives import RemoteFile
 from timm_multigrain.retrieval.metrics import mean_average_precision
 
 from .benchmark import Benchmark, Figure, Scores
-from .files import image_names, locate, require_folder, some
+from .files import locate, require_folder, some
 
 __all__ = ['DOWNLOADS', 'Holidays', 'TurnedImages', 'load_holidays', 'read_turns']
 

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.images.sources import ImageFiles, image_names
 from timm_multigrain.retrieval.archives import RemoteFile
 from timm_multigrain.retrieval.ukb import ukb_score
 
 from .benchmark import Benchmark, Figure, Scores
-from .files import image_names, locate, require_folder, some
+from .files import locate, require_folder, some
 
 __all__ = ['DOWNLOADS', 'UKBench', 'load_ukbench']
 
