@@ -1,5 +1,6 @@
 """Pretrained weights that cannot be had, read or used: one sentence with the file, the cause and the way out."""
 import math
+import os
 import pickle
 import random
 import re
@@ -82,6 +83,17 @@ def test_file_that_changes_between_its_parts(server, tmp_path):
     server.files = Changing()
     assert download(url, tmp_path / 'f').read_bytes() == b'b' * 900
     assert server.ranges == [None, 'bytes=500-']
+
+
+def test_what_killed_downloads_have_left_goes(server, tmp_path):
+    url = server.add('w.pth', b'weights')
+    old, running, other = (tmp_path / name for name in ('.w.pth-1.partial', '.w.pth-2.partial', '.v.pth-1.partial'))
+    for path in (old, running, other):
+        path.write_bytes(b'part')
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    assert download(url, tmp_path / 'w.pth').read_bytes() == b'weights'
+    assert (old.exists(), running.exists(), other.exists()) == (False, True, True)
 
 
 def test_cut_file_in_the_cache_is_fetched_again(server, tmp_path, weights):

@@ -1,6 +1,8 @@
 """A file from the web that appears whole or not at all, fetched further where the connection was cut."""
+import glob
 import http.client
 import os
+import time
 import urllib.error
 import urllib.request
 import uuid
@@ -39,6 +41,7 @@ def download(url: str, path: str | os.PathLike, instead: str = _INSTEAD) -> Path
     try:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
+            _remove_leftovers(path)
             file = open(unfinished, 'xb', buffering=0)  # noqa: SIM115 - closed below
         except OSError as e:
             raise _disk_error(path, e) from e
@@ -49,6 +52,14 @@ def download(url: str, path: str | os.PathLike, instead: str = _INSTEAD) -> Path
         with suppress(OSError):  # such as a folder that is a file: the error is on its way already
             unfinished.unlink(missing_ok=True)
     return path
+
+
+def _remove_leftovers(path: Path) -> None:
+    """What runs that were killed have left: no connection waits for an hour without a byte."""
+    for old in path.parent.glob(f'.{glob.escape(path.name)}-*.partial'):
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
 
 
 def _fetch(url: str, file: BinaryIO, path: Path, instead: str) -> None:
