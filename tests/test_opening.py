@@ -2,6 +2,7 @@
 import argparse
 import json
 import random
+import re
 import warnings
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 from timm_multigrain.cli.main import main
 from timm_multigrain.collection.model import label_names_of
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.images.labels import open_classes
+from timm_multigrain.images.labels import open_classes, write_class_names
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model, weights_sha256
@@ -140,6 +141,26 @@ def test_names_of_classes(tmp_path):
     model = tiny_model()
     model.pretrained_cfg['label_names'] = {'0': 'boat', '2': 'tree'}
     assert label_names_of(model) == ['boat', '1', 'tree']
+
+
+def test_names_of_classes_travel_from_training(tmp_path, noise_folder, capsys):
+    args = dict(model_kwargs=dict(trunk='test_resnet'), img_size=32)
+    path = train_checkpoint(tmp_path / 'last.pth.tar', tiny_model(), **args)
+    assert 'label_names' not in open_model(path).pretrained_cfg
+    write_class_names(tmp_path, ['boat', 'car'])
+    assert 'label_names' not in open_model(path).pretrained_cfg  # of another training
+    write_class_names(tmp_path, ['boat', 'car', 'tree'])
+    assert open_model(path).pretrained_cfg['label_names'] == ['boat', 'car', 'tree']
+    images, index = str(noise_folder / 'train'), str(tmp_path / 'index')
+    for command in (['whiten', str(path), images, str(tmp_path / 'white'), '--workers', '0', '--shrinkage', '0.5'],
+                    ['publish', f'{tmp_path}/white', 'me/x', '--license', 'mit', '--dry-run', f'{tmp_path}/pub'],
+                    ['index', images, '-o', index, '--model', str(path), '--workers', '0']):
+        assert main(command) == 0
+    assert '| classes | 3: boat, car, tree |' in (tmp_path / 'pub' / 'README.md').read_text()
+    assert open_model(tmp_path / 'pub').pretrained_cfg['label_names'] == ['boat', 'car', 'tree']
+    capsys.readouterr()
+    assert main(['search', index, f'{images}/a/0.png', '-k', '1']) == 0
+    assert re.search(r'1\.000  (boat|car|tree) \d+ %', capsys.readouterr().out)
 
 
 # --- data configuration: one for a checkpoint and the folder published from it

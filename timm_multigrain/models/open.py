@@ -29,6 +29,7 @@ from timm.models import (
 )
 
 from timm_multigrain.files import read_json
+from timm_multigrain.images.labels import read_class_names
 from timm_multigrain.layers import GeM
 
 from .checkpoint import model_state
@@ -184,10 +185,6 @@ def _from_training(
                          'followed: timm-multigrain convert FILE FOLDER --model NAME.')
     averaged = ema and checkpoint.get('state_dict_ema') is not None
     model = _rebuild(name, checkpoint['state_dict_ema' if averaged else 'state_dict'], args, shown, pool)
-    try:
-        from timm_multigrain.images.labels import read_class_names
-    except ImportError:
-        return model  # TEMPORARY
     names = read_class_names(path)
     if names is not None and len(names) == model.num_classes:
         _configure(model, label_names=list(names))
