@@ -233,7 +233,7 @@ def bomb(side):
 
 
 @pytest.mark.parametrize('content, says', [
-    (b'', 'is empty'), (b'no picture', 'no image'), (bomb(1200), '1200 x 1200 pixels are more than 1000000'),
+    (b'', 'is empty'), (b'no picture', 'not an image'), (bomb(1200), '1200 x 1200 pixels are more than 1000000'),
     (bomb(30_000), 'pixels'), (bomb(500), 'truncated')])
 def test_broken_pictures_are_refused_in_a_sentence(url, index, tmp_path, content, says):
     status, body, _ = upload(url, content)

@@ -319,7 +319,7 @@ def test_images_of_the_benchmark_have_to_be_readable(model, pictures, tmp_path):
         copy.parent.mkdir(exist_ok=True)
         copy.write_bytes(path.read_bytes())
     copy.write_bytes(b'no image')
-    with pytest.raises(ValueError, match=f'{copy.name}.* is no image'):
+    with pytest.raises(ValueError, match=f'{copy.name}.* is not an image'):
         evaluate(model, 'folder', tmp_path, PROTOCOL)
 
 

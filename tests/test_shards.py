@@ -141,9 +141,9 @@ def test_other_settings_are_refused(tmp_path, images, reference):
 
 
 def test_strict(tmp_path, images, reference):
-    with pytest.raises(UnreadableImage, match=r'07\.png: is no image'):
+    with pytest.raises(UnreadableImage, match=r'07\.png: is not an image'):
         embed(images, tmp_path / 'out', strict=True)
-    with pytest.raises(UnreadableImage, match=r'07\.png: is no image'):
+    with pytest.raises(UnreadableImage, match=r'07\.png: is not an image'):
         embed(images, reference, strict=True)
 
 
@@ -238,7 +238,7 @@ def test_command(tmp_path, images, model_folder, reference, capsys):
         torch.set_num_threads(threads)
     out = capsys.readouterr().out
     assert out.startswith('23 images, longer side 48, smaller images enlarged\n22 descriptors of 96 components in ')
-    assert '1 images could not be read' in out and '07.png: is no image' in out
+    assert '1 images could not be read' in out and '07.png: is not an image' in out
     assert contents(tmp_path / 'out') == contents(reference)
     assert main(['embed', str(model_folder), str(tmp_path / 'nowhere'), str(tmp_path / 'new'), *FLAGS]) == 2
     assert 'is no folder of images' in capsys.readouterr().err
