@@ -118,6 +118,16 @@ def test_a_head_of_another_kind_is_said(tmp_path, name):
         assert open_model(save_pretrained(opened, tmp_path / 'saved')).gem_p == 3
 
 
+def test_a_command_prints_the_warning_as_a_line(tmp_path, noise_folder, capsys):
+    command = ['embed', 'test_convnext', str(noise_folder / 'validation'), str(tmp_path / 'out'), '--no-pretrained',
+               '--size', '32', '--workers', '0']
+    assert main(command) == 0
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'pools in a way' in line]
+    assert len(lines) == 1 and lines[0].startswith('warning: test_convnext pools in a way of its own')
+    assert main([*command[:3], f'{tmp_path}/gem', *command[4:], '--pool', 'gem']) == 0
+    assert 'pools in a way' not in capsys.readouterr().err
+
+
 def test_timm_names(monkeypatch):
     asked = []
     create = timm.create_model

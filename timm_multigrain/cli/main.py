@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from contextlib import contextmanager
 
 import timm_multigrain
@@ -60,7 +61,8 @@ def main(argv: list[str] | None = None) -> int:
     if unknown:  # the usage of the subcommand helps more than the list of all
         commands.choices[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
     try:
-        with _sigterm_interrupts():
+        with _sigterm_interrupts(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
             timm_multigrain._register()
             return args.run(args)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
@@ -94,6 +96,11 @@ def _sigterm_interrupts():
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _show_warning(message: Warning, category: type, filename: str, lineno: int, *_) -> None:
+    where = '' if issubclass(category, UserWarning) else f' ({filename}:{lineno})'  # ours are for users
+    print(f'warning: {_without_controls(str(message))}{where}', file=sys.stderr)
 
 
 def _without_controls(text: str) -> str:
