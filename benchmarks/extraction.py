@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument('--size', type=int, default=500)
     parser.add_argument('--batch-size', type=int, default=4)
     args = timing.start(parser)
-    model = _open(args.model)
+    model = open_steady(args.model)
     source = find_images(args.images)
     source.paths = source.paths[::max(1, len(source.paths) // args.count)][:args.count]
     source.names = source.paths
@@ -55,7 +55,7 @@ def main() -> None:
                 batches(decode(source, protocol, range(len(source)), 0), tqdm(disable=True)), batches.skip)))[1]
         vectors = {name: way() for name, way in ways.items()}
         wall, cpu = _interleave(ways, args.rounds)
-    shapes = len({protocol.shape(*source.load(i).size) for i in range(len(source))})
+    shapes = len({protocol.pixels(source.load(i)).shape for i in range(len(source))})
     timing.finish(args, [{
         'case': f'{args.model}, {len(source)} images of {shapes} shapes', 'way': name,
         'images/s': len(source) / wall[name], 'throughput by the clock': wall['one by one'] / wall[name],
@@ -63,7 +63,7 @@ def main() -> None:
         'largest difference': (vectors[name] - vectors['one by one']).abs().max().item()} for name in ways])
 
 
-def _open(name: str) -> torch.nn.Module:
+def open_steady(name: str) -> torch.nn.Module:
     """A model without classifier. A random one has run a few inputs: fresh batch norms let deep maps overflow."""
     torch.manual_seed(0)
     saved = Path(name).exists()

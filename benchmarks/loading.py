@@ -1,4 +1,4 @@
-"""Repeated augmentation's loader against timm's, images a second with one worker.
+"""Repeated augmentation's loader against timm's, images a second, with one worker unless told otherwise.
 
     python benchmarks/loading.py [--images DIR] [--repeats 1 2 3 4 6 8] [--cpu-time] [--plot FILE]
 
@@ -37,6 +37,7 @@ def main() -> None:
     parser.add_argument('--images', type=Path, metavar='DIR')
     parser.add_argument('--size', type=int, default=224)
     parser.add_argument('--batch-size', type=int, default=48)
+    parser.add_argument('--workers', type=int, default=1)
     parser.add_argument('--repeats', type=int, nargs='+', default=[1, 2, 3, 4, 6, 8], metavar='M')
     parser.add_argument('--cases', type=int, nargs='+', default=list(range(len(CASES))), metavar='I', help='0, 1, 2')
     parser.add_argument('--plot', type=Path, metavar='FILE', help='the first case over m')
@@ -66,8 +67,8 @@ def make_images(folder: Path, number: int = 96) -> Path:
 def measure(name: str, images: Path, repeats: list[int], args) -> list[dict]:
     """A row for each number of repeats."""
     options = dict(
-        input_size=args.size, batch_size=args.batch_size, num_workers=0 if args.cpu_time else 1,
-        device=torch.device(args.device), is_training=True, **CASES[name])
+        input_size=args.size, batch_size=args.batch_size, num_workers=0 if args.cpu_time else args.workers,
+        device=torch.device(args.device), pin_memory=args.device != 'cpu', is_training=True, **CASES[name])
     loaders = {'timm': timm_create_loader(open_images(images), **options)}
     for m in repeats:
         for kind, fast in (('ours', False), ('fast', True)):
@@ -76,7 +77,7 @@ def measure(name: str, images: Path, repeats: list[int], args) -> list[dict]:
         seconds = cpu_seconds({key: loader.loader for key, loader in loaders.items()}, args.rounds)
     else:
         epochs = {key: functools.partial(run_through, loader) for key, loader in loaders.items()}
-        seconds = timing.interleave(epochs, args.rounds)
+        seconds = timing.interleave(epochs, args.rounds, args.device)
     speed = {key: len(loader) * args.batch_size / seconds[key] for key, loader in loaders.items()}
     rows = []
     for m in repeats:

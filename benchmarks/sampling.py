@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 import timing
 import torch
-from pytorch_metric_learning import losses, miners
 
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.loss import MarginLoss, create_sampler
@@ -68,6 +67,7 @@ def our_step(x: torch.Tensor, target: torch.Tensor, name: str):
 
 
 def pml_step(x: torch.Tensor, target: torch.Tensor):
+    from pytorch_metric_learning import losses, miners
     miner, loss = miners.DistanceWeightedMiner(cutoff=0.5, nonzero_loss_cutoff=1.4), losses.MarginLoss(learn_beta=True)
     loss.to(x.device)
 

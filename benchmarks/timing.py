@@ -22,6 +22,8 @@ os.environ.setdefault('KINETO_LOG_LEVEL', '99')  # before torch: its profiler re
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from timm_multigrain.files import write_text
+
 MIB = 2 ** 20
 _clock = time.perf_counter
 
@@ -138,7 +140,7 @@ def finish(args, rows: list[dict]) -> None:
     if args.json:
         settings = {k: str(v) if isinstance(v, Path) else v for k, v in vars(args).items() if k != 'environment'}
         content = {'environment': args.environment, 'settings': settings, 'rows': rows}
-        args.json.write_text(json.dumps(content, indent=1) + '\n')
+        write_text(args.json, json.dumps(content, indent=1) + '\n')
 
 
 def _seconds(function: Callable[[], object], calls: int, device: str) -> float:
