@@ -293,13 +293,45 @@ def test_places_that_cannot_be(pictures, model_folder, tmp_path):
 def test_an_empty_folder_is_taken_for_a_disk_that_is_not_there(pictures, model_folder):
     make(pictures, model_folder)
     shutil.rmtree(pictures)
-    with pytest.raises(FileNotFoundError, match='is no folder'):
-        update(pictures)
+    for folders in ([pictures], []):
+        with pytest.raises(FileNotFoundError, match=r'with 8 images is not there: mount the disk; if it was moved'):
+            build_index(folders, pictures.parent / 'index', workers=0)
     pictures.mkdir()
     with pytest.raises(FileNotFoundError, match='Not one of the 8 images'):
         update(pictures)
     assert update(pictures, remove_missing=True).removed == 8 and len(opened(pictures)) == 0
     assert opened(pictures).search(np.ones((1, 96), dtype=np.float32))[1].shape == (1, 0)
+
+
+def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tmp_path, monkeypatch, capsys):
+    other, index = tmp_path / 'other', tmp_path / 'index'
+    other.mkdir()
+    picture(20).save(other / 'other.png')
+    (pictures / 'bad.png').touch()
+    build_index([pictures, other], index, model_folder, PROTOCOL, workers=0, progress=False)
+    assert len(Index.open(index).skipped) == 1
+    moved = tmp_path / 'elsewhere' / 'renamed'
+    moved.parent.mkdir()
+    os.rename(pictures, moved)
+    (moved / '0.png').unlink()
+    monkeypatch.setattr(build._Update, '_embed', lambda self, files, *args, **kwargs: [] if [
+        os.path.basename(file.path) for file in files] == [b'bad.png'] else pytest.fail('something is embedded again'))
+    report = build_index([moved], index, workers=0, progress=False)
+    assert (report.moved, report.new, report.removed, report.images) == (7, 0, 0, 9)
+    here = [*map(str, moved.rglob('[1-9].png')), str(other / 'other.png')]
+    assert sorted(Index.open(index).paths) == sorted([*here, str(pictures / '0.png')])
+    # what has not moved with it stays until it is given up, by name or with all that is missing
+    with pytest.raises(FileNotFoundError, match='with 1 images is not there'):
+        build_index([], index, workers=0, progress=False)
+    with pytest.raises(FileNotFoundError, match='is no folder'):
+        build_index([tmp_path / 'typo'], index, remove_missing=True, workers=0, progress=False)
+    assert build_index([moved], index, remove_missing=True, workers=0, progress=False).removed == 0
+    assert main(['index', str(pictures), '-o', str(index), '--remove-missing', '--workers', '0']) == 0
+    assert '8 images: 1 removed' in capsys.readouterr().out and not Index.open(index).skipped
+    shutil.rmtree(other)
+    report = build_index([], index, remove_missing=True, workers=0, progress=False)
+    assert (report.removed, report.unchanged, report.images) == (1, 7, 7)
+    assert build_index([], index, workers=0, progress=False).unchanged == 7
 
 
 def test_half(pictures, model_folder):

@@ -18,9 +18,10 @@ from timm_multigrain.collection.dedup import find_copies
 from timm_multigrain.collection.dedup_page import write_copies
 from timm_multigrain.collection.dedup_recall import measure_recall
 from timm_multigrain.collection.edits import EDITS
+from timm_multigrain.images.sources import holds_several
 
 from .copies_folder import make_index, make_pictures
-from .small_index import unit_vectors, write_index
+from .small_index import unit_vectors, write_files, write_index
 
 NASTY = '<img src=x onerror=alert(1)> & "q"\n\udcff.png'
 
@@ -88,13 +89,133 @@ def test_without_looking_no_picture_is_read(index, monkeypatch):
     assert copies.unreadable == 0 and copies.of_kind('exact')
 
 
-def test_pictures_that_are_gone(pictures, index, tmp_path):
+def test_pictures_that_are_gone(index, tmp_path, capfd):
     moved = tmp_path / 'index'
     shutil.copytree(index.path, moved)  # its pictures are looked for beside it, and are not there
     copies = find_copies(Index.open(moved))
-    assert copies.unreadable and len(copies.of_kind('exact')) == 2
-    page = write_copies(tmp_path / 'page.html', copies).read_text()
-    assert 'can no longer be read' in page and 'could not be read' in page
+    assert copies.groups == () and copies.surplus == [] and copies.left_out == 2 and len(copies.changed) == 4
+    assert '2 groups left out' in write_copies(tmp_path / 'page.html', copies).read_text()
+    assert main(['dedup', str(moved), '--list', '--exact']) == 1
+    out, err = capfd.readouterr()
+    assert out == '' and '4 files, such as' in err and f'run timm-multigrain index -o {moved}, then this again' in err
+
+
+def scan(name, seed, cover):
+    """A file of two pages, the first of which is the cover."""
+    page = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((60, 60))
+    cover.save(name, save_all=True, append_images=[page], **({} if name.suffix == '.tif' else {'lossless': True}))
+
+
+def test_files_of_several_pictures_are_copies_only_if_identical(tmp_path):
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    cover = Image.fromarray(np.random.default_rng(9).integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((60, 60))
+    for kind in ('tif', 'webp', 'png', 'gif'):
+        for seed in (1, 2):
+            scan(folder / f'{seed}.{kind}', seed, cover)
+            assert holds_several(folder / f'{seed}.{kind}')
+    shutil.copyfile(folder / '1.tif', folder / 'same.tif')
+    cover.save(folder / 'single.tif')
+    cover.save(folder / 'single.png')
+    assert not holds_several(folder / 'single.tif') and not holds_several(tmp_path / 'nothing.tif')
+    copies = find_copies(make_index(folder, tmp_path / 'index'), 0.99)
+    assert [(group.kind, set(names(group))) for group in copies.groups] == [
+        ('exact', {'1.tif', 'same.tif'}), ('near', {'single.tif', 'single.png'})]
+    assert copies.several == 8 and '8 files of several pictures' in str(copies)
+
+
+def test_a_file_is_not_surplus_to_itself(tmp_path):
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    Image.effect_noise((40, 40), 90).save(folder / 'a.png')
+    os.link(folder / 'a.png', folder / 'second name.png')
+    index = make_index(folder, tmp_path / 'index')
+    assert len(index) == 2 and find_copies(index, 0.9).groups == ()
+    shutil.copy2(folder / 'a.png', folder / 'copy.png')
+    copies = find_copies(make_index(folder, tmp_path / 'index2'), 0.9)
+    assert copies.surplus == [str(folder / 'copy.png')]
+    # the copy becomes a link to the other, with the size and time that were indexed
+    (folder / 'copy.png').unlink()
+    os.symlink(folder / 'a.png', folder / 'copy.png')
+    assert find_copies(Index.open(tmp_path / 'index2'), 0.9).groups == ()
+
+
+def digest(path):
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()
+
+
+def contents(folder):
+    return {digest(path) for path in folder.rglob('*.png') if path.is_file()}
+
+
+def disturb(folder, rng, same_time):
+    """Something that happens to a collection between its indexing and the deletion of its copies."""
+    files = sorted(path for path in folder.rglob('*.png') if path.is_file())
+    path, other = (files[i] for i in rng.choice(len(files), 2, replace=False))
+    times, action = (path.stat().st_atime_ns, path.stat().st_mtime_ns), rng.integers(8 + same_time)
+    if action == 0:
+        os.rename(path.parent, folder / f'renamed{rng.integers(1 << 30)}')
+    elif action == 1:
+        path.unlink()
+    elif action in (2, 8):  # another content of the same size
+        path.write_bytes(path.read_bytes()[:-1] + b'?')
+        os.utime(path, ns=times if action == 8 else (1, 1))
+    elif action == 3:
+        os.utime(path, ns=(2, 2))
+    elif action in (4, 5):
+        path.unlink()
+        (os.symlink if action == 4 else os.link)(other, path)
+    elif action == 6:
+        spare = folder / 'spare'
+        os.rename(path, spare)
+        os.rename(other, path)
+        os.rename(spare, other)
+    else:
+        os.rename(path, path.with_name(f'moved{rng.integers(1 << 30)}.png'))
+
+
+@pytest.fixture(scope='module')
+def nest(tmp_path_factory):
+    """Four pictures, each three times in several folders, of each a near copy; and their index beside them."""
+    base = tmp_path_factory.mktemp('nest')
+    rng = np.random.default_rng(0)
+    for name in 'abc':
+        (base / 'pictures' / name).mkdir(parents=True)
+    for i in range(4):
+        picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((60, 60))
+        for name in 'abc':
+            picture.save(base / 'pictures' / name / f'{i}.png')
+        picture.resize((50, 50)).save(base / 'pictures' / 'c' / f'near{i}.png')
+    make_index(base / 'pictures', base / 'index')
+    return base
+
+
+@pytest.mark.parametrize('exact', [True, False])
+def test_deleting_what_is_listed_loses_nothing_whatever_has_happened(nest, tmp_path, exact):
+    listed = left_out = 0
+    for seed in range(60):
+        rng, base = np.random.default_rng(seed), tmp_path / str(seed)
+        shutil.copytree(nest, base)
+        folder = base / 'pictures'
+        for i in range(2):  # of two pictures, two of the files are one
+            (folder / 'b' / f'{i}.png').unlink()
+            os.link(folder / 'a' / f'{i}.png', folder / 'b' / f'{i}.png')
+        for _ in range(rng.integers(1, 4)):
+            disturb(folder, rng, same_time=exact)
+        before = contents(folder)
+        copies = find_copies(Index.open(base / 'index'), 0.9, look=False, exact_only=exact)
+        now = {path: digest(path) for path in copies.surplus}
+        for path in copies.surplus:
+            os.unlink(path)
+        if exact:
+            assert contents(folder) == before, seed
+        for group in copies.groups:
+            for file in group.files[1:]:
+                assert now[file.record.path] == file.record.sha256, seed
+            if group.keep not in copies.surplus:
+                assert digest(group.keep) == group.files[0].record.sha256, seed
+        listed, left_out = listed + len(now), left_out + copies.left_out
+    assert listed > 60 and left_out > 60
 
 
 def test_order_of_indexing_decides_nothing(tmp_path):
@@ -102,11 +223,14 @@ def test_order_of_indexing_decides_nothing(tmp_path):
     vectors[30:] = vectors[:30]
     paths = [f'{i}.jpg' for i in range(60)]
     shuffle = np.random.default_rng(0).permutation(60)
-    first = find_copies(Index.open(write_index(tmp_path / 'a', vectors, paths)), 0.9, look=False)
-    second = find_copies(Index.open(write_index(
-        tmp_path / 'b', vectors[shuffle], [paths[i] for i in shuffle])), 0.9, look=False)
-    first, second = (
-        {frozenset(file.record.path for file in group.files) for group in found.groups} for found in (first, second))
+    first, second = write_index(tmp_path / 'a', vectors, paths, root=tmp_path / 'pictures'), write_index(
+        tmp_path / 'b', vectors[shuffle], [paths[i] for i in shuffle], root=tmp_path / 'pictures')
+    found = []
+    for folder in (first, second):
+        write_files(Index.open(folder))
+        groups = find_copies(Index.open(folder), 0.9, look=False).groups
+        found.append({frozenset(file.record.path for file in group.files) for group in groups})
+    first, second = found
     assert len(first) == 30 and first == second
 
 
@@ -141,6 +265,9 @@ def test_command(index, pictures, tmp_path, capfd):
     done = subprocess.run([sys.executable, '-m', 'timm_multigrain', 'dedup', folder, '--list', '-0', '--exact'],
                           capture_output=True, check=True)
     assert done.stdout == b''.join(os.fsencode(pictures / name) + b'\0' for name in ('a longer name.png', NASTY))
+    assert main(['dedup', folder, '--list', '--exact']) == 2  # a name of two lines
+    out, err = capfd.readouterr()
+    assert out == '' and 'control characters in its name: take --list -0' in err
     assert main(['dedup', folder, '--threshold', '2']) == 2 and 'at most 1' in capfd.readouterr().err
     assert main(['dedup', str(tmp_path / 'nothing')]) == 2
     assert 'is not there' in capfd.readouterr().err

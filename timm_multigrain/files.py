@@ -2,11 +2,12 @@
 import hashlib
 import json
 import os
+import stat
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-__all__ = ['file_sha256', 'fsync', 'parse_json', 'read_json', 'write_bytes', 'write_text']
+__all__ = ['file_sha256', 'fsync', 'open_regular', 'parse_json', 'read_json', 'write_bytes', 'write_text']
 
 MAX_JSON = 256 << 20  # bytes
 
@@ -51,6 +52,29 @@ def parse_json(text: bytes | str) -> Any:
 def _shown(path: str | os.PathLike) -> str:
     from timm_multigrain.images.sources import printable
     return printable(path)
+
+
+def open_regular(path: str | bytes | os.PathLike, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> BinaryIO:
+    """Open a file that must be a regular one, unbuffered: no FIFO to wait for, no device, by default no link.
+
+    Args:
+        path: File.
+        flags: As of `os.open`.
+        follow_links: Take a link to a regular file, too.
+
+    Raises:
+        OSError: It is none, or cannot be opened.
+    """
+    flags |= getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_CLOEXEC', 0) | getattr(os, 'O_BINARY', 0)
+    if not follow_links:
+        flags |= getattr(os, 'O_NOFOLLOW', 0)
+        if os.path.islink(path):
+            raise OSError(f'{os.fsdecode(path)!r} is a link, not a file')
+    descriptor = os.open(path, flags, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f'{os.fsdecode(path)!r} is not a regular file')
+    return os.fdopen(descriptor, 'r+b' if flags & (os.O_RDWR | os.O_WRONLY) else 'rb', buffering=0)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:

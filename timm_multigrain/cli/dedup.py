@@ -7,11 +7,15 @@
 It prints how many there are, and with --list the files that are not suggested to be kept; it never deletes or moves
 anything. Suggested to be kept is the file of most pixels, of equal ones that of most bytes. The threshold is found from
 the collection itself (--false-positives); --measure tells what it finds, by making copies of some of the pictures.
+
+Every file of a group is looked at before the group is told. Groups with files that are not what was indexed any more
+are left out, and the exit status is 1: bring the index up to date with `timm-multigrain index -o INDEX`.
 """
 import argparse
 import json
 import os
 import sys
+import unicodedata
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                                      'the collection)')
     add('--false-positives', type=float, metavar='F', help='share of the pictures that may have a different picture '
                                                            'above the threshold (default: 0.002)')
-    add('--no-look', action='store_true', help='go by the index alone, and open no picture')
+    add('--no-look', action='store_true', help='go by the descriptors alone, and decode no picture')
     add('--measure', type=int, metavar='N', nargs='?', const=50,
         help='make edited copies of N pictures (50), and print which share of them would be found, by edit')
 
@@ -34,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from timm_multigrain.collection import Index
     from timm_multigrain.collection.dedup import FALSE_POSITIVES, find_copies
+    from timm_multigrain.images.sources import printable
 
     index = Index.open(args.index)
     share = FALSE_POSITIVES if args.false_positives is None else args.false_positives
@@ -51,10 +56,28 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(copies.to_json(), indent=1))
     elif args.list:
-        # as bytes: names need not be text
-        end = b'\0' if args.null else b'\n'
-        sys.stdout.buffer.write(b''.join(os.fsencode(path) + end for path in copies.surplus))
-        sys.stdout.buffer.flush()
+        _print_list(copies.surplus, args.null)
     else:
         print(copies)
+    if copies.changed:
+        print(f'timm-multigrain dedup: {len(copies.changed):,} files, such as {printable(copies.changed[0])}, are not '
+              f'what was indexed any more, and the {copies.left_out:,} groups with them are left out: run '
+              f'timm-multigrain index -o {printable(args.index)}, then this again.', file=sys.stderr)
+        return 1
     return 0
+
+
+def _print_list(paths: list[str], null: bool) -> None:
+    """As bytes: names need not be text.
+
+    Raises:
+        ValueError: A name that would be several lines, or something else than a name to a terminal, without ``null``.
+    """
+    from timm_multigrain.images.sources import printable
+
+    for path in [] if null else paths:
+        if any(unicodedata.category(c) == 'Cc' for c in path):
+            raise ValueError(f'{printable(path)} has control characters in its name: take --list -0, and what reads '
+                             'names that end in a null byte.')
+    sys.stdout.buffer.write(b''.join(os.fsencode(path) + (b'\0' if null else b'\n') for path in paths))
+    sys.stdout.buffer.flush()

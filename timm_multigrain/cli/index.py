@@ -30,7 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--kind', choices=('auto', 'exact', 'hnsw', 'ivf-pq'), default='auto',
         help='structure for search: by the number of images, or this one (%(default)s)')
     add('--retry', action='store_true', help='try files again that could not be read before')
-    add('--remove-missing', action='store_true', help='forget the images of a folder even if all of them are gone')
+    add('--remove-missing', action='store_true',
+        help='forget the images of a folder even if all of them, or the folder itself, are gone')
     add('--list-skipped', action='store_true', help='print the files that could not be read, with the reason')
     add_model_arguments(parser, positional=False)
     add_protocol_arguments(parser)

@@ -91,7 +91,8 @@ def build_index(
     kept, but for the last batch. Images of folders that are not named now stay as they are.
 
     Args:
-        dirs: Folders, looked through with all that is below them; none for those of the index.
+        dirs: Folders, looked through with all that is below them; none for those of the index. Images of indexed
+            folders that are not there any more are recognised by their content and move to where they are found.
         out: The index folder; a new one is made.
         model: What `open_model` opens (a saved folder, a checkpoint, a name), or a MultiGrain, which is saved in the
             index. None takes the index's own; a new index needs one.
@@ -105,7 +106,7 @@ def build_index(
         fast: Fold batch norms and lay images out channels last: equal up to rounding only.
         half: Keep descriptors of a new index as float16, in half the space.
         retry: Try files again that could not be read before and have not changed.
-        remove_missing: Forget a folder's images even if all of them are gone.
+        remove_missing: Forget a folder's images even if all of them, or the folder itself, are gone.
         kind: Structure for search: 'auto' by the number of images, 'exact', 'hnsw' or 'ivf-pq'.
         progress: Show bars.
 
@@ -120,12 +121,14 @@ def build_index(
     """
     start, out = time.monotonic(), Path(out)
     folders = [os.path.realpath(os.fsencode(folder)) for folder in dirs]
+    check_place(out)
+    new = not (out / MANIFEST).exists()
+    known = [] if new else Store(out).roots
     for folder in folders:
-        if not os.path.isdir(folder):
+        if not os.path.isdir(folder) and folder not in known:
             kind_of = NotADirectoryError if os.path.lexists(folder) else FileNotFoundError
             raise kind_of(f'{os.fsdecode(folder)!r} is no folder: give folders with pictures in them.')
-    check_place(out)
-    if not folders and not (out / MANIFEST).exists():
+    if not folders and new:
         raise ValueError(f'{out} is a new index: give the folders that it is to be made of.')
     out.mkdir(parents=True, exist_ok=True)
     with index_lock(out):
@@ -152,12 +155,28 @@ class _Update:
             self, opened: OpenedIndex, writer: StoreWriter, folders: list[bytes], retry: bool, remove_missing: bool):
         self.opened, self.store, self.writer = opened, opened.store, writer
         self.retry, self.remove_missing = retry, remove_missing
-        self.folders = folders or [self.store.root(i) for i in range(len(self.store.manifest.roots))]
+        named = folders or self.store.roots
+        self.folders = [folder for folder in named if os.path.isdir(folder)]
+        self.vanished, self.forget = self._missing_roots(named)
         self.report = BuildReport()
+
+    def _missing_roots(self, named: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+        """Indexed folders that are not there: those whose images stay, unless they are found elsewhere, and others."""
+        vanished, forget = [], []
+        images = np.bincount(self.store.records['root'], minlength=len(self.store.roots))
+        for folder, number in zip(self.store.roots, images.tolist(), strict=True):
+            if os.path.isdir(folder):
+                continue
+            if number and folder in named and not self.remove_missing:
+                raise FileNotFoundError(
+                    f'{os.fsdecode(folder)!r} with {number:,} images is not there: mount the disk; if it was moved, '
+                    'name the folder where it is now; or forget them with --remove-missing.')
+            (forget if not number or folder in named else vanished).append(folder)
+        return vanished, forget
 
     def run(self, options: dict) -> None:
         scan = scan_folders(self.folders, leave_out=[os.fsencode(self.store.folder)])
-        plan = make_plan(self.store, scan, self.folders, self.retry)
+        plan = make_plan(self.store, scan, self.folders, self.retry, self.vanished, self.forget)
         self._refuse_if_all_gone(plan, scan)
         self.report.other, self.report.unchanged = scan.other, plan.unchanged
         self.report.unreadable = {os.fsdecode(path): reason for path, reason in scan.unreadable.items()}
@@ -184,9 +203,8 @@ class _Update:
 
     def _root_number(self, folder: bytes) -> int:
         """The folder's number in the index, a new one if need be; relative if folder and index can move together."""
-        for number in range(len(self.store.manifest.roots)):
-            if self.store.root(number) == folder:
-                return number
+        if folder in self.store.roots:
+            return self.store.roots.index(folder)
         index = os.path.realpath(os.fsencode(self.store.folder))
         beside = os.path.dirname(index)
         inside = folder == beside or folder.startswith(beside.rstrip(b'/') + b'/')
@@ -215,12 +233,11 @@ class _Update:
 
     def _embed(self, files: list[FoundFile], options: dict, last: bool) -> list[FoundFile]:
         """Put files through the model; those that changed meanwhile come back, as they are now."""
+        from timm_multigrain.images.sources import ImageFiles
         from timm_multigrain.retrieval.extract import embed_images
 
-        from .formats import CollectionFiles
-
         model, again = self.opened.get_model(), []
-        source = CollectionFiles([os.fsdecode(self._path(file)) for file in files])
+        source = ImageFiles([os.fsdecode(self._path(file)) for file in files])
         with ThreadPoolExecutor(4) as pool:
             for batch in embed_images(
                     model, source, self.opened.protocol, logits=model.num_classes > 0, errors='skip',

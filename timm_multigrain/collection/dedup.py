@@ -2,21 +2,26 @@
 
 Nothing is ever deleted here. Identical files are those of equal SHA-256. The others are found by descriptors whitened
 by the collection (whitened.py), thresholds that the collection sets (thresholds.py), and a look at the pictures where
-the descriptors leave it open (looks.py); stars.py says what a group is.
+the descriptors leave it open (looks.py); stars.py says what a group is. Before anything is told, every file of a group
+is looked at as it is now (verify.py). Files of several pictures, such as scans of many pages and animations, are copies
+only if they are identical: descriptors know their first picture alone.
 """
 import json
 import os
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from timm_multigrain.images.sources import holds_several
 
 from .looks import Looks
 from .near import NearPairs, near_pairs
 from .records import Record
 from .stars import star_groups
 from .thresholds import Thresholds, find_thresholds
+from .verify import verify_groups
 from .whitened import CollectionWhitening, fit_collection
 
 if TYPE_CHECKING:
@@ -68,12 +73,18 @@ class Copies:
         images: Images in the index.
         complete: Whether all pairs above the threshold were certainly found.
         unreadable: Pictures that should have been looked at and could not be read any more.
+        several: Files of several pictures that would be copies if the first picture were all.
+        changed: Paths of files that are not what was indexed any more; no group with one of them is in `groups`.
+        left_out: How many groups that are.
     """
     groups: tuple[CopyGroup, ...]
     thresholds: Thresholds | None
     images: int
     complete: bool = True
     unreadable: int = 0
+    several: int = 0
+    changed: tuple[str, ...] = ()
+    left_out: int = 0
 
     def of_kind(self, kind: str) -> tuple[CopyGroup, ...]:
         """The 'exact' or the 'near' groups."""
@@ -97,7 +108,8 @@ class Copies:
              'height': file.record.height, 'bytes': file.record.bytes, 'sha256': file.record.sha256}
             for file in group.files]} for group in self.groups]
         return {'images': self.images, 'thresholds': self.thresholds and asdict(self.thresholds),
-                'complete': self.complete, 'unreadable': self.unreadable, 'groups': groups}
+                'complete': self.complete, 'unreadable': self.unreadable, 'several': self.several,
+                'changed': list(self.changed), 'left_out': self.left_out, 'groups': groups}
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON to a file."""
@@ -116,6 +128,12 @@ class Copies:
                          'look the same')
         if self.unreadable:
             lines.append(f'{self.unreadable:,} pictures could not be read to look at them')
+        if self.several:
+            lines.append(f'{self.several:,} files of several pictures (pages, animations) are not among the near '
+                         'copies: only identical ones count')
+        if self.changed:
+            lines.append(f'{self.left_out:,} groups left out: {len(self.changed):,} of their files are not what was '
+                         'indexed any more')
         if not self.complete:
             lines.append('some pairs just above the threshold may have been missed')
         return '\n'.join(lines)
@@ -129,14 +147,14 @@ def find_copies(
         look: bool = True,
         exact_only: bool = False,
 ) -> Copies:
-    """Find copies in an index. The same index gives the same groups.
+    """Find copies in an index. The same index of the same files gives the same groups.
 
     Args:
         index: The index.
         threshold: Similarity of whitened descriptors from which two pictures are copies; None: found from the
             collection, see `find_thresholds`.
         false_positives: Share of the images that may have a different picture above that threshold.
-        look: Look at the pictures where the similarity leaves it open; without, no picture is read, and real copies
+        look: Look at the pictures where the similarity leaves it open; without, no picture is decoded, and real copies
             in the collection push the threshold up.
         exact_only: Look for identical files only.
 
@@ -147,14 +165,19 @@ def find_copies(
     finder = _Finder(index)
     exact = finder.exact()
     groups = [finder.group('exact', rows, np.ones(len(rows))) for rows in exact]
-    if exact_only:
-        return Copies(tuple(groups), None, len(index))
-    rows = finder.representatives(exact)
-    search = _Search.of(index, rows, threshold, false_positives, look)
-    pairs = search.pairs(rows)
-    near = [finder.near(rows, search.vectors) for rows, _ in star_groups(pairs, finder.order(pairs))]
-    groups += sorted(near, key=lambda group: os.fsencode(group.keep))
-    return Copies(tuple(groups), search.thresholds, len(index), pairs.complete, search.looks.unreadable if look else 0)
+    found = Copies((), None, len(index))
+    if not exact_only:
+        rows = finder.representatives(exact)
+        search = _Search.of(index, rows, threshold, false_positives, look)
+        pairs, several = finder.without_several(search.pairs(rows))
+        near = [finder.near(rows, search.vectors) for rows, _ in star_groups(pairs, finder.order(pairs))]
+        groups += sorted(near, key=lambda group: os.fsencode(group.keep))
+        found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=several,
+                        unreadable=search.looks.unreadable if look else 0)
+    verified, changed = verify_groups(groups)
+    broken = set(changed)
+    left_out = sum(any(file.record.path in broken for file in group.files) for group in groups)
+    return replace(found, groups=verified, changed=tuple(changed), left_out=left_out)
 
 
 def thresholds_of(
@@ -232,6 +255,13 @@ class _Finder:
             return (-int(record['width']) * int(record['height']), -int(record['bytes']),
                     len(os.path.basename(path)), path)
         return np.array(sorted(rows.tolist(), key=key))
+
+    def without_several(self, pairs: NearPairs) -> tuple[NearPairs, int]:
+        """The pairs of files that hold one picture, and how many of the files hold more."""
+        rows = np.unique(np.concatenate([pairs.first, pairs.second]))
+        several = [row for row in rows.tolist() if holds_several(self.index.path_of(row))]
+        good = ~(np.isin(pairs.first, several) | np.isin(pairs.second, several))
+        return NearPairs(pairs.first[good], pairs.second[good], pairs.scores[good], pairs.complete), len(several)
 
     def order(self, pairs: NearPairs) -> np.ndarray:
         """Place of each row of the pairs by path, so that the order of indexing decides nothing."""

@@ -102,7 +102,7 @@ class Index:
     @property
     def info(self) -> dict:
         """How it was made: model, protocol, versions; and what it holds."""
-        roots = [os.fsdecode(self.store.root(i)) for i in range(len(self.store.manifest.roots))]
+        roots = [os.fsdecode(root) for root in self.store.roots]
         return {**self.store.config, 'path': str(self.path), 'images': len(self), 'skipped': len(self.store.skipped),
                 'folders': roots, 'size': self.store.size, 'faiss': self.store.manifest.faiss}
 

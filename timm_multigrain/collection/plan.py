@@ -39,7 +39,14 @@ class Plan:
     recovered: list[bytes] = field(default_factory=list)
 
 
-def make_plan(store: Store, scan: Scan, folders: Sequence[bytes], retry: bool = False) -> Plan:
+def make_plan(
+        store: Store,
+        scan: Scan,
+        folders: Sequence[bytes],
+        retry: bool = False,
+        vanished: Sequence[bytes] = (),
+        forget: Sequence[bytes] = (),
+) -> Plan:
     """Compare a scan with an index.
 
     Files of the same size and time as when they were indexed are taken to be unchanged. Others are read: what has a
@@ -50,6 +57,8 @@ def make_plan(store: Store, scan: Scan, folders: Sequence[bytes], retry: bool = 
         scan: What is there.
         folders: The folders that were scanned; images of other folders are left alone.
         retry: Try files again that could not be read and have not changed.
+        vanished: Indexed folders that are not there: their images may be found in `folders`, and stay if they are not.
+        forget: Indexed folders that are not there, whose images go if they are not found.
     """
     plan, suspects = Plan(), []
     known = dict(zip(store.absolute_paths(), store.rows.tolist(), strict=True))
@@ -71,11 +80,14 @@ def make_plan(store: Store, scan: Scan, folders: Sequence[bytes], retry: bool = 
             plan.still_skipped += 1
         else:
             suspects.append(file)
-    gone = {path: number for path, number in known.items() if _is_gone(path, folders, scan.unreadable)}
+    looked_at = [*folders, *forget]
+    gone = {number for path, number in known.items() if _is_gone(path, looked_at, scan.unreadable)}
+    absent = {path: number for path, number in known.items()
+              if number in gone or any(_below(path, folder) for folder in vanished)}
     plan.recovered = [path for path in store.skipped
-                      if path not in present and _is_gone(path, folders, scan.unreadable)]
-    _find_known_contents(plan, store, suspects, gone, folders)
-    plan.gone = sorted(gone.values())
+                      if path not in present and _is_gone(path, looked_at, scan.unreadable)]
+    _find_known_contents(plan, store, suspects, absent, folders)
+    plan.gone = sorted(gone & set(absent.values()))
     return plan
 
 
@@ -104,16 +116,16 @@ def _below(path: bytes, folder: bytes) -> bool:
     return path == folder or path.startswith(folder.rstrip(b'/') + b'/')
 
 
-def _find_known_contents(plan: Plan, store: Store, suspects: list, gone: dict[bytes, int], folders) -> None:
+def _find_known_contents(plan: Plan, store: Store, suspects: list, absent: dict[bytes, int], folders) -> None:
     """Deal out new files: moved, a copy of one that is there, or to embed. Only those of a known size are read."""
     sizes = set(store.records['bytes'].tolist())
     by_hash = defaultdict(list)
     if any(file.size in sizes for file in suspects):
-        missing = set(gone.values())
+        missing = set(absent.values())
         for number, digest in zip(store.rows.tolist(), store.records['sha256'], strict=True):
             # the end of the list is taken first: a moved file's record before one of a file that is still there
             by_hash[digest.tobytes()].insert(len(by_hash[digest.tobytes()]) if number in missing else 0, number)
-    path_of = {number: path for path, number in gone.items()}
+    path_of = {number: path for path, number in absent.items()}
     for file in suspects:
         digest = sha256_of(os.path.join(folders[file.root], file.path)) if file.size in sizes else None
         numbers = by_hash.get(digest)
@@ -121,7 +133,7 @@ def _find_known_contents(plan: Plan, store: Store, suspects: list, gone: dict[by
             plan.embed.append(file)
         elif numbers[-1] in path_of:
             number = numbers.pop()
-            del gone[path_of.pop(number)]
+            del absent[path_of.pop(number)]
             plan.renew.append((file, number, digest))
             plan.moved += 1
         else:

@@ -7,10 +7,8 @@ import torch
 from PIL import Image
 
 from timm_multigrain.images.protocol import Protocol
-from timm_multigrain.images.sources import ImageSource, decode
+from timm_multigrain.images.sources import ImageSource, decode, read_image
 from timm_multigrain.retrieval.extract import Embedded, embed_images
-
-from .formats import read_picture
 
 __all__ = ['Queries', 'embed_queries', 'protocol_from_json']
 
@@ -40,7 +38,7 @@ class Queries(ImageSource):
             ValueError: The crop lies outside of it.
         """
         image = self.images[i]
-        image = decode(image, exif) if isinstance(image, Image.Image) else read_picture(image, exif=exif)
+        image = decode(image, exif) if isinstance(image, Image.Image) else read_image(image, exif=exif)
         return image if self.crop is None else cut(image, self.crop, self.names[i])
 
 

@@ -6,10 +6,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from timm_multigrain.images.sources import UnreadableImage, printable
+from timm_multigrain.images.sources import UnreadableImage, printable, read_image
 from timm_multigrain.retrieval.page import escape, inline_image, write_page
 
-from .formats import read_picture
 from .index import Hit
 from .queries import cut
 
@@ -90,7 +89,7 @@ def _hit(rank: int, hit: Hit, same: bool) -> str:
 
 def _picture(path: str) -> Image.Image | None:
     try:
-        return read_picture(path)
+        return read_image(path)
     except UnreadableImage:
         return None
 

@@ -112,9 +112,14 @@ class Store:
     def absolute_paths(self) -> list[bytes]:
         """Paths of the images that hold, in their order."""
         names = self._files['paths'].view().tobytes()
-        roots = [os.path.join(self.root(i), b'') for i in range(len(self.manifest.roots))]
+        roots = [os.path.join(root, b'') for root in self.roots]
         columns = (self.records[name].tolist() for name in ('root', 'path_offset', 'path_length'))
         return [roots[root] + names[start:start + length] for root, start, length in zip(*columns, strict=True)]
+
+    @property
+    def roots(self) -> list[bytes]:
+        """Absolute paths of the indexed folders, in their order."""
+        return [self.root(number) for number in range(len(self.manifest.roots))]
 
     def root(self, number: int) -> bytes:
         """Absolute path of an indexed folder."""

@@ -16,7 +16,7 @@ from .pixels import decode, to_rgb, turn_of
 
 __all__ = [
     'EXTENSIONS', 'FORMATS', 'Box', 'ImageFiles', 'ImageSource', 'UnreadableImage', 'decode', 'find_images',
-    'image_names', 'open_image', 'open_images', 'printable', 'read_image', 'read_list']
+    'holds_several', 'image_names', 'open_image', 'open_images', 'printable', 'read_image', 'read_list']
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image as read
 
@@ -107,6 +107,21 @@ def read_image(
         raise
     except Exception as e:  # Pillow's readers raise whatever a broken file makes them raise
         raise UnreadableImage(f'{_name(file)}: {_reason(file, e)}') from e
+
+
+def holds_several(path: str | os.PathLike) -> bool:
+    """Whether an image file has pages or frames besides the one that `read_image` reads; False if it cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter('ignore')
+            with open_image(path) as image:
+                if image.format == 'MPO':  # most of them are a photograph with a preview or a gain map
+                    return any('Multi-Frame' in entry['Attribute']['MPType'] for entry in image.mpinfo[0xB002])
+                return bool(getattr(image, 'is_animated', False))
+    except MemoryError:
+        raise
+    except Exception:  # as in read_image
+        return False
 
 
 def _name(file: str | os.PathLike | BinaryIO) -> str:
