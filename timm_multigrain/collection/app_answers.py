@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from PIL import Image, ImageDraw
 
+from timm_multigrain.images.labels import class_names
 from timm_multigrain.images.sources import UnreadableImage, printable, read_image
 
 from .dedup import Copies, CopyGroup, find_copies
@@ -48,7 +49,7 @@ class Answers:
         """Names to filter by, those that are the most probable class of some image."""
         numbers = sorted(set(self.index.columns['classes'][:, 0].tolist()) - {-1})
         names = self.index.label_names
-        return sorted({names[i] if names else str(i) for i in numbers})
+        return class_names(names[i] if names else str(i) for i in numbers)
 
     @cached_property
     def copies(self) -> Copies:
@@ -137,7 +138,8 @@ class Answers:
     def _thumbnail(self, row: int) -> Image.Image:
         """A small picture of an indexed image; a grey one that says so if the file is gone."""
         try:
-            image = read_image(self.index.path_of(row), exif=self.index.protocol().exif, max_pixels=self.max_pixels)
+            image = read_image(
+                self.index.path_of(row), exif=self.index.protocol().exif, max_pixels=self.max_pixels, size=THUMBNAIL)
         except UnreadableImage:
             image = Image.new('RGB', (THUMBNAIL, THUMBNAIL), (128, 128, 128))
             ImageDraw.Draw(image).text((20, THUMBNAIL // 2), 'The file cannot be read', 'white', font_size=24)

@@ -6,7 +6,7 @@ from pathlib import Path
 from PIL import Image
 
 from timm_multigrain.images.sources import UnreadableImage, read_image
-from timm_multigrain.retrieval.page import escape, inline_image, write_page
+from timm_multigrain.retrieval.page import THUMBNAIL_SIDE, escape, inline_image, write_page
 
 from .dedup import KINDS, Copies, CopyFile, CopyGroup
 
@@ -64,7 +64,8 @@ def _figure(file: CopyFile, keep: bool, exact: bool, exif: bool) -> str:
     badge = '<span class="badge copy">Keep</span>' if keep else (
         f'<span class="badge other">{"Identical" if exact else f"{file.score:.3f}"}</span>')
     try:
-        picture = inline_image(read_image(record.path, exif=exif), f'{name}, {"to keep" if keep else "copy"}')
+        image = read_image(record.path, exif=exif, size=THUMBNAIL_SIDE)
+        picture = inline_image(image, f'{name}, {"to keep" if keep else "copy"}')
     except UnreadableImage:
         picture = inline_image(Image.new('RGB', (8, 8), (128, 128, 128)), f'{name} can no longer be read')
     return (f'<figure class="{"copy" if keep else "other"}">{picture}<figcaption>{badge}<br><strong>{name}</strong><br>'

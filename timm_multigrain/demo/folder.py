@@ -2,11 +2,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from timm.data import ImageDataset, get_img_extensions
+from timm.data import ImageDataset
 from tqdm import tqdm
 
 from timm_multigrain.images.labels import class_names
-from timm_multigrain.images.sources import UnreadableImage, read_image
+from timm_multigrain.images.sources import EXTENSIONS, UnreadableImage, image_names, read_image
 
 __all__ = ['PictureFolder', 'open_folder']
 
@@ -56,17 +56,15 @@ def open_folder(root: str | Path) -> PictureFolder:
         raise ValueError(f'The class folders with pictures differ between train/ and val/: {names} is in one of them '
                          f'only. {_LAYOUT}')
     class_map = {name: i for i, name in enumerate(classes)}
-    train, val = (ImageDataset(str(root / split), class_map=class_map) for split in ('train', 'val'))
+    options = {'class_map': class_map, 'input_key': ';'.join(sorted(EXTENSIONS))}  # of itself it reads three of them
+    train, val = (ImageDataset(str(root / split), **options) for split in ('train', 'val'))
     for dataset in (train, val):
         _check_pictures(dataset)
     return PictureFolder(root, train, val, tuple(classes))
 
 
 def _classes(split: Path) -> list[str]:
-    extensions = get_img_extensions()
-    return class_names(
-        folder.name for folder in split.iterdir()
-        if folder.is_dir() and any(path.suffix.lower() in extensions for path in folder.iterdir()))
+    return class_names(name.split('/')[-2] for name in image_names(split) if '/' in name)
 
 
 def _check_pictures(dataset: ImageDataset) -> None:
