@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from timm_multigrain.layers import GeM, gem, l2_normalize
 
 INF = math.inf
-FORMATS = ('NCHW', 'NHWC', 'NLC')
 
 
 @pytest.fixture(scope='module')
@@ -135,15 +134,14 @@ class TestL2Normalize:
 
 class TestValue:
 
-    @pytest.mark.parametrize('input_fmt', FORMATS)
-    @pytest.mark.parametrize('p', [0.5, 1.7, 3., 10.])
+    @pytest.mark.parametrize('input_fmt, p', [
+        ('NCHW', 0.5), ('NCHW', 1.7), ('NCHW', 3.), ('NCHW', 10.), ('NHWC', 1.7), ('NLC', 3.)])
     def test_equals_loop(self, input_fmt, p):
         x = random_map(3, 5, 4, 6)
         y = GeM(p, input_fmt=input_fmt)(to_format(x, input_fmt))
         torch.testing.assert_close(y.double(), slow_gem(x, float(np.float32(p))), rtol=1e-6, atol=0)
 
-    @pytest.mark.parametrize('learn_p', [False, True])
-    @pytest.mark.parametrize('input_fmt', FORMATS)
+    @pytest.mark.parametrize('input_fmt, learn_p', [('NCHW', False), ('NCHW', True), ('NHWC', True), ('NLC', False)])
     def test_one_p_per_channel(self, input_fmt, learn_p):
         x, p = random_map(2, 3, 4, 5), torch.tensor([1., 2.5, 7.])
         pool = GeM(num_channels=3, learn_p=learn_p, input_fmt=input_fmt)
@@ -151,9 +149,9 @@ class TestValue:
         pool.set_p(p)
         torch.testing.assert_close(pool(to_format(x, input_fmt)).double(), slow_gem(x, p), rtol=1e-6, atol=0)
 
-    @pytest.mark.parametrize('kwargs', [
-        {}, {'p': 1}, {'p': INF}, {'learn_p': True}, {'num_channels': 5}], ids=str)
-    @pytest.mark.parametrize('input_fmt, shape', [('NCHW', (2, 5, 1, 1)), ('NHWC', (2, 1, 1, 5)), ('NLC', (2, 1, 5))])
+    @pytest.mark.parametrize('input_fmt, shape, kwargs', [
+        ('NCHW', (2, 5, 1, 1), {}), ('NCHW', (2, 5, 1, 1), {'p': 1}), ('NCHW', (2, 5, 1, 1), {'num_channels': 5}),
+        ('NHWC', (2, 1, 1, 5), {'p': INF}), ('NLC', (2, 1, 5), {'learn_p': True})])
     def test_flatten(self, input_fmt, shape, kwargs):
         x = to_format(random_map(2, 5, 3, 4), input_fmt)
         flat = GeM(input_fmt=input_fmt, **kwargs)(x)
@@ -196,8 +194,9 @@ class TestValue:
 
 class TestPrecision:
 
-    @pytest.mark.parametrize('p', [0.1, 7.5, 8., 40., 100., 1000., 1e6])
-    @pytest.mark.parametrize('kwargs', [{}, {'learn_p': True}, {'num_channels': 7, 'learn_p': True}], ids=str)
+    @pytest.mark.parametrize('p, kwargs', [
+        *[(p, {}) for p in (0.1, 8., 100., 1e6)], *[(p, {'learn_p': True}) for p in (0.1, 40., 1000.)],
+        *[(p, {'learn_p': True, 'num_channels': 7}) for p in (7.5, 1e6)]], ids=str)
     def test_no_p_overflows_or_underflows(self, p, kwargs):
         x = random_map(1, 7, 7, 7)
         x[:, 0], x[:, 1], x[:, 2], x[:, 3] = 0, -1, 1e-7, 10
@@ -212,8 +211,8 @@ class TestPrecision:
         assert x.grad.isfinite().all()
         assert not kwargs or pool.p.grad.isfinite().all()
 
-    @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
-    @pytest.mark.parametrize('p', [1., 3., 20., INF])
+    @pytest.mark.parametrize('p, dtype', [
+        *[(p, torch.float16) for p in (1., 3., 20., INF)], (3., torch.bfloat16)], ids=str)
     def test_half_input_is_pooled_in_float32(self, dtype, p):
         x = (random_map(2, 3, 7, 7) * 50).to(dtype)  # 50^3 is beyond float16
         y = GeM(p)(x)
@@ -253,8 +252,8 @@ class TestExponent:
         assert GeM().p.shape == () and GeM(num_channels=4).p.shape == (4,)
         assert GeM(2).p.dtype == torch.float32
 
-    @pytest.mark.parametrize('cast', ['half', 'bfloat16', 'double', 'float'])
-    @pytest.mark.parametrize('num_channels', [None, 3])
+    @pytest.mark.parametrize('cast, num_channels', [
+        ('half', None), ('bfloat16', 3), ('double', None), ('double', 3)])
     def test_fixed_p_keeps_its_value_and_dtype(self, cast, num_channels):
         pool = getattr(GeM(2.7123, num_channels=num_channels), cast)()
         assert pool.p.dtype == torch.float32 and (pool.p == np.float32(2.7123)).all()
@@ -282,9 +281,8 @@ class TestExponent:
         assert pool.p.dtype == torch.float32
         assert torch.equal(pool(x), GeM(float(value))(x))
 
-    @pytest.mark.parametrize('assign', [False, True])
-    @pytest.mark.parametrize('learn_p', [False, True])
-    @pytest.mark.parametrize('num_channels', [None, 3])
+    @pytest.mark.parametrize('num_channels, learn_p, assign', [
+        (None, False, False), (3, False, True), (None, True, True), (3, True, False)])
     def test_integer_checkpoint(self, num_channels, learn_p, assign):
         pool, state = GeM(2.5, learn_p=learn_p, num_channels=num_channels), {'p': torch.tensor(4)}
         pool.load_state_dict(state, assign=assign)
@@ -387,7 +385,7 @@ class TestTools:
         assert torch.equal(copy.deepcopy(pool)(x), pool(x))
         assert torch.equal(pickle.loads(pickle.dumps(pool))(x), pool(x))
 
-    @pytest.mark.parametrize('spec', SPECS, ids=str)
+    @pytest.mark.parametrize('spec', SPECS[:1] + SPECS[2:4] + SPECS[-2:], ids=str)
     def test_compile_without_graph_break(self, spec):
         torch._dynamo.reset()
         pool, x = self.make(spec)
@@ -400,7 +398,7 @@ class TestTools:
             torch.testing.assert_close(compiled(x), GeM(**{**spec, 'p': 5})(x), rtol=1e-6, atol=0)
 
     @pytest.mark.slow
-    @pytest.mark.parametrize('p, learn_p', [(1, False), (3, False), (100, False), (INF, False), (3, True)])
+    @pytest.mark.parametrize('p, learn_p', [(100, False), (INF, False), (3, True)])
     def test_onnx_with_dynamic_size(self, tmp_path, p, learn_p):
         runtime = pytest.importorskip('onnxruntime')
         pytest.importorskip('onnxscript')
@@ -465,8 +463,9 @@ class TestErrors:
             GeM(eps=eps)
 
 
-@pytest.mark.parametrize('p', [1.0, 3.0, math.inf, torch.tensor(2.5)])
-@pytest.mark.parametrize('dim', [(-2, -1), (2, 3), (-1, 2), (1, 2), (1,)])
+@pytest.mark.parametrize('p, dim', [
+    *[(3., dim) for dim in ((-2, -1), (2, 3), (-1, 2), (1, 2), (1,))],
+    (1., (-1, 2)), (math.inf, (-1, 2)), (torch.tensor(2.5), (-1, 2))], ids=str)
 def test_dimensions_are_taken_out(p, dim):
     x = torch.rand(2, 3, 1, 4)  # an own dimension of size 1 stays
     kept = gem(x, p, dim=dim, keepdim=True)

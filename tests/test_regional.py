@@ -1,5 +1,6 @@
 """MAC, SPoC, R-MAC and CroW against loops in float64."""
 import copy
+import itertools
 import math
 import pickle
 
@@ -12,8 +13,7 @@ from timm_multigrain.layers.regional import _region_grid
 POOLS = (MAC, SPoC, RMAC, CroW)
 FORMATS = ('NCHW', 'NHWC', 'NLC')
 SIZES = ((1, 1), (2, 2), (1, 4), (7, 7), (6, 9), (9, 6), (12, 7), (8, 31))
-FORMATS_OF = [pytest.param(pool, fmt, id=f'{pool.__name__}-{fmt}')
-              for pool in POOLS for fmt in FORMATS if (pool, fmt) != (RMAC, 'NLC')]
+FORMATS_OF = [(pool, fmt) for pool in POOLS for fmt in FORMATS if (pool, fmt) != (RMAC, 'NLC')]
 
 
 def to_format(x, input_fmt):
@@ -90,8 +90,9 @@ def slow_crow(x, eps=1e-6):
 SLOW = {MAC: slow_mac, SPoC: slow_spoc, RMAC: slow_rmac, CroW: slow_crow}
 
 
-@pytest.mark.parametrize('size', SIZES, ids=str)
-@pytest.mark.parametrize('pool, input_fmt', FORMATS_OF)
+@pytest.mark.parametrize('pool, input_fmt, size', [
+    *[(pool, 'NCHW', size) for pool in POOLS for size in SIZES],
+    *[(pool, fmt, (6, 9)) for pool, fmt in FORMATS_OF if fmt != 'NCHW']])
 def test_equals_loop(pool, input_fmt, size):
     x = relu_map(2, 6, *size)
     y = pool(input_fmt)(to_format(x, input_fmt))
@@ -100,8 +101,7 @@ def test_equals_loop(pool, input_fmt, size):
     torch.testing.assert_close(y, SLOW[pool](x), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize('size', SIZES, ids=str)
-@pytest.mark.parametrize('input_fmt', ['NCHW', 'NHWC'])
+@pytest.mark.parametrize('input_fmt, size', [*[('NCHW', size) for size in SIZES], ('NHWC', (6, 9))])
 def test_spoc_center_prior(input_fmt, size):
     x = relu_map(2, 3, *size).double()
     y = SPoC(input_fmt, center_prior=True)(to_format(x, input_fmt))
@@ -115,9 +115,8 @@ def test_center_prior_prefers_the_centre():
     assert center == 1 and corner < 0.05
 
 
-@pytest.mark.parametrize('height', range(1, 40))
-def test_region_grid(height):
-    for width in range(1, 40):
+def test_region_grid():
+    for height, width in itertools.product(range(1, 40), repeat=2):
         regions = _region_grid(height, width, 3)
         side = min(height, width)
         assert all(0 <= t <= height - s and 0 <= left <= width - s for t, left, s in regions)
@@ -167,8 +166,7 @@ def test_flatten(pool, input_fmt):
     assert torch.equal(y.reshape(2, 5), pool(input_fmt)(x))
 
 
-@pytest.mark.parametrize('pool', POOLS)
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize('pool, dtype', [*[(pool, torch.float16) for pool in POOLS], (CroW, torch.bfloat16)])
 def test_half_input_is_pooled_in_float32(pool, dtype):
     x = (relu_map(2, 6, 7, 7) * 20).to(dtype)
     y = pool()(x)
@@ -177,13 +175,12 @@ def test_half_input_is_pooled_in_float32(pool, dtype):
 
 
 @pytest.mark.parametrize('pool', POOLS)
-@pytest.mark.parametrize('kind', ['relu', 'zero', 'signed'])
-def test_gradients_are_finite(pool, kind):
-    x = {'relu': relu_map(2, 6, 5, 7), 'zero': torch.zeros(2, 6, 5, 7), 'signed': torch.randn(2, 6, 5, 7)}[kind]
-    x.requires_grad_()
-    y = pool()(x)
-    y.sum().backward()
-    assert y.isfinite().all() and x.grad.isfinite().all()
+def test_gradients_are_finite(pool):
+    for x in (relu_map(2, 6, 5, 7), torch.zeros(2, 6, 5, 7), torch.randn(2, 6, 5, 7)):
+        x.requires_grad_()
+        y = pool()(x)
+        y.sum().backward()
+        assert y.isfinite().all() and x.grad.isfinite().all()
 
 
 @pytest.mark.parametrize('layer', [SPoC(), SPoC(center_prior=True), RMAC(), CroW()], ids=repr)
@@ -193,7 +190,7 @@ def test_gradcheck(layer):
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
-@pytest.mark.parametrize('pool, input_fmt', FORMATS_OF)
+@pytest.mark.parametrize('pool, input_fmt', [*[(pool, 'NCHW') for pool in POOLS], (RMAC, 'NHWC'), (CroW, 'NLC')])
 def test_tools(pool, input_fmt):
     layer, x = pool(input_fmt), to_format(relu_map(2, 5, 4, 6), input_fmt)
     for other in (torch.jit.script(layer), torch.fx.symbolic_trace(layer), copy.deepcopy(layer),
@@ -202,7 +199,7 @@ def test_tools(pool, input_fmt):
     assert not layer.state_dict()
 
 
-@pytest.mark.parametrize('layer', [pool() for pool in POOLS] + [SPoC(center_prior=True)], ids=repr)
+@pytest.mark.parametrize('layer', [MAC(), SPoC(center_prior=True), RMAC(), CroW()], ids=repr)
 def test_compile_without_graph_break(layer):
     torch._dynamo.reset()
     compiled = torch.compile(layer, fullgraph=True, backend='eager')
