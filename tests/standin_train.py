@@ -220,7 +220,10 @@ def train_one_epoch(
         done = epoch * updates + update + 1
         task.update_ema(step=done)
         if utils.is_primary(args) and (update % args.log_interval == 0 or update + 1 == updates):
-            _logger.info(f'Train: {epoch} [{update}/{updates}]  Loss: {losses.val:#.3g} ({losses.avg:#.3g})')
+            rates = [group['lr'] for group in optimizer.param_groups]
+            _logger.info(
+                f'Train: {epoch} [{update}/{updates}]  Loss: {losses.val:#.3g} ({losses.avg:#.3g})  '
+                f'LR: {sum(rates) / len(rates):.3e}  Data: 0.1')
         if saver is not None and args.recovery_interval and (update + 1) % args.recovery_interval == 0:
             saver.save_recovery(epoch, batch_idx=update)
         lr_scheduler.step_update(num_updates=done, metric=losses.avg)

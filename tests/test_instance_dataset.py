@@ -1,6 +1,7 @@
 """InstanceDataset: decoding once gives, bit for bit, what as many separate reads give."""
 import pickle
 import random
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +10,20 @@ import torch
 from PIL import Image, ImageDraw
 from timm.data import ImageDataset, IterableImageDataset, create_dataset
 from timm.data import create_transform as timm_transform
-from torch.utils.data import DataLoader, Dataset, IterableDataset, Subset, TensorDataset
+from torch.utils.data import (
+    ConcatDataset,
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    Subset,
+    TensorDataset,
+    random_split,
+)
 from torchvision.datasets import ImageFolder, VisionDataset
-from torchvision.transforms import Compose, PILToTensor
+from torchvision.transforms import Compose, PILToTensor, Resize
 
 from timm_multigrain.data import InstanceDataset, create_transform
+from timm_multigrain.images.sources import UnreadableImage
 
 INDICES = [2, 2, 2, 0, 0, 5, 2, 2, 7, 7, 7, 7]
 
@@ -176,6 +186,11 @@ MAKERS = {
     'transforms, standard': lambda root: Pairs(root, transform=draw_from_all, target_transform=noisy_class),
     'transforms, joint': lambda root: Pairs(root, transforms=Joint()),
     'subset': lambda root: Subset(ImageFolder(root, transform=draw_from_all), list(range(11, -1, -1))),
+    'random split': lambda root: random_split(
+        ImageDataset(str(root), transform=draw_from_all), [0.9, 0.1], torch.Generator().manual_seed(0))[0],
+    'two data sets': lambda root: ConcatDataset([
+        Subset(ImageFolder(root, transform=spoil_in_place), [4, 3, 9]),
+        ImageDataset(str(root), transform=draw_from_all)]),
     'no transform attribute': Plain,
     'more than the transform': lambda root: Plain(root, transform=draw_from_all),
     'torch before': lambda root: RandomCrop(root, transform=draw_from_all, generator='torch', first=True),
@@ -201,8 +216,7 @@ def test_same_as_separate_reads_of_photographs(shared_data):
 
 
 @pytest.mark.parametrize('name', [
-    'timm', 'timm, in place', 'timm, target', 'folder', 'folder, target', 'transforms, standard', 'transforms, joint',
-    'subset'])
+    'timm', 'timm, in place', 'timm, target', 'folder', 'folder, target', 'subset', 'random split', 'two data sets'])
 def test_decodes_once(root, name, monkeypatch):
     opened, open_image = [], Image.open
     monkeypatch.setattr(Image, 'open', lambda file, *args, **kwargs: opened.append(file) or open_image(file))
@@ -216,15 +230,73 @@ def test_separate_reads_where_the_dataset_does_more(root):
     assert dataset.reads == len(INDICES)
 
 
-def test_dataset_is_as_before_afterwards(root):
-    dataset = ImageDataset(str(root), transform=draw_from_all, target_transform=noisy_class)
-    before = dict(vars(dataset))
-    InstanceDataset(dataset).__getitems__([0, 0])
-    assert vars(dataset) == before
-    dataset.transform = before['transform'] = lambda image: 1 / 0
-    with pytest.raises(ZeroDivisionError):
-        InstanceDataset(dataset).__getitems__([0, 0])
-    assert vars(dataset) == before
+@pytest.mark.parametrize('name', ['timm', 'folder', 'transforms, standard', 'subset', 'two data sets'])
+def test_dataset_is_never_changed(root, name):
+    """Neither by reading it from several threads nor by setting another transform."""
+    def state(dataset):
+        inner = [getattr(dataset, 'dataset', None), *getattr(dataset, 'datasets', ())]
+        return {k: id(v) for k, v in vars(dataset).items()}, [state(d) for d in inner if d is not None]
+
+    dataset = MAKERS[name](root)
+    before = state(dataset)
+    instances = InstanceDataset(dataset)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(instances.__getitems__, [[i, i, i] for i in range(12)] * 3))
+    assert state(dataset) == before
+    instances.transform = PILToTensor()
+    assert instances[3][0].dtype == torch.uint8 and instances.transform is not dataset
+    other = instances.with_transform(draw_from_all)
+    assert other[3][0].dtype == torch.float64 and instances[3][0].dtype == torch.uint8
+    assert state(dataset) == before
+
+
+class Mirrored(Dataset):
+    """A user's own wrapper, with a transform after that of the dataset it wraps."""
+
+    def __init__(self, dataset):
+        self.dataset = dataset
+        self.transform = None
+
+    def __getitem__(self, index):
+        image, target = self.dataset[index]
+        return self.transform(image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), target
+
+    def __len__(self):
+        return len(self.dataset)
+
+
+class Forwarding(Mirrored):
+    """One whose transform is that of the dataset it wraps."""
+
+    transform = property(
+        lambda self: self.dataset.transform, lambda self, value: setattr(self.dataset, 'transform', value))
+
+    def __getitem__(self, index):
+        return self.dataset[index]
+
+
+def test_wrappers_of_ones_own(root):
+    folder = ImageFolder(root)
+    expected = PILToTensor()(folder[4][0])
+    for make, image in ((Mirrored, expected.flip(-1)), (Forwarding, expected)):
+        dataset = make(folder)
+        instances = InstanceDataset(dataset)
+        instances.transform = PILToTensor()
+        assert torch.equal(instances[4][0], image)
+        assert folder.transform is None and dataset.transform is None
+
+
+def test_images_of_a_dataset_without_transform(root):
+    """They are transformed here, unless they are no images of Pillow any more."""
+    pairs = [(Image.new('RGB', (4, 3), (i, 0, 0)), i) for i in range(3)]
+    instances = InstanceDataset(pairs)
+    assert instances[1][0] is pairs[1][0]
+    instances.transform = PILToTensor()
+    image, target = instances[1]
+    assert image.tolist() == [[[1] * 4] * 3, [[0] * 4] * 3, [[0] * 4] * 3] and target.tolist() == [1, 1]
+    tensors = InstanceDataset([(torch.ones(2), 0)])
+    tensors.transform = PILToTensor()
+    assert tensors[0][0].tolist() == [1, 1]
 
 
 def test_targets_collate(root):
@@ -252,7 +324,7 @@ def test_targets_that_are_no_class(label):
 
 @pytest.mark.parametrize('sample', [torch.zeros(3), (1, 2, 3), {'image': 1, 'label': 2}])
 def test_samples_that_are_no_pair(sample):
-    with pytest.raises(ValueError, match=r'no \(image, class\) pair'):
+    with pytest.raises(ValueError, match=r'not an \(image, class\) pair'):
         InstanceDataset([sample])[0]
 
 
@@ -267,10 +339,11 @@ def test_iterable_datasets_are_refused():
 
 
 def test_attributes_forward(root):
-    folder = ImageFolder(root)
+    folder = ImageFolder(root, transform=spoil_in_place)
     dataset = InstanceDataset(folder)
+    assert dataset.transform is spoil_in_place
     dataset.transform = draw_from_all
-    assert folder.transform is draw_from_all is dataset.transform
+    assert dataset.transform is draw_from_all and folder.transform is spoil_in_place
     assert dataset.class_to_idx == folder.class_to_idx
     assert not hasattr(dataset, 'set_epoch')
     assert len(dataset) == 12
@@ -296,35 +369,90 @@ def test_transform_set_later_reaches_transforms(root):
     assert isinstance(joint.transforms, Joint)
 
 
-@pytest.mark.parametrize('kind', [ImageDataset, ImageFolder])
-@pytest.mark.parametrize('damage', ['truncated', 'text', 'empty', 'missing'])
-def test_broken_image_is_named(root, kind, damage):
-    dataset = InstanceDataset(kind(str(root), transform=PILToTensor()))
-    file = root / 'class1' / '1.jpg'
+def damage(file, kind):
     content = file.read_bytes()
-    file.write_bytes({'truncated': content[:len(content) // 2], 'text': b'hello', 'empty': b'', 'missing': b''}[damage])
-    if damage == 'missing':
+    file.write_bytes({'truncated': content[:len(content) // 2], 'text': b'hello', 'empty': b'', 'missing': b''}[kind])
+    if kind == 'missing':
         file.unlink()
-    for read in (lambda: dataset[5], lambda: dataset.__getitems__([5, 5, 5]), lambda: Subset(dataset, [5])[0],
-                 lambda: InstanceDataset(Subset(dataset.dataset, [1, 5]))[1]):
-        with pytest.raises(RuntimeError, match=r'image \d \(.*class1/1.jpg\) cannot be read: .*; replace') as error:
-            read()
-        assert isinstance(error.value.__cause__, OSError)
-    assert dataset[6][1].tolist() == [1, 6]
 
 
-def test_only_image_is_broken(tmp_path):
+DAMAGES = ['truncated', 'text', 'empty', 'missing']
+
+
+@pytest.mark.parametrize('make', [
+    lambda root: ImageDataset(str(root)), ImageFolder, lambda root: Pairs(root, transform=PILToTensor())],
+    ids=['timm', 'folder', 'other'])
+@pytest.mark.parametrize('fast', [False, True])
+@pytest.mark.parametrize('kind', DAMAGES)
+def test_unreadable_image_is_skipped(root, make, fast, kind, caplog):
+    """The next one stands in for all its copies, as one more copy of that one."""
+    dataset = make(root)
+    if fast and isinstance(dataset, Pairs):
+        pytest.skip('the fast loader reads files only')
+    damage(root / 'class1' / '1.jpg', kind)
+    damage(root / 'class2' / '3.jpg', kind)  # the last one, which the first follows
+    for decode in ('multigrain', 'timm'):
+        caplog.clear()
+        instances = InstanceDataset(dataset, decode, fast=fast)
+        instances.transform = Compose([PILToTensor()])
+        samples = instances.__getitems__([5, 5, 5, 6, 6, 6, 11, 11, 0, 5])
+        label = (lambda i: i % 3) if isinstance(dataset, Pairs) else (lambda i: i // 4)
+        assert [target.tolist() for _, target in samples] == [[label(i), i] for i in [6] * 6 + [0] * 3 + [6]]
+        for (image, _), i in zip(samples, [6] * 6 + [0] * 3 + [6], strict=True):
+            assert torch.equal(image, instances[i][0])
+        assert instances.skipped == [5, 11]
+        lines = [record.getMessage() for record in caplog.records]
+        assert len(lines) == 2
+        names = ['file name unknown'] * 2 if isinstance(dataset, Pairs) else ['class1/1.jpg', 'class2/3.jpg']
+        for line, number, name in zip(lines, (5, 11), names, strict=True):
+            assert line.startswith(f'Skipped image {number} (') and name in line and 'stands in for it' in line
+
+
+def test_split_skips_within_itself(root):
+    """An image of the training half does not come from the other one."""
+    damage(root / 'class0' / '2.jpg', 'empty')
+    instances = InstanceDataset(Subset(ImageFolder(root, transform=PILToTensor()), [9, 2, 7]))
+    assert [target.tolist() for _, target in instances.__getitems__([1, 1, 0])] == [[1, 2], [1, 2], [2, 0]]
+    both = InstanceDataset(ConcatDataset([ImageFolder(root, transform=PILToTensor()), Subset(ImageFolder(root), [4])]))
+    damage(root / 'class2' / '3.jpg', 'text')
+    image, target = both[11]
+    assert isinstance(image, Image.Image) and target.tolist() == [1, 12]
+
+
+@pytest.mark.parametrize('fast', [False, True])
+@pytest.mark.parametrize('kind', DAMAGES)
+def test_strict(root, fast, kind):
+    datasets = ImageDataset(str(root)), ImageFolder(root)
+    damage(root / 'class1' / '1.jpg', kind)
+    for dataset in datasets:
+        instances = InstanceDataset(dataset, strict=True, fast=fast)
+        for read in (lambda: instances[5], lambda: instances.__getitems__([5, 5])):  # noqa: B023
+            with pytest.raises(UnreadableImage, match=r'^image 5 \(.*class1/1.jpg\) cannot be read: .*; replace'):
+                read()
+
+
+def test_too_many_unreadable_images(tmp_path):
     (tmp_path / 'a').mkdir()
-    (tmp_path / 'a' / 'only.jpg').write_bytes(b'no image')
-    with pytest.raises(RuntimeError, match=r'image 0 \(.*only.jpg\)'):
+    for i in range(12):
+        (tmp_path / 'a' / f'{i}.jpg').write_bytes(b'no image')
+    with pytest.raises(UnreadableImage, match=r'10 images in a row cannot be read, the last of them .*a/9.jpg: is not'):
         InstanceDataset(ImageDataset(str(tmp_path)))[0]
 
 
-def test_broken_image_in_a_worker(root):
-    (root / 'class0' / '0.jpg').write_bytes(b'no image')
-    loader = DataLoader(InstanceDataset(ImageDataset(str(root), transform=PILToTensor())), num_workers=1)
-    with pytest.raises(RuntimeError, match=r'image 0 \(.*class0/0.jpg\) cannot be read'):
-        next(iter(loader))
+def test_errors_of_a_transform_are_not_skipped(root):
+    def fails(image):
+        raise OSError('no space left')
+
+    with pytest.raises(OSError, match='no space left'):
+        InstanceDataset(ImageFolder(root, transform=fails))[0]
+
+
+def test_workers_share_what_was_skipped(root):
+    damage(root / 'class0' / '0.jpg', 'text')
+    damage(root / 'class2' / '1.jpg', 'empty')
+    instances = InstanceDataset(ImageDataset(str(root), transform=Compose([Resize((8, 8)), PILToTensor()])))
+    ids = torch.cat([targets[:, 1] for _, targets in DataLoader(instances, num_workers=2)])
+    assert ids.tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 11] and instances.skipped == [0, 9]
 
 
 def test_pickles(root):

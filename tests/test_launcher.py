@@ -25,14 +25,16 @@ import torch
 import torch.nn.functional as F
 import yaml
 from PIL import Image
+from timm.data import get_img_extensions, set_img_extensions
 from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 
 from timm_multigrain import launcher
 from timm_multigrain.data import RepeatedAugSampler
 from timm_multigrain.data.tensor_transform import TensorTransform
+from timm_multigrain.images.labels import read_class_names
 from timm_multigrain.layers import GeM
 from timm_multigrain.loss import create_sampler
-from timm_multigrain.task import MultiGrainTask
+from timm_multigrain.task import MultiGrainTask, multigrain
 from timm_multigrain.train.options import TrainOptions
 from timm_multigrain.train.plugin import TrainPlugin
 
@@ -89,12 +91,13 @@ def restored(script: Path):
     """Puts back what a script changes in its process."""
     root, own = logging.getLogger(), logging.getLogger('train')
     kept = sys.argv, sys.path, root.handlers, own.filters, launcher.running
-    level = root.level
+    level, extensions = root.level, get_img_extensions()
     sys.path, root.handlers, own.filters = [*sys.path], [], []
     try:
         yield
     finally:
         sys.argv, sys.path, root.handlers, own.filters, launcher.running = kept
+        set_img_extensions(extensions)
         root.setLevel(level)
         for name in (script.stem, 'timm_multigrain.auto'):
             sys.modules.pop(name, None)
@@ -338,6 +341,13 @@ def test_compiled(train, monkeypatch):
         assert_same(run.checkpoint[key], same.checkpoint[key], rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture
+def alike(monkeypatch):
+    """--no-aug, whose copies are all alike, is no error: for runs that have to repeat."""
+    monkeypatch.setattr(multigrain, '_check_copies', lambda images, instance: None)
+
+
+@pytest.mark.usefixtures('alike')
 def test_without_prefetcher(train):
     run, prefetched = train('--no-aug', '--no-prefetcher'), train('--no-aug')
     assert_joint(run)
@@ -365,11 +375,12 @@ BaseProcess.start = announced
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures('alike')
 @pytest.mark.parametrize('method', ['spawn', 'forkserver'])
 def test_workers(script, images, train, tmp_path, method):
     (tmp_path / 'start_method.py').write_text(_START_METHOD.format(method=method))
     same = train('--no-aug')
-    flags = '-j', '2', '--no-aug', '--device-modules', 'start_method'
+    flags = '-j', '2', '--no-aug', '--device-modules', 'start_method', 'tests.same_copies'
     done = python(
         '-m', 'timm_multigrain', script, *arguments(images, tmp_path / 'workers', *flags), cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -460,8 +471,9 @@ def test_schedules(train, flags, factor, own):
     assert last['initial_lr'] == (own or 0.1) and last['lr'] == pytest.approx((own or 0.1) * factor)
     for group in groups:
         assert group['lr'] == pytest.approx(0.1 * factor)
-    mean = sum(group['lr'] for group in run.groups) / len(run.groups)
-    assert run.rows[-1]['lr'] == pytest.approx(mean)
+    assert run.rows[-1]['lr'] == pytest.approx(0.1 * factor)  # the network's, in summary.csv and in the log
+    shown = [line.split('LR: ')[1].split()[0] for line in run.log if line.startswith('Train: ')]
+    assert shown[0] == '1.000e-01' and shown[-1] == f'{0.1 * factor:.3e}'
 
 
 def test_own_learning_rate_moves_the_boundary(train):
@@ -503,6 +515,7 @@ def test_recovery(train):
     assert torch.equal(second['task_state']['instance_loss']['beta'], run.beta)
 
 
+@pytest.mark.usefixtures('alike')
 def test_resume(train):
     flags = '--epochs', '2', '--no-aug', '--opt', 'adamw', '--lr', '1e-3', '--mg-sampling', 'uniform', '--model-ema'
     whole = train(*flags)
@@ -526,6 +539,7 @@ def test_initial_checkpoint(train, tmp_path):
         assert torch.equal(stored[f'head.{name}' if name.startswith('fc.') else f'trunk.{name}'], parameter), name
 
 
+@pytest.mark.usefixtures('alike')
 @pytest.mark.parametrize('flags', [(), ('--no-prefetcher',)], ids=['prefetcher', 'no prefetcher'])
 def test_lighting(train, flags):
     run, plain = (train('--no-aug', *flags, *more) for more in (('--mg-lighting', '0.1'), ()))
@@ -606,6 +620,69 @@ def test_gem_on_a_model_of_timm(train):
     assert any(isinstance(module, GeM) for module in run.task.get_eval_model().modules())
 
 
+def test_model_of_any_trunk(train):
+    run = train(model=('--model', 'multigrain_test_efficientnet'))
+    assert_plain_keys(run, model='multigrain_test_efficientnet')
+    plain = '--mg-repeats', '1', '--mg-classif-weight', '1'
+    train(*plain, model=('--model', 'multigrain_test_convnext'))
+
+
+def test_class_names_are_written(train, images, tmp_path):
+    """In the order of the classifier's rows, where they are those of all rows."""
+    copied = tmp_path / 'copied'
+    shutil.copytree(images, copied)
+    for folder in copied.iterdir():
+        for old, new in (('0', 'b10'), ('1', 'b2'), ('2', 'Äpfel')):
+            (folder / old).rename(folder / new)
+    run = train('--data-dir', copied)
+    assert read_class_names(run.folder) == ['b2', 'b10', 'Äpfel']
+    assert read_class_names(train('--data-dir', copied, '--num-classes', '7').folder) is None
+    (copied / 'validation' / 'b10').rename(copied / 'validation' / 'b1')
+    log = train('--data-dir', copied).log
+    assert any(line.startswith('The classes of the validation set (3) are not those of the training') for line in log)
+
+
+@pytest.mark.parametrize('flags', [(), ('--mg-fast-loader',), ('-j', '2'), ('--train-img-sizes', '32', '48')])
+def test_unreadable_images(script, train, images, tmp_path, capsys, flags):
+    if '--train-img-sizes' in flags and 'train_img_sizes' not in script.read_text().replace('-', '_'):
+        pytest.skip('this train.py has no scheduled sizes')
+    copied = tmp_path / 'copied'
+    shutil.copytree(images, copied)
+    broken = order()[0]
+    file = copied / 'train' / f'{broken // 8}' / f'{broken % 8}.png'
+    file.write_bytes(b'no image')
+    run = train('--data-dir', copied, *flags)
+    assert ids(run) == [(broken + 1) % IMAGES if i == broken else i for i in order()[:len(ids(run))]]
+    if '-j' not in flags:
+        assert any(line.startswith(f'Skipped image {broken} ({file}), the next one') for line in run.log)
+    assert f'1 of 24 training images cannot be read: {file}' in run.log
+    with pytest.raises(SystemExit) as stopped:
+        train('--data-dir', copied, '--mg-strict', *flags)
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith('timm_multigrain: error: ')]
+    assert stopped.value.code == 2 and len(error) == 1 and f'{file}) cannot be read' in error[0]
+
+
+@pytest.mark.parametrize('way', ['multigrain', 'timm'])
+def test_decoding_of_training_and_validation(train, monkeypatch, way):
+    made, create_loader = [], TrainPlugin.create_loader
+    monkeypatch.setattr(
+        TrainPlugin, 'create_loader', lambda *args, **kwargs: made.append(create_loader(*args, **kwargs)) or made[-1])
+    train('--mg-decode', way)
+    assert [loader.dataset.decode for loader in made] == [way, way]
+
+
+def test_training_finds_the_files_that_commands_find(train, images, tmp_path):
+    copied = tmp_path / 'copied'
+    shutil.copytree(images, copied)
+    for split in ('train', 'validation'):
+        (copied / split / 'x').mkdir()
+        for i in range(2):
+            Image.open(images / split / '1' / f'{i}.png').save(copied / split / 'x' / f'{i}.webp')
+    run = train('--data-dir', copied, '--num-classes', '4')
+    assert read_class_names(run.folder) == ['0', '1', '2', 'x'] and len(run.loader.dataset) == IMAGES + 2
+    assert len(train('--data-dir', copied, '--mg-decode', 'timm').loader.dataset) == IMAGES
+
+
 def test_yaml(train, tmp_path):
     config = tmp_path / 'settings.yaml'
     config.write_text('{mg_repeats: 2, mg_classif_weight: 0.3, mg_instance_loss_kwargs: {margin: 0.1}, smoothing: 0}')
@@ -680,7 +757,14 @@ _MIXED = 'a mixture of two images is a copy of neither'
     ('--model-kwargs mg_repeats=2', 'give --mg-repeats here'), ('--mg-epoch-len-factor 0.1', 'no full batch of 12'),
     ('--resume missing.pth', 'there is no such file'),
     ('--input-size 1 32 32 --mg-lighting 0.1', 'RGB'),
-    ('--opt adahessian', 'second derivatives')])
+    ('--opt adahessian', 'second derivatives'),
+    ('--num-classes 2', 'the training set has 3 classes and the model 2: give --num-classes 3'),
+    ('--model multigrain_resnet19', "--model multigrain_resnet19: Unknown trunk 'resnet19'"),
+    ('--model resnet19', '--model resnet19 cannot be created: Unknown model (resnet19)'),
+    ('--model-kwargs trunk=test_resnet colour=red', "unexpected keyword argument 'colour'"),
+    ('--initial-checkpoint missing.pth', '--model multigrain cannot be created'),
+    ('--mg-decode pillow', '--mg-decode pillow: give one of multigrain, timm'),
+    ('--no-aug', 'All copies of an image in the first batch are the same, pixel for pixel')])
 def test_refuses(train, capsys, tmp_path, flags, message):
     with pytest.raises(SystemExit) as stopped:
         train(*flags.split())

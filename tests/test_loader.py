@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import FastCollateMixup, ImageDataset
-from torch.utils.data import IterableDataset, Subset, default_collate
+from torch.utils.data import ConcatDataset, IterableDataset, Subset, default_collate, random_split
 from torchvision.datasets import ImageFolder
 
 from timm_multigrain.data import InstanceDataset, RepeatedAugSampler, create_loader
@@ -149,12 +149,48 @@ def test_scheduled_sizes(root):
     assert sizes <= {32, 48}
 
 
-@pytest.mark.parametrize('dataset', [ImageFolder, lambda root: InstanceDataset(ImageFolder(root))])
-def test_other_datasets(root, dataset):
-    loader = create_loader(dataset(root), 32, 12, device=CPU, num_workers=0)
-    assert isinstance(loader.dataset, InstanceDataset)
-    assert isinstance(loader.dataset.dataset, ImageFolder)
-    assert ids(loader) == order(40)[:36]
+SPLITS = {
+    'folder': (ImageFolder, range(40)),
+    'instances': (lambda root: InstanceDataset(ImageFolder(root)), range(40)),
+    'subset': (lambda root: Subset(ImageFolder(root), range(39, 19, -1)), range(39, 19, -1)),
+    'random split': (
+        lambda root: random_split(ImageDataset(root), [25, 15], torch.Generator().manual_seed(3))[0],
+        torch.randperm(40, generator=torch.Generator().manual_seed(3))[:25].tolist()),
+    'two of them': (
+        lambda root: ConcatDataset([Subset(ImageDataset(root), range(10, 30)), ImageFolder(root)]),
+        [*range(10, 30), *range(40)]),
+    'images without transform': (lambda root: list(ImageFolder(root)), range(40)),
+}
+
+
+@pytest.mark.parametrize('fast', [False, True])
+@pytest.mark.parametrize('kind', SPLITS)
+def test_other_datasets(root, kind, fast):
+    make, chosen = SPLITS[kind]
+    if fast and kind == 'images without transform':
+        pytest.skip('the fast loader reads files only')
+    loader = create_loader(make(root), 32, 12, device=CPU, num_workers=0, fast=fast)
+    targets = torch.cat([targets for _, targets in loader])
+    assert targets[:, 1].tolist() == order(len(chosen))[:len(targets)]
+    assert targets[:, 0].tolist() == [chosen[i] // 10 for i in targets[:, 1]]
+
+
+@pytest.mark.parametrize('fast', [False, True])
+def test_timms_loader_afterwards(root, fast):
+    """It augments the same data set as if ours had never been made of it."""
+    dataset = ImageDataset(root)
+    before = dict(vars(dataset))
+    loader = create_loader(dataset, 32, 12, device=CPU, num_workers=0, fast=fast)
+    next(iter(loader))
+    assert vars(dataset) == before
+    options = dict(is_training=True, device=CPU, num_workers=0)
+    batches = []
+    for either in (dataset, ImageDataset(root)):
+        random.seed(0)
+        torch.manual_seed(0)
+        batches.append(next(iter(timm.data.create_loader(either, 24, 12, **options)))[0])
+    assert torch.equal(*batches) and batches[0].shape == (12, 3, 24, 24)
+    assert next(iter(loader))[0].shape == (12, 3, 32, 32)
 
 
 def test_own_collate_sees_classes(root):
@@ -207,6 +243,11 @@ def test_seam_is_guarded(root, monkeypatch):
             loader_of(root)
 
 
+class Ignoring(ImageFolder):
+    def __getitem__(self, index):
+        return self.loader(self.samples[index][0]), self.samples[index][1]
+
+
 class Stream(IterableDataset):
     def __iter__(self):
         return iter([])
@@ -219,7 +260,7 @@ class Stream(IterableDataset):
     ({'batch_size': 0, 'num_repeats': 1}, 'batch_size is 0'),
     ({'num_repeats': 0}, 'num_repeats is 0'),
     ({'epoch_len_factor': float('nan')}, 'epoch_len_factor is nan'),
-    ({'is_training': False}, 'timm.data.create_loader for evaluation'),
+    ({'decode': 'pillow'}, "decode is 'pillow'"),
     ({'num_aug_repeats': 3}, 'num_aug_repeats is 3: leave it out'),
     ({'num_aug_splits': 2}, 'num_aug_splits is 2'),
     ({'collate_fn': FastCollateMixup(0.2)}, 'leave mixup and cutmix out'),
@@ -233,7 +274,7 @@ def test_bad_datasets(root):
     with pytest.raises(ValueError, match='give a map-style dataset'):
         create_loader(Stream(), 32, 12, device=CPU)
     with pytest.raises(ValueError, match='untransformed images'):
-        next(iter(create_loader(Subset(ImageFolder(root), range(20)), 32, 12, device=CPU, num_workers=0)))
+        next(iter(create_loader(Ignoring(root), 32, 12, device=CPU, num_workers=0)))
 
     def one_hot(batch):
         images, classes = default_collate(batch)

@@ -1,6 +1,5 @@
 """TensorTransform: the augmentations of timm's transform, with the same random numbers, on tensors."""
 import io
-import pickle
 import random
 
 import numpy as np
@@ -12,6 +11,7 @@ from torchvision import transforms as T
 
 from timm_multigrain.data import tensor_transform
 from timm_multigrain.data.tensor_transform import Jitter, OnPillow, TensorTransform, decode, on_tensors
+from timm_multigrain.images.sources import UnreadableImage
 
 
 def picture(width=90, height=70, channels=3, seed=0):
@@ -57,7 +57,7 @@ def test_without_another_kernel_nothing_differs(name, use_prefetcher):
     for i in range(10):
         content = encoded(picture(seed=i))
         expected, after = seeded(transform, pillow(content), seed=i)
-        found, drawn = seeded(tensors, content, seed=i)
+        found, drawn = seeded(tensors, decode(content), seed=i)
         assert torch.equal(found, expected) and drawn == after
 
 
@@ -88,7 +88,7 @@ def test_same_augmentations_as_timm(name, use_prefetcher):
     for i in range(12):
         content = encoded(picture(seed=i))
         expected, after = seeded(transform, pillow(content), seed=i)
-        found, drawn = seeded(tensors, content, seed=i)
+        found, drawn = seeded(tensors, decode(content), seed=i)
         assert drawn == after
         assert found.shape == expected.shape == (3, 48, 48) and found.dtype == expected.dtype
         off = (found.double() - expected.double()).abs() * grey_levels
@@ -147,20 +147,23 @@ def _turned():
 @pytest.mark.parametrize('kind', CONTENTS)
 def test_decodes_what_pillow_does(kind):
     content = CONTENTS[kind]()
-    found = decode(content)
+    found = decode(content, 'timm')
     assert found.dtype == torch.uint8
     assert torch.equal(found, T.functional.pil_to_tensor(pillow(content)))
-    assert TensorTransform(create_transform(16, True, use_prefetcher=True))(content).shape == (3, 16, 16)
+    assert TensorTransform(create_transform(16, True, use_prefetcher=True))(found).shape == (3, 16, 16)
 
 
 def test_who_decodes(monkeypatch):
     calls, decode_jpeg = [], tensor_transform.decode_jpeg
     monkeypatch.setattr(
         tensor_transform, 'decode_jpeg', lambda *args, **kwargs: calls.append(1) or decode_jpeg(*args, **kwargs))
-    for kind, expected in (('grey', 1), ('progressive', 1), ('png', 0), ('CMYK', 0), ('two pictures', 0)):
+    kinds = ('grey', 1), ('progressive', 1), ('turned by EXIF', 0), ('png', 0), ('CMYK', 0), ('two pictures', 0)
+    for kind, expected in kinds:
         calls.clear()
         decode(CONTENTS[kind]())
         assert len(calls) == expected, kind
+    decode(CONTENTS['turned by EXIF'](), 'timm')
+    assert len(calls) == 1
 
 
 def test_without_torchvisions_decoder(monkeypatch):
@@ -170,9 +173,11 @@ def test_without_torchvisions_decoder(monkeypatch):
 
 
 @pytest.mark.parametrize('content', [b'', b'no image', encoded(picture(400, 300))[:-3000]], ids=len)
-def test_broken_content_is_pillows_error(content):
-    with pytest.raises(OSError, match=r'truncated|cannot identify'):
+def test_broken_content(content):
+    with pytest.raises(UnreadableImage, match=r'truncated|is not an image'):
         decode(content)
+    with pytest.raises(OSError, match=r'truncated|cannot identify'):
+        decode(content, 'timm')
 
 
 def test_photographs(shared_data):
@@ -182,28 +187,18 @@ def test_photographs(shared_data):
         content = path.read_bytes()
         assert torch.equal(decode(content), T.functional.pil_to_tensor(pillow(content)))
         expected, _ = seeded(transform, pillow(content), seed=i)
-        found, _ = seeded(tensors, content, seed=i)
+        found, _ = seeded(tensors, decode(content), seed=i)
         off = (found.int() - expected.int()).abs()
         assert off.max() <= 8 and (off > 0).double().mean() < 0.12
 
 
-def test_repeats_are_decoded_once(monkeypatch):
-    decoded = []
-    monkeypatch.setattr(tensor_transform, 'decode', lambda content: decoded.append(content) or decode(content))
-    content, other = encoded(picture()), encoded(picture(seed=1))
-    tensors = TensorTransform(create_transform(48, True, use_prefetcher=True))
-    for data in (content, content, content, other, content):
-        tensors(data)
-    assert decoded == [content, other, content]
-    assert pickle.loads(pickle.dumps(tensors))._last == (None, None)
-
-
 def test_results_share_no_memory():
-    content = encoded(picture(64, 64))
+    image = decode(encoded(picture(64, 64)))
+    before = image.clone()
     tensors = TensorTransform(create_transform(64, True, no_aug=True, use_prefetcher=True))
-    first, second = tensors(content), tensors(content)
+    first, second = tensors(image), tensors(image)
     first.zero_()
-    assert torch.equal(second, decode(content)) and torch.equal(tensors(content), second)
+    assert torch.equal(second, before) and torch.equal(image, before)
 
 
 def test_steps_of_other_kinds():

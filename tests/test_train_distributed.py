@@ -26,7 +26,7 @@ def _torchrun(*command):
 def _flags(noise_folder, output, name):
     return [
         '--data-dir', noise_folder, '--model', 'multigrain', '--num-classes', 3, '--input-size', 3, 64, 64, '-b', 9,
-        '--epochs', 2, '--lr', 0.01, '--no-aug', '--device', 'cpu', '-j', 0, '--log-interval', 1, '--output', output,
+        '--epochs', 2, '--lr', 0.01, '--device', 'cpu', '-j', 0, '--log-interval', 1, '--output', output,
         '--experiment', name]
 
 

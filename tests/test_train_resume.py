@@ -67,8 +67,9 @@ def _command(script, noise_folder, output, *flags):
     return [
         sys.executable, '-m', 'timm_multigrain', str(script), '--data-dir', str(noise_folder), '--model', 'multigrain',
         '--model-kwargs', 'trunk=resnet10t', '--num-classes', '3', '--input-size', '3', '32', '32', '-b', '12',
-        '--epochs', '9', '--opt', 'adamw', '--lr', '0.003', '--warmup-epochs', '1', '--no-aug', '--model-ema',
-        '--model-ema-decay', '0.9', '--device', 'cpu', '-j', '1', '--output', str(output), *flags]
+        '--epochs', '9', '--opt', 'adamw', '--lr', '0.003', '--warmup-epochs', '1', '--no-aug',
+        '--device-modules', 'tests.same_copies', '--model-ema', '--model-ema-decay', '0.9',
+        '--device', 'cpu', '-j', '1', '--output', str(output), *flags]
 
 
 def _environment():

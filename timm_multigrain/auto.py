@@ -10,7 +10,7 @@ from types import ModuleType
 from . import launcher
 from .train.options import PREFIX, TrainOptions
 from .train.plugin import TrainPlugin
-from .train.script import check, stop
+from .train.script import check, register_named, stop
 
 
 def install(script: ModuleType) -> None:
@@ -24,13 +24,8 @@ def install(script: ModuleType) -> None:
         options = TrainOptions.from_mapping(settings)
     except (ValueError, ImportError) as e:
         stop(e)
+    register_named(args.model)
     TrainPlugin(script, options, args).bind(script)
-    create_model = script.create_model
-
-    def create_model_without_settings(*args, **kwargs):
-        return create_model(*args, **{k: v for k, v in kwargs.items() if k not in settings})
-
-    script.create_model = create_model_without_settings
 
 
 def _install_into_main() -> None:

@@ -23,7 +23,9 @@ def launch(script: str, argv: list[str]) -> None:
     Raises:
         SystemExit: As the script; 2 after one sentence on stderr for what the user can mend.
     """
-    from .train.script import stop
+    import timm
+
+    from .train.script import register_named, stop
 
     global running
     path = Path(script)
@@ -41,6 +43,10 @@ def launch(script: str, argv: list[str]) -> None:
         running = True
         script_module.main()
     else:
+        for word in argv:
+            name = word.removeprefix('--model=')
+            if timm.is_model(name.removeprefix('multigrain_').split('.')[0]):
+                register_named(name)
         runpy.run_path(script, run_name='__main__')
 
 
@@ -68,7 +74,7 @@ def prepare(script: ModuleType) -> None:
     """Give a training script the plug-in's options, and bind it once they are parsed."""
     from .train.options import PREFIX, TrainOptions, add_options
     from .train.plugin import TrainPlugin
-    from .train.script import check, stop
+    from .train.script import check, register_named, stop
 
     check(script)
     add_options(script.parser)
@@ -84,6 +90,7 @@ def prepare(script: ModuleType) -> None:
             options = TrainOptions.from_mapping(vars(namespace))
         except (ValueError, ImportError) as e:
             stop(e)
+        register_named(namespace.model)
         TrainPlugin(script, options, namespace).bind(script)
         return namespace
 

@@ -1,8 +1,8 @@
 """timm's loader with repeated augmentation (Berman et al., "MultiGrain", arXiv 1902.05509, section 3.3).
 
-Everything but the sampler and the instance ids stays timm's: transforms, collation, prefetching, scheduled sizes and
-multi-epoch loading. The seams are two names in `timm.data.loader`, rebound during the call: `RepeatAugSampler`, and
-`ScheduledTransformDataset` so that scheduled sizes decode an image once, too.
+Everything but the decoding, the sampler and the instance ids stays timm's: transforms, collation, prefetching,
+scheduled sizes and multi-epoch loading. The seams are two names in `timm.data.loader`, rebound during the call:
+`RepeatAugSampler`, and `ScheduledTransformDataset` so that scheduled sizes decode an image once, too.
 """
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +16,10 @@ from timm.data import FastCollateMixup
 from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch.utils.data import DataLoader, Dataset
 
-from .content import innermost, with_content
+from .decoded import DecodedDataset
 from .instance_dataset import InstanceDataset
 from .repeated_aug import RepeatedAugSampler
 from .scheduled import ScheduledInstances
-from .tensor_transform import TensorTransform
 
 
 def create_loader(
@@ -34,24 +33,31 @@ def create_loader(
         shuffle: bool = True,
         seed: int = 0,
         fast: bool = False,
+        decode: str = 'multigrain',
+        strict: bool = False,
         **kwargs: Any,
 ) -> DataLoader | timm_loader.PrefetchLoader:
-    """timm.data.create_loader for training with repeated augmentation.
+    """timm.data.create_loader with repeated augmentation, and with images decoded as all commands decode them.
 
     Yields (images, targets): images as timm's loader gives them, targets int64 [B, 2] = [class, instance id], the
-    instance id being the index of the image in the dataset. As in timm, an incomplete last batch is dropped.
+    instance id being the index of the image in the dataset. As in timm, an incomplete last batch is dropped. The
+    dataset is left as it was: shallow copies are read.
 
     Args:
-        dataset: Map-style dataset of (image, class) pairs; wrapped in `InstanceDataset` unless it is one.
+        dataset: Map-style dataset of (image, class) pairs, see `DecodedDataset`.
         input_size: As in timm.
         batch_size: Samples (not images) in a batch of this rank.
-        is_training: Only True; evaluation needs no repeats.
+        is_training: False is timm's loader for evaluation, with its own targets [B], of images decoded in the same way;
+            no other argument than `decode`, `strict` and timm's is looked at.
         num_repeats: Augmentations of an image in a row, m in the paper; 1 for none.
         epoch_len_factor: Samples an epoch, over all ranks, over the size of the dataset.
         shuffle: Shuffle the images.
         seed: Seed of the order, the same on all ranks.
         fast: Decode and augment tensors instead of Pillow's images, see `TensorTransform`: the same augmentations,
-            pixels that may differ by a grey level or a few. The dataset is left as it was, a shallow copy is read.
+            pixels that may differ by a grey level or a few.
+        decode: 'multigrain': upright by EXIF orientation, transparent parts on a ground, 16 bits reduced to 8, as in
+            all commands. 'timm': Pillow's conversion to RGB.
+        strict: An image that cannot be read is an error; otherwise the next one stands in for all its copies.
         **kwargs: All other arguments of timm.data.create_loader. With `distributed=False` the loader goes through
             the whole dataset even where torch.distributed is initialised.
 
@@ -59,12 +65,13 @@ def create_loader(
         ValueError: Bad argument, one that does not go with repeated augmentation, or an epoch without a full batch.
         RuntimeError: The installed timm does not create its sampler as expected.
     """
-    _check(is_training, batch_size, num_repeats, kwargs)
+    if not is_training:
+        return timm_loader.create_loader(
+            DecodedDataset(dataset, decode, strict), input_size, batch_size, is_training=False, **kwargs)
+    _check(batch_size, num_repeats, kwargs)
     world = {} if kwargs.pop('distributed', True) else {'num_replicas': 1, 'rank': 0}
     kwargs['num_aug_repeats'] = num_repeats
-    instances = InstanceDataset(dataset)
-    if fast:
-        instances = InstanceDataset(with_content(instances.dataset))
+    instances = InstanceDataset(dataset, decode, strict, fast)
     with _timm_rebound(epoch_len_factor=epoch_len_factor, shuffle=shuffle, seed=seed, **world) as samplers:
         # timm's `distributed` does nothing but choose the sampler
         loader = timm_loader.create_loader(
@@ -77,8 +84,6 @@ def create_loader(
             'a smaller batch_size or a larger epoch_len_factor')
     base = loader.loader if isinstance(loader, timm_loader.PrefetchLoader) else loader
     base.collate_fn = InstanceCollate(base.collate_fn)
-    if fast:
-        _use_tensors(base.dataset)
     return loader
 
 
@@ -96,7 +101,7 @@ class InstanceCollate:
         if isinstance(batch[0][0], Image.Image):
             raise ValueError(
                 'the dataset gives untransformed images, so it ignores its attribute `transform`: give one that '
-                'applies it (a Subset does not; make two datasets instead)')
+                'applies it, or one without such an attribute')
         targets = torch.stack([target for _, target in batch])
         pairs = [(image, label) for (image, _), label in zip(batch, targets[:, 0].tolist(), strict=True)]
         images, classes = self.collate_fn(pairs)
@@ -107,9 +112,7 @@ class InstanceCollate:
         return images, torch.stack([classes.long(), targets[:, 1]], dim=1)
 
 
-def _check(is_training: bool, batch_size: int, num_repeats: int, kwargs: dict[str, Any]) -> None:
-    if not is_training:
-        raise ValueError('is_training is False: use timm.data.create_loader for evaluation, it needs no repeats')
+def _check(batch_size: int, num_repeats: int, kwargs: dict[str, Any]) -> None:
     if num_repeats < 1:
         raise ValueError(f'num_repeats is {num_repeats}: give an integer of at least 1 (no repetition)')
     if batch_size < num_repeats:
@@ -121,14 +124,6 @@ def _check(is_training: bool, batch_size: int, num_repeats: int, kwargs: dict[st
         raise ValueError(f'num_aug_splits is {kwargs["num_aug_splits"]}: it does not go with repeated augmentation')
     if isinstance(kwargs.get('collate_fn'), FastCollateMixup):
         raise ValueError('collate_fn is a FastCollateMixup: mixed images have no instance, leave mixup and cutmix out')
-
-
-def _use_tensors(dataset: InstanceDataset | ScheduledTransformDataset) -> None:
-    """Replace the transforms that timm gave a dataset."""
-    if isinstance(dataset, ScheduledTransformDataset):
-        dataset.transforms = tuple(map(TensorTransform, dataset.transforms))
-    else:
-        dataset.transform = innermost(dataset.dataset).transform = TensorTransform(dataset.transform)
 
 
 @contextmanager

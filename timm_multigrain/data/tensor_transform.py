@@ -1,4 +1,4 @@
-"""timm's training transforms on uint8 tensors instead of Pillow's images, from the content of an image file.
+"""timm's training transforms on uint8 tensors instead of Pillow's images, and the decoding of image files to them.
 
 The random numbers are drawn as timm's transforms draw them, so the same seed gives the same crops, flips and colours.
 Decoding, flips and colours equal Pillow's bit for bit (decoding where torchvision and Pillow hold the same libjpeg).
@@ -28,6 +28,9 @@ from torchvision.io import ImageReadMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
+from timm_multigrain.images.pixels import turn_of
+from timm_multigrain.images.sources import open_image, read_image
+
 try:
     from torchvision.io import decode_jpeg
 except ImportError:  # torchvision 0.29 announces its removal
@@ -40,16 +43,13 @@ _INTERPOLATIONS = {InterpolationMode.BILINEAR, InterpolationMode.BICUBIC}
 
 
 class TensorTransform:
-    """Content of an image file (bytes) -> what a transform of timm gives for the RGB image in it.
-
-    The last image is kept, so that the repeats of an image, given the same bytes object, are decoded once.
+    """uint8 (3, H, W) RGB -> what a transform of timm gives for the image.
 
     Args:
         transform: Made by timm.data.create_transform for training.
 
     Raises:
-        ValueError: A transform that is no composition of steps.
-        OSError: While called, content that is no readable image (or another of Pillow's errors).
+        ValueError: A transform that is not a composition of steps.
     """
 
     def __init__(self, transform: Callable):
@@ -57,41 +57,48 @@ class TensorTransform:
             raise ValueError(
                 f'the fast loader cannot take {type(transform).__name__} apart: leave tf_preprocessing out, or fast')
         self.transforms = [on_tensors(step) for step in transform.transforms]
-        self._last = None, None
 
-    def __call__(self, content: bytes) -> torch.Tensor:
-        if content is not self._last[0]:
-            self._last = content, decode(content)
-        image = decoded = self._last[1]
+    def __call__(self, image: torch.Tensor) -> torch.Tensor:
+        result = image
         for step in self.transforms:
-            image = step(image)
-        if image.untyped_storage().data_ptr() == decoded.untyped_storage().data_ptr():
-            return image.clone()
-        return image
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, '_last': (None, None)}
+            result = step(result)
+        return result.clone() if result.untyped_storage().data_ptr() == image.untyped_storage().data_ptr() else result
 
     def __repr__(self) -> str:
         return f'{type(self).__name__}({self.transforms})'
 
 
-def decode(content: bytes) -> torch.Tensor:
-    """Content of an image file -> uint8 (3, H, W) RGB, the pixels Pillow gives.
+def decode(content: bytes, way: str = 'multigrain') -> torch.Tensor:
+    """Content of an image file -> uint8 (3, H, W) RGB.
 
-    Grey and colour JPEG files are decoded by torchvision, while it has its decoder, all others by Pillow.
+    Upright grey and colour JPEG files are decoded by torchvision, while it has its decoder, all others by Pillow.
+
+    Args:
+        content: Content of the file.
+        way: 'multigrain', the pixels of `read_image`, or 'timm', those of Pillow's conversion to RGB.
 
     Raises:
-        OSError: Content that is no readable image (or another of Pillow's errors).
+        UnreadableImage: Content that is not a readable image; with 'timm', OSError (or another of Pillow's errors).
     """
-    image = Image.open(io.BytesIO(content))
-    if decode_jpeg is not None and image.format == 'JPEG' and image.mode in ('L', 'RGB'):
-        try:
-            # a copy, since a tensor of a constant is one that torch warns of
-            return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
-        except RuntimeError:
-            pass  # Pillow reads it all the same, or says what is wrong with it
-    return to_tensor(image.convert('RGB'))
+    pixels = _decode_jpeg(content, upright=way != 'timm')
+    if pixels is None:
+        file = io.BytesIO(content)
+        pixels = to_tensor(Image.open(file).convert('RGB') if way == 'timm' else read_image(file))
+    return pixels
+
+
+def _decode_jpeg(content: bytes, upright: bool) -> torch.Tensor | None:
+    """A grey or colour JPEG file by torchvision's decoder; None for all others, and where it has to be turned."""
+    if decode_jpeg is None or not content.startswith(b'\xff\xd8'):
+        return None
+    try:
+        image = open_image(io.BytesIO(content))
+        if image.format != 'JPEG' or image.mode not in ('L', 'RGB') or (upright and turn_of(image) is not None):
+            return None
+        # a copy, since a tensor of a constant is one that torch warns of
+        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
+    except Exception:  # Pillow reads it all the same, or says what is wrong with it
+        return None
 
 
 def on_tensors(step: Callable) -> Callable:

@@ -193,7 +193,8 @@ class MultiGrainTask(ClassificationTask):
             has one, 'beta', detached; then the statistics, if asked for.
 
         Raises:
-            ValueError: Training without instance ids, or with a batch that has no two instances or no two copies.
+            ValueError: Training without instance ids, or with a batch that has no two instances or no two copies, or
+                with a first batch whose copies are all alike.
         """
         labels = target[:, 0] if target.ndim == 2 and not target.is_floating_point() else target
         if not self.joint:
@@ -205,6 +206,8 @@ class MultiGrainTask(ClassificationTask):
             raise ValueError(
                 f'Joint training needs integer targets (B, 2) = [class, instance id], got {target.dtype} of shape '
                 f'{tuple(target.shape)}. timm_multigrain.data.create_loader gives them.')
+        if self.training and not self._positives_seen:
+            _check_copies(input, target[:, 1])
         logits, embedding, _ = self.trainable_module(input)
         classification_loss = self.criterion(logits, labels)
         instance_loss, statistics = self._instance_loss(embedding, target[:, 1])
@@ -249,3 +252,14 @@ class MultiGrainTask(ClassificationTask):
                 f'No two of the {len(instance)} images of the batch share an instance id, so there are no positives: '
                 f'load them with timm_multigrain.data.create_loader(num_repeats={self.num_repeats}).')
         self._positives_seen = True
+
+
+def _check_copies(images: torch.Tensor, instance: torch.Tensor) -> None:
+    first = {}
+    pairs = [(first.setdefault(number, i), i) for i, number in enumerate(instance.tolist())]
+    pairs = [(i, j) for i, j in pairs if i != j]
+    if pairs and all(torch.equal(images[i], images[j]) for i, j in pairs):
+        raise ValueError(
+            'All copies of an image in the first batch are the same, pixel for pixel, so the instance loss has nothing '
+            'to learn from them: the transform does nothing random (no augmentation?), or the data set does not apply '
+            'its attribute `transform`.')

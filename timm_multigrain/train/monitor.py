@@ -1,6 +1,8 @@
 """Running averages of the objective's parts for train.py's log lines and summary.csv, and warnings when it dies."""
 import logging
 import math
+import re
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -20,10 +22,14 @@ class Monitor(logging.Filter):
 
     Averages stay on the device; the host waits for them only where train.py logs, and at the end of an epoch. Log lines
     show this process, the epoch's averages all of them.
+
+    Args:
+        network_lr: Gives the learning rate that log lines show in place of train.py's mean over all parameters.
     """
 
-    def __init__(self):
+    def __init__(self, network_lr: Callable[[], float] | None = None):
         super().__init__()
+        self.network_lr = network_lr
         self.start()
 
     def start(self) -> None:
@@ -63,7 +69,10 @@ class Monitor(logging.Filter):
             now = dict(zip(self.names, self.last.tolist(), strict=True))
             mean = dict(zip(self.names, (self.total / self.samples).tolist(), strict=True))
             window = dict(zip(self.names, (self.window / self.fresh).tolist(), strict=True))
-            record.msg, record.args = f'{record.getMessage()}  {format_values(now, mean)}', ()
+            message = record.getMessage()
+            if self.network_lr is not None:
+                message = re.sub(r'LR: [-+.e\d]+', f'LR: {self.network_lr():.3e}', message)
+            record.msg, record.args = f'{message}  {format_values(now, mean)}', ()
             self.warn(window)
             self.window, self.fresh = None, 0
         return True

@@ -10,6 +10,8 @@ import torch
 from timm.utils import ParseKwargs
 from torch import nn
 
+from timm_multigrain.data.decoded import WAYS
+
 PREFIX = 'mg_'
 
 
@@ -49,6 +51,11 @@ class TrainOptions:
     lighting: float = _option(0.0, "PCA colour noise; the original's full augmentation uses 0.1", float, 'STD')
     fast_loader: bool = _option(
         False, "decode and augment tensors instead of Pillow's images; pixels differ by a grey level or a few", bool)
+    decode: str = _option(
+        'multigrain', 'how images of training and validation are decoded: multigrain (as by all commands: upright by '
+        "EXIF, transparent parts on a ground, 16 bits reduced to 8) or timm (Pillow's conversion to RGB)", str, 'WAY')
+    strict: bool = _option(
+        False, 'stop at an image that cannot be read, instead of going on with the next one in its place', bool)
 
     def __post_init__(self):
         _check_values(self)
@@ -63,7 +70,8 @@ class TrainOptions:
     @property
     def plain(self) -> bool:
         """Whether nothing of train.py is changed at all."""
-        changed = self.joint, self.repeats != 1, self.epoch_len_factor != 1, self.lighting, self.fast_loader
+        changed = (
+            self.joint, self.repeats != 1, self.epoch_len_factor != 1, self.lighting, self.fast_loader, self.strict)
         return not any(changed)
 
     def loss_kwargs(self) -> dict[str, Any]:
@@ -180,6 +188,7 @@ def _check_values(o: TrainOptions) -> None:
         ('beta_lr', o.beta_lr is None or 0 <= o.beta_lr < math.inf, 'give at least 0; 0 leaves beta as it is'),
         ('epoch_len_factor', 0 < o.epoch_len_factor < math.inf, 'give more than 0'),
         ('lighting', 0 <= o.lighting < math.inf, 'give at least 0, the original uses 0.1'),
+        ('decode', o.decode in WAYS, f'give one of {", ".join(WAYS)}'),
     )
     for name, good, hint in ranges:
         if not good:

@@ -1,22 +1,26 @@
 """One run of timm's train.py with MultiGrain's objective: what its four rebound names do."""
 import argparse
 import logging
-from types import ModuleType
+import re
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch.distributed as dist
+from timm.data import add_img_extensions
 from timm.utils import unwrap_model
 from torch import nn
 
-from timm_multigrain.data import Lighting, create_loader
+from timm_multigrain.data import InstanceDataset, Lighting, create_loader
 from timm_multigrain.data.lighting import insert_lighting
+from timm_multigrain.images.labels import write_class_names
+from timm_multigrain.images.sources import EXTENSIONS, UnreadableImage
 from timm_multigrain.models.checkpoint import new_classifier
 from timm_multigrain.task import MultiGrainTask, MultiGrainTrainableModule
 
 from .monitor import Monitor
 from .optimizer import split_off
-from .options import TrainOptions, conflict
+from .options import PREFIX, TrainOptions, conflict
 from .resume import resume_problem
 from .script import epoch_arguments, stop
 
@@ -37,42 +41,78 @@ class TrainPlugin:
     def __init__(self, script: ModuleType, options: TrainOptions, args: argparse.Namespace):
         self.options = options
         self.args = args
-        self.original = {name: getattr(script, name) for name in ('create_optimizer_v2', 'create_loader')}
+        names = 'create_model', 'create_optimizer_v2', 'create_loader', 'utils'
+        self.original = {name: getattr(script, name, None) for name in names}
         self.train_one_epoch_of_script = script.train_one_epoch
-        self.monitor = Monitor()
+        self.monitor = Monitor(self.network_lr)
+        self.optimizer = None
+        self.own_groups = 0
+        self.class_numbers = None
 
     def bind(self, script: ModuleType) -> None:
-        """Rebind the names in `script`; with one repeat and lambda = 1 there is nothing to change."""
-        script.create_model = new_classifier()(script.create_model)  # --initial-checkpoint of other classes
+        """Rebind the names in `script`; with one repeat and lambda = 1 its create_model only."""
+        if self.original['create_model'] is not None:
+            script.create_model = self.create_model
         if self.options.plain:
             return
         problem = conflict(self.args, self.options) or resume_problem(self.args, self.options)
         if problem:
             stop(problem)
+        if self.options.decode != 'timm':
+            add_img_extensions(sorted(EXTENSIONS))  # of the files that all commands find
         script.ClassificationTask = self.create_task
         script.create_loader = self.create_loader
         script.create_optimizer_v2 = self.create_optimizer
         script.train_one_epoch = self.train_one_epoch
+        if hasattr(self.original['utils'], 'update_summary'):
+            script.utils = SimpleNamespace(**vars(self.original['utils']) | {'update_summary': self.update_summary})
         if isinstance(getattr(script, '_logger', None), logging.Logger):
             script._logger.addFilter(self.monitor)
 
-    def create_loader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
-        """timm's loader; for training with repeated augmentation."""
-        if not is_training:
-            return self.original['create_loader'](dataset, *args, is_training=False, **kwargs)
-        options = self.options
+    def create_model(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """timm's model, without the plug-in's settings among its arguments; --initial-checkpoint of other classes."""
+        kwargs = {name: value for name, value in kwargs.items() if not name.startswith(PREFIX)}
         try:
+            with new_classifier():
+                return self.original['create_model'](*args, **kwargs)
+        except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+            stop(f'--model {self.args.model} cannot be created: {str(e) or type(e).__name__}')
+
+    def create_loader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """timm's loader, with our decoding; for training with repeated augmentation."""
+        options = self.options
+        decoding = dict(decode=options.decode, strict=options.strict)
+        try:
+            self._check_classes(dataset, is_training)
+            if not is_training:
+                return create_loader(dataset, *args, is_training=False, **decoding, **kwargs)
             if options.joint and len(dataset) < 2:
                 raise ValueError(f'the training set holds {len(dataset)} image: an instance loss needs at least 2')
             kwargs['num_aug_repeats'] = 0
             loader = create_loader(
                 dataset, *args, num_repeats=options.repeats, epoch_len_factor=options.epoch_len_factor,
-                seed=self.args.seed, fast=options.fast_loader, **kwargs)
+                seed=self.args.seed, fast=options.fast_loader, **decoding, **kwargs)
             if options.lighting:
                 insert_lighting(loader.dataset, Lighting(options.lighting))
         except (ValueError, TypeError, RuntimeError) as e:
             stop(e)
         return loader
+
+    def _check_classes(self, dataset: Any, is_training: bool) -> None:
+        numbers = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
+        if not isinstance(numbers, dict) or not numbers:
+            return
+        count, classes = max(numbers.values()) + 1, self.args.num_classes
+        if classes is not None and count > classes:
+            raise ValueError(f'the {"training" if is_training else "validation"} set has {count} classes and the model '
+                             f'{classes}: give --num-classes {count}')
+        if is_training:
+            self.class_numbers = numbers
+        elif self.class_numbers not in (None, numbers):
+            _logger.warning(
+                f'The classes of the validation set ({len(numbers)}) are not those of the training set '
+                f'({len(self.class_numbers)}), and a class is known by its number: its metrics may mean nothing. Give '
+                'both the same folders, or --class-map.')
 
     def create_task(self, model: nn.Module, *args: Any, **kwargs: Any) -> MultiGrainTask:
         """MultiGrain's task in place of timm's ClassificationTask."""
@@ -92,13 +132,26 @@ class TrainPlugin:
 
     def create_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """timm's optimizer, the parameters of the instance loss in a group of their own."""
-        optimizer = self.original['create_optimizer_v2'](model, *args, **kwargs)
+        self.optimizer = optimizer = self.original['create_optimizer_v2'](model, *args, **kwargs)
         trainable = unwrap_model(model)
         if isinstance(trainable, MultiGrainTrainableModule):
             own = [p for p in trainable.instance_loss.parameters() if p.requires_grad]
             if own:
                 split_off(optimizer, own, self.options.beta_lr)
+                self.own_groups = 1
         return optimizer
+
+    def network_lr(self) -> float:
+        """Learning rate of the network, averaged as train.py does, without that of the instance loss."""
+        groups = self.optimizer.param_groups
+        rates = [group['lr'] for group in groups[:len(groups) - self.own_groups]]
+        return sum(rates) / len(rates)
+
+    def update_summary(self, *args: Any, **kwargs: Any) -> Any:
+        """timm's line of summary.csv, with the network's learning rate."""
+        if kwargs.get('lr') is not None:
+            kwargs['lr'] = self.network_lr()
+        return self.original['utils'].update_summary(*args, **kwargs)
 
     def train_one_epoch(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         """The script's epoch, with an order and negatives that depend on seed and epoch alone, so a resumed run
@@ -115,12 +168,39 @@ class TrainPlugin:
             rank = 0 if self.options.gather else _rank()
             known['task'].sampler.generator = _seed(self.args.seed, known['epoch'], rank)
         self.monitor.start()
-        metrics = function(*args, **kwargs)
+        self._write_class_names(known.get('saver'))
+        try:
+            metrics = function(*args, **kwargs)
+        except UnreadableImage as e:
+            stop(_last_line(e))
+        except ValueError as e:
+            if self.monitor.samples:
+                raise
+            stop(_last_line(e))  # of the first batch: what is wrong with the data
         averages = self.monitor.averages()
         if _rank() == 0:
             self.monitor.warn(averages)
+        self._log_skipped(known['loader'].dataset)
         metrics.update(averages)
         return metrics
+
+    def _write_class_names(self, saver: Any) -> None:
+        folder, numbers = getattr(saver, 'checkpoint_dir', None), self.class_numbers  # a folder on the first rank only
+        if folder and numbers and sorted(numbers.values()) == list(range(self.args.num_classes or 0)):
+            write_class_names(folder, [str(name) for name in sorted(numbers, key=numbers.get)])
+
+    def _log_skipped(self, dataset: Any) -> None:
+        instances = dataset if isinstance(dataset, InstanceDataset) else dataset.dataset  # of scheduled sizes
+        skipped = instances.skipped
+        if skipped:
+            names = ', '.join(map(instances.name, skipped[:5])) + ', ...' * (len(skipped) > 5)
+            _logger.warning(f'{len(skipped)} of {len(instances)} training images cannot be read: {names}')
+
+
+def _last_line(error: Exception) -> str:
+    """The message of an error, which a worker process hands over at the end of its traceback."""
+    line = str(error).strip().splitlines()[-1]
+    return re.sub(r'^[\w.]+(?:Error|Image): ', '', line)
 
 
 def _rank() -> int:

@@ -12,14 +12,18 @@ from typing import Any, NoReturn
 
 import timm
 
+from timm_multigrain import register_multigrain
+
 SEAMS = ('ClassificationTask', 'create_loader', 'create_optimizer_v2', 'train_one_epoch')
 EPOCH_ARGUMENTS = ('epoch', 'loader', 'task')
+MAX_MESSAGE = 800  # torch lists all keys of a checkpoint that do not fit
 _REMEDY = 'take train.py of timm 1.0.27 or newer (https://github.com/huggingface/pytorch-image-models)'
 
 
 def stop(message: object) -> NoReturn:
-    """End the program with one sentence, as argparse does, without its page of usage."""
-    print(f'timm_multigrain: error: {message}', file=sys.stderr)
+    """End the program with one sentence on one line, as argparse does, without its page of usage."""
+    text = ' '.join(str(message).split())
+    print(f'timm_multigrain: error: {text[:MAX_MESSAGE]}{"..." * (len(text) > MAX_MESSAGE)}', file=sys.stderr)
     raise SystemExit(2)
 
 
@@ -45,6 +49,15 @@ def check(script: ModuleType) -> None:
         stop(f'{where} has no argparse parser named parser: {_REMEDY}')
 
 
+def register_named(model: str) -> None:
+    """Register the model multigrain_TRUNK if it is not registered yet; stop if TRUNK is not a model of timm."""
+    if model.startswith('multigrain_') and not timm.is_model(model):
+        try:
+            register_multigrain(model.removeprefix('multigrain_'))
+        except ValueError as e:
+            stop(f'--model {model}: {e}')
+
+
 def _names(code: CodeType) -> set[str]:
     names = set(code.co_names)
     for constant in code.co_consts:
@@ -57,7 +70,7 @@ def epoch_arguments(function: Callable, args: tuple, kwargs: dict[str, Any]) -> 
     """The arguments of a call of train_one_epoch that the plug-in looks at, by name."""
     bound = inspect.signature(function).bind(*args, **kwargs)
     bound.apply_defaults()
-    return {name: bound.arguments[name] for name in EPOCH_ARGUMENTS}
+    return {name: bound.arguments.get(name) for name in (*EPOCH_ARGUMENTS, 'saver')}
 
 
 def import_failed(path: str, error: ImportError) -> NoReturn:

@@ -1,0 +1,271 @@
+"""Any map-style dataset, with its image files decoded as every command decodes them and the unreadable ones skipped."""
+import copy
+import logging
+import operator
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from PIL import Image
+from timm.data import ImageDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
+from torchvision.datasets import DatasetFolder, VisionDataset
+from torchvision.datasets.folder import default_loader, pil_loader
+from torchvision.datasets.vision import StandardTransform
+
+from timm_multigrain.images.sources import UnreadableImage, printable, read_image
+
+from .tensor_transform import TensorTransform
+from .tensor_transform import decode as decode_tensor
+
+__all__ = ['DecodedDataset']
+
+_logger = logging.getLogger(__name__)
+
+WAYS = ('multigrain', 'timm')
+MAX_UNREADABLE = 10  # in a row, as timm's ImageDataset
+_READ_ERRORS = (UnreadableImage, OSError, SyntaxError, EOFError, Image.DecompressionBombError)
+
+
+class DecodedDataset(Dataset):
+    """A map-style dataset of (image, class) pairs, which itself is never changed.
+
+    Image files of timm's ImageDataset, torchvision's ImageFolder, and torch's Subset and ConcatDataset of these are
+    decoded here: upright by their EXIF orientation, transparent parts on a ground, 16 bits reduced to 8. Any other
+    dataset gives what it decodes itself.
+
+    Setting `transform` sets that of shallow copies of the dataset and of those it wraps. To images of Pillow from a
+    dataset without an attribute `transform` it is applied here. All other attributes are read from the dataset.
+
+    An image that cannot be read is skipped: logged once, and the next one stands in for it, as in timm's ImageDataset.
+
+    Args:
+        dataset: timm's ImageDataset, torchvision's ImageFolder or any other map-style dataset of pairs.
+        decode: 'multigrain' (see above), or 'timm': Pillow's conversion to RGB (or the dataset's `input_img_mode`).
+        strict: An image that cannot be read is an error.
+        fast: Decode to tensors, and make a `TensorTransform` of the transform that is set.
+
+    Raises:
+        ValueError: Iterable dataset, unknown `decode`, or with `fast` a dataset whose files are not in reach or are not
+            read as RGB; while reading, a sample that is not a pair.
+        UnreadableImage: While reading, with `strict` or after 10 images in a row that cannot be read.
+    """
+
+    def __init__(self, dataset: Dataset, decode: str = 'multigrain', strict: bool = False, fast: bool = False):
+        map_style = hasattr(dataset, '__getitem__') and hasattr(dataset, '__len__')
+        if isinstance(dataset, IterableDataset) or not map_style:
+            raise ValueError(
+                f'{type(dataset).__name__} is not read by index, which repeated augmentation needs: give a map-style '
+                'dataset, such as an image folder, an image tar or the "hfds/" reader of timm')
+        if decode not in WAYS:
+            raise ValueError(f'decode is {decode!r}: give one of {", ".join(WAYS)}')
+        self.dataset = dataset.dataset if isinstance(dataset, DecodedDataset) else dataset
+        if fast:
+            _check_fast(self.dataset)
+        self.decode = decode
+        self.strict = strict
+        self.fast = fast
+        self._own_transform = None
+        self._unreadable = torch.zeros(len(dataset), dtype=torch.bool).share_memory_()  # one for all workers
+
+    def __getattr__(self, name: str) -> Any:
+        # protocols such as pickle probe for dunder methods, on half-made objects too
+        if name.startswith('__') or 'dataset' not in self.__dict__:
+            raise AttributeError(f'{type(self).__name__} has no attribute {name}')
+        return getattr(self.dataset, name)
+
+    @property
+    def transform(self) -> Callable | None:
+        """The transform that was set here, or the dataset's own."""
+        return self.dataset.transform if self._own_transform is None else self._own_transform
+
+    @transform.setter
+    def transform(self, transform: Callable | None) -> None:
+        if self.fast and transform is not None and not isinstance(transform, TensorTransform):
+            transform = TensorTransform(transform)
+        self._own_transform = transform
+        self.dataset = _copy(self.dataset)
+        _set_transform(self.dataset, transform)
+
+    def with_transform(self, transform: Callable) -> 'DecodedDataset':
+        """A shallow copy with another transform."""
+        other = copy.copy(self)
+        other.transform = transform
+        return other
+
+    @property
+    def skipped(self) -> list[int]:
+        """Images found unreadable so far, in all worker processes of this one."""
+        return self._unreadable.nonzero().flatten().tolist()
+
+    def name(self, index: int) -> str:
+        """File name of an image, as far as it is known."""
+        dataset, index = _find(self.dataset, index)
+        try:
+            if hasattr(dataset, 'filename'):
+                return printable(dataset.filename(index, absolute=True))
+            return printable(dataset.samples[index][0])
+        except Exception:
+            return f'of {type(dataset).__name__}, file name unknown'
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> tuple[Any, Any]:
+        return next(self.read(index, 1)[1])
+
+    def read(self, index: int, repeats: int) -> tuple[int, Iterator[tuple[Any, Any]]]:
+        """Augmented samples of one image, which is decoded once if it is decoded here.
+
+        Returns:
+            The image's index, another one where that image cannot be read, and `repeats` samples.
+        """
+        index = self._check(index)
+        for _ in range(MAX_UNREADABLE):
+            dataset, inner = _find(self.dataset, index)
+            try:
+                if _reads_files(dataset):
+                    return index, _augment(dataset, *self._decode(dataset, inner), repeats)
+                samples = [_pair(dataset, inner) for _ in range(repeats)]
+                return index, (self._finish(dataset, *sample) for sample in samples)
+            except _READ_ERRORS as error:
+                name = self.name(index)
+                reason = str(error).removeprefix(f'{name}: ')
+                if self.strict:
+                    raise UnreadableImage(f'image {index} ({name}) cannot be read: {reason}; replace the file or take '
+                                          'it out of the dataset') from error
+                if not self._unreadable[index]:
+                    self._unreadable[index] = True
+                    _logger.warning(f'Skipped image {index} ({name}), the next one stands in for it: {reason}')
+                index = (index + 1) % len(self)
+        raise UnreadableImage(f'{MAX_UNREADABLE} images in a row cannot be read, the last of them {name}: {reason}')
+
+    def _check(self, index: int) -> int:
+        index = operator.index(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'index {index} is out of range for {len(self)} images')
+        return index % len(self)
+
+    def _decode(self, dataset: ImageDataset | DatasetFolder, index: int) -> tuple[Image.Image | torch.Tensor, Any]:
+        timms = isinstance(dataset, ImageDataset)
+        file, target = (dataset.reader if timms else dataset.samples)[index]
+        mode = dataset.input_img_mode if timms else 'RGB'
+        if self.fast:
+            content = file.read() if timms else _read_bytes(file)
+            return decode_tensor(content, self.decode), target
+        if self.decode == 'timm':
+            return Image.open(file).convert(mode), target
+        image = read_image(file)
+        return image if mode == 'RGB' else image.convert(mode), target
+
+    def _finish(self, dataset: Dataset, image: Any, target: Any) -> tuple[Any, Any]:
+        if isinstance(image, Image.Image) and self._own_transform is not None and not hasattr(dataset, 'transform'):
+            image = self._own_transform(image)
+        return image, target
+
+
+def _augment(
+        dataset: ImageDataset | DatasetFolder,
+        image: Image.Image | torch.Tensor,
+        target: Any,
+        repeats: int,
+) -> Iterator[tuple[Any, Any]]:
+    missing = target is None and isinstance(dataset, ImageDataset)  # timm's way: no class is -1
+    for i in range(repeats):
+        sample, label = image, -1 if missing else target
+        if dataset.transform is not None:
+            # a transform may draw into its image
+            last = i == repeats - 1 or not isinstance(image, Image.Image)
+            sample = dataset.transform(image if last else image.copy())
+        if dataset.target_transform is not None and not missing:
+            label = dataset.target_transform(target)
+        yield sample, label
+
+
+def _pair(dataset: Dataset, index: int) -> tuple[Any, Any]:
+    sample = dataset[index]
+    if not isinstance(sample, (tuple, list)) or len(sample) != 2:
+        raise ValueError(
+            f'sample {index} of {type(dataset).__name__} is not an (image, class) pair: give a dataset of pairs, '
+            'without additional features')
+    return tuple(sample)
+
+
+def _read_bytes(path: str) -> bytes:
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+def _reads_files(dataset: Any) -> bool:
+    """Whether a dataset is known to decode an image file, to apply its transforms to that, and to do nothing else."""
+    read = getattr(type(dataset), '__getitem__', None)
+    if read is ImageDataset.__getitem__:
+        return bool(dataset.input_img_mode) and not dataset.load_bytes and dataset.additional_features is None
+    return read is DatasetFolder.__getitem__ and dataset.loader in (default_loader, pil_loader)
+
+
+def _check_fast(dataset: Any) -> None:
+    for inner in _parts(dataset):
+        if not _reads_files(inner):
+            raise ValueError(
+                f'the fast loader decodes files itself and cannot get at those of this {type(inner).__name__}: give an '
+                'ImageDataset of timm, an ImageFolder or a Subset of one, with no loader of their own, or leave fast '
+                'out')
+        if getattr(inner, 'input_img_mode', 'RGB') != 'RGB':
+            raise ValueError(
+                f'the fast loader reads RGB, and input_img_mode is {inner.input_img_mode!r}: leave fast out')
+
+
+def _wraps(dataset: Any, kind: type[Subset] | type[ConcatDataset]) -> bool:
+    return isinstance(dataset, kind) and type(dataset).__getitem__ is kind.__getitem__
+
+
+def _find(dataset: Any, index: int) -> tuple[Any, int]:
+    """The dataset that torch's Subset and ConcatDataset take an image from, and its index there."""
+    while True:
+        if _wraps(dataset, Subset):
+            dataset, index = dataset.dataset, int(dataset.indices[index])
+        elif _wraps(dataset, ConcatDataset):
+            number = bisect_right(dataset.cumulative_sizes, index)
+            index -= dataset.cumulative_sizes[number - 1] if number else 0
+            dataset = dataset.datasets[number]
+        else:
+            return dataset, index
+
+
+def _parts(dataset: Any) -> Iterator[Any]:
+    """The datasets that torch's Subset and ConcatDataset take images from."""
+    if _wraps(dataset, Subset):
+        yield from _parts(dataset.dataset)
+    elif _wraps(dataset, ConcatDataset):
+        for inner in dataset.datasets:
+            yield from _parts(inner)
+    else:
+        yield dataset
+
+
+def _copy(dataset: Any) -> Any:
+    """A shallow copy of a dataset and of those it wraps."""
+    dataset = copy.copy(dataset)
+    if isinstance(getattr(dataset, '__dict__', {}).get('dataset'), Dataset):
+        dataset.dataset = _copy(dataset.dataset)
+    if isinstance(dataset, ConcatDataset):
+        dataset.datasets = [_copy(inner) for inner in dataset.datasets]
+    return dataset
+
+
+def _set_transform(dataset: Any, transform: Callable | None) -> None:
+    """Set the transform of the outermost dataset that has one."""
+    if isinstance(dataset, ConcatDataset):
+        for inner in dataset.datasets:
+            _set_transform(inner, transform)
+    elif hasattr(dataset, 'transform'):
+        dataset.transform = transform
+        # some of torchvision's datasets use `transform`, others only the `transforms` made of it by their constructor
+        if isinstance(dataset, VisionDataset):
+            attributes = vars(dataset)
+            if isinstance(attributes.get('transforms'), (StandardTransform, type(None))):
+                dataset.transforms = StandardTransform(transform, attributes.get('target_transform'))
+    elif isinstance(getattr(dataset, 'dataset', None), Dataset):
+        _set_transform(dataset.dataset, transform)
