@@ -378,6 +378,33 @@ def memory(what):
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(what))
 
 
+@pytest.mark.filterwarnings('ignore::PIL.Image.DecompressionBombWarning')
+def test_formats_that_take_more_memory_hold_fewer_pixels(tmp_path):
+    """A WebP file of 36 bytes and a JPEG 2000 file of 1 kB took 2.8 and 4.3 GB."""
+    def patched(format, kind, offset, size):
+        buffer = io.BytesIO()
+        Image.new('RGB', (64, 64)).save(buffer, format, **({'lossless': True} if format == 'WEBP' else {}))
+        data = bytearray(buffer.getvalue())
+        start = data.index(kind) + offset
+        data[start:start + len(size)] = size
+        return io.BytesIO(data)
+
+    def webp(width, height):
+        return patched('WEBP', b'VP8L', 9, struct.pack('<I', width - 1 | (height - 1) << 14))
+
+    def jp2(width, height):
+        return patched('JPEG2000', b'ihdr', 4, struct.pack('>II', height, width))
+
+    for make, fits, limit in ((webp, (16_000, 8388), 2 ** 31 // 16), (jp2, (9000, 9940), 2 ** 31 // 24)):
+        with open_image(make(*fits)) as image:
+            assert image.size == fits
+        width, height = fits
+        with pytest.raises(UnreadableImage, match=f'{width} x {height + 10} pixels are more than {limit} in all'):
+            read_image(make(width, height + 10))
+        with pytest.raises(UnreadableImage, match='more than 1000 in all'):
+            read_image(make(*fits), max_pixels=1000)
+
+
 def test_small_pictures_of_large_jpegs(tmp_path):
     Image.new('RGB', (3200, 1600), 'red').save(tmp_path / 'x.jpg')
     assert read_image(tmp_path / 'x.jpg', size=400).size == (800, 400)

@@ -26,6 +26,9 @@ EXTENSIONS = frozenset({
     '.pnm', '.jp2', '.j2k', '.avif', '.heic', '.heif', '.hif', '.jxl'})  # .jxl: found, and listed as not readable
 _HEIC = ('.heic', '.heif', '.hif')
 MAX_PIXELS = 178_956_970  # Pillow's own limit, twice its Image.MAX_IMAGE_PIXELS
+_MAX_MEMORY = 1 << 31
+# measured, with the conversion to RGB; of other formats at most 12, by a progressive JPEG file in CMYK
+_BYTES_PER_PIXEL = {'AVIF': 16, 'HEIF': 16, 'JPEG2000': 24, 'WEBP': 16}
 
 
 class UnreadableImage(ValueError):
@@ -63,6 +66,7 @@ def open_image(
     image = Image.open(file, formats=_formats())
     if size is not None:
         image.draft(None, (size, size))
+    max_pixels = min(max_pixels, _MAX_MEMORY // _BYTES_PER_PIXEL.get(image.format, 12))
     if image.width * image.height > max_pixels:
         image.close()
         raise ValueError(f'{image.width} x {image.height} pixels are more than {max_pixels} in all')
@@ -77,13 +81,13 @@ def read_image(
 ) -> Image.Image:
     """Read an image file of any mode as RGB, see `pixels`; of an animation, the first frame.
 
-    Takes at most 8 bytes of memory for a pixel.
+    Takes 8 bytes of memory per pixel, which Pillow's decoders of some formats exceed; at most 2 GiB in all.
 
     Args:
         file: A file, which has to be a regular one, or a binary file object.
         exif: Turn the image upright as its EXIF orientation says.
-        max_pixels: Larger images are refused, by the size that their header states. Pillow refuses what is larger than
-            twice its ``Image.MAX_IMAGE_PIXELS`` in any case.
+        max_pixels: Larger images are refused, by the size that their header states, and in any case those above 179
+            million pixels (WebP, AVIF and HEIC 134 million, JPEG 2000 89 million).
         size: For a small picture to be looked at: a JPEG file may be decoded at 1/2, 1/4 or 1/8 of its size, its
             shorter side not below this many pixels, which is quicker and not the same to the last grey level.
 
