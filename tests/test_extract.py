@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from PIL import Image
 
 from timm_multigrain.images.protocol import MS_SCALES, Protocol
-from timm_multigrain.images.sources import ImageFiles, UnreadableImage
+from timm_multigrain.images.sources import ImageFiles, UnreadableImage, open_images
 from timm_multigrain.images.transforms import create_eval_transform
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model
@@ -242,9 +242,49 @@ def test_models_that_do_not_suit(source):
     next(broken.trunk.parameters()).data.fill_(float('nan'))
     with pytest.raises(ValueError, match='not finite: the weights are damaged'):
         extract(broken, source, Protocol(48), workers=0)
-    fixed = MultiGrain('test_vit', 0)
-    with pytest.raises(ValueError, match=r'cannot take images of 48 x .* crop protocol'):
-        extract(fixed, source, Protocol(**LONGER), workers=0)
+
+
+class Fixed(torch.nn.Module):
+    """A trunk of one size, 24 x 32 pixels, that gives the image as its map."""
+    num_features = in_chans = 3
+    default_cfg = pretrained_cfg = {'input_size': (3, 24, 32)}
+
+    def forward(self, x):
+        assert x.shape[-2:] == (24, 32)
+        return x
+
+
+@pytest.mark.parametrize('trunk, step', [('test_vit', 16), ('test_resnet', 1), (None, None)])
+@pytest.mark.parametrize('protocol', [
+    Protocol(50, 'longer-side'), Protocol(50, 'thumbnail'), Protocol(50), Protocol(70, 'longer-side', scales=(1, 0.7))])
+def test_the_nearest_size_that_the_trunk_can_take(tmp_path, trunk, step, protocol):
+    torch.manual_seed(0)
+    model = MultiGrain(trunk or 'test_resnet', 0).eval()
+    if trunk is None:
+        model.trunk = Fixed()
+    path = tmp_path / 'a.png'
+    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels).resize((90, 60), Image.Resampling.BICUBIC)
+    image.save(path)
+
+    def nearest(side):
+        return max(1, round(side / step)) * step
+
+    shape = {'longer-side': (protocol.size * 60 // 90, protocol.size), 'thumbnail': (33, 50), 'crop': (50, 50)}
+    height, width = shape[protocol.kind]
+    found = protocol.pixels(image, sizes=model.input_sizes)
+    wanted = (24, 32) if step is None else (nearest(height), nearest(width))
+    assert found.shape == (3, *wanted)
+    if protocol.kind == 'longer-side' and wanted != (height, width):  # from the picture itself, not from a smaller one
+        resized = np.asarray(image.resize(wanted[::-1], Image.Resampling.BILINEAR))
+        assert np.array_equal(found.permute(1, 2, 0).numpy(), resized)
+    views = [view[0] for view in protocol.views(protocol.normalize(found)[None], model.input_sizes)]
+    for view, scale in zip(views, protocol.scales, strict=True):
+        scaled = [int(side * scale) for side in wanted]
+        assert tuple(view.shape[-2:]) == ((24, 32) if step is None else tuple(nearest(side) for side in scaled))
+    if trunk is not None:
+        descriptor = extract(model, open_images(path), protocol, workers=0).vectors
+        assert descriptor.shape == (1, model.embed_dim) and torch.isfinite(descriptor).all()
 
 
 def test_photos(shared_data):

@@ -12,7 +12,9 @@ from timm.models import get_pretrained_cfg, group_parameters
 from timm.optim import create_optimizer_v2
 
 import timm_multigrain
+from timm_multigrain.hub import save_pretrained
 from timm_multigrain.layers import GeM
+from timm_multigrain.models.trunk import create_trunk, find_input_sizes
 
 NAMES = timm.list_models('multigrain*')
 SMALL = ['multigrain_resnet18', 'multigrain_efficientnet_b0', 'multigrain_convnext_tiny']
@@ -157,6 +159,40 @@ def test_onnx_with_dynamic_sides(tmp_path):
             expected = model(x)
         out = torch.from_numpy(session.run(None, {'input': x.numpy()})[0])
         torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize('trunk, kwargs, size, steps', [
+    ('vit_small_patch14_dinov2', dict(depth=1), (336, 504), 14), ('test_vit', {}, (336, 496), 16),
+    ('swin_tiny_patch4_window7_224', dict(depths=(1, 1, 1, 1)), (332, 500), 4),
+    ('eva02_tiny_patch14_224', dict(depth=1), (336, 504), 14), ('xcit_nano_12_p8_224', dict(depth=1), (333, 500), 1),
+    ('test_convnext', {}, (333, 500), 1), ('test_efficientnet', {}, (333, 500), 1),
+    ('mobilevit_xxs', {}, (333, 500), 1),
+    ('maxvit_pico_rw_256', {}, (256, 512), 256), ('beit_base_patch16_224', dict(depth=1), (224, 224), None),
+    ('cait_xxs24_224', dict(depth=1), (224, 224), None)])
+@torch.no_grad()
+def test_images_of_any_size(trunk, kwargs, size, steps, tmp_path):
+    """333 x 500 pixels become the nearest multiples of patch, window or stride, or the one size the trunk is for."""
+    torch.manual_seed(0)
+    model = timm.create_model('multigrain', trunk=trunk, num_classes=3, **kwargs).eval()
+    assert model.input_sizes.step == steps and model.input_sizes.nearest(333, 500) == size
+    assert model.training is False and model.trunk.training is False
+    image = torch.nn.functional.interpolate(torch.randn(1, 3, 9, 12), size=(333, 500), mode='bicubic')
+    found = model.embed([image[0], torch.rand(3, 70, 140)])
+    assert found.shape == (2, model.embed_dim)
+    taken = torch.nn.functional.interpolate(image, size=size, mode='bilinear', antialias=True)
+    embedding = model.forward_head(model.forward_features(taken), pre_logits=True)
+    torch.testing.assert_close(found[:1], timm_multigrain.l2_normalize(embedding), rtol=1e-4, atol=1e-5)
+    again = timm.create_model(f'local-dir:{save_pretrained(model, tmp_path / "model")}', pretrained=True).eval()
+    assert torch.equal(again.embed(image), model.embed(image)) and again.input_sizes == model.input_sizes
+
+
+@pytest.mark.parametrize('trunk, step', [
+    ('hrnet_w18_small', 32), ('tresnet_m', 4), ('levit_128s', None), ('coatnet_rmlp_nano_rw_224', None),
+    ('mvitv2_tiny', None), ('hiera_tiny_224', None)])
+def test_input_sizes_are_not_met_by_chance(trunk, step):
+    """Sizes that have as many positions, round to as many cells, or read beyond a table of positions."""
+    with torch.device('meta'):
+        assert find_input_sizes(create_trunk(trunk)).step == step
 
 
 def test_pooling_variants():

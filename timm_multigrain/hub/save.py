@@ -179,7 +179,7 @@ def _holds_model_or_nothing(directory: Path) -> bool:
 def _check_saved(model: nn.Module, directory: Path, shown: str | os.PathLike) -> nn.Module:
     loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
     parameter = next(model.parameters())
-    size = loaded.pretrained_cfg['input_size'][1:]
+    size = loaded.input_sizes.size
     x = torch.linspace(-2, 2, loaded.in_chans * size[0] * size[1]).view(1, loaded.in_chans, *size)
     training = model.training
     try:

@@ -14,6 +14,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
 from timm_multigrain.models.fitted import whitened_for
+from timm_multigrain.models.trunk import InputSizes
 
 from .pixels import decode
 from .transforms import create_eval_transform
@@ -98,14 +99,20 @@ class Protocol:
         """Its attributes as JSON has them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
 
-    def pixels(self, image: Image.Image, whole: tuple[int, int] | None = None) -> torch.Tensor:
+    def pixels(
+            self,
+            image: Image.Image,
+            whole: tuple[int, int] | None = None,
+            sizes: InputSizes | None = None,
+    ) -> torch.Tensor:
         """PIL image to (3, H, W) uint8, resized and cropped.
 
         Args:
             image: The image.
             whole: (width, height) of the image that it was cut out of.
+            sizes: The model's; an image of another size is resized to the nearest of them, without a crop at once.
         """
-        image = decode(image, self.exif)
+        image = given = decode(image, self.exif)
         if self.kind == 'thumbnail':
             side = max(1, self.size * max(image.size) / max(whole or image.size))
             image = image.copy()
@@ -114,6 +121,11 @@ class Protocol:
             if self.kind == 'crop' and self.crop_mode == 'center':
                 image = _cut_long_ends(image)
             image = T.Compose(self._transform().transforms[:-2])(image)  # up to ToTensor
+        if sizes is not None:
+            height, width = sizes.nearest(image.height, image.width)
+            if (width, height) != image.size:
+                interpolation = T.InterpolationMode(self.interpolation)
+                image = T.functional.resize(image if self.kind == 'crop' else given, [height, width], interpolation)
         # the layout decides which convolution runs, and so the last bits of the result
         return T.functional.pil_to_tensor(image).contiguous()
 
@@ -128,14 +140,18 @@ class Protocol:
         mean, std = (torch.tensor(v).view(3, 1, 1).to(pixels.device, non_blocking=True) for v in (self.mean, self.std))
         return (pixels.to(torch.float32) / 255).sub_(mean).div_(std)
 
-    def views(self, x: torch.Tensor) -> Iterator[list[torch.Tensor]]:
-        """Scale by scale, the views of normalised images (N, 3, H, W): the images, and their mirror images."""
+    def views(self, x: torch.Tensor, sizes: InputSizes | None = None) -> Iterator[list[torch.Tensor]]:
+        """Scale by scale, the views of normalised images (N, 3, H, W): the images, and their mirror images.
+
+        With the model's `sizes`, scaled ones get the nearest of them.
+        """
         for scale in self.scales:
             y = x
             if scale != 1:
-                thin = min(x.shape[-2:]) * scale < 1
-                by = {'size': [max(1, math.floor(side * scale)) for side in x.shape[-2:]]} if thin else {
-                    'scale_factor': scale}
+                scaled = tuple(math.floor(side * scale) for side in x.shape[-2:])
+                size = tuple(max(1, side) for side in scaled)
+                size = size if sizes is None else sizes.nearest(*size)
+                by = {'scale_factor': scale} if size == scaled else {'size': size}
                 y = F.interpolate(x, mode='bilinear', align_corners=False, **by)
             yield [y, y.flip(-1)] if self.flip else [y]
 

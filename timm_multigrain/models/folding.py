@@ -8,30 +8,31 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 __all__ = ['fold_batch_norm']
 
+_SIDE = 64  # pixels of the image it is run with
 _CONVS = (nn.Conv2d, Conv2dSame)  # these very types: subclasses may change their weights as they run
 
 
-def fold_batch_norm(model: nn.Module, size: int = 64) -> nn.Module:
+def fold_batch_norm(model: nn.Module) -> nn.Module:
     """A copy of a model in eval mode whose batch norms are part of the convolutions before them.
 
     Which follows which is found by running the model once. The copy is compared with the model; where it is not the
-    same function up to rounding, or where the model does not run at that size, the copy is the model as it is.
+    same function up to rounding, the copy is the model as it is.
 
     Args:
         model: Model that takes (N, in_chans, H, W) images. It is not changed.
-        size: Side of the images it is run with.
     """
     model = copy.deepcopy(model).eval()
     parameter = next(model.parameters())
+    size = model.input_sizes.nearest(_SIDE, _SIDE) if hasattr(model, 'input_sizes') else (_SIDE, _SIDE)
     x = torch.randn(
-        1, getattr(model, 'in_chans', 3), size, size, generator=torch.Generator().manual_seed(0)).to(parameter)
+        1, getattr(model, 'in_chans', 3), *size, generator=torch.Generator().manual_seed(0)).to(parameter)
     with torch.inference_mode(False), torch.no_grad():
         try:
             expected, pairs = _trace(model, x)
             folded = _fold(copy.deepcopy(model), pairs)
             if torch.allclose(folded(x), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()):
                 return folded
-        except (RuntimeError, AssertionError, ValueError):  # such as a trunk that is built for one size
+        except (RuntimeError, AssertionError, ValueError):
             pass
     return model
 

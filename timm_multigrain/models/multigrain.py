@@ -10,15 +10,17 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.layers import get_device_dtype
 from timm.models import get_model_traits
 
+from timm_multigrain.eager import is_traced
 from timm_multigrain.layers import GeM, Whitening, l2_normalize
 
 from .checkpoint import checkpoint_filter_fn, starting_weights, unwrapped  # timm looks the first up beside the class
 from .config import model_cfg
 from .head import MultiGrainHead
-from .trunk import create_trunk, probe_trunk
+from .trunk import InputSizes, create_trunk, find_input_sizes, probe_trunk
 
 __all__ = ['MultiGrain', 'checkpoint_filter_fn']
 
@@ -50,7 +52,7 @@ class MultiGrain(nn.Module):
     Raises:
         ValueError: Unknown trunk, a trunk without a map of positions, or an impossible p, pooling or whitening.
     """
-    __jit_unused_properties__ = ['_model_args', 'global_pool', 'gem_p', 'whitened', 'embed_dim']
+    __jit_unused_properties__ = ['_model_args', 'global_pool', 'gem_p', 'whitened', 'embed_dim', 'input_sizes']
 
     def __init__(
             self,
@@ -94,6 +96,7 @@ class MultiGrain(nn.Module):
         self.head_hidden_size = self.head.embed_dim
         self.pretrained_cfg = self.default_cfg = model_cfg(self.trunk.pretrained_cfg, architecture='multigrain')
         self._trunk_kwargs = trunk_kwargs
+        self._input_sizes = None  # looked for when it is asked for
         self._recorded_args = {}
         self._traits = {k: v for k, v in get_model_traits(self.trunk).items() if k in ('img_size', 'fixed_input_size')}
 
@@ -119,6 +122,13 @@ class MultiGrain(nn.Module):
     def embed_dim(self) -> int:
         """Size of the embedding: the trunk's channels, or the components of the whitening."""
         return self.head.embed_dim
+
+    @property
+    def input_sizes(self) -> InputSizes:
+        """Image sizes that `forward` can take: any (a step of 1), multiples of a step, or one alone."""
+        if self._input_sizes is None:
+            self._input_sizes = find_input_sizes(self.trunk)
+        return self._input_sizes
 
     @property
     def _model_args(self) -> dict:
@@ -168,6 +178,7 @@ class MultiGrain(nn.Module):
         """Change the image size of a trunk that is built for one (ViT); other trunks take any size as they are."""
         if hasattr(self.trunk, 'set_input_size'):
             self.trunk.set_input_size(img_size=img_size, **kwargs)
+            self._input_sizes = None
             self._traits = dict(self._traits, img_size=get_model_traits(self.trunk).get('img_size'))
 
     @torch.jit.ignore
@@ -279,7 +290,8 @@ class MultiGrain(nn.Module):
         """Retrieval descriptors. The caller chooses eval mode and gradients.
 
         Args:
-            x: Images (N, in_chans, H, W), or a list of (in_chans, H, W) images of any sizes, run one by one.
+            x: Images (N, in_chans, H, W), or a list of (in_chans, H, W) images of any sizes, run one by one. Sizes that
+                the trunk cannot take are resized to the nearest one that it can, see `input_sizes`.
             dim: Keep the first ``dim`` components of the whitening and normalise again.
 
         Returns:
@@ -298,6 +310,10 @@ class MultiGrain(nn.Module):
             _check_images(x, self.in_chans)
             return torch.cat([self.embed(image if image.ndim == 4 else image[None], dim=dim) for image in x])
         _check_images([x], self.in_chans, (4,))
+        if not is_traced():
+            size = self.input_sizes.nearest(*x.shape[-2:])
+            if size != tuple(x.shape[-2:]):
+                x = F.interpolate(x, size=size, mode='bilinear', antialias=True)
         embedding = self.forward_head(self.forward_features(x), pre_logits=True)
         return l2_normalize(embedding[:, :dim].float())
 

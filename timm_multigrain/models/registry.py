@@ -140,8 +140,7 @@ def multigrain_efficientnet_b0(pretrained: bool = False, **kwargs) -> MultiGrain
 
 @register_model
 def multigrain_vit_small_patch14_dinov2(pretrained: bool = False, **kwargs) -> MultiGrain:
-    """MultiGrain, DINOv2 ViT-S/14: GeM over the patch tokens, any image size. GeM clamps the negative half of them."""
-    kwargs.setdefault('dynamic_img_size', True)
+    """MultiGrain, DINOv2 ViT-S/14: GeM over the patch tokens. GeM clamps the negative half of them."""
     return _create_multigrain(
         'multigrain_vit_small_patch14_dinov2', pretrained, **dict(kwargs, trunk='vit_small_patch14_dinov2'))
 

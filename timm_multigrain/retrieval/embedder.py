@@ -160,16 +160,13 @@ class Embedder:
             if min(height, width) * min(self.protocol.scales) >= _NARROW:
                 raise
             raise _TooNarrow(f'its {width} x {height} pixels are too narrow for the model ({e})') from e
-        except AssertionError as e:  # how timm's transformers refuse a size
-            raise ValueError(f'The model cannot take images of {width} x {height} pixels ({e}): a model that is built '
-                             'for one size needs the crop protocol at that size, one scale.') from e
 
     def _forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         x = self.protocol.normalize(pixels)
         if self.fast:
             x = x.contiguous(memory_format=torch.channels_last)
         scales, logits = [], []
-        for views in self.protocol.views(x):
+        for views in self.protocol.views(x, self.model.input_sizes):
             vectors = []
             for view in views:
                 embedding = self.model.forward_head(self.model.forward_features(view), pre_logits=True)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageSource, UnreadableImage
 from timm_multigrain.models import MultiGrain
+from timm_multigrain.models.trunk import InputSizes
 
 from .descriptors import Descriptors
 from .embedder import Decoded, Embedded, Embedder
@@ -74,7 +75,7 @@ def embed_images(
     embedder = Embedder(
         model, protocol, device=device, dtype=dtype, descriptor=descriptor, logits=logits, dim=dim, fast=fast)
     indices = range(len(source)) if indices is None else indices
-    stream = decode(source, protocol, indices, workers)
+    stream = decode(source, protocol, indices, workers, model.input_sizes)
     return _embed(embedder, stream, len(indices), Batches(batch_size, errors, on_error), progress)
 
 
@@ -142,8 +143,8 @@ def progress_bar(total: int, progress: bool = True, title: str = 'Embedding') ->
 
 class _Images(Dataset):
 
-    def __init__(self, source: ImageSource, protocol: Protocol, indices: Sequence[int]):
-        self.source, self.protocol, self.indices = source, protocol, indices
+    def __init__(self, source: ImageSource, protocol: Protocol, indices: Sequence[int], sizes: InputSizes | None):
+        self.source, self.protocol, self.indices, self.sizes = source, protocol, indices, sizes
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -153,7 +154,8 @@ class _Images(Dataset):
         try:
             image, whole = self.source.load_part(index, exif=self.protocol.exif)
             # numpy travels by value: tensors would each hold a file descriptor while they wait
-            return Decoded(index, self.source.names[index], self.protocol.pixels(image, whole).numpy(), image.size)
+            pixels = self.protocol.pixels(image, whole, self.sizes)
+            return Decoded(index, self.source.names[index], pixels.numpy(), image.size)
         except UnreadableImage as e:
             return Decoded(index, self.source.names[index], message=str(e))
 
@@ -163,8 +165,9 @@ def decode(
         protocol: Protocol,
         indices: Sequence[int],
         workers: int | None = None,
+        sizes: InputSizes | None = None,
 ) -> Iterator[Decoded]:
-    """Images read and resized by worker processes, in the order of the indices."""
+    """Images read and resized by worker processes, in the order of the indices; with `sizes` to one of those."""
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         workers = min(8, max(0, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
@@ -172,7 +175,7 @@ def decode(
         raise ValueError(f'workers={workers} is negative: give 0 to read images in this process.')
     workers = min(workers, math.ceil(len(indices) / _CHUNK))
     return _decoded(DataLoader(
-        _Images(source, protocol, indices), batch_size=_CHUNK, num_workers=workers, collate_fn=list,
+        _Images(source, protocol, indices, sizes), batch_size=_CHUNK, num_workers=workers, collate_fn=list,
         worker_init_fn=_end_with_parent))
 
 

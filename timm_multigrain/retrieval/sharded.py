@@ -111,7 +111,7 @@ def _make(embedder, source, batches, folder, manifest, todo, workers, bar) -> No
     indices = [i for number in todo for i in _stretch(manifest, number)]
     if not indices:
         return
-    stream = decode(source, embedder.protocol, indices, workers)
+    stream = decode(source, embedder.protocol, indices, workers, embedder.model.input_sizes)
     with embedder.evaluating(), contextlib.closing(stream):
         for number in todo:
             parts, skipped = [], {}

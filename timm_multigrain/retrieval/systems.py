@@ -14,6 +14,7 @@ from torch import nn
 
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.multigrain import MultiGrain
+from timm_multigrain.models.trunk import InputSizes
 
 __all__ = ['POOLINGS', 'SUMS', 'System', 'Systems', 'UnitPool', 'choose_systems', 'with_own_head']
 
@@ -129,6 +130,11 @@ class Systems(nn.Module):
     def head(self) -> nn.Module:
         """The first head."""
         return self.heads[0]
+
+    @property
+    def input_sizes(self) -> InputSizes:
+        """As the model's."""
+        return self.models[0].input_sizes
 
     @property
     def gem_p(self) -> list:

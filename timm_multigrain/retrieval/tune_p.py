@@ -135,7 +135,7 @@ def check_grid(grid: Sequence[float], start: float) -> tuple[float, ...]:
 def _maps(model, source, protocol, indices, workers, dtype, skipped) -> Iterator[tuple[int, torch.Tensor | None]]:
     """Number and the trunk's map of each image, one by one, in this order; None for one that cannot be read."""
     device = next(model.parameters()).device
-    with contextlib.closing(decode(source, protocol, indices, workers)) as stream:
+    with contextlib.closing(decode(source, protocol, indices, workers, model.input_sizes)) as stream:
         for item in stream:
             if item.pixels is None:
                 skipped[source.names[item.index]] = item.message
