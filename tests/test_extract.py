@@ -158,10 +158,11 @@ def test_fast_and_half_precision(source):
     fast = extract(model, source, protocol, workers=0, fast=True).vectors
     torch.testing.assert_close(fast, expected, atol=5e-5, rtol=0)
     assert [type(m).__name__ for m in model.modules()] == names
-    half = extract(model, source, protocol, workers=0, dtype=torch.bfloat16).vectors
-    assert half.dtype == torch.float32 and not torch.equal(half, expected)
-    # random weights leave nearly nothing of a very thin image, and rounding turns it on processors with AMX
-    assert ((half * expected).sum(1) > 0.99).sum() >= len(expected) - 1
+    # without the image of one pixel's width, of which bfloat16 convolutions read beyond the end on processors with AMX
+    wide = [i for i in range(len(source)) if i != 8]
+    half = extract(model, source, protocol, workers=0, dtype=torch.bfloat16, indices=wide).vectors
+    assert half.dtype == torch.float32 and not torch.equal(half, expected[wide])
+    assert ((half * expected[wide]).sum(1) > 0.99).all()
 
 
 def test_the_mode_of_the_model_comes_back(source):
