@@ -11,7 +11,6 @@ from timm_multigrain.retrieval import datasets
 from timm_multigrain.retrieval.archives import RemoteFile
 from timm_multigrain.retrieval.datasets import copydays as copydays_set
 from timm_multigrain.retrieval.datasets import disc21, download_benchmark, load_benchmark, ukbench
-from timm_multigrain.retrieval.datasets.candidates import best_pairs
 from timm_multigrain.retrieval.datasets.disc21 import read_pairs
 from timm_multigrain.retrieval.datasets.holidays import read_turns
 from timm_multigrain.retrieval.datasets.revisited import read_ground_truth
@@ -407,11 +406,3 @@ def test_download(tmp_path, server, monkeypatch):
     download_benchmark('roxford5k', tmp_path / 'set', lines.append)
     assert len(lines) == 2
     assert len(load_benchmark('roxford5k', tmp_path / 'set', subset=True).database) == 5
-
-
-@pytest.mark.parametrize('limit', [1, 7, 50, 60, 100])
-def test_best_pairs(limit):
-    scores = np.random.default_rng(limit).permutation(60).reshape(5, 12).astype(np.float32)
-    rows, columns, values = best_pairs(pieces(scores, 4), limit)
-    wanted = np.argsort(-scores.ravel())[:limit]
-    assert (rows * 12 + columns == wanted).all() and (values == scores.ravel()[wanted]).all()

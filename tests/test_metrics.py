@@ -1,5 +1,8 @@
-"""Average precision against a slow loop that ranks every database item."""
+"""The measures against slow loops that rank every item, the public evaluator's figures, and figures by hand."""
+import csv
 import json
+import math
+import pickle
 
 import numpy as np
 import pytest
@@ -7,81 +10,108 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_multigrain.retrieval.metrics import average_precision, mean_average_precision
+from timm_multigrain.retrieval.metrics import (
+    RevisitedQuery,
+    average_precision,
+    mean_average_precision,
+    micro_average_precision,
+    revisited_scores,
+    ukb_score,
+)
+
+PROTOCOLS = {'easy': (('easy',), ('junk', 'hard')), 'medium': (('easy', 'hard'), ('junk',)),
+             'hard': (('hard',), ('junk', 'easy'))}
 
 
-def slow_ap(ranks, num_relevant):
+def slow_query(scores, relevant, ignore, kappas=()):
+    """Average precision and precisions at k. Ranks all items one by one, irrelevant ones first among equal scores."""
+    if not len(relevant):
+        return math.nan, *[math.nan] * len(kappas)
+    items = sorted((i for i in range(len(scores)) if i not in ignore), key=lambda i: (-float(scores[i]), i in relevant))
+    ranks = [rank for rank, i in enumerate(items) if i in relevant]
     ap = 0.
-    for found, rank in enumerate(sorted(ranks)):
+    for found, rank in enumerate(ranks):
         before = 1. if rank == 0 else found / rank
-        at = (found + 1.) / (rank + 1.)
-        ap += (before + at) / 2. / num_relevant
-    return ap
+        ap += (before + (found + 1.) / (rank + 1.)) / 2. / len(relevant)
+    depths = [min(k, ranks[-1] + 1) for k in kappas]
+    return ap, *[sum(rank < depth for rank in ranks) / depth for depth in depths]
 
 
-def slow_query(scores, relevant, ignore):
-    """Ranks all items one by one, irrelevant ones first among equal scores."""
-    items = [i for i in range(len(scores)) if i not in ignore]
-    items.sort(key=lambda i: (-float(scores[i]), i in relevant))
-    return slow_ap([rank for rank, i in enumerate(items) if i in relevant], len(relevant))
+def slow_revisited(scores, queries, protocol, kappas=(1, 5, 10)):
+    wanted, junk = PROTOCOLS[protocol]
+    return np.array([slow_query(row, *({int(i) for name in names for i in getattr(query, name)}
+                                       for names in (wanted, junk)), kappas)
+                     for row, query in zip(scores, queries, strict=True)]).T
+
+
+def slow_ukb(scores, groups):
+    orders = [sorted(range(len(row)), key=lambda i: (-row[i], groups[i] == groups[query]))
+              for query, row in enumerate(scores)]
+    return [sum(groups[i] == groups[query] for i in order[:4]) for query, order in enumerate(orders)]
+
+
+def slow_pairs(pairs, truth):
+    """pairs: (query, reference, score). Everything recomputed at each place of the list."""
+    order = sorted(pairs, key=lambda pair: (-pair[2], pair[:2] in truth))
+    uap, recall_at_p90, threshold, true = 0., 0., None, 0
+    for place, (query, reference, score) in enumerate(order, 1):
+        if (query, reference) in truth:
+            true += 1
+            uap += true / place / len(truth)
+        if true / place >= 0.9 and true / len(truth) > recall_at_p90:
+            recall_at_p90, threshold = true / len(truth), score
+    return uap, recall_at_p90, threshold
 
 
 @st.composite
 def problems(draw):
+    """Scores, and for each query three lists of items, the first not empty."""
     queries, items = draw(st.integers(1, 4)), draw(st.integers(1, 25))
     levels = draw(st.sampled_from([1, 2, 4, 1000]))
     rng = np.random.default_rng(draw(st.integers(0, 10 ** 6)))
     scores = rng.integers(0, levels, (queries, items)) / levels - 0.3
-    relevant, ignore = [], []
-    for _ in range(queries):
-        order = rng.permutation(items)
-        count = rng.integers(1, items + 1)
-        relevant.append(order[:count])
-        ignore.append(order[count:count + rng.integers(0, 4)])
-    return scores, relevant, ignore
+    lists = [np.split(rng.permutation(items), np.cumsum([rng.integers(1, items + 1), *rng.integers(0, 4, 2)]))[:3]
+             for _ in range(queries)]
+    return scores, *zip(*lists, strict=True)
 
 
 @given(problems())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=200, deadline=None)
 def test_equals_slow_loop(problem):
-    scores, relevant, ignore = problem
-    result = mean_average_precision(scores, relevant, ignore)
-    expected = [slow_query(*query) for query in zip(scores, relevant, ignore, strict=True)]
-    assert result.ap == pytest.approx(expected, abs=1e-12)
-    assert result.map == pytest.approx(np.mean(expected), abs=1e-12)
-    assert result.num_queries == len(scores)
-    pieces = np.array_split(scores, 3, axis=1)
-    assert (mean_average_precision(pieces, relevant, ignore).ap == result.ap).all()
-    no_ignore = [slow_query(row, r, ()) for row, r in zip(scores, relevant, strict=True)]
-    assert mean_average_precision(scores, relevant).ap == pytest.approx(no_ignore, abs=1e-12)
+    scores, first, second, third = problem
+    chunks = np.array_split(scores, 3, axis=1)
+    result = mean_average_precision(scores, first, second)
+    expected = [slow_query(*query)[0] for query in zip(scores, first, second, strict=True)]
+    assert result.ap == pytest.approx(expected, abs=1e-12) and result.ap.dtype == np.float64
+    assert result.map == pytest.approx(np.mean(expected), abs=1e-12) and result.num_queries == len(scores)
+    assert (mean_average_precision(chunks, first, second).ap == result.ap).all()
+    no_ignore = [slow_query(row, own, ())[0] for row, own in zip(scores, first, strict=True)]
+    assert mean_average_precision(scores, first).ap == pytest.approx(no_ignore, abs=1e-12)
+
+    queries = [RevisitedQuery(*lists) for lists in zip(second, first, third, strict=True)]  # easy may be empty
+    for protocol, part in vars(revisited_scores(iter(chunks), queries)).items():
+        ap, *precisions = slow_revisited(scores, queries, protocol)
+        if np.isnan(ap).all():
+            assert part is None
+            continue
+        assert part.ap == pytest.approx(ap, abs=1e-12, nan_ok=True)
+        assert part.map == pytest.approx(np.nanmean(ap), abs=1e-12)
+        assert part.num_queries == np.isfinite(ap).sum()
+        assert np.array(list(part.precisions.values())) == pytest.approx(np.array(precisions), abs=1e-12, nan_ok=True)
 
 
-@pytest.mark.parametrize('dtype', [
-    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32, torch.uint8,
-])
-def test_tensors_of_every_dtype(dtype):
-    rng = np.random.default_rng(0)
-    scores = torch.from_numpy(rng.integers(0, 100, (5, 60))).to(dtype)
-    relevant = [rng.choice(60, 7, replace=False).tolist() for _ in range(5)]
-    ignore = [[next(i for i in range(60) if i not in r)] for r in relevant]
-    expected = [slow_query(*query) for query in zip(scores.double().numpy(), relevant, ignore, strict=True)]
-    assert mean_average_precision(scores, relevant, [torch.tensor(i) for i in ignore]).ap == pytest.approx(expected)
-    scores.requires_grad_(dtype.is_floating_point)
-    assert mean_average_precision(scores, relevant, ignore).ap.dtype == np.float64
-
-
-def test_by_hand():
+def test_average_precision_by_hand():
     assert average_precision([0, 1, 2], 3) == 1
     assert average_precision([1], 1) == pytest.approx((0 + 1 / 2) / 2)
     assert average_precision([3, 0], 2) == pytest.approx(((1 + 1) / 2 + (1 / 3 + 2 / 4) / 2) / 2)
     assert average_precision([0], 4) == 0.25
     assert average_precision([], 4) == 0
     assert average_precision(torch.tensor([2, 0]), 2) == average_precision(np.array([0, 2], dtype=np.uint8), 2)
-
-
-def test_ties_count_against_the_system():
+    # ties count against the system
     assert mean_average_precision(np.zeros((1, 10)), [[0]]).map == average_precision([9], 1)
     assert mean_average_precision(np.zeros((1, 10)), [[0, 5]], [[3]]).map == average_precision([7, 8], 2)
+    infinite = np.array([[-np.inf, np.inf, 0., -np.inf]])
+    assert mean_average_precision(infinite, [[1, 0]]).map == average_precision([0, 3], 2)
 
 
 def test_holidays_rules():
@@ -102,52 +132,168 @@ def test_holidays_names(shared_data):
     scores = np.random.default_rng(0).standard_normal((len(queries), len(numbers)))
     result = mean_average_precision(scores, relevant, [[q] for q in queries])
     assert result.num_queries == 500
-    expected = [slow_query(*query) for query in zip(scores, relevant, [[q] for q in queries], strict=True)]
+    expected = [slow_query(*query)[0] for query in zip(scores, relevant, [[q] for q in queries], strict=True)]
     assert result.ap == pytest.approx(expected, abs=1e-12)
 
 
-def test_infinite_scores():
-    scores = np.array([[-np.inf, np.inf, 0., -np.inf]])
-    assert mean_average_precision(scores, [[1, 0]]).map == average_precision([0, 3], 2)
+@pytest.mark.parametrize('name', ['rparis6k', 'rparis6k_subset'])
+@pytest.mark.parametrize('ranking', ['random', 'noisy'])
+def test_revisited_equals_the_public_evaluator(shared_data, name, ranking):
+    reference = json.loads((shared_data / 'gt' / 'reference_outputs.json').read_text())[name][ranking]
+    if name == 'rparis6k':
+        with open(shared_data / 'gt' / 'gnd_rparis6k.pkl', 'rb') as file:
+            truth = pickle.load(file)
+    else:
+        truth = json.loads((shared_data / 'instances' / 'paris' / 'gnd_rparis6k_subset.json').read_text())
+    scores = np.stack([np.random.RandomState(q).randn(len(truth['imlist'])) for q in range(len(truth['gnd']))])
+    if ranking == 'noisy':
+        for row, entry in zip(scores, truth['gnd'], strict=True):
+            row[np.concatenate([entry['easy'], entry['hard']]).astype(int)] += 2
+    queries = [RevisitedQuery(entry['easy'], entry['hard'], entry['junk']) for entry in truth['gnd']]
+    for given_scores in (scores, np.array_split(scores, 7, axis=1)):
+        result = revisited_scores(given_scores, queries)
+        for protocol, expected in reference.items():
+            part = getattr(result, protocol)
+            assert part.map == pytest.approx(expected['mAP'], abs=1e-12)
+            assert list(part.mp_at.values()) == pytest.approx(expected['mP@k'], abs=1e-12)
+            assert part.ap[:5] == pytest.approx(expected['ap_first5'], abs=1e-12, nan_ok=True)
+            assert len(queries) - part.num_queries == expected['queries_without_positives']
 
 
-def test_result_prints():
-    result = mean_average_precision(np.array([[1., 0.], [0., 1.]]), [[0], [0]])
-    assert str(result) == 'mAP 62.50 % over 2 queries'
+def test_revisited_by_hand():
+    """Order of the images: junk 3, easy 0, wrong 4, hard 1, wrong 5, easy 2."""
+    scores = np.array([[0.8, 0.5, 0.3, 0.9, 0.7, 0.4]])
+    result = revisited_scores(scores, [RevisitedQuery([0, 2], [1], [3])], kappas=(1, 2, 10))
+    assert result.easy.ap[0] == pytest.approx(((1 + 1) / 2 + (1 / 3 + 2 / 4) / 2) / 2)  # ranks 0 and 3: 1 is out
+    assert result.medium.ap[0] == pytest.approx(((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2 + (2 / 4 + 3 / 5) / 2) / 3)
+    assert result.hard.ap[0] == pytest.approx((0 + 1 / 2) / 2)  # rank 1: 0 is out
+    assert result.easy.mp_at == pytest.approx({1: 1, 2: 1 / 2, 10: 2 / 4})  # of 10 no more than to the last one found
+    assert result.hard.mp_at == pytest.approx({1: 0, 2: 1 / 2, 10: 1 / 2})
+
+
+@pytest.mark.parametrize('digits', [0, 1, 9])
+def test_ukb_equals_slow_ranking(digits):
+    rng = np.random.default_rng(digits)
+    groups = rng.permutation(np.repeat([5, 2, 9, 0, 7], 4))
+    scores = (rng.standard_normal((20, 20)) + 1.5 * (groups == groups[:, None])).round(digits)
+    result = ukb_score(scores, groups)
+    assert result.found.tolist() == slow_ukb(scores, groups) and result.score == np.mean(slow_ukb(scores, groups))
+    chunks = [torch.from_numpy(chunk) for chunk in np.array_split(scores, 6, axis=1)]
+    assert (ukb_score(chunks, groups.tolist()).found == result.found).all()
+
+
+def test_ukb_by_hand():
+    groups = np.arange(8) // 4
+    scores = np.equal.outer(groups, groups).astype(np.float32)
+    assert ukb_score(scores, groups).score == 4
+    assert ukb_score(1 - scores, groups).score == 0
+    assert ukb_score(np.zeros((8, 8)), groups).score == 0  # ties count against the system
+    assert ukb_score(np.eye(8), groups).score == 1  # the query itself; the others are tied with wrong ones
+
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('digits', [1, 12])
+def test_pairs_equal_slow_list(seed, digits):
+    rng = np.random.default_rng(seed)
+    truth = {(f'Q{i}', f'R{i % 7}') for i in range(12)}
+    everything = [(f'Q{q}', f'R{r}') for q in range(15) for r in range(7)]
+    chosen = [everything[i] for i in rng.permutation(len(everything))[:90]]
+    pairs = [(*pair, round(rng.standard_normal() + 4 * (pair in truth), digits)) for pair in chosen]
+    result = micro_average_precision(*map(list, zip(*pairs, strict=True)), truth)
+    assert (result.uap, result.recall_at_p90) == pytest.approx(slow_pairs(pairs, truth)[:2], abs=1e-12)
+    assert result.threshold_at_p90 == slow_pairs(pairs, truth)[2]
+
+
+def test_pairs_by_hand():
+    """Right, wrong, right, and one true pair that was not predicted."""
+    truth = [('a', 'x'), ('c', 'y'), ('d', 'z')]
+    result = micro_average_precision(['a', 'b', 'c'], ['x', 'x', 'y'], [0.9, 0.8, 0.7], truth)
+    assert result.uap == pytest.approx((1 + 2 / 3) / 3)
+    assert (result.recall_at_p90, result.threshold_at_p90) == (pytest.approx(1 / 3), 0.9)
+    tied = micro_average_precision(['a', 'b'], ['x', 'x'], [1, 1], [('a', 'x')])
+    assert (tied.uap, tied.recall_at_p90, tied.threshold_at_p90) == (0.5, 0, None)
+    missed = micro_average_precision(['a'], ['y'], [1.], [('a', 'x')])
+    assert (missed.uap, missed.recall_at_p90) == (0, 0)
+    numbers = micro_average_precision(  # of a type without a sign
+        torch.tensor([0, 1]), np.array([5, 6]), np.array([0, 9], dtype=np.uint8), [(1, 6)])
+    assert (numbers.uap, numbers.threshold_at_p90) == (1, 9)
+
+
+def test_pairs_of_disc21(shared_data):
+    with open(shared_data / 'gt' / 'disc21_subset_1_ground_truth.csv', newline='') as file:
+        truth = [(row['query_id'], row['reference_id']) for row in csv.DictReader(file)]
+    rng = np.random.default_rng(0)
+    wrong = [(f'Q{i:05}', f'R{rng.integers(10 ** 6):06}') for i in range(20_000)]
+    found = [pair for pair in truth if rng.random() < 0.8]
+    pairs = list(dict.fromkeys([*found, *wrong]))
+    scores = rng.standard_normal(len(pairs))
+    scores[:len(found)] += 3
+    result = micro_average_precision(*map(list, zip(*pairs, strict=True)), scores, truth)
+    uap, recall, threshold = slow_pairs([(*pair, s) for pair, s in zip(pairs, scores, strict=True)], set(truth))
+    assert result.num_true == 4991
+    assert (result.uap, result.recall_at_p90) == pytest.approx((uap, recall), abs=1e-12)
+    assert result.threshold_at_p90 == threshold
+    perfect = micro_average_precision(*zip(*truth, strict=True), np.ones(len(truth)), truth)
+    assert (perfect.uap, perfect.recall_at_p90) == (pytest.approx(1, abs=1e-12), 1)
+
+
+def test_results_print_save_and_draw(tmp_path):
+    ap = mean_average_precision(np.array([[1., 0.], [0., 1.]]), [[0], [0]])
+    assert str(ap) == 'mAP 62.50 % over 2 queries'
+    assert json.loads(ap.save(tmp_path / 'new' / 'r.json').read_text()) == {
+        'map': 0.625, 'num_queries': 2, 'ap': [1., 0.25]}
     assert str(mean_average_precision(np.eye(1), [[0]])) == 'mAP 100.00 % over 1 query'
 
+    revisited = revisited_scores(np.eye(2, 5), [RevisitedQuery([0], [], [4]), RevisitedQuery([], [])])
+    assert str(revisited).splitlines() == [
+        f'{name} mAP 100.00 %, mP@1 100.00 %, mP@5 100.00 %, mP@10 100.00 % over 1 query'
+        for name in ('Easy  ', 'Medium')]
+    easy = json.loads(revisited.to_json())['easy']
+    assert easy == {'map': 1., 'num_queries': 1, 'ap': [1., None], 'mp_at': {'1': 1., '5': 1., '10': 1.}}
+    assert revisited.hard is None
 
-def test_result_saves_and_draws(tmp_path):
-    result = mean_average_precision(np.array([[1., 0.], [0., 1.]]), [[0], [0]])
-    saved = json.loads(result.save(tmp_path / 'new' / 'result.json').read_text())
-    assert saved == {'map': 0.625, 'num_queries': 2, 'ap': [1., 0.25]}
+    ukb = ukb_score(np.eye(8), np.arange(8) // 4)
+    assert str(ukb) == 'UKB score 1.000 of 4 over 8 queries'
+    assert json.loads(ukb.to_json()) == {'score': 1., 'num_queries': 8, 'found': [1] * 8}
+
+    pairs = micro_average_precision(['a', 'b'], ['x', 'y'], [1., 0.], [('a', 'x'), ('b', 'x')])
+    assert str(pairs) == 'uAP 50.00 %, recall at 90 % precision 50.00 % of 2 true pairs'
+    assert json.loads(pairs.to_json()) == {
+        'uap': 0.5, 'recall_at_p90': 0.5, 'threshold_at_p90': 1., 'num_true': 2, 'num_found': 1}
+
     pytest.importorskip('matplotlib')
-    assert result.draw(tmp_path / 'pictures' / 'ap.png').read_bytes().startswith(b'\x89PNG')
+    for result in (ap, revisited, ukb, pairs):
+        assert result.draw(tmp_path / 'pictures' / 'r.png').read_bytes().startswith(b'\x89PNG')
 
 
-@pytest.mark.parametrize('scores, relevant, ignore, message', [
-    (np.zeros((2, 3)), [[0], []], None, r'relevant\[1\] is empty'),
-    (np.zeros((1, 3)), [[3]], None, 'index 3 is out of range for 3'),
-    (np.zeros((1, 3)), [[0]], [[5]], 'index 5 is out of range'),
-    (np.zeros((1, 3)), [[-1]], None, r'relevant\[0\] holds the negative value -1'),
-    (np.zeros((1, 3)), [[0, 0]], None, 'more than once'),
-    (np.zeros((1, 3)), [[0, 1]], [[2, 1]], 'item 1 is in more than one list of relevant, ignore'),
-    (np.zeros((1, 3)), [[True, False, True]], None, 'list of integers'),
-    (np.zeros((1, 3)), [[0.]], None, 'list of integers'),
-    (np.zeros((1, 3)), [[[0]]], None, 'list of integers'),
-    (np.array([[0., np.nan]]), [[0]], None, r'scores\[0\] holds NaN'),
-    (torch.tensor([[0., 1.], [float('nan'), 0.]]), [[0], [0]], None, r'scores\[1\] holds NaN'),
-    (np.zeros((2, 3)), [[0]], None, '2 rows of scores for 1 queries'),
-    (np.zeros((1, 3)), [[0]], [[1], [2]], '2 lists of ignore'),
-    (np.zeros(3), [[0]], None, 'shape'),
-    (np.zeros((0, 3)), [], None, 'at least one query'),
+@pytest.mark.parametrize('measure, arguments, message', [
+    (mean_average_precision, (np.zeros((2, 3)), [[0], []],), r'relevant\[1\] is empty'),
+    (mean_average_precision, (np.zeros((1, 3)), [[0, 1]], [[2, 1]],), 'item 1 is more than once in relevant'),
+    (mean_average_precision, (torch.tensor([[0., 1.], [torch.nan, 0.]]), [[0], [0]],), r'scores\[1\] contains NaN'),
+    (mean_average_precision, (np.zeros((0, 3)), [],), 'at least one query'),
+    (average_precision, ([0], 0,), 'num_relevant is 0 with 1 relevant ranks'),
+    (average_precision, ([], 0,), 'num_relevant is 0'),
+    (average_precision, ([0, 1], 1,), 'num_relevant is 1 with 2'),
+    (average_precision, ([1, 1], 3,), 'a rank more than once'),
+    (average_precision, ([-1], 1,), 'negative value -1'),
+    (average_precision, ([0.5], 1,), 'list of integers'),
+    (revisited_scores, (np.zeros((1, 4)), [RevisitedQuery([0], [1], [0])],), 'item 0 is more than once'),
+    (revisited_scores, (np.zeros((1, 4)), [RevisitedQuery([0], [-1])],), r'hard\[0\] contains the negative'),
+    (revisited_scores, (np.zeros((1, 4)), [RevisitedQuery([0], [4])],), 'Query 0: index 4 is out of range'),
+    (revisited_scores, (np.zeros((1, 4)), [RevisitedQuery([], [], [1])],), 'nothing to find'),
+    (revisited_scores, (np.zeros((1, 4)), [],), 'nothing to find'),
+    (revisited_scores, (np.zeros((1, 4)), [RevisitedQuery([0], [1])], (0, 5)), '1 or more'),
+    (ukb_score, (np.zeros((5, 5)), [0, 0, 0, 0, 1],), 'Group 1 has 1 images, not 4: leave it out'),
+    (ukb_score, (np.zeros((8, 8)), [0, 0, 0, 0],), '8 rows of scores for 4 queries'),
+    (ukb_score, (np.zeros((4, 4)), [0., 0., 0., 0.],), 'list of integers'),
+    (ukb_score, (np.zeros((4, 4)), [],), 'list of integers'),
+    (micro_average_precision, (['a'], ['x', 'y'], [1., 2.], [('a', 'x')],), '1 query_ids, 2 reference_ids'),
+    (micro_average_precision, (['a'], ['x'], [[1.]], [('a', 'x')],), r'shape \(1, 1\)'),
+    (micro_average_precision, (['a'], ['x'], [math.nan], [('a', 'x')],), r'scores\[0\] is NaN'),
+    (micro_average_precision, (['a'], ['x'], [1.], [],), 'true_pairs is empty'),
+    (micro_average_precision, (['a'], ['x'], [1.], [('a', 'x')] * 2,), 'contains a pair more than once'),
+    (micro_average_precision, (['a', 'a'], ['x', 'x'], [1., 2.], [('a', 'x')],), r"pair \('a', 'x'\) is predicted"),
 ])
-def test_bad_input(scores, relevant, ignore, message):
+def test_bad_input(measure, arguments, message):
     with pytest.raises(ValueError, match=message):
-        mean_average_precision(scores, relevant, ignore)
-
-
-@pytest.mark.parametrize('ranks, num_relevant', [([0], 0), ([0, 1], 1), ([-1], 1), ([1, 1], 3), ([0.5], 1), ([], 0)])
-def test_bad_ranks(ranks, num_relevant):
-    with pytest.raises(ValueError):
-        average_precision(ranks, num_relevant)
+        measure(*arguments)

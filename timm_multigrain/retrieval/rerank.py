@@ -9,7 +9,7 @@ import torch
 
 from timm_multigrain.layers.normalize import l2_normalize
 
-from .ranking import Array, Scores
+from .ranks import Array, Scores
 from .search import Vectors, as_vectors, check_rank, nearest, shards_of
 
 __all__ = ['alpha_query_expansion', 'database_augmentation', 'normalize_scores', 'score_offsets']

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
-from timm_multigrain.retrieval.copies import micro_average_precision
+from timm_multigrain.retrieval.metrics import micro_average_precision
+from timm_multigrain.retrieval.ranks import best_pairs
 
 from .benchmark import Benchmark, Figure, Scores
-from .candidates import best_pairs
 from .files import locate, require_folder, some
 
 __all__ = ['Disc21', 'load_disc21', 'read_pairs']

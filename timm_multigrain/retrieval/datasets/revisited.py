@@ -15,7 +15,7 @@ import numpy as np
 from timm_multigrain.files import read_json
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.retrieval.archives import RemoteFile
-from timm_multigrain.retrieval.revisited import RevisitedQuery, revisited_scores
+from timm_multigrain.retrieval.metrics import RevisitedQuery, revisited_scores
 from timm_multigrain.retrieval.unpickle import load_plain_pickle
 
 from .benchmark import Benchmark, Figure, Scores

@@ -11,7 +11,7 @@ import numpy as np
 
 from timm_multigrain.images.sources import ImageFiles, image_names
 from timm_multigrain.retrieval.archives import RemoteFile
-from timm_multigrain.retrieval.ukb import ukb_score
+from timm_multigrain.retrieval.metrics import ukb_score
 
 from .benchmark import Benchmark, Figure, Scores
 from .files import locate, require_folder, some
