@@ -1,6 +1,5 @@
 """Network, rights and disk that fail while a model is published: one sentence, and nothing half-done is left."""
 import pytest
-import timm
 from huggingface_hub import HfApi
 
 from timm_multigrain.cli.main import main
@@ -11,27 +10,25 @@ from .tiny import tiny_model
 
 
 @pytest.mark.parametrize('fault, error, created', [
-    (Fault('GET', 'whoami', 401), r'cannot be published: the Hub does not accept the token \(401\): log in', False),
+    (Fault('GET', 'whoami', 401), r'cannot be published: the Hub does not accept the token \(401.*\): log in', False),
     (Fault('GET', 'api/models', 503), r'could not be looked up: the Hub has trouble \(503: out of order\)', False),
-    (Fault('POST', 'validate-yaml', cut='request'), 'the card of me/model was not accepted: the connection to', False),
-    (Fault('POST', 'create', 403, 'no rights'), r'could not be created: the token may not do that \(403: no r', False),
+    (Fault('POST', 'create', 403, 'no rights'), r'created: the token may not write there \(403: no rights', False),
     (Fault('POST', 'create', 402, 'pay'), r'could not be created: the Hub refuses the request \(402: pay\)', False),
     (Fault('POST', 'create', cut='answer'), 'me/model could not be created: the connection to .* failed', True),
-    (Fault('POST', 'create', corrupt=True), 'me/model could not be created: ', True),
-    (Fault('POST', 'preupload', 404), r'model.safetensors could not be uploaded to me/model: there is no such', True),
-    (Fault('POST', 'batch', 503), r'model.safetensors could not be uploaded .* the Hub has trouble \(503', True),
-    (Fault('PUT', 'objects', 403), r'model.safetensors could not be uploaded .* the token may not do that', True),
-    (Fault('PUT', 'objects', cut='request'), 'model.safetensors could not be uploaded to me/model: the conn', True),
-    (Fault('POST', 'commit', 500), r'README.md could not be committed to me/model: the Hub has trouble \(500', True),
-    (Fault('POST', 'commit', 401), r'could not be committed to me/model: the Hub does not accept the token', True),
-    (Fault('POST', 'commit', cut='request'), 'could not be committed to me/model: the connection to .* failed', True),
+    (Fault('POST', 'validate-yaml', cut='request'), 'me/model could not be uploaded: the connection to', True),
+    (Fault('POST', 'preupload', 404), r'me/model could not be uploaded: not found', True),
+    (Fault('PUT', 'objects', 429), r'could not be uploaded: too many requests \(429', True),
+    (Fault('PUT', 'objects', cut='request'), 'me/model could not be uploaded: the connection to', True),
+    (Fault('POST', 'commit', 412), r'could not be uploaded: someone else changed it meanwhile \(412', True),
+    (Fault('POST', 'commit', 500), r'could not be uploaded: the Hub has trouble \(500', True),
+    (Fault('POST', 'commit', cut='request'), 'me/model could not be uploaded: the connection to .* failed', True),
 ])
 def test_faults_leave_no_repository_behind(hub, tmp_path, fault, error, created, monkeypatch):
     scratch = tmp_path / 'tmp'
     scratch.mkdir()
     monkeypatch.setattr('tempfile.tempdir', str(scratch))
     hub.faults.append(fault)
-    with pytest.raises((RuntimeError, FileNotFoundError, ValueError), match=error) as caught:
+    with pytest.raises((RuntimeError, FileNotFoundError), match=error) as caught:
         publish(tiny_model(), 'me/model', license='mit')
     assert '\n' not in str(caught.value) and not hub.repos and not list(scratch.iterdir())
     assert ('The repository that was created for it was deleted again.' in str(caught.value)) == created
@@ -44,34 +41,35 @@ def test_an_existing_repository_is_left_as_it_was(hub):
     publish(tiny_model(0), 'me/model', license='mit')
     before = hub.repos['me/model'].files()
     hub.faults.append(Fault('PUT', 'objects', cut='request'))
-    with pytest.raises(RuntimeError, match=r'uploaded to me/model: the connection .* me/model is as it was'):
+    with pytest.raises(RuntimeError, match=r'me/model could not be uploaded: the connection'):
         publish(tiny_model(1), 'me/model')
-    with pytest.raises(RuntimeError, match='The branch tuned that was created for it was deleted again'):
-        publish(tiny_model(1), 'me/model', revision='tuned')
-    assert hub.repos['me/model'].files() == before and set(hub.repos['me/model'].refs) == {'main'}
+    assert hub.repos['me/model'].files() == before
+
+
+def test_a_repository_made_by_another_meanwhile_is_left(hub, monkeypatch):
+    create_repo = HfApi.create_repo
+
+    def late(api, repo_id, **kwargs):
+        hub.add_repo(repo_id)
+        return create_repo(api, repo_id, **kwargs)
+    monkeypatch.setattr(HfApi, 'create_repo', late)
+    with pytest.raises(RuntimeError, match=r'could not be created: someone else changed it meanwhile \(409'):
+        publish(tiny_model(), 'me/model', license='mit')
+    assert set(hub.repos) == {'me/model'}
 
 
 def test_a_commit_whose_answer_is_lost(hub):
     hub.faults.append(Fault('POST', '/commit/', cut='answer', times=1))
-    done = publish(tiny_model(), 'me/model', license='mit')
-    assert done.commit == hub.repos['me/model'].refs['main'] and 'everything has arrived' in str(done)
-    timm.create_model('hf-hub:me/model', pretrained=True)
+    with pytest.raises(RuntimeError, match=f'{hub.endpoint}/me/model holds files and is left as it is'):
+        publish(tiny_model(), 'me/model', license='mit')
+    commit = hub.repos['me/model'].refs['main']
+    assert publish(tiny_model(), 'me/model').commit == commit  # it was there already
 
 
 def test_a_repository_that_cannot_be_deleted_is_named(hub):
     hub.faults += [Fault('PUT', 'objects', 503), Fault('DELETE', 'repos', 403)]
-    with pytest.raises(RuntimeError, match=f'{hub.endpoint}/me/model was left behind empty .*delete it'):
+    with pytest.raises(RuntimeError, match=f'{hub.endpoint}/me/model may be left there, empty .*delete it'):
         publish(tiny_model(), 'me/model', license='mit')
-
-
-def test_a_repository_that_others_have_filled_is_not_deleted(hub, monkeypatch):
-    def fill(api, repo_id, *args, **kwargs):
-        hub.repos[repo_id].commit('main', {'data.csv': (b'1,2', False)})
-        raise RuntimeError('broken')
-    monkeypatch.setattr(HfApi, 'create_commit', fill)
-    with pytest.raises(RuntimeError, match=f'broken {hub.endpoint}/me/model holds files and is left as it is'):
-        publish(tiny_model(), 'me/model', license='mit')
-    assert hub.repos['me/model'].files() == {'data.csv': b'1,2'}
 
 
 def test_an_interrupted_upload_leaves_no_repository(hub, monkeypatch):
@@ -97,14 +95,8 @@ def test_someone_commits_meanwhile(hub, monkeypatch):
     assert repo.files()['README.md'] == b'edited'
 
 
-def test_files_that_do_not_arrive(hub):
-    hub.add_repo('me/model', {'.gitignore': b'model.safetensors'})
-    with pytest.raises(RuntimeError, match=r'model.safetensors did not arrive in me/model .*\.gitignore'):
-        publish(tiny_model(), 'me/model', license='mit')
-
-
 @pytest.mark.parametrize('name, error', [
-    ('me/a--b', 'Cannot have -- or'), ('a/b/c', 'in the form'), ('me/-x', 'alphanumeric'), ('me/ x', 'alphanumeric')])
+    ('me/a--b', 'Cannot have -- or'), ('a/b/c', 'in the form')])
 def test_impossible_names(hub, name, error, tmp_path):
     for more in ({}, {'dry_run': tmp_path / 'dry'}):
         with pytest.raises(ValueError, match=rf'{name} cannot be published: .*{error}.*: name it USER/NAME'):
@@ -116,7 +108,7 @@ def test_tokens_and_rights(hub, monkeypatch):
     with pytest.raises(RuntimeError, match=r"you/model could not be created: .*\(403: You don't have the rights"):
         publish(tiny_model(), 'you/model', license='mit')
     monkeypatch.setenv('HF_TOKEN', 'me-read')
-    with pytest.raises(RuntimeError, match='the token of me may only read: make one with write access'):
+    with pytest.raises(RuntimeError, match=r'the token may not write there \(403.*a token that may write there'):
         publish(tiny_model(), 'me/model', license='mit')
     monkeypatch.setenv('HF_TOKEN', 'nobody-write')
     with pytest.raises(RuntimeError, match=r'the Hub does not accept the token \(401'):

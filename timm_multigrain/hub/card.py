@@ -6,7 +6,6 @@ people and is kept, as are metadata that this module does not set and figures th
 import html
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,9 +16,9 @@ from timm_multigrain.images.sources import printable
 from .metrics import Metric
 
 if TYPE_CHECKING:
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
-__all__ = ['CITATION', 'CardFacts', 'is_generated', 'load_card', 'make_card', 'usage_snippet']
+__all__ = ['CITATION', 'is_generated', 'load_card', 'make_card', 'usage_snippet']
 
 CITATION = """@article{berman2019multigrain,
   title   = {MultiGrain: a unified image embedding for classes and instances},
@@ -33,16 +32,26 @@ _INTRO = (
     '`timm_multigrain`, a plug-in for [timm](https://github.com/huggingface/pytorch-image-models).')
 _MARK = 'timm_multigrain'
 _TAGS = ('multigrain', 'timm', 'image-classification', 'image-feature-extraction', 'image-retrieval', 'copy-detection')
-_HEADINGS = {'model': None, 'usage': 'Usage', 'results': 'Results', 'citation': 'Citation'}
+_HINT = f'<!-- {_MARK}: publishing again replaces what stands between its begin and end; the rest is yours. -->'
 _NAMED = 50  # classes that are listed
-_MODES = {1: "'L'", 3: "'RGB'", 4: "'RGBA'"}
+_COLUMNS = ('task', 'dataset', 'metric', 'value', 'size', 'p', 'protocol', 'whitening', 'source')
 
 
-@dataclass(frozen=True)
-class CardFacts:
-    """What a card says that the model does not know.
+def make_card(
+        model: nn.Module,
+        repo_id: str,
+        license: str,
+        license_name: str | None = None,
+        license_link: str | None = None,
+        metrics: Sequence[Metric] = (),
+        description: str | None = None,
+        datasets: Sequence[str] = (),
+        base: 'ModelCard | None' = None,
+) -> 'ModelCard':
+    """The card of a MultiGrain.
 
-    Attributes:
+    Args:
+        model: The MultiGrain.
         repo_id: USER/NAME.
         license: The Hub's identifier of the license of the weights, such as cc-by-nc-4.0.
         license_name: Name of a license 'other'.
@@ -50,36 +59,32 @@ class CardFacts:
         metrics: Figures of these weights.
         description: What the weights are and where they come from.
         datasets: Identifiers of the data sets that they were trained on.
-    """
-    repo_id: str
-    license: str
-    license_name: str | None = None
-    license_link: str | None = None
-    metrics: Sequence[Metric] = ()
-    description: str | None = None
-    datasets: Sequence[str] = ()
-
-
-def make_card(model: nn.Module, facts: CardFacts, base: 'ModelCard | None' = None) -> 'ModelCard':
-    """The card of a model.
-
-    Args:
-        model: The MultiGrain.
-        facts: What it does not say itself.
         base: An earlier card, whose text and metadata are kept where they were not generated. It is not changed.
     """
-    from huggingface_hub import ModelCard, ModelCardData
+    from huggingface_hub import ModelCard
 
+    name = repo_id.split('/')[-1]
+    shown = f'[{license_name or license}]({license_link})' if license_link else license_name or license
     blocks = {
-        'model': _model_block(model, facts), 'usage': f'```python\n{usage_snippet(model, facts.repo_id)}```',
-        'results': _results_block(facts.metrics), 'citation': f'```bibtex\n{CITATION}\n```'}
-    if base is None:
-        data = ModelCardData()
-        _set_metadata(data, model, facts)
-        return ModelCard(f'---\n{data.to_yaml()}\n---\n\n# {facts.repo_id.split("/")[-1]}\n{_layout(blocks)}')
-    card = ModelCard(str(base))
+        'model': '\n\n'.join(filter(None, [_INTRO, description, _facts(model, shown)])),
+        'usage': f'```python\n{usage_snippet(model, repo_id)}```',
+        'results': _results(metrics), 'citation': f'```bibtex\n{CITATION}\n```'}
+    card = ModelCard(f'---\nlicense: {license}\n---\n\n# {name}\n' if base is None else str(base))
     card.text = _refresh(card.text, blocks)
-    _set_metadata(card.data, model, facts)
+    data = card.data
+    if data.get('license') != license:
+        data['license_name'] = data['license_link'] = None
+    data['license'] = license
+    data['license_name'] = license_name or data.get('license_name')
+    data['license_link'] = license_link or data.get('license_link')
+    data['library_name'] = data.get('library_name') or 'timm'
+    task = 'image-classification' if model.num_classes else 'image-feature-extraction'
+    data['pipeline_tag'] = data.get('pipeline_tag') or task
+    data['tags'] = _united(data.get('tags'), _TAGS)
+    data['datasets'] = _united(data.get('datasets'), datasets) or None
+    theirs = [result for result in data.get('eval_results') or [] if Metric.from_eval_result(result) is None]
+    data['eval_results'] = theirs + [metric.to_eval_result() for metric in metrics] or None
+    data['model_name'] = (data.get('model_name') or name) if data['eval_results'] else None
     return card
 
 
@@ -112,133 +117,86 @@ def is_generated(card: 'ModelCard') -> bool:
 
 def usage_snippet(model: nn.Module, repo_id: str) -> str:
     """Python that loads the model from the Hub and uses it."""
-    mode = _MODES.get(model.in_chans)
-    picture = f'Image.new({mode}, (640, 480))  # your picture: Image.open(path).convert({mode})'
-    prepare = 'batch = transform(picture)[None]'
-    if mode is None:  # more channels than pictures have
-        size = model.pretrained_cfg['input_size'][1:]
-        picture = f'torch.rand({model.in_chans}, {size[0]}, {size[1]})  # your image, normalised'
-        prepare = 'batch = picture[None]'
-    lines = [
-        'import timm_multigrain  # registers the model with timm',
-        'import timm',
-        'import torch',
-        'from PIL import Image' if mode else None,
-        '',
-        f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()",
-        'config = timm.data.resolve_model_data_config(model)' if mode else None,
-        'transform = timm.data.create_transform(**config, is_training=False)' if mode else None,
-        f'picture = {picture}',
-        prepare,
-        'with torch.inference_mode():',
-        f'    logits = model(batch)            # (1, {model.num_classes})' if model.num_classes else None,
-        f'    descriptor = model.embed(batch)  # (1, {model.embed_dim}), L2-normalised: compare by dot product',
-    ]
-    return '\n'.join(line for line in lines if line is not None) + '\n'
+    lines = ['import timm_multigrain  # registers the model with timm', 'import timm', 'import torch']
+    create = f"model = timm.create_model('hf-hub:{repo_id}', pretrained=True).eval()"
+    if model.in_chans == 3:
+        lines += [
+            'from PIL import Image', '', create,
+            'transform = timm.data.create_transform(**timm.data.resolve_model_data_config(model), is_training=False)',
+            "picture = Image.new('RGB', (640, 480))  # your picture: Image.open(path).convert('RGB')",
+            'batch = transform(picture)[None]']
+    else:
+        size = ', '.join(map(str, model.pretrained_cfg['input_size'][1:]))
+        lines += ['', create, f'batch = torch.rand(1, {model.in_chans}, {size})  # your images, normalised']
+    lines.append('with torch.inference_mode():')
+    if model.num_classes:
+        lines.append(f'    logits = model(batch)            # (1, {model.num_classes})')
+    lines.append(f'    descriptor = model.embed(batch)  # (1, {model.embed_dim}), L2-normalised: compare by a product')
+    return '\n'.join(lines) + '\n'
 
 
-def _model_block(model: nn.Module, facts: CardFacts) -> str:
+def _facts(model: nn.Module, license_: str) -> str:
+    """Table of what the model is."""
     cfg = model.pretrained_cfg
-    license_ = facts.license_name or facts.license
-    rows = {
-        'trunk': f'`{model.trunk_name}` of timm',
-        'classes': _classes(model),
-        'embedding': f'{model.embed_dim} components',
-        'pooling': _pooling(model),
-        'whitening': f'to {model.embed_dim} components' if model.whitened else 'none',
-        'parameters': f'{sum(p.numel() for p in model.parameters()):,}',
-        'input': f'{" x ".join(map(str, cfg["input_size"]))}, mean {_round(cfg["mean"])}, std {_round(cfg["std"])}',
-        'license of the weights': f'[{license_}]({facts.license_link})' if facts.license_link else license_,
-    }
-    table = '\n'.join(['| | |', '|---|---|', *(f'| {name} | {value} |' for name, value in rows.items())])
-    return '\n\n'.join(filter(None, [_INTRO, facts.description, table]))
-
-
-def _classes(model: nn.Module) -> str:
-    if not model.num_classes:
-        return 'none, the output is the embedding'
-    names = model.pretrained_cfg.get('label_names') or ()
-    if isinstance(names, dict) or not 0 < len(names) <= _NAMED:
-        return f'{model.num_classes}'
-    return f'{model.num_classes}: {_cell(", ".join(html.escape(printable(name), quote=False) for name in names))}'
-
-
-def _pooling(model: nn.Module) -> str:
+    classes = str(model.num_classes or 'none, the output is the embedding')
+    names = cfg.get('label_names') or ()
+    if not isinstance(names, dict) and 0 < len(names) <= _NAMED:
+        classes += ': ' + ', '.join(html.escape(printable(name), quote=False) for name in names)
     p = model.gem_p
-    if p is None:
-        return model.global_pool or 'none'
-    if isinstance(p, list):
-        return f'GeM, one p a channel, {min(p):.3g} to {max(p):.3g}'
-    return f'GeM, p = {p:.4g}'
+    pooling = model.global_pool or 'none'
+    if p is not None:
+        one = not isinstance(p, list)
+        pooling = f'GeM, p = {p:.4g}' if one else f'GeM, one p per channel, {min(p):.3g} to {max(p):.3g}'
+    mean, std = ('(' + ', '.join(f'{value:.4g}' for value in cfg[key]) + ')' for key in ('mean', 'std'))
+    return _table(('', ''), [
+        ('trunk', f'`{model.trunk_name}` of timm'),
+        ('classes', classes),
+        ('embedding', f'{model.embed_dim} components'),
+        ('pooling', pooling),
+        ('whitening', f'to {model.embed_dim} components' if model.whitened else 'none'),
+        ('parameters', f'{sum(p.numel() for p in model.parameters()):,}'),
+        ('input', f'{" x ".join(map(str, cfg["input_size"]))}, mean {mean}, std {std}'),
+        ('license of the weights', license_),
+    ])
 
 
-def _results_block(metrics: Sequence[Metric]) -> str:
+def _results(metrics: Sequence[Metric]) -> str:
     if not metrics:
         return 'No figures were recorded for these weights.'
-    columns = ('task', 'dataset', 'metric', 'value', 'size', 'p', 'protocol', 'whitening', 'source')
-    rows = ['| ' + ' | '.join(columns) + ' |', '|' + '---|' * len(columns)]
+    rows = []
     for m in metrics:
         command = f'`{m.command}`' if m.command else ''
         source = f'[{m.source_name or "link"}]({m.source_url})' if m.source_url else command
         dataset = f'{m.dataset}, {m.split}' if m.split else m.dataset
-        cells = (m.task, dataset, m.metric, m.value, m.size, m.p, m.protocol, m.whitening, source)
-        rows.append('| ' + ' | '.join(_cell(cell) for cell in cells) + ' |')
-    return '\n'.join(rows)
+        rows.append((m.task, dataset, m.metric, m.value, m.size, m.p, m.protocol, m.whitening, source))
+    return _table(_COLUMNS, rows)
 
 
-def _cell(value: object) -> str:
-    return 'none' if value is None else ' '.join(str(value).replace('|', '\\|').split())
+def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    def shown(cell: object) -> str:
+        return 'none' if cell is None else ' '.join(str(cell).replace('|', '\\|').split())
 
-
-def _layout(blocks: dict[str, str]) -> str:
-    hint = f'<!-- {_MARK}: publishing again replaces what stands between its begin and end; the rest is yours. -->'
-    parts = [f'\n{hint}\n']
-    for name, heading in _HEADINGS.items():
-        parts.append((f'\n## {heading}\n' if heading else '') + f'\n{_block(name, blocks[name])}\n')
-    return ''.join(parts)
-
-
-def _block(name: str, text: str) -> str:
-    return f'<!-- {_MARK} begin {name} -->\n{text}\n<!-- {_MARK} end {name} -->'
+    cells = [[shown(cell) for cell in row] for row in rows]
+    return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [columns, ['---'] * len(columns), *cells])
 
 
 def _refresh(text: str, blocks: dict[str, str]) -> str:
-    """An earlier text with its blocks replaced; all of them appended if it has none."""
+    """A text with its blocks replaced; all of them appended if it has none."""
     newline = _newline(text)
-    found = False
+    found, appended = False, f'\n{_HINT}\n'
     for name, content in blocks.items():
-        pattern = rf'<!-- {_MARK} begin {name} -->.*?<!-- {_MARK} end {name} -->'
-        block = _block(name, content).replace('\n', newline)
-        text, count = re.subn(pattern, lambda match, block=block: block, text, count=1, flags=re.DOTALL)
+        begin, end = f'<!-- {_MARK} begin {name} -->', f'<!-- {_MARK} end {name} -->'
+        block = f'{begin}\n{content}\n{end}'
+        appended += ('' if name == 'model' else f'\n## {name.capitalize()}\n') + f'\n{block}\n'
+        text, count = re.subn(
+            f'{begin}.*?{end}', lambda match, block=block: block.replace('\n', newline), text, count=1, flags=re.DOTALL)
         found = found or bool(count)
-    return text if found else text.rstrip() + newline + _layout(blocks).replace('\n', newline)
-
-
-def _set_metadata(data: 'ModelCardData', model: nn.Module, facts: CardFacts) -> None:
-    changed = data.get('license') != facts.license
-    data['license'] = facts.license
-    for name in ('license_name', 'license_link'):
-        value = getattr(facts, name)
-        if value or changed:
-            data[name] = value
-    data['library_name'] = data.get('library_name') or 'timm'
-    task = 'image-classification' if model.num_classes else 'image-feature-extraction'
-    data['pipeline_tag'] = data.get('pipeline_tag') or task
-    data['tags'] = list(dict.fromkeys([*_as_list(data.get('tags')), *_TAGS]))
-    data['datasets'] = list(dict.fromkeys([*_as_list(data.get('datasets')), *facts.datasets])) or None
-    theirs = [result for result in data.get('eval_results') or [] if Metric.from_eval_result(result) is None]
-    results = theirs + [metric.to_eval_result() for metric in facts.metrics]
-    data['eval_results'] = results or None
-    data['model_name'] = (data.get('model_name') or facts.repo_id.split('/')[-1]) if results else None
+    return text if found else text.rstrip() + newline + appended.replace('\n', newline)
 
 
 def _newline(text: str) -> str:
     return '\r\n' if '\r\n' in text else '\n'
 
 
-def _as_list(value: object) -> list:
-    return [value] if isinstance(value, str) else list(value or [])
-
-
-def _round(values: Sequence[float]) -> str:
-    return f'({", ".join(f"{value:.4g}" for value in values)})'
+def _united(given: str | Sequence[str] | None, more: Sequence[str]) -> list[str]:
+    return list(dict.fromkeys([*([given] if isinstance(given, str) else given or []), *more]))

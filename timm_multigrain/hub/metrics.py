@@ -1,18 +1,15 @@
 """Measured figures of a model, each with the settings it was measured at: a JSON file, and the card's model-index.
 
-The JSON file is a list of objects, one a figure:
+The JSON file is a list of objects, one per figure; the fields of `Metric` from split on may be left out:
 
     [{"task": "classification", "dataset": "ImageNet-1k", "metric": "top1", "value": 78.6,
-      "size": 500, "p": 4, "protocol": "longer side", "whitening": null,
-      "split": "validation", "source_name": "...", "source_url": "https://...", "command": "timm-multigrain ..."}]
-
-`Metric` says what the fields are; those from split on may be left out.
+      "size": 500, "p": 4, "protocol": "longer side", "whitening": null, "split": "validation"}]
 """
-import difflib
 import json
 import math
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,23 +65,22 @@ class Metric:
     command: str | None = None
 
     def __post_init__(self):
-        texts = ('dataset', 'metric', 'protocol')
-        optional = ('split', 'source_name', 'source_url', 'command')
-        checks = (
-            ('task', isinstance(self.task, str) and self.task in TASKS, f'one of {", ".join(TASKS)}'),
-            *((name, _is_text(getattr(self, name)), 'a text') for name in texts),
-            *((name, getattr(self, name) is None or _is_text(getattr(self, name)), 'a text') for name in optional),
-            ('value', _is_number(self.value) and math.isfinite(self.value), 'a finite number'),
-            ('size', _is_count(self.size), 'a number of pixels'),
-            ('p', self.p in (None, 'inf') or (_is_number(self.p) and 0 < self.p < math.inf),
-             'a number above 0, "inf" or null'),
-            ('whitening', self.whitening is None or _is_count(self.whitening) or _is_text(self.whitening),
-             'a number of components, a text or null'),
-            ('source_url', self.source_name is None or self.source_url is not None, 'given with source_name'),
-        )
-        for name, good, wanted in checks:
+        checks = {
+            'task': (isinstance(self.task, str) and self.task in TASKS, f'one of {", ".join(TASKS)}'),
+            **{name: (_is_text(getattr(self, name)), 'a text') for name in ('dataset', 'metric', 'protocol')},
+            'value': (_is_number(self.value), 'a finite number'),
+            'size': (_is_count(self.size), 'a number of pixels'),
+            'p': (self.p in (None, 'inf') or (_is_number(self.p) and self.p > 0), 'a number above 0, "inf" or null'),
+            'whitening': (self.whitening is None or _is_count(self.whitening) or _is_text(self.whitening),
+                          'a number of components, a text or null'),
+            **{name: (getattr(self, name) is None or _is_text(getattr(self, name)), 'a text')
+               for name in ('split', 'source_name', 'source_url', 'command')},
+        }
+        for name, (good, wanted) in checks.items():
             if not good:
                 raise ValueError(f'{name} is {getattr(self, name)!r}, and has to be {wanted}')
+        if self.source_name and not self.source_url:
+            raise ValueError('source_name needs source_url')
 
     def to_eval_result(self) -> 'EvalResult':
         """The figure as the Hub's model-index takes it, the settings among the metric's arguments."""
@@ -95,24 +91,23 @@ class Metric:
         if self.command:
             args['command'] = self.command
         return EvalResult(
-            task_type=task_type, task_name=task_name, dataset_name=self.dataset, dataset_type=_slug(self.dataset),
-            dataset_split=self.split, metric_type=_HUB_METRICS.get(self.metric, self.metric), metric_name=self.metric,
-            metric_value=self.value, metric_args=args, source_name=self.source_name, source_url=self.source_url)
+            task_type=task_type, task_name=task_name, dataset_name=self.dataset,
+            dataset_type='-'.join(re.findall(r'[^\W_]+', self.dataset.lower())), dataset_split=self.split,
+            metric_type=_HUB_METRICS.get(self.metric, self.metric), metric_name=self.metric, metric_value=self.value,
+            metric_args=args, source_name=self.source_name, source_url=self.source_url)
 
     @classmethod
     def from_eval_result(cls, result: 'EvalResult') -> 'Metric | None':
         """The figure that `to_eval_result` wrote; None for one that came from elsewhere."""
-        args = result.metric_args
-        task = next((task for task, (kind, _) in TASKS.items() if kind == result.task_type), None)
-        if task is None or not isinstance(args, dict) or not set(_SETTINGS) <= set(args):
-            return None
-        settings = {name: None if args[name] == 'none' else args[name] for name in _SETTINGS}
+        args = result.metric_args if isinstance(result.metric_args, dict) else {}
+        tasks = {kind: task for task, (kind, _) in TASKS.items()}
         try:
             return cls(
-                task=task, dataset=result.dataset_name, metric=result.metric_name, value=result.metric_value,
-                split=result.dataset_split, source_name=result.source_name, source_url=result.source_url,
-                command=args.get('command'), **settings)
-        except ValueError:
+                task=tasks[result.task_type], dataset=result.dataset_name, metric=result.metric_name,
+                value=result.metric_value, split=result.dataset_split, source_name=result.source_name,
+                source_url=result.source_url, command=args.get('command'),
+                **{name: None if args[name] == 'none' else args[name] for name in _SETTINGS})
+        except (KeyError, ValueError):
             return None
 
 
@@ -125,45 +120,38 @@ def read_metrics(path: str | os.PathLike) -> list[Metric]:
     """
     path = Path(path)
     try:
-        entries = json.loads(path.read_text(encoding='utf-8'))
+        return parse_metrics(json.loads(path.read_text(encoding='utf-8')))
     except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: there is no such file of figures.') from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise ValueError(f'{path} is not JSON: {e}.') from e
-    try:
-        return parse_metrics(entries)
+        raise FileNotFoundError(f'{path}: file of figures not found.') from None
     except ValueError as e:
         raise ValueError(f'{path}: {e}.') from e
 
 
-def parse_metrics(entries: Iterable[dict[str, Any]]) -> list[Metric]:
+def parse_metrics(entries: Sequence[Metric | dict[str, Any]]) -> list[Metric]:
     """Figures of a list of objects.
 
     Raises:
         ValueError: An object without a field, with an unknown one, or with a value of the wrong kind.
     """
-    if not isinstance(entries, list):
+    if not isinstance(entries, (list, tuple)):
         raise ValueError(f'a list of figures is needed, not {type(entries).__name__}')
-    return [_parse(entry, f'figure {number}') for number, entry in enumerate(entries, 1)]
+    return [entry if isinstance(entry, Metric) else _parse(entry, number) for number, entry in enumerate(entries, 1)]
 
 
-def _parse(entry: Any, shown: str) -> Metric:
-    if isinstance(entry, Metric):
-        return entry
+def _parse(entry: Any, number: int) -> Metric:
     if not isinstance(entry, dict):
-        raise ValueError(f'{shown} is {entry!r}, and has to be an object')
+        raise ValueError(f'figure {number} is {entry!r:.100}, and has to be an object')
     names = [f.name for f in fields(Metric)]
-    unknown = next((name for name in entry if name not in names), None)
-    if unknown is not None:
-        near = difflib.get_close_matches(unknown, names, n=1) or names
-        raise ValueError(f'{shown} has an unknown field {unknown!r}: did you mean {" or ".join(near)}?')
     missing = [f.name for f in fields(Metric) if f.default is MISSING and f.name not in entry]
+    unknown = [name for name in entry if name not in names]
+    if unknown:
+        raise ValueError(f'figure {number} has an unknown field {unknown[0]!r}: the fields are {", ".join(names)}')
     if missing:
-        raise ValueError(f'{shown} lacks {", ".join(missing)}; "p" and "whitening" may be null')
+        raise ValueError(f'figure {number} lacks {", ".join(missing)}; "p" and "whitening" may be null')
     try:
         return Metric(**entry)
     except ValueError as e:
-        raise ValueError(f'{shown}: {e}') from e
+        raise ValueError(f'figure {number}: {e}') from e
 
 
 def _is_text(value: Any) -> bool:
@@ -171,12 +159,8 @@ def _is_text(value: Any) -> bool:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _slug(name: str) -> str:
-    return '-'.join(''.join(c if c.isalnum() else ' ' for c in name.lower()).split())

@@ -1,8 +1,10 @@
 """Publishing a model on the Hugging Face Hub: checked here first, then uploaded in one commit with its card."""
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,17 +12,17 @@ from torch import nn
 
 from timm_multigrain.files import file_sha256, write_text
 
-from .card import CardFacts, is_generated, load_card, make_card
+from .card import is_generated, load_card, make_card
 from .errors import hub_errors
 from .metrics import Metric, parse_metrics
-from .remote import Remote, check_content, fetch_card, look, own_name
 from .save import CARD, CONFIG, WEIGHTS, model_folder, write_model
-from .upload import Target, upload
 
 if TYPE_CHECKING:
-    from huggingface_hub import HfApi, ModelCard
+    from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo
 
 __all__ = ['Publication', 'publish']
+
+_WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.tar', '.ckpt', '.pkl', '.h5', '.onnx', '.gguf', '.npz')
 
 
 @dataclass(frozen=True)
@@ -29,32 +31,28 @@ class Publication:
 
     Attributes:
         repo_id: USER/NAME.
+        license: License of the weights.
         url: Address of the model, or of the pull request; None after a dry run.
         commit: The commit that holds it; None after a dry run.
-        files: File to its SHA-256.
-        license: License of the weights.
         directory: The folder of a dry run.
         notes: What else happened.
     """
     repo_id: str
-    url: str | None
-    commit: str | None
-    files: dict[str, str]
     license: str
+    url: str | None = None
+    commit: str | None = None
     directory: Path | None = None
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         done = f'Published {self.url} (commit {self.commit})' if self.url else (
             f'{self.directory} holds what would be published as {self.repo_id}')
-        width = max(map(len, self.files))
-        lines = [f'  {name:{width}}  sha256 {digest}' for name, digest in self.files.items()]
-        lines += [f'  {"license":{width}}  {self.license}', *(f'  {note}' for note in self.notes)]
+        lines = [done, f'  license {self.license}', *(f'  {note}' for note in self.notes)]
         if self.url and '/discussions/' not in self.url:
             branch = f'@{self.url.partition("/tree/")[2]}' if '/tree/' in self.url else ''
             lines.append(
                 f"Load it: import timm_multigrain; timm.create_model('hf-hub:{self.repo_id}{branch}', pretrained=True)")
-        return '\n'.join([done, *lines])
+        return '\n'.join(lines)
 
 
 def publish(
@@ -79,8 +77,9 @@ def publish(
     """Publish a MultiGrain so that ``timm.create_model('hf-hub:<repo_id>', pretrained=True)`` gives it back.
 
     The model is saved here as safetensors, loaded back and compared first; only then a repository is created, and it is
-    deleted again if the upload fails. A second publication replaces the model and the generated parts of the card, and
-    keeps the rest of it. Figures stay in the card as long as the weights do, or until others are given.
+    deleted again if the upload fails and it is empty. A second publication replaces the model and the generated parts
+    of the card, and keeps the rest of it. Figures stay in the card as long as the weights do, or until others are
+    given.
 
     Args:
         model: The MultiGrain, in any mode; it is not changed.
@@ -108,6 +107,9 @@ def publish(
         OSError: The disk is full, or the folder of the dry run holds other things.
         RuntimeError: Token, rights, network or the Hub; or the saved model is not the same.
     """
+    from huggingface_hub import HfApi
+    from huggingface_hub.utils import validate_repo_id
+
     from timm_multigrain.models import MultiGrain
 
     if not isinstance(model, MultiGrain):
@@ -115,146 +117,87 @@ def publish(
                          'timm.models.push_to_hf_hub.')
     if license == 'other' and not (license_name and license_link):
         raise ValueError("the license 'other' needs its name and its address: give license_name and license_link.")
-    figures = None if metrics is None else tuple(parse_metrics(list(metrics)))
-    facts = CardFacts(
-        repo_id, license or '', license_name, license_link, figures or (), description, tuple(datasets))
-    job = _Job(model, facts, figures is not None, dict(label_names=label_names, data_config=data_config))
+    with hub_errors(f'{repo_id} cannot be published'):
+        validate_repo_id(repo_id)
+        if dry_run is None:
+            api = api or HfApi()
+            user = api.whoami()['name']
+            repo_id = repo_id if '/' in repo_id else f'{user}/{repo_id}'
+    facts = dict(
+        repo_id=repo_id, license=license, license_name=license_name, license_link=license_link,
+        description=description, datasets=datasets)
+    write = partial(
+        _write, model, facts, None if metrics is None else parse_metrics(list(metrics)), label_names=label_names,
+        data_config=data_config)
+    given = load_card(Path(card), str(card)) if card is not None and Path(card).is_file() else None
     if dry_run is not None:
-        return _dry_run(job, Path(dry_run), card)
-    if api is None:
-        from huggingface_hub import HfApi
-        api = HfApi()
-    target = Target(api, own_name(api, repo_id), revision, create_pr, private)
-    remote = look(api, target.repo_id, revision)
-    target.check(remote)
+        return _dry_run(Path(dry_run), repo_id, write, given)
     with tempfile.TemporaryDirectory(prefix='multigrain-') as work:
-        base = fetch_base(target, remote, Path(work) / 'remote')
-        of_remote = base is not None
-        if base is None and card is not None and Path(card).is_file():
-            base = load_card(Path(card), str(card))
+        target = _Target(api, repo_id, private, revision, create_pr)
+        base, weights = target.read(Path(work) / 'remote')
         folder = Path(work) / 'model'
         folder.mkdir()
-        notes = job.write(
-            folder, replace(facts, repo_id=target.repo_id), base,
-            lambda: not of_remote or remote.holds([folder / WEIGHTS]))
-        return publish_folder(folder, target, remote, notes)
+        license, notes = write(folder, base or given, weights if base else None)
+        commit = target.upload(folder)
+    url = f'{api.endpoint}/{repo_id}' + (f'/tree/{revision}' if revision else '')
+    return Publication(repo_id, license, commit.pr_url or url, commit.oid, notes=notes)
 
 
-def publish_folder(folder: Path, target: Target, remote: Remote | None, notes: Sequence[str] = ()) -> Publication:
-    """Upload a finished folder: config.json, model.safetensors and README.md.
-
-    Raises:
-        FileNotFoundError, OSError, RuntimeError, ValueError: As `publish`.
-    """
-    card = load_card(folder / CARD, str(folder / CARD))
-    _validate(card, target)
-    files = _hashes(folder)
-    result = upload(target, remote, folder, list(files))
-    return Publication(
-        target.repo_id, result.url, result.commit, files, card.data.get('license'), notes=(*notes, *result.notes))
-
-
-def _validate(card: 'ModelCard', target: Target) -> None:
-    """Ask the Hub whether it takes the card, while nothing has been created yet."""
-    from huggingface_hub.utils import get_session, hf_raise_for_status
-
-    # ModelCard.validate does this, of the configured Hub only
-    endpoint = target.api.endpoint
-    with hub_errors(f'the card of {target.repo_id} was not accepted', endpoint):
-        hf_raise_for_status(get_session().post(
-            f'{endpoint}/api/validate-yaml', json={'repoType': 'model', 'content': str(card)}))
-
-
-def fetch_base(target: Target, remote: Remote | None, folder: Path) -> 'ModelCard | None':
-    """The card that is on the Hub, once the repository is known to be one that may be written to.
-
-    Raises:
-        ValueError: The repository holds another model, or its card cannot be read.
-        FileNotFoundError, RuntimeError: As `publish`.
-    """
-    if remote is None:
-        return None
-    check_content(target.api, target.repo_id, remote, folder)
-    path = fetch_card(target.api, target.repo_id, remote, folder)
-    return None if path is None else load_card(path, f'{CARD} of {target.repo_id}')
-
-
-@dataclass(frozen=True)
-class _Job:
-    """A model and what is to be said about it."""
-    model: nn.Module
-    facts: CardFacts
-    new_figures: bool
-    settings: dict
-
-    def write(
-            self, folder: Path, facts: CardFacts, base: 'ModelCard | None', same_weights: Callable[[], bool],
-            shown: str | os.PathLike | None = None) -> list[str]:
-        """Write model and card, and give what there is to note.
-
-        Args:
-            folder: Where to.
-            facts: The facts with the final name.
-            base: An earlier card.
-            same_weights: Whether the weights just written are those that the earlier card is about.
-            shown: Name of the folder in errors.
-        """
-        given = facts.license
-        facts = _with_license(facts, self.model, base)
-        cfg = {'license': facts.license, 'description': facts.description}
-        if facts.license != self.model.pretrained_cfg.get('license'):
-            cfg.update(tag=None, notes=None)  # said of other weights
-        saved = write_model(self.model, folder, **self.settings, shown=shown, pretrained_cfg=cfg)
-        notes = [] if given or base is not None else [
-            'the license is the one that the configuration of the model names: give another if the weights are not '
-            'derived from those']
-        earlier = [] if self.new_figures else _earlier_figures(base)
-        if earlier and same_weights():
-            facts = replace(facts, metrics=tuple(earlier))
-        elif earlier:
-            notes.append('the figures of the earlier weights were taken out of the card: give those of the new')
-        write_card(saved, folder, facts, base)
-        return notes
-
-
-def write_card(model: nn.Module, folder: Path, facts: CardFacts, base: 'ModelCard | None' = None) -> None:
-    """Write the README.md of a folder."""
-    write_text(folder / CARD, str(make_card(model, facts, base)))
-
-
-def _dry_run(job: _Job, directory: Path, card: str | os.PathLike | None) -> Publication:
-    from huggingface_hub.utils import validate_repo_id
-
-    with hub_errors(f'{job.facts.repo_id} cannot be published'):
-        validate_repo_id(job.facts.repo_id)
-    own = directory / CARD
-    path = next((p for p in (own, card and Path(card)) if p and p.is_file()), None)
-    base = load_card(path, str(path)) if path else None
-    before = file_sha256(directory / WEIGHTS) if path == own and (directory / WEIGHTS).is_file() else None
+def _dry_run(directory: Path, repo_id: str, write: Callable, given: 'ModelCard | None') -> Publication:
+    card, weights = directory / CARD, directory / WEIGHTS
+    base = load_card(card, str(card)) if card.is_file() else None
+    before = (file_sha256(weights) if weights.is_file() else '') if base else None
     with model_folder(directory) as folder:
-        notes = job.write(
-            folder, job.facts, base, lambda: path != own or file_sha256(folder / WEIGHTS) == before, shown=directory)
-        license_ = load_card(folder / CARD, str(own)).data.get('license')
-        files = _hashes(folder)
-    return Publication(job.facts.repo_id, None, None, files, license_, directory, tuple(notes))
+        license_, notes = write(folder, base or given, before, shown=directory)
+    return Publication(repo_id, license_, directory=directory, notes=notes)
 
 
-def _hashes(folder: Path) -> dict[str, str]:
-    return {name: file_sha256(folder / name) for name in (CONFIG, WEIGHTS, CARD)}
+def _write(
+        model: nn.Module, facts: dict, metrics: list[Metric] | None, folder: Path, base: 'ModelCard | None',
+        weights: str | None, *, label_names: Sequence[str] | None, data_config: dict | None,
+        shown: Path | None = None) -> tuple[str, tuple[str, ...]]:
+    """Write model and card; the license and what there is to note.
+
+    Args:
+        model: The MultiGrain.
+        facts: Arguments of `make_card`.
+        metrics: Figures, None for those of the earlier card.
+        folder: Where to.
+        base: The earlier card.
+        weights: SHA-256 of the weights that it is about; None for these.
+        label_names: As of `publish`.
+        data_config: As of `publish`.
+        shown: Name of the folder in errors.
+    """
+    notes = []
+    if not facts['license']:
+        if base is None:
+            notes.append('the license is the one that the configuration of the model names: give another if the '
+                         'weights are not derived from those')
+        facts = {**facts, **_license(model, base)}
+    cfg = {'license': facts['license'], 'description': facts['description']}
+    if facts['license'] != model.pretrained_cfg.get('license'):
+        cfg.update(tag=None, notes=None)  # said of other weights
+    saved = write_model(model, folder, label_names, data_config, cfg, shown)
+    if metrics is None:
+        metrics = _figures(base)
+        if metrics and weights not in (None, file_sha256(folder / WEIGHTS)):
+            metrics = []
+            notes.append('the figures of the earlier weights were taken out of the card: give those of the new')
+    write_text(folder / CARD, str(make_card(saved, **facts, metrics=metrics, base=base)))
+    return facts['license'], tuple(notes)
 
 
-def _earlier_figures(base: 'ModelCard | None') -> list[Metric]:
+def _figures(base: 'ModelCard | None') -> list[Metric]:
     results = base.data.get('eval_results') or [] if base is not None else []
     return [metric for metric in map(Metric.from_eval_result, results) if metric is not None]
 
 
-def _with_license(facts: CardFacts, model: nn.Module, base: 'ModelCard | None') -> CardFacts:
-    """The facts with the license of the weights: the one given, or the one that card and configuration agree on.
+def _license(model: nn.Module, base: 'ModelCard | None') -> dict[str, str | None]:
+    """The license that card and configuration agree on.
 
     A card that was written elsewhere does not count: timm's upload puts apache-2.0 into it without being asked.
     """
-    if facts.license:
-        return facts
     card = base.data if base is not None and is_generated(base) else {}
     of_card, of_model = card.get('license'), model.pretrained_cfg.get('license')
     if of_card and of_model and of_card != of_model:
@@ -263,5 +206,106 @@ def _with_license(facts: CardFacts, model: nn.Module, base: 'ModelCard | None') 
     if not (of_card or of_model):
         raise ValueError('the license of the weights is not known: give it (--license), as an identifier of '
                          'https://huggingface.co/docs/hub/repositories-licenses.')
-    details = {name: card.get(name) for name in ('license_name', 'license_link')}
-    return replace(facts, license=of_card or of_model, **details)
+    return {'license': of_card or of_model,
+            'license_name': card.get('license_name'), 'license_link': card.get('license_link')}
+
+
+class _Target:
+    """A repository of the Hub that a model is to be committed to.
+
+    Raises:
+        FileNotFoundError: A pull request to no repository, or to a branch that is not there.
+        ValueError: A private publication to a public repository.
+        RuntimeError: See `hub_errors`.
+    """
+
+    def __init__(self, api: 'HfApi', repo_id: str, private: bool, revision: str | None, create_pr: bool):
+        self.api = api
+        self.repo_id = repo_id
+        self.private = private
+        self.revision = revision
+        self.create_pr = create_pr
+        self.info = self._look(None)
+        self.has_branch = self.info is not None
+        if self.info is not None and revision:
+            branch = self._look(revision)
+            self.has_branch = branch is not None
+            self.info = branch or self.info
+        if create_pr and not self.has_branch:
+            raise FileNotFoundError(f'{repo_id}{f"@{revision}" if revision else ""} was not found, so no pull request '
+                                    'can be opened: publish without one.')
+        if self.info is not None and private and not self.info.private:
+            raise ValueError(f'{repo_id} is there and public, and private was asked for: change it at '
+                             f'{api.endpoint}/{repo_id}/settings, or name another repository.')
+
+    def read(self, folder: Path) -> 'tuple[ModelCard | None, str]':
+        """The card that is there and the SHA-256 of the weights beside it, after a look that they are a MultiGrain's.
+
+        Raises:
+            ValueError: The repository holds another model, or its card cannot be read.
+            FileNotFoundError, RuntimeError: See `hub_errors`.
+        """
+        files = {file.rfilename: file for file in self.info.siblings} if self.info is not None else {}
+
+        def fetch(name: str) -> Path:
+            with hub_errors(f'{name} of {self.repo_id} could not be read', 'read it'):
+                return Path(self.api.hf_hub_download(self.repo_id, name, revision=self.info.sha, local_dir=folder))
+
+        found = next((name for name in files if name.endswith(_WEIGHTS)), None)
+        if CONFIG in files:
+            try:
+                found = str(json.loads(fetch(CONFIG).read_text(encoding='utf-8'))['architecture'])
+            except (ValueError, KeyError, TypeError):
+                found = 'another model'
+        if found is not None and not found.startswith('multigrain'):
+            raise ValueError(f'{self.repo_id} holds {found}, not a MultiGrain: name another repository, or delete what '
+                             'is there.')
+        card = load_card(fetch(CARD), f'{CARD} of {self.repo_id}') if CARD in files else None
+        lfs = files[WEIGHTS].lfs if WEIGHTS in files else None
+        return card, lfs.sha256 if lfs else ''
+
+    def upload(self, folder: Path) -> 'CommitInfo':
+        """Commit a folder, creating what is missing; a repository that is empty after a failure is deleted again.
+
+        Raises:
+            FileNotFoundError, RuntimeError, ValueError: See `hub_errors`.
+        """
+        try:
+            with hub_errors(f'{self.repo_id} could not be created'):
+                if self.info is None:
+                    self.api.create_repo(self.repo_id, **({'private': True} if self.private else {}))
+                if self.revision and not self.has_branch:
+                    self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
+            with hub_errors(f'{self.repo_id} could not be uploaded'):
+                return self.api.upload_folder(
+                    repo_id=self.repo_id, folder_path=folder, commit_message='Publish with timm_multigrain',
+                    revision=self.revision, create_pr=self.create_pr,
+                    parent_commit=self.info.sha if self.info is not None else None)
+        except BaseException as e:
+            others = getattr(getattr(e.__cause__, 'response', None), 'status_code', None) == 409
+            outcome = self._delete_if_empty() if self.info is None and not others else ''
+            if outcome and isinstance(e, FileNotFoundError | ValueError | RuntimeError):
+                raise type(e)(f'{e} {outcome}') from e
+            raise
+
+    def _look(self, revision: str | None) -> 'ModelInfo | None':
+        from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
+
+        with hub_errors(f'{self.repo_id} could not be looked up', 'read it'):
+            try:
+                return self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return None
+
+    def _delete_if_empty(self) -> str:
+        address = f'{self.api.endpoint}/{self.repo_id}'
+        try:
+            info = self._look(None)
+            if info is None:
+                return ''
+            if {file.rfilename for file in info.siblings} - {'.gitattributes'}:
+                return f'{address} holds files and is left as it is.'
+            self.api.delete_repo(self.repo_id)
+        except Exception as e:  # whatever hinders it, the first error is the one to report
+            return f'{address} may be left there, empty ({str(e).splitlines()[0]}): delete it in its settings.'
+        return 'The repository that was created for it was deleted again.'

@@ -77,7 +77,14 @@ def build_pretrained(
     if cfg.source != 'hf-hub' and cfg.file:
         return build(Weights(f'{cfg.file}', Path(cfg.file), 'copy or download it again'))
     if cfg.hf_hub_id:
-        return build(_hub_weights(cfg, bool(overlay.get('hf_hub_filename')), cache_dir))
+        chosen = bool(overlay.get('hf_hub_filename'))
+        weights = _hub_weights(cfg, chosen, cache_dir)
+        try:
+            return build(weights)
+        except UnreadableWeightsError:  # a copy that was damaged in the cache
+            if not weights.path.is_symlink():  # huggingface_hub renews what links point to only
+                weights.path.unlink()
+            return build(_hub_weights(cfg, chosen, cache_dir, force_download=True))
     if cfg.url and isinstance(cfg.url, str):
         return use_cached(cfg.url, lambda path: build(_cached_weights(path, cfg.url)), cache_dir)
     return build_model_with_cfg(  # it says which model has no weights
@@ -125,7 +132,7 @@ class _Steps:
         try:
             if self.weights.path is not None and self.weights.path.is_file():
                 refuse_program(self.weights.path)
-                if self.cfg.source == 'local-dir':
+                if self.cfg.source in ('local-dir', 'hf-hub') and self.weights.path.name == _SAFE:
                     check_hash(self.weights.path.parent)
             return build_model_with_cfg(self._create, self.variant, True, **kwargs)
         except Exception as e:
@@ -188,29 +195,34 @@ def _suggestion(state: dict, variant: str) -> str:
     return 'take the model that the weights are of' if name == variant else f'they are of {name}'
 
 
-def _hub_weights(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None) -> Weights:
-    """Verified file of a Hub repository. Only the user, not the repository, can choose another format than safetensors.
+def _hub_weights(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None, force_download: bool = False) -> Weights:
+    """File of a Hub repository. Only the user, not the repository, can choose another format than safetensors.
 
     Raises:
-        FileNotFoundError, OSError, RuntimeError, ValueError: As `timm_multigrain.hub.verify.verified_hub_file`.
+        FileNotFoundError, RuntimeError, ValueError: As `timm_multigrain.hub.errors.hub_errors`.
     """
+    from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError
 
-    from timm_multigrain.hub.verify import verified_hub_file
+    from timm_multigrain.hub.errors import hub_errors
 
     repo_id, _, revision = cfg.hf_hub_id.partition('@')
     filename = cfg.hf_hub_filename or _SAFE
     if cfg.source == 'hf-hub' and not chosen and not filename.endswith('.safetensors'):
         raise ValueError(f'{repo_id} names {filename} as its weights, which is not a safetensors file: if you trust '
                          f'it, add pretrained_cfg_overlay=dict(hf_hub_filename={filename!r}).')
+    shown = f'{filename} of {cfg.hf_hub_id}'
+    again = ' again, as the copy in the cache is damaged' if force_download else ''
     try:
-        path = verified_hub_file(repo_id, filename, revision or None, cache_dir=cache_dir)
+        with hub_errors(f'{shown} could not be downloaded{again}', 'read it'):
+            path = hf_hub_download(
+                repo_id, filename, revision=revision or None, cache_dir=cache_dir, force_download=force_download)
     except FileNotFoundError as e:
         if cfg.hf_hub_filename or not isinstance(e.__cause__, EntryNotFoundError):
             raise
         raise FileNotFoundError(f'{e} Another file than {_SAFE} is read if you name it: '
                                 'pretrained_cfg_overlay=dict(hf_hub_filename=NAME).') from e
-    return Weights(f'{filename} of {cfg.hf_hub_id}', path, 'tell its owner', replaces=True)
+    return Weights(shown, Path(path), 'tell its owner', replaces=True)
 
 
 def _cached_weights(path: Path, url: str) -> Weights:
