@@ -56,12 +56,18 @@ def _keys() -> dict:
     return json.loads((GOLDEN / 'checkpoint_keys.json').read_text())
 
 
+@lru_cache(maxsize=400)  # of a ResNet or two; most tests ask for the same
+def _filled(key: str, shape: tuple, p: float) -> torch.Tensor:
+    return fill(key, shape, p)
+
+
 def state_dict(network: str, whitened: bool = False, p: float = 3.0) -> dict[str, torch.Tensor]:
     """Model state of 'resnet18', 'resnet50', 'senet154' or 'pnasnet5large' under the original's keys."""
     keys = dict(_keys()[network]['plain'])
     if whitened:
         keys.update(_keys()[network]['whitened'])
-    return {key: fill(key, tuple(shape), p) for key, shape in keys.items()}
+    make = _filled if network.startswith('resnet') else fill
+    return {key: make(key, tuple(shape), p).clone() for key, shape in keys.items()}
 
 
 def image(height: int, width: int, batch: int = 1) -> torch.Tensor:

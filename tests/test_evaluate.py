@@ -1,8 +1,6 @@
 """Benchmarks from images to tables: figures recomputed by hand, systems that share a trunk, settings, the command."""
 import json
 import math
-import subprocess
-import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -413,16 +411,14 @@ def test_the_command_says_what_is_wrong(pictures, capsys, args, message):
 
 
 @pytest.mark.slow
-def test_real_photographs(shared_data, tmp_path):
-    """A process, from photographs of Paris to JSON."""
+def test_real_photographs(shared_data, tmp_path, capsys):
+    """From photographs of Paris to JSON."""
     paris = shared_data / 'instances' / 'paris'
     truth = paris / 'gnd_rparis6k_subset.json'
-    done = subprocess.run(
-        [sys.executable, '-m', 'timm_multigrain', 'evaluate', 'test_resnet', '--no-pretrained', '--benchmark',
-         'rparis6k', '--data', str(paris), '--ground-truth', str(truth), '--subset', '--size', '64',
-         '--json', str(tmp_path / 'r.json')], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert 'Revisited Paris (238 images and 12 queries)' in done.stdout
+    assert main([
+        'evaluate', 'test_resnet', '--no-pretrained', '--benchmark', 'rparis6k', '--data', str(paris), '--ground-truth',
+        str(truth), '--subset', '--size', '64', '--json', str(tmp_path / 'r.json')]) == 0
+    assert 'Revisited Paris (238 images and 12 queries)' in capsys.readouterr().out
     assert {f.split for f in read_metrics(tmp_path / 'r.json')} == {'Easy', 'Medium', 'Hard'}
 
 
