@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+import timm_multigrain
 from timm_multigrain.images.labels import find_classes
 from timm_multigrain.images.sources import (
     ImageFiles,
@@ -411,6 +412,14 @@ def test_small_pictures_of_large_jpegs(tmp_path):
     assert read_image(tmp_path / 'x.jpg', size=400, max_pixels=400_000).size == (800, 400)
     Image.new('RGB', (32, 16), 'red').save(tmp_path / 'x.png')
     assert read_image(tmp_path / 'x.png', size=4).size == (32, 16)
+
+
+def test_all_images_are_opened_in_one_place():
+    """But for a JPEG file that the demo has just written to memory, and the text of a card."""
+    package = Path(timm_multigrain.__file__).parent
+    openers = [path for path in package.rglob('*.py') if 'Image.open(' in path.read_text()]
+    assert {str(path.relative_to(package)) for path in openers} == {
+        'images/sources.py', 'demo/copies.py', 'hub/card.py'}
 
 
 def test_file_objects(tmp_path, photo):

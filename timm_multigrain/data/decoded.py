@@ -14,7 +14,7 @@ from torchvision.datasets import DatasetFolder, VisionDataset
 from torchvision.datasets.folder import default_loader, pil_loader
 from torchvision.datasets.vision import StandardTransform
 
-from timm_multigrain.images.sources import UnreadableImage, printable, read_image
+from timm_multigrain.images.sources import UnreadableImage, open_image, printable, read_image
 
 from .tensor_transform import TensorTransform
 from .tensor_transform import decode as decode_tensor
@@ -155,7 +155,7 @@ class DecodedDataset(Dataset):
             content = file.read() if timms else _read_bytes(file)
             return decode_tensor(content, self.decode), target
         if self.decode == 'timm':
-            return Image.open(file).convert(mode), target
+            return open_image(file).convert(mode), target
         image = read_image(file)
         return image if mode == 'RGB' else image.convert(mode), target
 

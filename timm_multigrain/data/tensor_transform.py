@@ -83,7 +83,7 @@ def decode(content: bytes, way: str = 'multigrain') -> torch.Tensor:
     pixels = _decode_jpeg(content, upright=way != 'timm')
     if pixels is None:
         file = io.BytesIO(content)
-        pixels = to_tensor(Image.open(file).convert('RGB') if way == 'timm' else read_image(file))
+        pixels = to_tensor(open_image(file).convert('RGB') if way == 'timm' else read_image(file))
     return pixels
 
 

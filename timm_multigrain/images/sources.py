@@ -59,7 +59,7 @@ def open_image(
         size: See `read_image`.
 
     Raises:
-        OSError, ValueError: It is no such file or image, or too large (or another of Pillow's errors).
+        OSError: It is not such a file or image, or too large (or another of Pillow's errors).
     """
     if not hasattr(file, 'read') and not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError('is not a regular file')  # opening a FIFO would wait for a writer, a device may never end
@@ -69,7 +69,7 @@ def open_image(
     max_pixels = min(max_pixels, _MAX_MEMORY // _BYTES_PER_PIXEL.get(image.format, 12))
     if image.width * image.height > max_pixels:
         image.close()
-        raise ValueError(f'{image.width} x {image.height} pixels are more than {max_pixels} in all')
+        raise OSError(f'{image.width} x {image.height} pixels are more than {max_pixels} in all')
     return image
 
 
