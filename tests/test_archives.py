@@ -149,11 +149,9 @@ def test_headers_of_a_gigabyte_cost_nothing(tmp_path):
     record = b'22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n'
     whole['sparse map'] = (
         header(tarfile.XHDTYPE, len(record)) + record.ljust(512, b'\0') + header(b'0', 1 << 30) + b'999999999\n')
+    megabyte = gzip.compress(b'0\n' * (1 << 19))
     for name, start in whole.items():
-        with gzip.open(tmp_path / f'{name}.tar.gz', 'wb', 1) as file:
-            file.write(start)
-            for _ in range(300):
-                file.write(b'0\n' * (1 << 19))
+        (tmp_path / f'{name}.tar.gz').write_bytes(gzip.compress(start) + megabyte * 300)
     (tmp_path / 'directory.zip').write_bytes(directory(600_000))
     outcomes = run_limited('''
         from pathlib import Path
@@ -242,7 +240,7 @@ def test_content_that_changed_since_it_was_first_trusted(server, tmp_path):
 @pytest.mark.parametrize('content', ['{', '[]', '{"a": 1}'])
 def test_a_damaged_manifest(tmp_path, content):
     (tmp_path / 'downloads.json').write_text(content)
-    with pytest.raises(ValueError, match=r'downloads\.json is not'):
+    with pytest.raises(ValueError, match=r'downloads\.json'):
         fetch_files([RemoteFile('http://127.0.0.1:9/a.tar')], tmp_path)
 
 

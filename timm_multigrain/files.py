@@ -1,13 +1,17 @@
 """Files that appear whole or not at all, their hash, and JSON files that anybody may have written."""
 import hashlib
 import json
+import math
 import os
+import reprlib
 import stat
 import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = ['file_sha256', 'fsync', 'open_regular', 'parse_json', 'read_json', 'write_bytes', 'write_text']
+__all__ = [
+    'check_json', 'file_sha256', 'fsync', 'open_regular', 'parse_json', 'printable', 'read_json', 'write_bytes',
+    'write_text']
 
 MAX_JSON = 256 << 20  # bytes
 
@@ -27,9 +31,9 @@ def read_json(path: str | os.PathLike, what: str = '') -> Any:
         with open(path, 'rb') as file:
             return parse_json(file.read(MAX_JSON + 1))
     except FileNotFoundError:
-        raise FileNotFoundError(f'{_shown(path)}: {what or "file"} not found.') from None
+        raise FileNotFoundError(f'{printable(path)}: {what or "file"} not found.') from None
     except ValueError as e:
-        raise ValueError(f'{_shown(path)} is not a JSON file: {e}.') from e
+        raise ValueError(f'{printable(path)} is not JSON: {e}.') from e
 
 
 def parse_json(text: bytes | str) -> Any:
@@ -49,9 +53,53 @@ def parse_json(text: bytes | str) -> Any:
         raise ValueError('it is nested too deep') from None
 
 
-def _shown(path: str | os.PathLike) -> str:
-    from timm_multigrain.images.sources import printable
-    return printable(path)
+def check_json(value: Any, form: Any, where: str) -> None:
+    """Refuse a value of another form than the one expected, before anything is done with it.
+
+    Args:
+        value: What `read_json` gave.
+        form: str, bool, int (of 64 bits), float (any finite number), None for null, [form] for a list, {str: form} for
+            an object of any names, {'name': form, ...} for an object with at least these, or a tuple of forms.
+        where: Name of the value, for the error.
+
+    Raises:
+        ValueError: It has another form; the message names the place.
+    """
+    if isinstance(form, tuple):
+        fitting = [one for one in form if _fits(value, one)]
+        form = fitting[0] if fitting else form
+    if not _fits(value, form):
+        raise ValueError(f'{where} has to be {_in_words(form)}, not {printable(reprlib.repr(value))}.')
+    if isinstance(form, list):
+        for number, part in enumerate(value):
+            check_json(part, form[0], f'{where}[{number}]')
+    elif isinstance(form, dict):
+        missing = [name for name in form if name is not str and name not in value]
+        if missing:
+            raise ValueError(f'{where} lacks {", ".join(missing)}.')
+        for name in value if str in form else form:
+            check_json(value[name], form[str if str in form else name], f'{where}.{printable(name)}')
+
+
+def _fits(value: Any, form: Any) -> bool:
+    if form is int or form is float:
+        number = isinstance(value, (int, float) if form is float else int) and not isinstance(value, bool)
+        return number and (-2 ** 63 <= value < 2 ** 63 if isinstance(value, int) else math.isfinite(value))
+    return value is None if form is None else isinstance(value, form if isinstance(form, type) else type(form))
+
+
+def _in_words(form: Any) -> str:
+    if isinstance(form, tuple):
+        return ' or '.join(map(_in_words, form))
+    if isinstance(form, (list, dict)):
+        return 'a list' if isinstance(form, list) else 'an object'
+    return {str: 'a text', bool: 'true or false', int: 'an integer', float: 'a number', None: 'null'}[form]
+
+
+def printable(name: str | os.PathLike) -> str:
+    """A file name on one line in characters that every terminal and UTF-8 file can hold."""
+    text = os.fsdecode(name).encode('utf-8', 'backslashreplace').decode('utf-8')
+    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
 
 
 def open_regular(path: str | bytes | os.PathLike, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> BinaryIO:

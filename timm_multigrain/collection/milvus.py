@@ -15,6 +15,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
+from timm_multigrain.files import check_json, parse_json
+from timm_multigrain.images.sources import printable
+
 from .errors import OtherModel
 from .milvus_client import MilvusAddress, create_collection, milvus_errors, path_from_text, path_to_text
 from .records import Record
@@ -30,6 +33,12 @@ PROPERTY = 'multigrain'
 FLAT_UP_TO = 1_000_000  # rows for which comparing with every one, which is exact, is the default
 _FIELDS = ['path', 'width', 'height', 'bytes', 'mtime_ns', 'sha256', 'classes']
 _MOST_HITS = 16_384
+_CONFIG = {
+    'model': {'source': str, 'options': {}, 'weights_sha256': str, 'pool': (str, None), 'dim': int, 'num_classes': int,
+              'label_names': ([str], None)},
+    'protocol': {}}
+_ROW = {'path': str, 'width': int, 'height': int, 'bytes': int, 'mtime_ns': int, 'sha256': str,
+        'classes': [[(str, float)]]}
 
 
 @dataclass(frozen=True)
@@ -133,7 +142,9 @@ def _read_config(client: 'MilvusClient', address: MilvusAddress) -> dict[str, An
         raise FileNotFoundError(f'{address.uri} has no collection {address.collection} (it has: {known}): put one '
                                 f'there with timm-multigrain export INDEX --to {address}')
     try:
-        return json.loads(client.describe_collection(address.collection)['properties'][PROPERTY])
+        config = parse_json(client.describe_collection(address.collection)['properties'][PROPERTY])
+        check_json(config, _CONFIG, PROPERTY)
+        return config
     except (KeyError, ValueError) as e:
         raise ValueError(
             f'{address} was not made by timm-multigrain export: name another collection with #NAME.') from e
@@ -284,7 +295,8 @@ class MilvusIndex:
     def _check_class(self, name: str) -> None:
         known = self.label_names or [str(i) for i in range(self.config['model']['num_classes'])]
         if name not in known:
-            raise ValueError(f'{self.path} knows no class {name!r}: give one of {", ".join(known[:10])}.')
+            some = ', '.join(map(printable, known[:10]))
+            raise ValueError(f'{self.path} knows no class {name!r}: give one of {some}.')
 
     def close(self) -> None:
         """Let go of the connection or file."""
@@ -292,7 +304,10 @@ class MilvusIndex:
 
 
 def _record(found: dict[str, Any]) -> tuple[Record, float]:
-    fields = dict(found['entity'])
-    path = path_from_text(fields.pop('path'))
-    classes = tuple((name, float(probability)) for name, probability in fields.pop('classes'))
-    return Record(path=path, classes=classes, **fields), float(found['distance'])
+    fields = found['entity']
+    check_json(fields, _ROW, 'a row of the collection')
+    if any(len(pair) != 2 for pair in fields['classes']):
+        raise ValueError('A row of the collection has classes that are not pairs of name and probability.')
+    classes = tuple((str(name), float(probability)) for name, probability in fields['classes'])
+    row = {**{name: fields[name] for name in _ROW}, 'path': path_from_text(fields['path']), 'classes': classes}
+    return Record(**row), float(found['distance'])

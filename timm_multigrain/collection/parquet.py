@@ -95,7 +95,7 @@ def _up_to_date(path: Path, schema: 'pyarrow.Schema', index: 'Index') -> bool:
 
     try:
         there = pq.read_metadata(path)
-    except (OSError, pa.ArrowInvalid):
+    except (OSError, pa.ArrowException):
         return False
     return there.num_rows == len(index) and (there.metadata or {}).get(METADATA) == schema.metadata[METADATA]
 

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from timm_multigrain.images.protocol import Protocol
-from timm_multigrain.images.sources import ImageSource, decode, read_image
+from timm_multigrain.images.sources import ImageSource, decode, printable, read_image
 from timm_multigrain.retrieval.extract import Embedded, embed_images
 
 __all__ = ['Queries', 'embed_queries', 'protocol_from_json']
@@ -89,4 +89,8 @@ def embed_queries(
 
 def protocol_from_json(value: Mapping) -> Protocol:
     """The preprocessing that an index's config.json names."""
-    return Protocol(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+    try:
+        return Protocol(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+    except (TypeError, OverflowError) as e:
+        reason = printable(str(e))
+        raise ValueError(f'The preprocessing of the index cannot be read ({reason}): make the index anew.') from e

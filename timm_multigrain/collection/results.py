@@ -110,4 +110,7 @@ def _outlined(image: Image.Image, crop: Sequence[float], name: str) -> Image.Ima
 
 
 def _class(hit: Hit) -> str:
-    return f'{hit.record.classes[0][0]} {100 * hit.record.classes[0][1]:.0f}\xa0%' if hit.record.classes else ''
+    if not hit.record.classes:
+        return ''
+    name, probability = hit.record.classes[0]
+    return f'{printable(name)} {100 * probability:.0f}\xa0%'

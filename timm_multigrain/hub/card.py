@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from timm_multigrain.files import check_json
 from timm_multigrain.images.sources import printable
 
 from .metrics import Metric
@@ -34,6 +35,9 @@ _MARK = 'timm_multigrain'
 _TAGS = ('multigrain', 'timm', 'image-classification', 'image-feature-extraction', 'image-retrieval', 'copy-detection')
 _HINT = f'<!-- {_MARK}: publishing again replaces what stands between its begin and end; the rest is yours. -->'
 _NAMED = 50  # classes that are listed
+_TEXTS = (str, [str], None)
+_FORM = {'license': (str, None), 'license_name': (str, None), 'license_link': (str, None), 'library_name': (str, None),
+         'pipeline_tag': (str, None), 'model_name': (str, None), 'tags': _TEXTS, 'datasets': _TEXTS}
 _COLUMNS = ('task', 'dataset', 'metric', 'value', 'size', 'p', 'protocol', 'whitening', 'source')
 
 
@@ -99,15 +103,17 @@ def load_card(path: Path, shown: str) -> 'ModelCard':
         ValueError: It is not text, or its metadata cannot be read.
     """
     from huggingface_hub import ModelCard
-    from yaml import YAMLError
 
     try:
         text = path.read_bytes().decode('utf-8-sig')
         if not text.lstrip().startswith('---'):  # a card without metadata would be warned about
             text = _newline(text).join(['---', 'license: null', '---', text])
-        return ModelCard(text)
-    except (ValueError, TypeError, YAMLError) as e:
-        raise ValueError(f'{shown} cannot be read ({" ".join(str(e).split())}): mend its metadata first.') from e
+        card = ModelCard(text)
+        check_json({name: card.data.get(name) for name in _FORM}, _FORM, 'its metadata')
+        str(card)  # figures that cannot be grouped
+        return card
+    except Exception as e:  # whatever the Hub's reader runs into
+        raise ValueError(f'{shown} cannot be read ({" ".join(str(e).split())[:300]}): mend its metadata first.') from e
 
 
 def is_generated(card: 'ModelCard') -> bool:
@@ -174,7 +180,8 @@ def _results(metrics: Sequence[Metric]) -> str:
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     def shown(cell: object) -> str:
-        return 'none' if cell is None else ' '.join(str(cell).replace('|', '\\|').split())
+        text = 'none' if cell is None else ' '.join(str(cell).split())
+        return text.replace('|', '\\|').replace('<', '&lt;')
 
     cells = [[shown(cell) for cell in row] for row in rows]
     return '\n'.join('| ' + ' | '.join(row) + ' |' for row in [columns, ['---'] * len(columns), *cells])

@@ -5,7 +5,6 @@ The JSON file is a list of objects, one per figure; the fields of `Metric` from 
     [{"task": "classification", "dataset": "ImageNet-1k", "metric": "top1", "value": 78.6,
       "size": 500, "p": 4, "protocol": "longer side", "whitening": null, "split": "validation"}]
 """
-import json
 import math
 import os
 import re
@@ -13,6 +12,8 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from timm_multigrain.files import read_json
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -119,10 +120,9 @@ def read_metrics(path: str | os.PathLike) -> list[Metric]:
         ValueError: It does not follow the schema.
     """
     path = Path(path)
+    entries = read_json(path, 'file of figures')
     try:
-        return parse_metrics(json.loads(path.read_text(encoding='utf-8')))
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: file of figures not found.') from None
+        return parse_metrics(entries)
     except ValueError as e:
         raise ValueError(f'{path}: {e}.') from e
 
@@ -155,12 +155,13 @@ def _parse(entry: Any, number: int) -> Metric:
 
 
 def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value.strip())
+    return isinstance(value, str) and bool(value.strip()) and value.isprintable()
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    integer = isinstance(value, int) and not isinstance(value, bool)
+    return abs(value) < 2**63 if integer else isinstance(value, float) and math.isfinite(value)
 
 
 def _is_count(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+    return isinstance(value, int) and _is_number(value) and value > 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from timm_multigrain.files import write_text
+from timm_multigrain.files import check_json, write_text
 
 from .sources import ImageFiles, find_images, printable
 from .subset import Subset
@@ -172,6 +172,8 @@ def _known_names(model: torch.nn.Module, folders: Sequence[str]) -> tuple[dict[s
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     names = cfg.get('label_names')
     if names:
+        names = {str(row): name for row, name in names.items()} if isinstance(names, dict) else names
+        check_json(list(names) if isinstance(names, tuple) else names, ([str], {str: str}), 'label_names of the model')
         rows = {str(name): int(row) for row, name in (names.items() if isinstance(names, dict) else enumerate(names))}
         if set(folders) <= set(rows) or model.num_classes not in _IMAGENET:
             return rows, 'model'

@@ -12,6 +12,8 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
+from timm_multigrain.files import printable
+
 from .pixels import decode, to_rgb, turn_of
 
 __all__ = [
@@ -148,12 +150,6 @@ def _reason(file: str | os.PathLike | BinaryIO, error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return ' '.join(str(error).split()) or type(error).__name__
-
-
-def printable(name: str | os.PathLike) -> str:
-    """A file name on one line in characters that every terminal and UTF-8 file can hold."""
-    text = os.fsdecode(name).encode('utf-8', 'backslashreplace').decode('utf-8')
-    return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
 
 
 class ImageSource:

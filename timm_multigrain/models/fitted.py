@@ -10,12 +10,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from timm_multigrain.files import check_json, parse_json, printable
+
 if TYPE_CHECKING:
     from timm_multigrain.images.protocol import Protocol
 
 __all__ = ['check_fitted', 'fitted', 'note_fitted', 'whitened_for', 'with_note']
 
 KINDS = ('whitening', 'p')
+_FORM = {'p': (float, str, [float], None), 'protocol': {'size': int, 'kind': str}}
 
 
 def with_note(notes: Iterable[str] | None, kind: str, settings: dict[str, Any]) -> list[str]:
@@ -37,10 +40,13 @@ def note_fitted(model: torch.nn.Module, kind: str, settings: dict[str, Any]) -> 
 
 def fitted(model: torch.nn.Module, kind: str) -> dict[str, Any] | None:
     """The settings that `note_fitted` kept, None if there are none."""
-    for note in (getattr(model, 'pretrained_cfg', None) or {}).get('notes') or ():
+    notes = (getattr(model, 'pretrained_cfg', None) or {}).get('notes')
+    for note in notes if isinstance(notes, (list, tuple)) else ():
         if isinstance(note, str) and note.startswith(f'{kind}: {{'):
             try:
-                return json.loads(note.partition(': ')[2])
+                settings = parse_json(note.partition(': ')[2])
+                check_json(settings, {name: form for name, form in _FORM.items() if name in settings}, kind)
+                return settings
             except ValueError:
                 return None
     return None
@@ -59,11 +65,11 @@ def check_fitted(model: torch.nn.Module, protocol: 'Protocol') -> str | None:
     if settings is None or not getattr(model, 'whitened', False):
         return None
     here = protocol.to_dict()
-    differing = [f'{name} {was} there, {here[name]} here' for name, was in whitened_for(model).items()
+    differing = [f'{name} {printable(str(was))} there, {here[name]} here' for name, was in whitened_for(model).items()
                  if was != here[name]]
     p = model.gem_p
     if isinstance(p, float) and settings.get('p') not in (None, json_p(p)):
-        differing.append(f'p {settings["p"]} there, {p} here')
+        differing.append(f'p {printable(str(settings["p"]))} there, {p} here')
     if not differing:
         return None
     return f'The whitening was fitted for other settings ({"; ".join(differing)}): whiten the model again for these.'

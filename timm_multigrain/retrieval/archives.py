@@ -3,8 +3,8 @@
 What a download was is kept in `downloads.json` beside it: address, length and SHA-256. Where the right hash is known it
 is compared; where it is not, the first download is trusted, and a later one of the same address has to be equal.
 """
+import errno
 import gzip
-import hashlib
 import json
 import os
 import tarfile
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from timm_multigrain.download import download
-from timm_multigrain.files import read_json, write_text
+from timm_multigrain.files import check_json, file_sha256, read_json, write_text
 from timm_multigrain.images.sources import printable
 
 __all__ = ['RemoteFile', 'fetch_files', 'unpack']
@@ -26,6 +26,7 @@ ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.zip')
 MAX_RATIO = 100  # unpacked over packed: photographs hardly shrink at all
 MAX_FILES = 200_000
 MAX_HEADER = 16 << 20  # bytes, of the directory of a zip, of a file in a tar
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,12 @@ def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike,
     for remote in remotes:
         entry = _read_manifest(root).get(remote.url, {})
         if entry.get('done'):
-            report(f'{remote.name}: there already, SHA-256 {entry["sha256"]}')
+            report(f'{remote.name}: there already, SHA-256 {printable(str(entry.get("sha256")))}')
             continue
         archive = remote.name.endswith(ARCHIVES)
         path = root / (f'.{remote.name}' if archive else Path(remote.folder) / remote.name)
         download(remote.url, path, f'download it by other means and unpack it into {root / remote.folder}')
-        sha256 = _sha256(path)
+        sha256 = file_sha256(path)
         expected = remote.sha256 or entry.get('sha256')
         if expected and sha256 != expected:
             path.unlink()
@@ -101,9 +102,10 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
         try:
             (_unzip if file.read(2) == b'PK' else _untar)(archive, work)
         except Exception as e:  # a damaged archive raises whatever its headers lead to
-            if isinstance(e, OSError) and e.errno is not None:  # the disk's, not the archive's
+            if isinstance(e, OSError) and e.errno in _OF_THE_DISK:
                 raise
-            raise ValueError(f'{printable(archive)} was not unpacked: {printable(str(e)) or type(e).__name__}.') from e
+            reason = printable(str(e)[:300]) or type(e).__name__
+            raise ValueError(f'{printable(archive)} was not unpacked: {reason}.') from e
         files = [path for path in Path(work).rglob('*') if path.is_file()]
         for path in files:
             target = folder / path.relative_to(work)
@@ -166,19 +168,10 @@ def _check(number: int, name: str, plain: bool) -> None:
         raise ValueError(f'it holds more than {MAX_FILES} files')
 
 
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, 'rb') as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
-
-
 def _read_manifest(root: Path) -> dict[str, dict]:
     path = root / MANIFEST
     manifest = read_json(path) if path.exists() else {}
-    if not (isinstance(manifest, dict) and all(isinstance(entry, dict) for entry in manifest.values())):
-        raise ValueError(f'{printable(path)} is not a list of downloads: delete it.')
+    check_json(manifest, {str: {str: (str, int, bool)}}, printable(path))
     return manifest
 
 

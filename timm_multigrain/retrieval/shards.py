@@ -15,13 +15,16 @@ import safetensors
 import torch
 from safetensors.torch import save
 
-from timm_multigrain.files import fsync, write_bytes, write_text
+from timm_multigrain.files import check_json, fsync, parse_json, read_json, write_bytes, write_text
 from timm_multigrain.images.sources import printable
 
 __all__ = ['DamagedShard', 'Shard', 'read_manifest', 'read_shard', 'shard_path', 'write_manifest', 'write_shard']
 
 MANIFEST = 'manifest.json'
 FORMAT = {'format': 'timm_multigrain descriptors', 'format_version': 1}
+
+
+_FORM = {'shards': int, 'shard_size': int, 'images': {'number': int, 'sha256': str}, 'settings': {'components': int}}
 
 
 class DamagedShard(ValueError):
@@ -54,8 +57,12 @@ def read_manifest(folder: str | os.PathLike) -> dict | None:
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding='utf-8'))
+        manifest = read_json(folder / MANIFEST)
+        check_json(manifest, {}, MANIFEST)
         if {key: manifest.pop(key, None) for key in FORMAT} == FORMAT:
+            check_json(manifest, _FORM, MANIFEST)
+            if manifest['shards'] < 1:
+                raise ValueError('it has no shards')
             return manifest
         reason = 'its manifest.json is of something else, or of another version'
     except FileNotFoundError:
@@ -85,9 +92,13 @@ def read_shard(folder: str | os.PathLike, number: int, manifest: dict) -> Shard:
     path = shard_path(folder, number)
     try:
         with safetensors.safe_open(path, framework='pt') as file:
-            header = json.loads(file.metadata()['shard'])
+            header = parse_json(file.metadata()['shard'])
             vectors = file.get_tensor('vectors')
         names = {'names': header['names'], 'skipped': header['skipped']}
+        check_json(names, {'names': [str], 'skipped': {str: str}}, 'shard')
+        form = len(names['names']), manifest['settings']['components']
+        if vectors.dtype != torch.float32 or vectors.shape != form:
+            raise ValueError(f'it has {vectors.dtype} of shape {tuple(vectors.shape)} for {form[0]} names')
         whole = header['sha256'] == _digest(manifest, number, names, vectors)
     except FileNotFoundError:
         raise DamagedShard(f'{printable(path)} is missing: run the same extraction again, it makes what is missing.') \

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from timm_multigrain.files import write_text
+from timm_multigrain.files import check_json, read_json, write_text
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import GeM, gem
@@ -215,9 +215,15 @@ class _Run:
 
     def _load(self) -> None:
         try:
-            state = json.loads(self.path.read_text(encoding='utf-8'))
-            same = state['key'] == self.key
-        except (ValueError, KeyError, TypeError):
+            state = read_json(self.path)
+            numbers = [float]
+            check_json(state, {
+                'key': str, 'done': int, 'skipped': {str: str},
+                'tuner': ({'step': int, 'p': float, 'velocity': float, 'trace': numbers}, None),
+                'scan': {'count': int, 'hits': numbers, 'changed': numbers, 'loss': numbers}}, str(self.path))
+            sizes = {len(state['scan'][name]) for name in ('hits', 'changed', 'loss')}
+            same = state['key'] == self.key and sizes == {len(self.parts['scan'].grid)}
+        except ValueError:
             same = False
         if not same:
             raise ValueError(f'{self.path} is not the progress of a run with this model, these images and settings: '

@@ -207,7 +207,8 @@ def _convert(name: str, value: Any, kind: type, default: Any) -> Any:
         return value
     good = {
         int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, (int, float)) and not isinstance(value, bool),
+        float: isinstance(value, float) or (
+            isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63),
     }.get(kind, isinstance(value, kind))
     if not good:
         if default is MISSING or kind is dict:

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import timm
 
 from timm_multigrain import register_multigrain
+from timm_multigrain.files import printable
 
 SEAMS = ('ClassificationTask', 'create_loader', 'create_optimizer_v2', 'train_one_epoch')
 EPOCH_ARGUMENTS = ('epoch', 'loader', 'task')
@@ -22,7 +23,7 @@ _REMEDY = 'take train.py of timm 1.0.27 or newer (https://github.com/huggingface
 
 def stop(message: object) -> NoReturn:
     """End the program with one sentence on one line, as argparse does, without its page of usage."""
-    text = ' '.join(str(message).split())
+    text = printable(' '.join(str(message).split()))
     print(f'timm_multigrain: error: {text[:MAX_MESSAGE]}{"..." * (len(text) > MAX_MESSAGE)}', file=sys.stderr)
     raise SystemExit(2)
 

@@ -3,7 +3,7 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from timm_multigrain.images.sources import image_names
+from timm_multigrain.images.sources import image_names, printable
 
 __all__ = ['locate', 'require_folder', 'some']
 
@@ -11,7 +11,7 @@ __all__ = ['locate', 'require_folder', 'some']
 def some(names: Sequence[str], number: int = 3) -> str:
     """The first names, and how many more there are."""
     more = f' and {len(names) - number} more' if len(names) > number else ''
-    return ', '.join(names[:number]) + more
+    return ', '.join(map(printable, names[:number])) + more
 
 
 def require_folder(folder: str | os.PathLike, title: str, source: str) -> Path:

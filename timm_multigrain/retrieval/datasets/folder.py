@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_multigrain.files import read_json
-from timm_multigrain.images.sources import ImageFiles, image_names
+from timm_multigrain.files import check_json, read_json
+from timm_multigrain.images.sources import ImageFiles, image_names, printable
 from timm_multigrain.retrieval.metrics import mean_average_precision
 
 from .benchmark import Benchmark, Figure, Scores
@@ -77,12 +77,11 @@ def _from_folders(data: Path) -> tuple[list[str], np.ndarray]:
 
 def _from_file(data: Path, path: Path) -> tuple[list[str], np.ndarray]:
     content = read_json(path)
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} has to be an object that maps paths to groups.')
-    wrong = next((name for name, group in content.items() if type(group) is not int or group < IGNORED), None)
+    check_json(content, {str: int}, str(path))
+    wrong = next((name for name, group in content.items() if group < IGNORED), None)
     if wrong is not None:
-        raise ValueError(f'{path}: the group of {wrong} is {content[wrong]!r}, and has to be a number, {DISTRACTOR} '
-                         f'for a distractor or {IGNORED} for an image to leave out.')
+        raise ValueError(f'{path}: the group of {printable(wrong)} is {content[wrong]}, and has to be at least 0, or '
+                         f'{DISTRACTOR} for a distractor or {IGNORED} for an image to leave out.')
     inside, base = {}, data.resolve()
     for name, group in content.items():
         image = Path(os.path.normpath(path.resolve().parent / name))

@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_multigrain.files import read_json
-from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
+from timm_multigrain.files import check_json, read_json
+from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names, printable
 from timm_multigrain.retrieval.archives import RemoteFile
 from timm_multigrain.retrieval.metrics import mean_average_precision
 
@@ -118,8 +118,7 @@ def read_turns(path: str | os.PathLike) -> dict[str, int]:
     path = Path(path)
     if path.suffix == '.json':
         entries = read_json(path)
-        if not isinstance(entries, dict):
-            raise ValueError(f'{path} has to be an object that maps names to degrees.')
+        check_json(entries, {str: int}, str(path))
         entries = list(entries.items())
     else:
         try:
@@ -140,6 +139,6 @@ def read_turns(path: str | os.PathLike) -> dict[str, int]:
             raise ValueError(f'{path}: {" ".join(map(str, entry))!r} is no name and a multiple of 90 degrees.')
         name = name.rpartition('/')[2]
         if name in turns:
-            raise ValueError(f'{path} names {name} twice.')
+            raise ValueError(f'{path} names {printable(name)} twice.')
         turns[name] = turn
     return turns

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from timm_multigrain.files import read_json
-from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.files import check_json, read_json
+from timm_multigrain.images.sources import ImageFiles, printable
 from timm_multigrain.retrieval.archives import RemoteFile
 from timm_multigrain.retrieval.metrics import RevisitedQuery, revisited_scores
 from timm_multigrain.retrieval.unpickle import load_plain_pickle
@@ -37,6 +37,7 @@ DOWNLOADS = {
 }
 DISTRACTORS = tuple(
     RemoteFile(f'http://ptak.felk.cvut.cz/revisitop/revisitop1m/jpg/revisitop1m.{i}.tar.gz') for i in range(1, 101))
+_FORM = {'imlist': [str], 'qimlist': [str], 'gnd': [{'bbx': [float], 'easy': [int], 'hard': [int], 'junk': [int]}]}
 SOURCE = 'images and ground truth are linked at http://cmp.felk.cvut.cz/revisitop'
 
 
@@ -95,40 +96,28 @@ def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], li
     """
     path = Path(path)
     content = read_json(path) if path.suffix == '.json' else load_plain_pickle(path)
-    if not isinstance(content, dict) or not {'imlist', 'qimlist', 'gnd'} <= set(content):
-        raise ValueError(f'{path} is no ground truth: imlist, qimlist and gnd are needed.')
-    images, queries = ([str(name) for name in content[key]] for key in ('imlist', 'qimlist'))
+    check_json(content, _FORM, printable(path))
+    images, queries = content['imlist'], content['qimlist']
     repeated = [name for name, count in Counter(images).items() if count > 1]
     if repeated:
         raise ValueError(f'{path} names images more than once: {some(repeated)}.')
     if not queries or len(content['gnd']) != len(queries):
         raise ValueError(f'{path} has {len(content["gnd"])} entries for {len(queries)} queries.')
-    entries = [_entry(entry, len(images), f'{path}, query {name}')
+    entries = [_entry(entry, len(images), f'{path}, query {printable(name)}')
                for entry, name in zip(content['gnd'], queries, strict=True)]
     if not any(len(entry['easy']) + len(entry['hard']) for entry in entries):
         raise ValueError(f'{path} has no query with an image to be found.')
     return images, queries, entries
 
 
-def _entry(entry: Any, num_images: int, shown: str) -> dict[str, Any]:
-    if not isinstance(entry, dict) or not {'bbx', 'easy', 'hard', 'junk'} <= set(entry):
-        raise ValueError(f'{shown} lacks one of bbx, easy, hard, junk.')
-    result = {}
-    for part in ('easy', 'hard', 'junk'):
-        values = np.asarray(entry[part])
-        values = values.astype(np.int64) if not values.size else values
-        if values.ndim != 1 or values.dtype.kind not in 'iu':
-            raise ValueError(f'{shown}: {part} has to be a list of integers.')
-        if values.size and not 0 <= values.min() <= values.max() < num_images:
-            raise ValueError(f'{shown}: {part} names image {values.max()} of {num_images}.')
-        result[part] = values.astype(np.int64)
-    together = np.concatenate([result[part] for part in ('easy', 'hard', 'junk')])
+def _entry(entry: dict[str, Any], num_images: int, shown: str) -> dict[str, Any]:
+    result = {part: np.array(entry[part], dtype=np.int64) for part in ('easy', 'hard', 'junk')}
+    together = np.concatenate(list(result.values()))
+    if len(together) and not 0 <= together.min() <= together.max() < num_images:
+        raise ValueError(f'{shown}: easy, hard or junk names an image that is not one of the {num_images}.')
     if len(np.unique(together)) < len(together):
         raise ValueError(f'{shown}: an image is named more than once among easy, hard and junk.')
-    try:
-        left, top, right, bottom = (float(side) for side in entry['bbx'])
-    except (TypeError, ValueError):
-        raise ValueError(f'{shown}: bbx is {entry["bbx"]!r}, not four numbers.') from None
-    if not (left < right and top < bottom):
-        raise ValueError(f'{shown}: the box {left, top, right, bottom} is empty.')
-    return {**result, 'bbx': (left, top, right, bottom)}
+    box = tuple(map(float, entry['bbx']))
+    if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(f'{shown}: bbx is {box}, not left, top, right and bottom.')
+    return {**result, 'bbx': box}
