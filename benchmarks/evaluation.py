@@ -78,7 +78,7 @@ def growth(args) -> list[dict]:
             return revisited_scores(np.array_split(scores, 8, axis=1), queries)
 
         seconds = timing.interleave({
-            'ours': lambda s=scores, q=queries: revisited_scores(s, q), 'ours, streamed in 8 pieces': streamed,
+            'ours': lambda s=scores, q=queries: revisited_scores(s, q), 'ours, streamed in 8 chunks': streamed,
             'full sort': lambda s=scores, q=queries: plain_revisited(s, q),
             'of it argsort': lambda s=scores: np.argsort(-s, axis=1)}, args.rounds)
         rows.append({'database': num_items} | {
@@ -139,7 +139,7 @@ def plot(rows: list[dict], path: Path) -> None:
     from matplotlib import pyplot as plt
 
     figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
-    styles = {'full sort': 's-', 'of it argsort': 's:', 'ours': 'o-', 'ours, streamed in 8 pieces': 'o:'}
+    styles = {'full sort': 's-', 'of it argsort': 's:', 'ours': 'o-', 'ours, streamed in 8 chunks': 'o:'}
     for name, style in styles.items():
         axes.loglog([row['database'] for row in rows], [row[f'{name}, ms a query'] for row in rows], style, label=name,
                     markersize=4)

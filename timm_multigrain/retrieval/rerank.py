@@ -1,6 +1,6 @@
 """What is done after the first ranking: query expansion, database-side augmentation, score normalisation.
 
-Vectors are L2-normalised, scores their inner products; all of it works a piece of the database at a time. A database
+Vectors are L2-normalised, scores their inner products; all of it works a chunk of the database at a time. A database
 is a tensor or an iterable of shards, which is read twice where noted and so has to be one that can be.
 """
 from collections.abc import Iterable, Iterator
@@ -125,11 +125,11 @@ def normalize_scores(scores: Scores, offsets: torch.Tensor) -> torch.Tensor | It
     """Scores with the offsets of `score_offsets` added.
 
     Args:
-        scores: Similarities (Q, N), or (Q, n) pieces, such as `search.similarity_chunks` gives them.
+        scores: Similarities (Q, N), or (Q, n) chunks, such as `search.similarity_chunks` gives them.
         offsets: (Q,).
 
     Returns:
-        A new matrix; or an iterable of pieces, each made as it is asked for, as often as `scores` can be iterated.
+        A new matrix; or an iterable of chunks, each made as it is asked for, as often as `scores` can be iterated.
 
     Raises:
         ValueError: If there is not one offset for a query.
@@ -147,7 +147,7 @@ class _Shifted:
         self.offsets = offsets
 
     def __iter__(self) -> Iterator[torch.Tensor]:
-        return (_shift(piece, self.offsets) for piece in self.scores)
+        return (_shift(chunk, self.offsets) for chunk in self.scores)
 
 
 def _shift(scores: Array, offsets: torch.Tensor) -> torch.Tensor:

@@ -56,6 +56,6 @@ class Benchmark(ABC):
         """Judge a ranking.
 
         Args:
-            scores: Similarities as (Q, n) pieces of columns, in the order of the database and then of the
+            scores: Similarities as (Q, n) chunks of columns, in the order of the database and then of the
                 distractors. It can be iterated more than once.
         """

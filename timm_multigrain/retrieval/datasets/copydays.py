@@ -63,10 +63,10 @@ class Copydays(Benchmark):
         """Trapezoidal average precision of the nearest images of all queries in one ranking, wrong first if equal."""
         best = torch.empty(len(self.truth), 0)
         places, start = torch.empty(len(self.truth), 0, dtype=torch.int64), 0
-        for piece in scores:
-            columns = torch.arange(start, start + piece.shape[1]).expand(len(piece), -1)
-            start += piece.shape[1]
-            best, places = torch.cat([best, piece.cpu()], 1), torch.cat([places, columns], 1)
+        for chunk in scores:
+            columns = torch.arange(start, start + chunk.shape[1]).expand(len(chunk), -1)
+            start += chunk.shape[1]
+            best, places = torch.cat([best, chunk.cpu()], 1), torch.cat([places, columns], 1)
             best, order = best.topk(min(NEAREST, best.shape[1]), dim=1)
             places = places.gather(1, order)
         right = (places == torch.from_numpy(self.truth)[:, None]).flatten().numpy()
