@@ -133,7 +133,7 @@ class DecodedDataset(Dataset):
                 return index, (self._finish(dataset, *sample) for sample in samples)
             except _READ_ERRORS as error:
                 name = self.name(index)
-                reason = str(error).removeprefix(f'{name}: ')
+                reason = str(error).removeprefix(f'{name}: ').removeprefix('image: ')  # of read_image
                 if self.strict:
                     raise UnreadableImage(f'image {index} ({name}) cannot be read: {reason}; replace the file or take '
                                           'it out of the dataset') from error

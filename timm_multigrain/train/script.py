@@ -53,8 +53,11 @@ def check(script: ModuleType) -> None:
 def register_named(model: str) -> None:
     """Register the model multigrain_TRUNK if it is not registered yet; stop if TRUNK is not a model of timm."""
     if model.startswith('multigrain_') and not timm.is_model(model):
+        trunk = model.removeprefix('multigrain_')
+        if '.' in trunk:
+            stop(f'--model {model}: give --model multigrain --model-kwargs trunk={trunk}')
         try:
-            register_multigrain(model.removeprefix('multigrain_'))
+            register_multigrain(trunk)
         except ValueError as e:
             stop(f'--model {model}: {e}')
 
