@@ -219,6 +219,20 @@ def test_bad_arguments_and_batches():
         task(x[:3], target[:3])
 
 
+def test_copies_that_are_all_alike():
+    """Looked at in the first batch of a training only, and one pair that differs will do."""
+    images, targets = _batch()
+    alike = images[::3].repeat_interleave(3, 0)
+    task = MultiGrainTask(_model()).train()
+    with pytest.raises(ValueError, match='copies of an image in the first batch are the same, pixel for pixel'):
+        task(alike, targets)
+    assert task.eval()(alike, targets)['loss'].isfinite()
+    task = MultiGrainTask(_model()).train()
+    one = alike.clone()
+    one[-1, 0, 0, 0] += 1
+    assert task(one, targets)['loss'].isfinite() and task(alike, targets)['loss'].isfinite()
+
+
 def test_instance_loss_runs_outside_autocast():
     class Loss(torch.nn.Module):
         needs_triplets = False

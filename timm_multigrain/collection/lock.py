@@ -4,8 +4,6 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-from timm_multigrain.files import open_regular
-
 from .errors import IndexInUse
 
 __all__ = ['index_lock']
@@ -28,7 +26,7 @@ def index_lock(folder: Path):
             raise IndexInUse(f'{folder} is being written to by this process already.')
         _held.add(key)
     try:
-        with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
+        with open(path, 'ab') as file:
             try:
                 _lock(file)
             except OSError as e:
