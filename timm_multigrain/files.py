@@ -105,9 +105,11 @@ def printable(name: str | os.PathLike) -> str:
 def open_regular(path: str | bytes | os.PathLike, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> BinaryIO:
     """Open a file that must be a regular one, unbuffered: no FIFO to wait for, no device, by default no link.
 
+    To be written to, it must not have another name elsewhere either.
+
     Args:
         path: File.
-        flags: As of `os.open`.
+        flags: As of `os.open`; O_RDWR for writing.
         follow_links: Take a link to a regular file, too.
 
     Raises:
@@ -118,11 +120,13 @@ def open_regular(path: str | bytes | os.PathLike, flags: int = os.O_RDONLY, *, f
         flags |= getattr(os, 'O_NOFOLLOW', 0)
         if os.path.islink(path):
             raise OSError(f'{os.fsdecode(path)!r} is a link, not a file')
-    descriptor = os.open(path, flags, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+    descriptor, written_to = os.open(path, flags, 0o666), flags & os.O_RDWR
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or (written_to and status.st_nlink > 1):
         os.close(descriptor)
-        raise OSError(f'{os.fsdecode(path)!r} is not a regular file')
-    return os.fdopen(descriptor, 'r+b' if flags & (os.O_RDWR | os.O_WRONLY) else 'rb', buffering=0)
+        kind = 'is a hard link to a file elsewhere' if stat.S_ISREG(status.st_mode) else 'is not a regular file'
+        raise OSError(f'{os.fsdecode(path)!r} {kind}')
+    return os.fdopen(descriptor, 'r+b' if written_to else 'rb', buffering=0)
 
 
 def write_text(path: str | os.PathLike, text: str) -> Path:

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
         print(f'not looked into: {printable(path)}: {reason}', file=sys.stderr)
     if args.list_skipped:
         for path, reason in report.skipped.items():
-            print(f'{printable(path)}: {reason}')
+            print(f'{printable(path)}: {printable(reason)}')
     elif report.new_skipped:
         print(f'{report.new_skipped:,} files could not be read; --list-skipped shows them.', file=sys.stderr)
     print(report)

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
+from timm_multigrain.files import open_regular
+
 from .errors import DamagedIndex
 
 __all__ = ['BLOCK', 'CheckedFile', 'Extent', 'GrowingFile', 'extent_of']
@@ -56,7 +58,7 @@ class CheckedFile:
         self._lock = threading.Lock()
         self._map = np.empty(0, dtype=np.uint8)
         try:
-            with open(path, 'rb') as file:
+            with open_regular(path) as file:
                 size = os.fstat(file.fileno()).st_size
                 if size >= extent.size > 0:
                     buffer = mmap.mmap(file.fileno(), extent.size, access=mmap.ACCESS_READ)
@@ -115,7 +117,7 @@ class GrowingFile:
         self.path = path
         self._committed = extent
         try:
-            self._file = open(path, 'r+b' if extent.size else 'w+b', buffering=0)  # noqa: SIM115 - closed by close()
+            self._file = open_regular(path, os.O_RDWR | (0 if extent.size else os.O_CREAT))
         except FileNotFoundError:
             raise DamagedIndex(path, 'it is missing') from None
         size = os.fstat(self._file.fileno()).st_size
@@ -171,7 +173,7 @@ class GrowingFile:
 def extent_of(path: Path) -> Extent:
     """Extent of a file that is finished."""
     checksums, size = [], 0
-    with open(path, 'rb') as file:
+    with open_regular(path) as file:
         while chunk := file.read(BLOCK):
             checksums.append(zlib.crc32(chunk))
             size += len(chunk)

@@ -15,7 +15,8 @@ import numpy as np
 from timm_multigrain.files import fsync
 
 from .blocks import CheckedFile, Extent, extent_of
-from .errors import writing
+from .errors import DamagedIndex, writing
+from .manifest import FAISS_FILE
 from .store import Store
 from .vectors import Vectors
 
@@ -45,9 +46,14 @@ class Structure:
     def __init__(self, store: Store):
         described = store.manifest.faiss
         path = store.folder / described['file']
-        CheckedFile(path, Extent.from_json(described['extent'])).view()
-        faiss = import_faiss()
-        self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+        try:
+            CheckedFile(path, Extent.from_json(described['extent'])).view()
+            faiss = import_faiss()
+            self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
+            if (self._index.ntotal, self._index.d) != (described['rows'], store.dim):
+                raise ValueError('it is of another index')
+        except (LookupError, TypeError, ValueError, RuntimeError) as e:
+            raise e if isinstance(e, DamagedIndex) else DamagedIndex(path, 'it is not a structure of FAISS') from e
         self.rows = described['rows']
         self._settings = described['settings']
         holds = np.zeros(self.rows, dtype=bool)
@@ -125,7 +131,8 @@ def _build(store: Store, kind: str) -> dict:
     for start in range(0, rows, 16384):
         index.add(store.vectors(start, min(start + 16384, rows)).astype(np.float32))
     settings, recall = _tune(index, store, settings)
-    number = 1 + max((int(path.name.split('.')[1]) for path in store.folder.glob('faiss.*.bin')), default=0)
+    number = 1 + max((int(path.name.split('.')[1]) for path in store.folder.iterdir()
+                      if FAISS_FILE.fullmatch(path.name)), default=0)
     name = f'faiss.{number}.bin'
     unfinished = store.folder / f'.{name}'
     try:

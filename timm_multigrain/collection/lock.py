@@ -4,6 +4,8 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
+from timm_multigrain.files import open_regular
+
 from .errors import IndexInUse
 
 __all__ = ['index_lock']
@@ -26,7 +28,7 @@ def index_lock(folder: Path):
             raise IndexInUse(f'{folder} is being written to by this process already.')
         _held.add(key)
     try:
-        with open(path, 'ab') as file:
+        with open_regular(path, os.O_RDWR | os.O_CREAT) as file:
             try:
                 _lock(file)
             except OSError as e:

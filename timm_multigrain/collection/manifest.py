@@ -10,16 +10,17 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from timm_multigrain.files import fsync, write_text
+from timm_multigrain.files import fsync, open_regular, parse_json, write_text
 from timm_multigrain.version import __version__
 
 from .blocks import Extent
 from .errors import DamagedIndex
 
-__all__ = ['FORMAT', 'MANIFEST', 'Manifest', 'NewerFormat', 'is_index']
+__all__ = ['FAISS_FILE', 'FORMAT', 'MANIFEST', 'Manifest', 'NewerFormat', 'is_index']
 
 FORMAT = 1
 MANIFEST = 'index.json'
+FAISS_FILE = re.compile(r'faiss\.[0-9]{1,9}\.bin')
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
 
@@ -67,22 +68,46 @@ class Manifest:
         if not os.path.lexists(path):
             what = 'is no index' if folder.is_dir() else 'is not there'
             raise FileNotFoundError(f'{folder} {what}: make one with timm-multigrain index DIR -o {folder}')
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.readall()
         first = _FIRST_LINE.match(data)
         if not first or hashlib.sha256(data[first.end():]).hexdigest().encode() != first[1]:
             raise DamagedIndex(path, 'its checksum differs')
-        value = json.loads(data)
-        if value['format'] != FORMAT:
-            raise NewerFormat(f'{folder} has format {value["format"]}, written by {value.get("written_by")}; this is '
-                              f'timm_multigrain {__version__}, which reads format {FORMAT}: update the package.')
-        files = {name: Extent.from_json(extent) for name, extent in value['files'].items()}
-        return cls(value['generation'], value['config'], files, tuple(value['roots']), value['faiss'])
+        try:
+            value = parse_json(data)
+            if value['format'] != FORMAT:
+                raise NewerFormat(f'{folder} has format {value["format"]}, written by {value.get("written_by")}; this '
+                                  f'is timm_multigrain {__version__}, which reads format {FORMAT}: update the package.')
+            files = {name: Extent.from_json(extent) for name, extent in value['files'].items()}
+            manifest = cls(value['generation'], value['config'], files, tuple(value['roots']), value['faiss'])
+        except NewerFormat:
+            raise
+        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
+            raise DamagedIndex(path, f'it is not a manifest: {type(e).__name__}') from e
+        if not manifest.well_formed:
+            raise DamagedIndex(path, 'its values are not those of an index')
+        return manifest
+
+    @property
+    def well_formed(self) -> bool:
+        """Whether its values are of the kinds that an index has: its checksum may be anybody's."""
+        faiss = self.faiss
+        return (
+            type(self.generation) is int and 0 <= self.generation < 1 << 63 and isinstance(self.config, str)
+            and all(isinstance(root, str) and '\0' not in root for root in self.roots)
+            and (faiss is None or (
+                isinstance(faiss, dict) and isinstance(faiss.get('file'), str)
+                and FAISS_FILE.fullmatch(faiss['file']) is not None and isinstance(faiss.get('extent'), dict)
+                and type(faiss.get('rows')) is int and faiss['rows'] >= 0 and isinstance(faiss.get('kind'), str)
+                and isinstance(faiss.get('settings'), dict) and 'candidates' in faiss['settings']
+                and ('probes' in faiss['settings'] or 'ef' in faiss['settings'])
+                and all(type(value) is int and 0 < value < 1 << 31 for value in faiss['settings'].values()))))
 
 
 def is_index(folder: str | bytes | os.PathLike) -> bool:
     """Whether a folder is an index, damaged or not."""
     try:
-        with open(Path(os.fsdecode(folder)) / MANIFEST, 'rb') as file:
+        with open_regular(Path(os.fsdecode(folder)) / MANIFEST) as file:
             return _FIRST_LINE.match(file.read(80)) is not None
     except OSError:
         return False

@@ -132,7 +132,7 @@ def _config(index: 'Index') -> dict[str, Any]:
     config = dict(index.store.config)
     model = dict(config['model'])
     if model['source'] is None:
-        model['source'] = os.path.abspath(index.path / 'model')
+        model.update(source=os.path.abspath(index.path / 'model'), options={})
     return json.loads(json.dumps({'model': model, 'protocol': config['protocol']}))
 
 

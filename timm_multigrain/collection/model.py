@@ -1,4 +1,5 @@
 """The model an index was built with: described in config.json, told from any other by the hash of its weights."""
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -6,13 +7,14 @@ from typing import Any
 
 import torch
 
+from timm_multigrain.images.sources import printable
 from timm_multigrain.models.open import open_model, weights_sha256
 
-from .errors import OtherModel
+from .errors import DamagedIndex, OtherModel
 
 __all__ = ['check_same_model', 'describe_model', 'label_names_of', 'open_described']
 
-SAVED = 'model'  # folder inside the index for a model that no name leads back to
+SAVED = 'model'  # folder inside the index for a model that is not a file or folder here
 
 
 def describe_model(model: torch.nn.Module, source: str | None, options: Mapping[str, Any] | None = None) -> dict:
@@ -20,8 +22,8 @@ def describe_model(model: torch.nn.Module, source: str | None, options: Mapping[
 
     Args:
         model: The MultiGrain.
-        source: What `open_model` opens it by; None if it is saved inside the index.
-        options: Keyword arguments of `open_model`.
+        source: File or folder that it was opened from, absolute; None if it is saved inside the index.
+        options: Keyword arguments of `open_model` that it was opened with.
     """
     p = getattr(model.head.pool, 'p', None)
     return {
@@ -60,17 +62,31 @@ def open_described(described: Mapping[str, Any], folder: Path, device: str | Non
         device: Where to put it.
 
     Raises:
-        OtherModel: What its name leads to has other weights now.
+        OtherModel: Its file or folder has other weights now, or the index names something else than a file or folder.
+        DamagedIndex: The model inside the index is a link, or has one in it.
         OSError, ValueError, RuntimeError: It cannot be opened.
     """
-    source = described['source'] or str(folder / SAVED)
+    source, options = described['source'], described['options']
+    if source is None:
+        source, options = _saved(folder), {}
+    elif not os.path.isabs(source):
+        raise OtherModel(f'{folder} says that its model is {printable(source)}, which is not looked for, as the index '
+                         'may be from anybody: if you trust it, name it with --model.')
     try:
-        model = open_model(source, **described['options'])
+        model = open_model(source, **options)
     except FileNotFoundError as e:
         raise FileNotFoundError(f'The model of {folder} is not where it was ({e}): name it with --model, wherever it '
                                 'is now.') from e
     check_same_model(described, model, folder, source)
     return model.to(device) if device else model
+
+
+def _saved(folder: Path) -> str:
+    path = folder / SAVED
+    for each in [path, *(path.iterdir() if path.is_dir() else ())]:
+        if each.is_symlink() or not (each.is_file() or each.is_dir() or not each.exists()):
+            raise DamagedIndex(each, 'it is not a file of its own')
+    return str(path)
 
 
 def check_same_model(described: Mapping[str, Any], model: torch.nn.Module, folder: Path, shown: str) -> None:

@@ -44,6 +44,7 @@ def check_place(out: Path) -> None:
     if not (out / MANIFEST).exists():
         own = {'lock', CONFIG, SAVED, *(f'{name}.1.bin' for name in DATA_FILES)}
         other = sorted(path.name for path in out.iterdir() if path.name not in own and not path.name.startswith('.'))
+        other += [path.name for path in out.iterdir() if path.is_symlink()]  # somebody else's: nothing is written there
         if other:
             raise FileExistsError(f'{out} holds other things ({other[0]!r}): name a new folder for the index.')
 
@@ -84,13 +85,13 @@ def _create(out: Path, model, protocol, model_options, half: bool) -> OpenedInde
 
     source = None
     if isinstance(model, str):
-        source = os.path.abspath(model) if os.path.exists(model) else model
+        source = os.path.abspath(model) if os.path.exists(model) else None
         model = open_model(model, **(model_options or {}))
-    else:
-        save_pretrained(model, out / SAVED, model.pretrained_cfg.get('label_names'))
+    if source is None:  # also of a name: an index is searched without asking the network for what it says
+        save_pretrained(model, out / SAVED)
     protocol = Protocol.for_model(model) if protocol is None else protocol(model) if callable(protocol) else protocol
     StoreWriter.create(out, {
-        'model': describe_model(model, source, model_options if source else None),
+        'model': describe_model(model, source, model_options),
         'protocol': protocol.to_dict(), 'dim': model.embed_dim, 'dtype': 'float16' if half else 'float32',
         'versions': {'timm_multigrain': __version__, 'timm': timm.__version__, 'torch': torch.__version__,
                      'python': sys.version.split()[0]}})

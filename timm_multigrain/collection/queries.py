@@ -13,6 +13,9 @@ from timm_multigrain.retrieval.extract import Embedded, embed_images
 __all__ = ['Queries', 'embed_queries', 'protocol_from_json']
 
 
+LARGEST = 1 << 14  # pixels of a side
+
+
 class Queries(ImageSource):
     """Files and pictures, the same part cut out of each.
 
@@ -88,9 +91,16 @@ def embed_queries(
 
 
 def protocol_from_json(value: Mapping) -> Protocol:
-    """The preprocessing that an index's config.json names."""
+    """The preprocessing that an index's config.json names.
+
+    Raises:
+        ValueError: It names none, or one that nobody means.
+    """
     try:
-        return Protocol(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
-    except (TypeError, OverflowError) as e:
-        reason = printable(str(e))
-        raise ValueError(f'The preprocessing of the index cannot be read ({reason}): make the index anew.') from e
+        protocol = Protocol(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+        if len(protocol.mean) != 3 or len(protocol.std) != 3 or protocol.size * max(protocol.scales) > LARGEST:
+            raise ValueError(str(protocol))
+        return protocol
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as e:
+        raise ValueError(f'The preprocessing of the index cannot be used ({printable(str(e))}): make the index '
+                         'anew.') from e

@@ -7,7 +7,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw
 
 from timm_multigrain.images.sources import UnreadableImage, printable, read_image
-from timm_multigrain.retrieval.page import escape, inline_image, write_page
+from timm_multigrain.retrieval.page import THUMBNAIL_SIDE, escape, inline_image, write_page
 
 from .index import Hit
 from .queries import cut
@@ -79,7 +79,7 @@ def _query(image: str, hits: Sequence[Hit], crop: Sequence[float] | None) -> str
 
 def _hit(rank: int, hit: Hit, same: bool) -> str:
     name, folder = escape(printable(os.path.basename(hit.path))), escape(printable(os.path.dirname(hit.path)))
-    picture = _picture(hit.path)
+    picture = _picture(hit.path, THUMBNAIL_SIDE)
     image = _missing() if picture is None else inline_image(picture, f'Result {rank}: {name}')
     badge, kind = ('<span class="badge">The query</span><br>', ' class="copy"') if same else ('', '')
     details = '<br>'.join(filter(None, [escape(_class(hit)), f'{hit.record.width}\xa0×\xa0{hit.record.height}']))
@@ -87,9 +87,9 @@ def _hit(rank: int, hit: Hit, same: bool) -> str:
             f'<span class="score">{rank}. {hit.score:.3f}</span> {name}<br>{details}</figcaption></figure>\n')
 
 
-def _picture(path: str) -> Image.Image | None:
+def _picture(path: str, size: int | None = None) -> Image.Image | None:
     try:
-        return read_image(path)
+        return read_image(path, size=size)
     except UnreadableImage:
         return None
 

@@ -22,11 +22,11 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_multigrain.files import write_text
+from timm_multigrain.files import open_regular, parse_json, write_text
 
 from .blocks import CheckedFile, Extent, GrowingFile
 from .errors import DamagedIndex, writing
-from .manifest import Manifest
+from .manifest import MANIFEST, Manifest
 from .records import RECORD
 
 __all__ = ['CONFIG', 'DATA_FILES', 'Store', 'StoreWriter']
@@ -64,6 +64,8 @@ class Store:
         self._check_sizes()
 
     def _open_files(self) -> dict[str, CheckedFile]:
+        if not self.manifest.files.keys() >= set(DATA_FILES):
+            raise DamagedIndex(self.folder / MANIFEST, f'it does not name {", ".join(DATA_FILES)}')
         g = self.manifest.generation
         return {name: CheckedFile(self.folder / f'{name}.{g}.bin', self.manifest.files[name]) for name in DATA_FILES}
 
@@ -75,14 +77,27 @@ class Store:
 
     @cached_property
     def all_records(self) -> np.ndarray:
-        """Every record ever added, removed ones too, (R,) of `RECORD`."""
-        return self._files['records'].view().view(RECORD)
+        """Every record ever added, removed ones too, (R,) of `RECORD`.
+
+        Raises:
+            DamagedIndex: The file is not what was committed, or a record is of something that is not in the index.
+        """
+        records = self._files['records'].view().view(RECORD)
+        path_ends = records['path_offset'] + records['path_length']  # wraps around, which is below the offset
+        good = ((records['root'] < len(self.manifest.roots)) & (records['vector'] < self.num_vectors)
+                & (records['path_offset'] <= path_ends) & (path_ends <= self._files['paths'].extent.size)
+                & (records['classes'] < max(1, self.config['model']['num_classes'])).all(1))
+        if not good.all():
+            raise DamagedIndex(self._files['records'].path, f'record {int(np.argmin(good))} is of nothing in the index')
+        return records
 
     @cached_property
     def rows(self) -> np.ndarray:
         """Numbers of the records that hold, ascending, (N,) int64."""
-        holds = np.ones(len(self.all_records), dtype=bool)
-        holds[self._files['removed'].view().view('<u8').astype(np.int64)] = False
+        holds, removed = np.ones(len(self.all_records), dtype=bool), self._files['removed'].view().view('<u8')
+        if (removed >= len(holds)).any():
+            raise DamagedIndex(self._files['removed'].path, f'it is of more than {len(holds):,} records')
+        holds[removed.astype(np.int64)] = False
         return np.flatnonzero(holds)
 
     @cached_property
@@ -130,10 +145,16 @@ class Store:
         """Files that could not be read by absolute path: reason, size and mtime_ns."""
         skipped = {}
         for line in self._files['skipped'].view().tobytes().splitlines():
-            entry = json.loads(line)
-            path = os.fsencode(entry.pop('path'))
+            try:
+                entry = parse_json(line)
+                path, reason = os.fsencode(entry.pop('path')), entry['reason']
+                good = isinstance(reason, str) and all(type(entry[key]) is int for key in ('size', 'mtime_ns'))
+            except (ValueError, TypeError, LookupError, AttributeError):
+                good = False
+            if not good:
+                raise DamagedIndex(self._files['skipped'].path, f'a line of it is {line[:40]!r}')
             skipped.pop(path, None)
-            if entry.get('reason'):
+            if reason:
                 skipped[path] = entry
         return skipped
 
@@ -251,9 +272,35 @@ class StoreWriter:
 def _read_config(folder: Path, sha256: str) -> dict:
     path = folder / CONFIG
     try:
-        data = path.read_bytes()
+        with open_regular(path) as file:
+            data = file.readall()
     except FileNotFoundError:
         raise DamagedIndex(path, 'it is missing') from None
     if hashlib.sha256(data).hexdigest() != sha256:
         raise DamagedIndex(path, 'its checksum differs')
-    return json.loads(data)
+    try:
+        config = parse_json(data)
+        good = _well_formed(config)
+    except (ValueError, TypeError, LookupError, AttributeError) as e:
+        raise DamagedIndex(path, f'it does not describe an index: {type(e).__name__}') from e
+    if not good:
+        raise DamagedIndex(path, 'its values are not those of an index')
+    return config
+
+
+def _well_formed(config: dict) -> bool:
+    """Whether config.json has the values that are used, of the right kinds: its checksum may be anybody's."""
+    model, options = config['model'], config['model']['options']
+    names, numbers = model['label_names'], (config['dim'], model['dim'], model['num_classes'])
+    return (
+        config['dtype'] in ('float32', 'float16') and isinstance(config['protocol'], dict)
+        and all(type(number) is int and 0 <= number < 1 << 31 for number in numbers)
+        and config['dim'] == model['dim'] > 0
+        and all(isinstance(model[key], str) for key in ('name', 'pool', 'weights_sha256'))
+        and (model['source'] is None or isinstance(model['source'], str))
+        and (names is None or (isinstance(names, list) and len(names) == model['num_classes']
+                               and all(isinstance(name, str) for name in names)))
+        and isinstance(options, dict) and options.keys() <= {'pool', 'p', 'pretrained', 'ema'}
+        and isinstance(options.get('pool'), (str, type(None)))
+        and isinstance(options.get('p'), (int, float, type(None)))
+        and all(isinstance(options.get(key, True), bool) for key in ('pretrained', 'ema')))

@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import ImageDataset
+from timm.data.readers.reader_image_folder import ReaderImageFolder
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from torchvision.datasets import DatasetFolder, VisionDataset
 from torchvision.datasets.folder import default_loader, pil_loader
 from torchvision.datasets.vision import StandardTransform
 
+from timm_multigrain.files import open_regular
 from timm_multigrain.images.sources import UnreadableImage, open_image, printable, read_image
 
 from .tensor_transform import TensorTransform
@@ -149,10 +151,13 @@ class DecodedDataset(Dataset):
 
     def _decode(self, dataset: ImageDataset | DatasetFolder, index: int) -> tuple[Image.Image | torch.Tensor, Any]:
         timms = isinstance(dataset, ImageDataset)
-        file, target = (dataset.reader if timms else dataset.samples)[index]
+        if timms and type(dataset.reader) is not ReaderImageFolder:
+            file, target = dataset.reader[index]
+        else:  # a path: opened here, as regular files only
+            file, target = (dataset.reader if timms else dataset).samples[index]
         mode = dataset.input_img_mode if timms else 'RGB'
         if self.fast:
-            content = file.read() if timms else _read_bytes(file)
+            content = file.read() if hasattr(file, 'read') else _read_bytes(file)
             return decode_tensor(content, self.decode), target
         if self.decode == 'timm':
             return open_image(file).convert(mode), target
@@ -193,7 +198,7 @@ def _pair(dataset: Dataset, index: int) -> tuple[Any, Any]:
 
 
 def _read_bytes(path: str) -> bytes:
-    with open(path, 'rb') as file:
+    with open_regular(path, follow_links=True) as file:
         return file.read()
 
 

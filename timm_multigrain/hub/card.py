@@ -93,15 +93,7 @@ def make_card(
 
 
 def load_card(path: Path, shown: str) -> 'ModelCard':
-    """An earlier card.
-
-    Args:
-        path: README.md.
-        shown: What it is called in errors.
-
-    Raises:
-        ValueError: It is not text, or its metadata cannot be read.
-    """
+    """An earlier card; a ValueError says, of the file by its shown name, that its metadata cannot be read."""
     from huggingface_hub import ModelCard
 
     try:

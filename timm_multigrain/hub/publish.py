@@ -158,16 +158,7 @@ def _write(
         shown: Path | None = None) -> tuple[str, tuple[str, ...]]:
     """Write model and card; the license and what there is to note.
 
-    Args:
-        model: The MultiGrain.
-        facts: Arguments of `make_card`.
-        metrics: Figures, None for those of the earlier card.
-        folder: Where to.
-        base: The earlier card.
-        weights: SHA-256 of the weights that it is about; None for these.
-        label_names: As of `publish`.
-        data_config: As of `publish`.
-        shown: Name of the folder in errors.
+    ``base`` is the earlier card, ``weights`` the SHA-256 of the weights that it is about, None for these.
     """
     notes = []
     if not facts['license']:
@@ -211,13 +202,7 @@ def _license(model: nn.Module, base: 'ModelCard | None') -> dict[str, str | None
 
 
 class _Target:
-    """A repository of the Hub that a model is to be committed to.
-
-    Raises:
-        FileNotFoundError: A pull request to no repository, or to a branch that is not there.
-        ValueError: A private publication to a public repository.
-        RuntimeError: See `hub_errors`.
-    """
+    """A repository of the Hub that a model is to be committed to."""
 
     def __init__(self, api: 'HfApi', repo_id: str, private: bool, revision: str | None, create_pr: bool):
         self.api = api
@@ -225,26 +210,15 @@ class _Target:
         self.private = private
         self.revision = revision
         self.create_pr = create_pr
-        self.info = self._look(None)
-        self.has_branch = self.info is not None
-        if self.info is not None and revision:
-            branch = self._look(revision)
-            self.has_branch = branch is not None
-            self.info = branch or self.info
-        if create_pr and not self.has_branch:
-            raise FileNotFoundError(f'{repo_id}{f"@{revision}" if revision else ""} was not found, so no pull request '
-                                    'can be opened: publish without one.')
+        self.info = self._look(revision) or (self._look() if revision else None)
+        if create_pr and self.info is None:
+            raise FileNotFoundError(f'{repo_id} was not found, so no pull request can be opened: publish without one.')
         if self.info is not None and private and not self.info.private:
             raise ValueError(f'{repo_id} is there and public, and private was asked for: change it at '
                              f'{api.endpoint}/{repo_id}/settings, or name another repository.')
 
     def read(self, folder: Path) -> 'tuple[ModelCard | None, str]':
-        """The card that is there and the SHA-256 of the weights beside it, after a look that they are a MultiGrain's.
-
-        Raises:
-            ValueError: The repository holds another model, or its card cannot be read.
-            FileNotFoundError, RuntimeError: See `hub_errors`.
-        """
+        """The card that is there and the SHA-256 of the weights beside it, which have to be a MultiGrain's."""
         files = {file.rfilename: file for file in self.info.siblings} if self.info is not None else {}
 
         def fetch(name: str) -> Path:
@@ -265,16 +239,12 @@ class _Target:
         return card, lfs.sha256 if lfs else ''
 
     def upload(self, folder: Path) -> 'CommitInfo':
-        """Commit a folder, creating what is missing; a repository that is empty after a failure is deleted again.
-
-        Raises:
-            FileNotFoundError, RuntimeError, ValueError: See `hub_errors`.
-        """
+        """Commit a folder, creating what is missing; a repository that is empty after a failure is deleted again."""
         try:
             with hub_errors(f'{self.repo_id} could not be created'):
                 if self.info is None:
                     self.api.create_repo(self.repo_id, **({'private': True} if self.private else {}))
-                if self.revision and not self.has_branch:
+                if self.revision and not self.create_pr:
                     self.api.create_branch(self.repo_id, branch=self.revision, exist_ok=True)
             with hub_errors(f'{self.repo_id} could not be uploaded'):
                 return self.api.upload_folder(
@@ -282,13 +252,13 @@ class _Target:
                     revision=self.revision, create_pr=self.create_pr,
                     parent_commit=self.info.sha if self.info is not None else None)
         except BaseException as e:
-            others = getattr(getattr(e.__cause__, 'response', None), 'status_code', None) == 409
-            outcome = self._delete_if_empty() if self.info is None and not others else ''
+            theirs = getattr(getattr(e.__cause__, 'response', None), 'status_code', None) == 409
+            outcome = '' if self.info is not None or theirs else self._delete_if_empty()
             if outcome and isinstance(e, FileNotFoundError | ValueError | RuntimeError):
                 raise type(e)(f'{e} {outcome}') from e
             raise
 
-    def _look(self, revision: str | None) -> 'ModelInfo | None':
+    def _look(self, revision: str | None = None) -> 'ModelInfo | None':
         from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
 
         with hub_errors(f'{self.repo_id} could not be looked up', 'read it'):
@@ -300,7 +270,7 @@ class _Target:
     def _delete_if_empty(self) -> str:
         address = f'{self.api.endpoint}/{self.repo_id}'
         try:
-            info = self._look(None)
+            info = self._look()
             if info is None:
                 return ''
             if {file.rfilename for file in info.siblings} - {'.gitattributes'}:

@@ -1,0 +1,241 @@
+"""An index that somebody else has made: nothing is written, deleted, fetched or run for what is in it."""
+import hashlib
+import json
+import os
+import shutil
+import socket
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from timm_multigrain.cli.main import main
+from timm_multigrain.collection import Index, OtherModel, build_index
+from timm_multigrain.collection.blocks import extent_of
+from timm_multigrain.collection.dedup import find_copies
+from timm_multigrain.collection.errors import DamagedIndex
+from timm_multigrain.images.protocol import Protocol
+
+from .tiny import tiny_model
+
+REFUSALS = (ValueError, OSError, RuntimeError)  # what a command says in a sentence
+
+
+@pytest.fixture(scope='module')
+def made(tmp_path_factory):
+    """Pictures, an index of them with a structure and its model in it, and a picture that is not indexed yet."""
+    base = tmp_path_factory.mktemp('stranger')
+    (base / 'pictures').mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(120):
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(base / 'pictures' / f'{i}.png')
+    model = tiny_model()
+    model.pretrained_cfg['label_names'] = ['boat', 'car', 'tree']
+    build_index([base / 'pictures'], base / 'index', model, Protocol(32), workers=0, progress=False, kind='hnsw')
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(base / 'pictures' / 'new.png')
+    assert len(list((base / 'index').glob('faiss*'))) == 1
+    return base
+
+
+@pytest.fixture
+def copy(made, tmp_path):
+    shutil.copytree(made, tmp_path / 'copy')
+    return tmp_path / 'copy'
+
+
+def use(base):
+    """Read everything, search, look for copies, update; the sentences of what was refused."""
+    refused = []
+
+    def read():
+        index = Index.open(base / 'index')
+        index.store.check()
+        index.search_images([base / 'pictures' / '0.png'], 2)
+        index.search(np.asarray(index.vectors[:1]), 2, exact=True)
+        return index.records(0), index.info, index.skipped
+
+    for call in (read, lambda: find_copies(Index.open(base / 'index'), 0.99, look=False),
+                 lambda: build_index([base / 'pictures'], base / 'index', workers=0, progress=False, kind='hnsw')):
+        try:
+            call()
+        except REFUSALS as e:
+            refused.append(str(e))
+    return refused
+
+
+def names_in(folder):
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob('*') if path.is_file())
+
+
+@pytest.mark.parametrize('kind', ['link', 'link to other content', 'hard link', 'fifo'])
+def test_links_in_place_of_the_files_are_neither_read_nor_written(made, tmp_path, kind):
+    assert use(shutil.copytree(made, tmp_path / 'whole')) == []
+    names = names_in(made / 'index')
+    assert len(names) >= 11
+    for i, name in enumerate(names):
+        base, victim = tmp_path / str(i), tmp_path / f'{i}.victim'
+        shutil.copytree(made, base)
+        path = base / 'index' / name
+        if kind == 'link to other content':
+            victim.write_bytes(b'dear diary')
+        else:
+            shutil.copyfile(path, victim)
+        content = victim.read_bytes()
+        path.unlink()
+        if kind == 'fifo':
+            os.mkfifo(path)
+        else:
+            (os.link if kind == 'hard link' else os.symlink)(victim, path)
+        refused = use(base)
+        assert victim.read_bytes() == content, name
+        assert kind == 'hard link' or name.startswith('model/README') or refused, name
+        assert not any('\n' in sentence for sentence in refused)
+        shutil.rmtree(base)
+
+
+def test_a_folder_that_was_prepared_for_a_new_index(made, tmp_path):
+    for i, name in enumerate([*names_in(made / 'index'), 'model', '.faiss.1.bin', '.index.json-0123abcd']):
+        out, victim = tmp_path / str(i), tmp_path / f'{i}.victim'
+        (out / name).parent.mkdir(parents=True)
+        if name == 'model':
+            victim.mkdir()
+            (victim / 'config.json').write_text('mine')
+        else:
+            victim.write_text('mine')
+        os.symlink(victim, out / name)
+        try:
+            build_index([made / 'pictures'], out, tiny_model(), Protocol(32), workers=0, progress=False, kind='hnsw')
+        except REFUSALS as e:
+            assert '\n' not in str(e)
+        assert (victim / 'config.json' if name == 'model' else victim).read_text() == 'mine', name
+        assert victim.is_file() or os.listdir(victim) == ['config.json']
+
+
+def rewrite_manifest(folder, change):
+    """Change index.json and give it the checksum that belongs to it, as anybody can."""
+    value = json.loads((folder / 'index.json').read_bytes())
+    value.pop('sha256')
+    change(value)
+    body = json.dumps(value, indent=1).removeprefix('{\n') + '\n'
+    (folder / 'index.json').write_text(f'{{"sha256": "{hashlib.sha256(body.encode()).hexdigest()}",\n{body}')
+
+
+def rewrite_config(folder, change):
+    value = json.loads((folder / 'config.json').read_bytes())
+    change(value)
+    text = json.dumps(value)
+    (folder / 'config.json').write_text(text)
+    rewrite_manifest(folder, lambda manifest: manifest.update(config=hashlib.sha256(text.encode()).hexdigest()))
+
+
+@pytest.mark.parametrize('change', [
+    lambda value: value['faiss'].update(file='../mine.txt'), lambda value: value['faiss'].update(file='/{mine}'),
+    lambda value: value.update(generation='../../mine')])
+def test_no_path_in_an_index_is_written_or_deleted(copy, change):
+    mine = copy / 'mine.txt'
+    mine.write_text('mine')
+    rewrite_manifest(copy / 'index', change)
+    with pytest.raises(DamagedIndex, match=r'index\.json is damaged'):
+        build_index([copy / 'pictures'], copy / 'index', workers=0, progress=False, kind='exact')
+    assert mine.read_text() == 'mine'
+
+
+@pytest.mark.parametrize('source', [
+    'hf-hub:somebody/model', 'https://example.org/model.pth', 'resnet50.a1_in1k', 'multigrain_resnet50', '\x1b[2J'])
+def test_the_model_that_an_index_names_is_not_fetched(copy, monkeypatch, source):
+    monkeypatch.setattr(socket.socket, 'connect', lambda *args: pytest.fail('the network was asked'))
+    rewrite_config(copy / 'index', lambda value: value['model'].update(source=source))
+    for call in (lambda: Index.open(copy / 'index').search_images([copy / 'pictures' / '0.png']),
+                 lambda: build_index([copy / 'pictures'], copy / 'index', workers=0, progress=False)):
+        with pytest.raises(OtherModel, match='which is not looked for') as e:
+            call()
+        assert '\x1b' not in str(e.value) and 'name it with --model' in str(e.value)
+
+
+def test_an_index_made_by_name_holds_its_model(made, tmp_path, monkeypatch):
+    options = {'pool': 'gem', 'p': 4., 'pretrained': False}
+    build_index([made / 'pictures'], tmp_path / 'index', 'test_resnet', Protocol(32), model_options=options, workers=0,
+                progress=False)
+    monkeypatch.setattr(socket.socket, 'connect', lambda *args: pytest.fail('the network was asked'))
+    index = Index.open(tmp_path / 'index')
+    query = made / 'pictures' / '3.png'
+    assert index.search_images([query], 1)[0][0].path == str(query) and index.model().gem_p == 4
+
+
+def test_names_are_printed_without_control_characters(copy, capsys):
+    evil = '\x1b]0;title\x07\u202e'
+    rewrite_config(copy / 'index', lambda value: value['model'].update(
+        label_names=[evil + str(i) for i in range(3)], name=evil))
+    assert main(['search', str(copy / 'index'), str(copy / 'pictures' / '0.png'), '-k', '3']) == 0
+    out = capsys.readouterr().out
+    assert '\\x1b]0;title\\x07\\u202e' in out and not [c for c in out if c != '\n' and not c.isprintable()]
+    assert main(['search', str(copy / 'index'), str(copy / 'pictures' / '0.png'), '--class', evil]) == 2
+    err = capsys.readouterr().err
+    assert 'knows no class' in err and not [c for c in err if c != '\n' and not c.isprintable()]
+
+
+ODD = [None, True, -1, 0, 3, 1e308, -0.5, 2 ** 70, '', 'x', '../../x', '\x1b[31m\0', [], {}, [[]], [None] * 5, {'a': 1}]
+
+
+def mutate_json(value, rng):
+    """Some place in a JSON value replaced by something odd, or gone."""
+    place = value
+    while True:
+        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
+        key = keys[rng.integers(len(keys))]
+        if isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.7:
+            place = place[key]
+            continue
+        if rng.random() < 0.2:
+            del place[key]
+        else:
+            place[key] = ODD[rng.integers(len(ODD))]
+        return
+
+
+def mutate(folder, rng):
+    """Something odd in one file of an index, with the checksums that belong to it."""
+    files = sorted(path for path in folder.glob('*.*.bin') if path.stat().st_size and 'faiss' not in path.name)
+    kind = rng.integers(3)
+    if kind == 0:
+        rewrite_manifest(folder, lambda value: mutate_json(value, rng))
+    elif kind == 1:
+        rewrite_config(folder, lambda value: mutate_json(value, rng))
+    else:
+        path = files[rng.integers(len(files))]
+        data = bytearray(path.read_bytes())
+        for _ in range(rng.integers(1, 9)):
+            data[rng.integers(len(data))] = rng.choice([0, 1, 127, 128, 255])
+        path.write_bytes(data)
+        rewrite_manifest(folder, lambda value: value['files'].update(
+            {path.name.split('.')[0]: extent_of(path).to_json()}))
+
+
+def fuzz(copy, seeds):
+    """Commands on indexes with something odd in them; how many were refused. Other errors come through."""
+    shutil.rmtree(copy / 'pictures')
+    (copy / 'pictures').mkdir()
+    (copy / 'pictures' / 'broken.png').write_bytes(b'x')
+    query = copy / 'query.png'
+    Image.new('RGB', (9, 9)).save(query)
+    original = copy.parent / 'original'
+    shutil.copytree(copy / 'index', original)
+    refused = 0
+    for seed in seeds:
+        shutil.rmtree(copy / 'index')
+        shutil.copytree(original, copy / 'index')
+        mutate(copy / 'index', np.random.default_rng(seed))
+        index = str(copy / 'index')
+        for arguments in (['search', index, str(query), '-k', '2'], ['search', index, str(query), '--json', '--exact'],
+                          ['dedup', index, '--no-look', '--json'], ['dedup', index, '--list', '-0', '--exact'],
+                          ['index', '-o', index, '--remove-missing', '--workers', '0', '--list-skipped']):
+            refused += main(arguments) == 2
+    return refused
+
+
+def test_odd_values_are_refused_in_a_sentence(copy, capfd, monkeypatch):
+    model = tiny_model()  # opening it is no part of this, and takes most of the time
+    monkeypatch.setattr('timm_multigrain.collection.index.open_described', lambda *args: model)
+    assert fuzz(copy, range(20)) > 20
+    err = capfd.readouterr().err
+    assert 'Traceback' not in err and not [c for c in err if c != '\n' and not c.isprintable()]
