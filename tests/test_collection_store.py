@@ -312,7 +312,8 @@ def test_one_writer(tmp_path):
 
 def test_manifest_and_names_survive_json(tmp_path):
     manifest = Manifest(3, 'f' * 64, {'vectors': Extent(5, (1,))}, ('/a\udcff\n', '../x'), {
-        'file': 'faiss.1.bin', 'kind': 'hnsw', 'rows': 1, 'extent': {}, 'settings': {'ef': 1, 'candidates': 9}})
+        'file': 'faiss.1.bin', 'kind': 'hnsw', 'rows': 1, 'extent': {'size': 0, 'crc32': ''},
+        'settings': {'ef': 1, 'candidates': 9}})
     manifest.write(tmp_path)
     assert Manifest.read(tmp_path) == manifest
     assert json.loads((tmp_path / 'index.json').read_text())['format'] == 1

@@ -152,6 +152,17 @@ def test_the_model_that_an_index_names_is_not_fetched(copy, monkeypatch, source)
         assert '\x1b' not in str(e.value) and 'name it with --model' in str(e.value)
 
 
+@pytest.mark.parametrize('options', [{'architecture': 'hf-hub:somebody/model'}, {'p': 'x'}, {'pool': []}])
+def test_options_of_its_model_are_those_of_an_index(copy, monkeypatch, options):
+    monkeypatch.setattr(socket.socket, 'connect', lambda *args: pytest.fail('the network was asked'))
+    weights = str(copy / 'index' / 'model' / 'model.safetensors')
+    rewrite_config(copy / 'index', lambda value: value['model'].update(source=weights, options=options))
+    index = Index.open(copy / 'index')
+    for call in (index.model, lambda: index.model(weights)):
+        with pytest.raises(ValueError, match='options'):
+            call()
+
+
 def test_an_index_made_by_name_holds_its_model(made, tmp_path, monkeypatch):
     options = {'pool': 'gem', 'p': 4., 'pretrained': False}
     build_index([made / 'pictures'], tmp_path / 'index', 'test_resnet', Protocol(32), model_options=options, workers=0,

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .model import check_same_model, open_described
+from .model import check_same_model, open_described, options_of
 from .records import Record, classes_of
 from .store import Store
 from .vectors import Vectors
@@ -128,7 +128,7 @@ class Index:
             shown = model if isinstance(model, str) else 'This model'
             if isinstance(model, str):
                 from timm_multigrain.models.open import open_model
-                model = open_model(model, **described['options'])
+                model = open_model(model, **options_of(described))
             check_same_model(described, model, self.path, shown)
             self._model = model
         elif self._model is None:

@@ -10,7 +10,7 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from timm_multigrain.files import fsync, open_regular, parse_json, write_text
+from timm_multigrain.files import check_json, fsync, open_regular, parse_json, printable, write_text
 from timm_multigrain.version import __version__
 
 from .blocks import Extent
@@ -21,6 +21,10 @@ __all__ = ['FAISS_FILE', 'FORMAT', 'MANIFEST', 'Manifest', 'NewerFormat', 'is_in
 FORMAT = 1
 MANIFEST = 'index.json'
 FAISS_FILE = re.compile(r'faiss\.[0-9]{1,9}\.bin')
+_EXTENT = {'size': int, 'crc32': str}
+_FORM = {  # anybody can write a manifest with a checksum that is right
+    'generation': int, 'config': str, 'files': {str: _EXTENT}, 'roots': [str],
+    'faiss': ({'file': str, 'kind': str, 'rows': int, 'settings': {str: int}, 'extent': _EXTENT}, None)}
 _FIRST_LINE = re.compile(rb'\{"sha256": "([0-9a-f]{64})",\n')
 
 
@@ -75,33 +79,29 @@ class Manifest:
             raise DamagedIndex(path, 'its checksum differs')
         try:
             value = parse_json(data)
+            check_json(value, {'format': int, 'written_by': str}, 'it')
             if value['format'] != FORMAT:
-                raise NewerFormat(f'{folder} has format {value["format"]}, written by {value.get("written_by")}; this '
-                                  f'is timm_multigrain {__version__}, which reads format {FORMAT}: update the package.')
+                raise NewerFormat(f'{folder} has format {value["format"]}, written by {value["written_by"]}; this is '
+                                  f'timm_multigrain {__version__}, which reads format {FORMAT}: update the package.')
+            check_json(value, _FORM, 'it')
+            _check_faiss(value['faiss'])
             files = {name: Extent.from_json(extent) for name, extent in value['files'].items()}
-            manifest = cls(value['generation'], value['config'], files, tuple(value['roots']), value['faiss'])
         except NewerFormat:
             raise
-        except (ValueError, TypeError, LookupError, AttributeError, OverflowError) as e:
-            raise DamagedIndex(path, f'it is not a manifest: {type(e).__name__}') from e
-        if not manifest.well_formed:
-            raise DamagedIndex(path, 'its values are not those of an index')
-        return manifest
+        except ValueError as e:
+            raise DamagedIndex(path, str(e)) from e
+        return cls(value['generation'], value['config'], files, tuple(value['roots']), value['faiss'])
 
-    @property
-    def well_formed(self) -> bool:
-        """Whether its values are of the kinds that an index has: its checksum may be anybody's."""
-        faiss = self.faiss
-        return (
-            type(self.generation) is int and 0 <= self.generation < 1 << 63 and isinstance(self.config, str)
-            and all(isinstance(root, str) and '\0' not in root for root in self.roots)
-            and (faiss is None or (
-                isinstance(faiss, dict) and isinstance(faiss.get('file'), str)
-                and FAISS_FILE.fullmatch(faiss['file']) is not None and isinstance(faiss.get('extent'), dict)
-                and type(faiss.get('rows')) is int and faiss['rows'] >= 0 and isinstance(faiss.get('kind'), str)
-                and isinstance(faiss.get('settings'), dict) and 'candidates' in faiss['settings']
-                and ('probes' in faiss['settings'] or 'ef' in faiss['settings'])
-                and all(type(value) is int and 0 < value < 1 << 31 for value in faiss['settings'].values()))))
+
+def _check_faiss(faiss: dict | None) -> None:
+    if faiss is None:
+        return
+    if not FAISS_FILE.fullmatch(faiss['file']):
+        raise ValueError(f'{printable(faiss["file"])} is not a name of a file of an index')
+    if 'candidates' not in faiss['settings'] or not faiss['settings'].keys() & {'probes', 'ef'}:
+        raise ValueError('settings of the structure are missing')
+    if min(faiss['rows'], *faiss['settings'].values()) < 1:
+        raise ValueError('settings of the structure are below 1')
 
 
 def is_index(folder: str | bytes | os.PathLike) -> bool:

@@ -238,12 +238,12 @@ class MilvusIndex:
         """As `Index.model`."""
         from timm_multigrain.models.open import open_model
 
-        from .model import check_same_model, open_described
+        from .model import check_same_model, open_described, options_of
 
         described = self.config['model']
         if model is not None:
             shown = model if isinstance(model, str) else 'This model'
-            model = open_model(model, **described['options']) if isinstance(model, str) else model
+            model = open_model(model, **options_of(described)) if isinstance(model, str) else model
             check_same_model(described, model, self.path, shown)
             self._model = model
         elif self._model is None:

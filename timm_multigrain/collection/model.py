@@ -7,13 +7,14 @@ from typing import Any
 
 import torch
 
-from timm_multigrain.images.sources import printable
+from timm_multigrain.files import check_json, printable
 from timm_multigrain.models.open import open_model, weights_sha256
 
 from .errors import DamagedIndex, OtherModel
 
-__all__ = ['check_same_model', 'describe_model', 'label_names_of', 'open_described']
+__all__ = ['check_same_model', 'describe_model', 'label_names_of', 'open_described', 'options_of']
 
+_OPTIONS = {'pool': (str, None), 'p': (float, None), 'pretrained': bool, 'ema': bool}
 SAVED = 'model'  # folder inside the index for a model that is not a file or folder here
 
 
@@ -66,7 +67,7 @@ def open_described(described: Mapping[str, Any], folder: Path, device: str | Non
         DamagedIndex: The model inside the index is a link, or has one in it.
         OSError, ValueError, RuntimeError: It cannot be opened.
     """
-    source, options = described['source'], described['options']
+    source, options = described['source'], options_of(described)
     if source is None:
         source, options = _saved(folder), {}
     elif not os.path.isabs(source):
@@ -81,10 +82,24 @@ def open_described(described: Mapping[str, Any], folder: Path, device: str | Non
     return model.to(device) if device else model
 
 
+def options_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `open_model` that the model of an index was opened with.
+
+    Raises:
+        ValueError: They are others than `timm-multigrain index` has: some could make the model another one.
+    """
+    options = described['options']
+    unknown = options.keys() - _OPTIONS.keys()
+    if unknown:
+        raise ValueError(f'The model of the index has options that an index has not: {printable(min(unknown))}.')
+    check_json(options, {name: _OPTIONS[name] for name in options}, 'The options of its model')
+    return dict(options)
+
+
 def _saved(folder: Path) -> str:
     path = folder / SAVED
-    for each in [path, *(path.iterdir() if path.is_dir() else ())]:
-        if each.is_symlink() or not (each.is_file() or each.is_dir() or not each.exists()):
+    for each in [path, *(path.iterdir() if path.is_dir() and not path.is_symlink() else ())]:
+        if os.path.lexists(each) and (each.is_symlink() or not (each.is_file() or each.is_dir())):
             raise DamagedIndex(each, 'it is not a file of its own')
     return str(path)
 

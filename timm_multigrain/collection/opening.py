@@ -11,7 +11,7 @@ from timm_multigrain.version import __version__
 
 from .errors import OtherModel
 from .manifest import MANIFEST
-from .model import SAVED, check_same_model, describe_model, open_described
+from .model import SAVED, check_same_model, describe_model, open_described, options_of
 from .store import CONFIG, DATA_FILES, Store, StoreWriter
 
 __all__ = ['OpenedIndex', 'check_place', 'open_or_create']
@@ -65,7 +65,7 @@ def open_or_create(out: Path, model, protocol, model_options, half: bool) -> Ope
         shown = model if isinstance(model, str) else 'This model'
         if isinstance(model, str):
             from timm_multigrain.models.open import open_model
-            model = open_model(model, **{**described['options'], **(model_options or {})})
+            model = open_model(model, **{**options_of(described), **(model_options or {})})
         check_same_model(described, model, out, shown)
     own = protocol_from_json(store.config['protocol'])
     if callable(protocol):

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_multigrain.files import open_regular, parse_json, write_text
+from timm_multigrain.files import check_json, open_regular, parse_json, printable, write_text
 
 from .blocks import CheckedFile, Extent, GrowingFile
 from .errors import DamagedIndex, writing
@@ -32,6 +32,11 @@ from .records import RECORD
 __all__ = ['CONFIG', 'DATA_FILES', 'Store', 'StoreWriter']
 
 CONFIG = 'config.json'
+_CONFIG = {  # anybody can write it, with a checksum that is right
+    'dtype': str, 'dim': int, 'protocol': {}, 'model': {
+        'name': str, 'source': (str, None), 'pool': str, 'weights_sha256': str, 'dim': int, 'num_classes': int,
+        'label_names': ([str], None), 'options': {}}}
+_SKIPPED = {'path': str, 'reason': str, 'size': int, 'mtime_ns': int}
 DATA_FILES = ('vectors', 'records', 'paths', 'removed', 'skipped')
 
 
@@ -147,14 +152,12 @@ class Store:
         for line in self._files['skipped'].view().tobytes().splitlines():
             try:
                 entry = parse_json(line)
-                path, reason = os.fsencode(entry.pop('path')), entry['reason']
-                good = isinstance(reason, str) and all(type(entry[key]) is int for key in ('size', 'mtime_ns'))
-            except (ValueError, TypeError, LookupError, AttributeError):
-                good = False
-            if not good:
-                raise DamagedIndex(self._files['skipped'].path, f'a line of it is {line[:40]!r}')
+                check_json(entry, _SKIPPED, 'an entry')
+                path = os.fsencode(entry.pop('path'))
+            except ValueError as e:  # a path may hold what no file system knows, too
+                raise DamagedIndex(self._files['skipped'].path, printable(str(e))) from e
             skipped.pop(path, None)
-            if reason:
+            if entry['reason']:
                 skipped[path] = entry
         return skipped
 
@@ -280,27 +283,12 @@ def _read_config(folder: Path, sha256: str) -> dict:
         raise DamagedIndex(path, 'its checksum differs')
     try:
         config = parse_json(data)
-        good = _well_formed(config)
-    except (ValueError, TypeError, LookupError, AttributeError) as e:
-        raise DamagedIndex(path, f'it does not describe an index: {type(e).__name__}') from e
-    if not good:
-        raise DamagedIndex(path, 'its values are not those of an index')
+        check_json(config, _CONFIG, 'it')
+        names, classes = config['model']['label_names'], config['model']['num_classes']
+        if config['dtype'] not in ('float32', 'float16') or not 0 < config['dim'] == config['model']['dim']:
+            raise ValueError(f'descriptors of {config["dim"]} {printable(config["dtype"])} are none')
+        if classes < 0 or (names is not None and len(names) != classes):
+            raise ValueError(f'it has not a name for each of {classes} classes')
+    except ValueError as e:
+        raise DamagedIndex(path, str(e)) from e
     return config
-
-
-def _well_formed(config: dict) -> bool:
-    """Whether config.json has the values that are used, of the right kinds: its checksum may be anybody's."""
-    model, options = config['model'], config['model']['options']
-    names, numbers = model['label_names'], (config['dim'], model['dim'], model['num_classes'])
-    return (
-        config['dtype'] in ('float32', 'float16') and isinstance(config['protocol'], dict)
-        and all(type(number) is int and 0 <= number < 1 << 31 for number in numbers)
-        and config['dim'] == model['dim'] > 0
-        and all(isinstance(model[key], str) for key in ('name', 'pool', 'weights_sha256'))
-        and (model['source'] is None or isinstance(model['source'], str))
-        and (names is None or (isinstance(names, list) and len(names) == model['num_classes']
-                               and all(isinstance(name, str) for name in names)))
-        and isinstance(options, dict) and options.keys() <= {'pool', 'p', 'pretrained', 'ema'}
-        and isinstance(options.get('pool'), (str, type(None)))
-        and isinstance(options.get('p'), (int, float, type(None)))
-        and all(isinstance(options.get(key, True), bool) for key in ('pretrained', 'ema')))
