@@ -3,10 +3,15 @@ import logging
 import os
 from pathlib import Path
 
+if 'PYTEST_XDIST_WORKER' in os.environ:
+    os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: the workers share the cores, and so do their children
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+
+import timm_multigrain  # noqa: F401 - registers the models
 
 from .hub_server import hub_server, use
 from .weight_server import weight_server
