@@ -109,7 +109,7 @@ def test_cross_entropy_and_its_gradient_with_respect_to_p(reference):
     loss.backward()
     torch.testing.assert_close(loss.detach(), reference['resnet18.cross_entropy_p3.0'], rtol=1e-5, atol=0)
     torch.testing.assert_close(
-        model.head.pool.p.grad, reference['resnet18.cross_entropy_grad_p'].reshape(()), rtol=1e-3, atol=1e-6)
+        model.head.pool.p.grad, reference['resnet18.cross_entropy_grad_p'].reshape(1), rtol=1e-3, atol=1e-6)
 
 
 @pytest.mark.slow

@@ -8,9 +8,12 @@ import timm
 import torch
 import torch.nn as nn
 from safetensors.torch import load_file
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.layers import GeM
+from timm_multigrain.loss import DistanceWeightedSampler, effective_negatives, margin_loss
 from timm_multigrain.retrieval.whiten import WhiteningFit, fit_whitening, fold_whitening, with_constant
 
 from .tiny import image_for, tiny_model
@@ -184,3 +187,31 @@ def test_shows_itself(embeddings):
     fit = WhiteningFit(torch.zeros(3), torch.zeros(3, 2), torch.ones(2), 7, 1, 0.5)
     assert str(fit) == 'PCA whitening, 2 of 3 components, 7 images (shrinkage 0.5, 1 directions constant)'
     assert fit.to_dict() == {'kind': 'pca', 'components': 2, 'images': 7, 'shrinkage': 0.5, 'constant': 1}
+
+
+class WithoutFloat64(TorchDispatchMode):
+    """Refuses float64 on the device 'lazy', which stands for one that has none, as MPS."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        tensors = [t for t in [*args, out, *(out if isinstance(out, tuple) else ())] if isinstance(t, torch.Tensor)]
+        if any(t.device.type == 'lazy' for t in tensors):
+            assert (kwargs or {}).get('dtype') != torch.float64, func  # .to('cpu', torch.float64) converts first
+            assert not any(t.device.type == 'lazy' and t.dtype == torch.float64 for t in tensors), func
+        return out
+
+
+def test_devices_without_float64():
+    with FakeTensorMode(), WithoutFloat64():
+        with pytest.raises(AssertionError):
+            torch.ones(1, device='lazy').to('cpu', torch.float64)
+        model = timm.create_model('multigrain', trunk='test_resnet', num_classes=3, device='lazy')
+        size = model.num_features + 1
+        sums = (torch.zeros(n, dtype=torch.float64) for n in ((size,), (size, 16), (16,)))
+        fold_whitening(model, WhiteningFit(*sums, 100))
+        assert model.whitened and with_constant(torch.rand(4, size - 1, device='lazy')).dtype == torch.float64
+        embedding = torch.rand(12, 64, device='lazy')
+        target = torch.arange(4, device='lazy').repeat_interleave(3)
+        triplets, prob = DistanceWeightedSampler(max_positives=2)(embedding, target, return_prob=True)
+        assert margin_loss(embedding, triplets, 1.2).dtype == torch.float32
+        assert effective_negatives(prob).shape == (12,)

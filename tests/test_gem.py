@@ -9,6 +9,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from timm.utils import ModelEmaV3
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.func import functional_call
 
 from timm_multigrain.layers import GeM, gem, l2_normalize
 
@@ -249,7 +252,7 @@ class TestExponent:
         assert list(GeM().state_dict()) == ['p'] and not list(GeM().parameters())
         assert not GeM(persistent=False).state_dict()
         assert [n for n, _ in GeM(learn_p=True, persistent=False).named_parameters()] == ['p']
-        assert GeM().p.shape == () and GeM(num_channels=4).p.shape == (4,)
+        assert GeM().p.shape == GeM(learn_p=True).p.shape == (1,) and GeM(num_channels=4).p.shape == (4,)
         assert GeM(2).p.dtype == torch.float32
 
     @pytest.mark.parametrize('cast, num_channels', [
@@ -298,8 +301,8 @@ class TestExponent:
         assert torch.equal(pool.p, p)
 
     @pytest.mark.parametrize('kwargs, value, message', [
-        ({}, torch.ones(4), r'0\.p: expected a p of shape \(\) or one value, got \(4,\)'),
-        ({'learn_p': True}, torch.ones(2, 1), r'0\.p: expected a p of shape \(\) or one value, got \(2, 1\)'),
+        ({}, torch.ones(4), r'0\.p: expected a p of shape \(1,\) or one value, got \(4,\)'),
+        ({'learn_p': True}, torch.ones(2, 1), r'0\.p: expected a p of shape \(1,\) or one value, got \(2, 1\)'),
         ({'num_channels': 3}, torch.ones(4), r'0\.p: expected a p of shape \(3,\) or one value, got \(4,\)'),
         ({}, torch.tensor(-1.), r'0\.p: GeM needs p > 0, got -1'),
         ({}, torch.tensor(0), r'0\.p: GeM needs p > 0, got 0'),
@@ -313,7 +316,7 @@ class TestExponent:
         before = model[0].p.clone()
         with pytest.raises(RuntimeError, match=message):
             model.load_state_dict({'0.p': value}, strict=False)
-        assert torch.equal(model[0].p, before) and model[0]._p == 3
+        assert torch.equal(model[0].p, before)
 
     def test_missing_and_unexpected_keys_stay_torchs(self):
         with pytest.raises(RuntimeError, match='Missing key'):
@@ -343,16 +346,49 @@ class TestExponent:
         pool.load_state_dict({'p': torch.tensor(4.)})
         assert pool.p.item() == 4 and pool.p.requires_grad
 
-    def test_forward_never_reads_p_back(self, monkeypatch):
-        pools, x = [GeM(p) for p in (1, 3, INF)] + [GeM(learn_p=True), GeM(num_channels=3)], random_map(2, 3, 4, 4)
+    def test_no_value_is_looked_at_that_is_not_on_the_host(self):
+        with FakeTensorMode():  # nor can those be
+            for kwargs in ({'p': 1}, {'p': 3}, {'p': INF}, {'learn_p': True}, {'num_channels': 3}):
+                pool = GeM(**kwargs)
+                x = torch.empty(2, 3, 4, 4, requires_grad=True)
+                pool(x).sum().backward()
+                assert x.grad.shape == x.shape and pool.value() == ([3.] * 3 if pool.per_channel else pool.init_p)
 
-        def refuse(*args):
-            raise AssertionError('a tensor was read on the host')
+    @pytest.mark.parametrize('before, after', [(3, 5), (3, 1), (1, INF), (INF, 2.5)])
+    def test_p_lives_once(self, before, after):
+        """Whoever changes the tensor changes the pooling: in place, an average of weights, a call with another one."""
+        x = random_map(2, 3, 4, 4) - 0.2
+        expected = GeM(after)(x)
+        changed = [GeM(before) for _ in range(3)]
+        assert all(torch.equal(pool(x), GeM(before)(x)) for pool in changed)
+        changed[0].p.fill_(after)
+        changed[1].p.data.copy_(torch.tensor([float(after)]))
+        changed[2].p = torch.tensor([float(after)])
+        for pool in changed:
+            assert torch.equal(pool(x), expected) and pool.value() == after and f'p={after:g}' in repr(pool)
+        other = {'p': torch.tensor([float(after)])}
+        before = min(before, 9)  # infinity has no average
+        pool = GeM(before)
+        assert torch.equal(functional_call(pool, other, (x,)), expected) and pool.value() == before
+        model = torch.nn.Sequential(pool, torch.nn.Linear(3, 1))
+        ema = ModelEmaV3(model, decay=0.5, foreach=True)
+        pool.p.fill_(4)
+        ema.update(model)
+        average = before + 0.5 * (4 - before)
+        assert torch.equal(ema.module[0](x), GeM(average)(x)) and pool.value() == 4
 
-        for name in ('item', 'tolist', '__bool__', '__float__', '__int__', 'numpy'):
-            monkeypatch.setattr(torch.Tensor, name, refuse)
-        for pool in pools:
-            pool(x)
+    @pytest.mark.parametrize('p', [1, 2.5, INF])
+    def test_without_looking_at_p(self, p):
+        """What is done on a GPU and in compiled graphs, with values, gradients and negative maps."""
+        x = random_map(2, 3, 4, 5).requires_grad_()
+        upstream = torch.randn(2, 3, generator=torch.Generator().manual_seed(1))
+        expected, = torch.autograd.grad(GeM(p)(x), x, upstream)
+        exponent = torch.tensor([float(p)], requires_grad=True)  # differentiated by, it is not read
+        y = gem(x, exponent, fixed=True)
+        torch.testing.assert_close(y, GeM(p)(x), rtol=1e-6, atol=0)
+        found, slope = torch.autograd.grad(y, [x, exponent], upstream)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
+        assert slope.isfinite().all() and (slope != 0) == (p == 2.5)
 
 
 class TestTools:

@@ -149,7 +149,7 @@ def test_fake_tensors_and_checkpointing():
     mode = torch._subclasses.FakeTensorMode()
     fake = mode.from_tensor(x.detach())
     with mode:
-        assert pool(fake).shape == (3, 24)
+        assert GeM()(fake).shape == (3, 24)
     again, = torch.autograd.grad(checkpoint(pool, x, use_reentrant=False).sum(), x)
     once, = torch.autograd.grad(pool(x).sum(), x)
     assert torch.equal(again, once)

@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from timm.models import get_pretrained_cfg, group_parameters
 from timm.optim import create_optimizer_v2
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import timm_multigrain
 from timm_multigrain.hub import save_pretrained
@@ -116,6 +117,29 @@ def test_intermediates_and_features_only(name):
         torch.testing.assert_close(feature, intermediate)
     modules = dict(model.named_modules())
     assert all(info['module'] in modules for info in model.feature_info)
+
+
+@pytest.mark.parametrize('trunk', ['test_resnet', 'test_vit', 'swin_tiny_patch4_window7_224'])
+@torch.no_grad()
+def test_features_as_a_dict(trunk):
+    make = dict(trunk=trunk, features_only=True, out_indices=(1, -1))
+    listed, named = (_small('multigrain', feature_cls=cls, **make).eval() for cls in ('list', 'dict'))
+    last = len(timm.create_model('multigrain', trunk=trunk, device='meta').feature_info) - 1
+    x = torch.randn(1, 3, 160, 160)
+    found = named(x)
+    assert list(found) == ['1', f'{last}'] and named.feature_info.channels() == listed.feature_info.channels()
+    for a, b in zip(found.values(), listed(x), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="feature_cls='fx' is not for a MultiGrain: give 'list' or 'dict'"):
+        _small('multigrain', trunk=trunk, features_only=True, feature_cls='fx')
+
+
+def test_creation_of_fake_tensors():
+    for kwargs in ({}, {'global_pool': 'gem4'}, {'per_channel_p': True, 'whitening': 16}, {'global_pool': 'rmac'}):
+        with FakeTensorMode():
+            model = timm.create_model('multigrain', trunk='test_resnet', num_classes=3, **kwargs)
+            assert type(model.head.fc.weight) is FakeTensor and model(torch.randn(2, 3, 64, 64)).shape == (2, 3)
+            assert model.embed(torch.randn(1, 3, 64, 70)).shape == (1, model.embed_dim) and 'MultiGrain' in repr(model)
 
 
 @pytest.mark.slow

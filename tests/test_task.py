@@ -12,6 +12,9 @@ import torch.nn.functional as F
 from timm.optim import create_optimizer_v2
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, set_model_state_dict
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 import timm_multigrain  # noqa: F401 - registers the models
 from timm_multigrain.loss import DistanceWeightedSampler, MarginLoss, UniformSampler
@@ -285,6 +288,31 @@ def test_statistics_of_other_losses(loss):
     task = MultiGrainTask(_model(), instance_loss=loss, statistics=True).train()
     names = set(task(*_batch())) - {'loss', 'output', 'classification_loss', 'instance_loss'}
     assert names == {'spread', 'effective_negatives'}
+
+
+def test_fully_sharded(tmp_path):
+    """FSDP2, which takes no 0-dim parameter: a learned p, its training and its checkpoints."""
+    x, target = _batch(size=64)
+    tasks = [MultiGrainTask(_model(learn_p=True), sampling=UniformSampler(generator=0)).train() for _ in range(2)]
+    torch.distributed.init_process_group('gloo', init_method=f'file://{tmp_path}/store', rank=0, world_size=1)
+    try:
+        fully_shard(tasks[0].trainable_module, mesh=init_device_mesh('cpu', (1,)))
+        for task in tasks:
+            optimizer = torch.optim.SGD(task.parameters(), lr=1.)
+            task(x, target)['loss'].backward()
+            optimizer.step()
+        sharded, plain = (task.trainable_module.model for task in tasks)
+        assert isinstance(sharded.gem_p, float) and sharded.gem_p != 3
+        assert sharded.gem_p == pytest.approx(plain.gem_p, rel=1e-6)
+        options = StateDictOptions(full_state_dict=True)
+        state = get_model_state_dict(sharded, options=options)
+        assert state['head.pool.p'].item() == sharded.gem_p
+        set_model_state_dict(sharded, {**state, 'head.pool.p': torch.tensor([2.5])}, options=options)
+        assert sharded.gem_p == 2.5
+    finally:
+        torch.distributed.destroy_process_group()
+    plain.load_state_dict({**state, 'head.pool.p': torch.tensor(2.5)})  # 0-dim in older checkpoints
+    assert plain.gem_p == 2.5 and plain.head.pool.p.shape == (1,)
 
 
 _WORKER = '''

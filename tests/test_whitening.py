@@ -32,6 +32,18 @@ def test_against_float64(dtype, tolerance):
     torch.testing.assert_close(layer(x).double(), expected, rtol=tolerance, atol=tolerance)
 
 
+def test_float32_under_autocast():
+    torch.manual_seed(0)
+    layer = Whitening(512, 64)
+    layer.load_state_dict({'mean': 0.01 * torch.randn(513), 'proj': torch.randn(513, 64)})
+    x = torch.rand(4, 512)
+    expected = layer(x)
+    for module in (layer, torch.fx.symbolic_trace(layer), torch.compile(layer, backend='eager', fullgraph=True)):
+        with torch.autocast('cpu', torch.bfloat16):
+            found, half = module(x), module(x.bfloat16())
+        assert torch.equal(found, expected) and torch.equal(half, layer(x.bfloat16()))
+
+
 def test_fresh_layer_and_bad_sizes():
     x = torch.rand(3, 6)
     z = torch.cat([x, torch.ones(3, 1)], dim=1)

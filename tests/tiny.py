@@ -13,7 +13,7 @@ def tiny_model(seed: int = 0, **kwargs) -> torch.nn.Module:
         for name, buffer in model.named_buffers():
             if name.endswith(('running_mean', 'whitening.mean', 'whitening.proj')):
                 buffer.normal_()
-        if isinstance(model.head.pool, timm_multigrain.GeM) and model.head.pool.p.ndim:
+        if isinstance(model.head.pool, timm_multigrain.GeM) and model.head.pool.per_channel:
             model.head.pool.p.uniform_(1, 5)
     return model
 

@@ -77,7 +77,7 @@ def evaluate(model: MultiGrain, copies: CopySet, batch_size: int = 64) -> DemoSc
     descriptors = torch.cat(descriptors).unflatten(0, copies.images.shape[:2])
     similarity = descriptors[:, 0] @ descriptors.flatten(0, 1).T
     original = predictions.unflatten(0, copies.images.shape[:2])[:, 0]
-    top1 = 100 * (original == copies.labels).double().mean().item()
+    top1 = 100 * (original == copies.labels).cpu().double().mean().item()
     kinds = range(1, len(_KINDS))
     return DemoScores(
         top1=top1,

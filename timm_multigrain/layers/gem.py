@@ -15,6 +15,8 @@ import torch
 import torch.nn as nn
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
+from timm_multigrain.eager import is_traced
+
 from .format import drop_prefix_tokens, spatial_dims
 from .gem_function import power_mean
 
@@ -25,6 +27,7 @@ def gem(
         eps: float = 1e-6,
         dim: list[int] = (-2, -1),
         keepdim: bool = False,
+        fixed: bool = False,
 ) -> torch.Tensor:
     """Generalized mean of x over `dim`.
 
@@ -38,28 +41,48 @@ def gem(
         eps: Floor of the values.
         dim: Dimensions to pool.
         keepdim: Keep the pooled dimensions as 1.
+        fixed: Let a tensor p of one value mean what a number does. It is read where that takes no time; a GPU is not
+            waited for, and a compiled graph follows the tensor.
 
     Returns:
         Pooled x in the dtype of x.
     """
     if has_torch_function_unary(x):  # one node in an fx graph
-        return handle_torch_function(gem, (x,), x, p, eps, dim, keepdim)
-    if isinstance(p, torch.Tensor):
-        y = power_mean(x, p, eps, dim)
-    elif not p > 0:
-        raise ValueError(f'GeM needs p > 0, got {p}: 1 is the average, 3 the usual choice, inf the maximum.')
-    elif p == math.inf:
-        y = _max(x, dim)
-    elif p == 1:
-        y = x.mean(dim, keepdim=True)
+        return handle_torch_function(gem, (x,), x, p, eps, dim, keepdim, fixed)
+    if not isinstance(p, torch.Tensor):
+        y = _pool(x, float(p), eps, dim)
+    elif fixed:
+        y = _pool_by_value(x, p, eps, dim)
     else:
-        y = power_mean(x, float(p), eps, dim)
+        y = power_mean(x, p, eps, dim)
     if not keepdim:  # one by one: torch's older ONNX exporter takes no squeeze of several dimensions
         axes = [d % x.dim() for d in dim]
         axes.sort(reverse=True)
         for axis in axes:
             y = y.squeeze(axis)
     return y.to(x.dtype)
+
+
+def _pool(x: torch.Tensor, p: float, eps: float, dim: list[int]) -> torch.Tensor:
+    if not p > 0:
+        raise ValueError(f'GeM needs p > 0, got {p}: 1 is the average, 3 the usual choice, inf the maximum.')
+    if p == math.inf:
+        return _max(x, dim)
+    return x.mean(dim, keepdim=True) if p == 1 else power_mean(x, p, eps, dim)
+
+
+def _pool_by_value(x: torch.Tensor, p: torch.Tensor, eps: float, dim: list[int]) -> torch.Tensor:
+    if torch.jit.is_scripting() or _is_readable(x, p):
+        return _pool(x, float(p), eps, dim)
+    power = power_mean(x, torch.where((p == 1) | (p == math.inf), 3., p), eps, dim)
+    return torch.where(p == 1, x.mean(dim, keepdim=True), torch.where(p == math.inf, _max(x, dim), power))
+
+
+@torch.jit.unused
+def _is_readable(x: torch.Tensor, p: torch.Tensor) -> bool:
+    """Whether the value of p can be read at once, and nobody follows the tensor."""
+    plain = {type(x), type(p)} <= {torch.Tensor, nn.Parameter}
+    return plain and p.device.type == 'cpu' and not p.requires_grad and not is_traced()
 
 
 def _max(x: torch.Tensor, dim: list[int]) -> torch.Tensor:
@@ -69,17 +92,23 @@ def _max(x: torch.Tensor, dim: list[int]) -> torch.Tensor:
     return x
 
 
+def _has_value(p: torch.Tensor) -> bool:
+    """Whether it has memory of its own: no meta or fake tensor, no shard."""
+    return type(p) in (torch.Tensor, nn.Parameter) and not p.is_meta
+
+
 class GeM(nn.Module):
     """Generalized-mean pooling with one exponent, or one per channel, fixed or learnable.
 
     A fixed scalar p = inf is the plain maximum and p = 1 the plain mean. A learnable or per-channel p always uses the
-    clamped formula and has to be finite. Change a fixed p with `set_p` or by loading a state dict, not in place; a
-    loaded p may be an integer, or one value for all channels, anything else that does not fit is an error.
+    clamped formula and has to be finite. What `p` holds is what is pooled with, however it was changed: by `set_p`, a
+    state dict, in place, by an average of weights, or for one call. A loaded p may be an integer, or one value for all
+    channels; anything else that does not fit is an error.
 
     Args:
         p: Exponent > 0.
         learn_p: Make `p` a parameter instead of a buffer.
-        num_channels: One exponent per channel, `p` of shape (C,); otherwise `p` is 0-dim.
+        num_channels: One exponent per channel, `p` of shape (C,); otherwise its shape is (1,).
         eps: Floor of the values.
         input_fmt: 'NCHW', 'NHWC' or 'NLC'.
         flatten: Return (N, C); otherwise the pooled dimensions stay as 1.
@@ -106,14 +135,15 @@ class GeM(nn.Module):
             raise ValueError(f'GeM needs eps > 0, got {eps}: a channel without activation would give NaN.')
         self.learn_p = learn_p
         self.per_channel = num_channels is not None
+        self.fixed = not (learn_p or self.per_channel)
         self.eps = eps
         self.input_fmt = input_fmt
         self.dim = spatial_dims(input_fmt, num_prefix_tokens)
         self.flatten = flatten
         self.num_prefix_tokens = num_prefix_tokens
-        # a fixed scalar p is used as this number: no read-back from the device, no rounding by half()
-        self._p = self._check_number(p)
-        value = torch.full((num_channels,) if self.per_channel else (), self._p, dtype=torch.float32)
+        self.init_p = self._check_number(p)  # what a p that was made without memory gets with it
+        # not 0-dim, which fully_shard refuses
+        value = torch.full((num_channels if self.per_channel else 1,), self.init_p, dtype=torch.float32)
         if learn_p:
             self.p = nn.Parameter(value)
         else:
@@ -139,10 +169,10 @@ class GeM(nn.Module):
         if value.numel() != 1 and value.shape != self.p.shape:
             raise ValueError(f'expected a p of shape {tuple(self.p.shape)} or one value, got {tuple(value.shape)}.')
         value = value.detach().to(torch.float32)
-        value = value.reshape(()).expand(self.p.shape).clone() if value.numel() == 1 else value
-        if not value.is_meta:
-            low, high = torch.aminmax(value)
-            self._check_range(low.item(), high.item(), f'{low.item():g}' if low == high else str(value.tolist()))
+        value = value if value.shape == self.p.shape else value.reshape(()).expand(self.p.shape).clone()
+        if _has_value(value):
+            low, high = (end.item() for end in torch.aminmax(value))
+            self._check_range(low, high, f'{low:g}' if value.numel() == 1 else str(value.tolist()))
         return value
 
     @torch.no_grad()
@@ -155,9 +185,16 @@ class GeM(nn.Module):
         if isinstance(value, torch.Tensor):
             value = self._check_tensor(value)
         else:
-            value = torch.full(self.p.shape, self._check_number(value), device='cpu')
+            number = self._check_number(value)
+            value = torch.full(self.p.shape, number, device='cpu')
+            if self.p.is_meta:
+                self.init_p = number
         self.p.copy_(value)
-        self._p = value.flatten()[0].item()
+
+    def value(self) -> float | list[float]:
+        """p as a number, or a list with one for each channel; as it was made where its tensor holds no value."""
+        values = self.p.detach().float().tolist() if _has_value(self.p) else [self.init_p] * len(self.p)
+        return values if self.per_channel else values[0]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         key = prefix + 'p'
@@ -169,8 +206,6 @@ class GeM(nn.Module):
             except ValueError as e:
                 errors.append(f'{key}: {e}')
                 return
-            if not value.is_meta:
-                self._p = value.flatten()[0].item()
         super()._load_from_state_dict(
             state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors)
 
@@ -179,25 +214,20 @@ class GeM(nn.Module):
         super()._apply(fn, recurse)
         if not self.learn_p:
             # a fixed p follows the device, not the dtype; a p made on the meta device gets its value here
-            if self.per_channel and not before.is_meta:
-                self.p = before.to(self.p.device)
+            if before.is_meta and not self.p.is_meta:
+                self.p = torch.full_like(self.p, self.init_p, dtype=torch.float32)
             else:
-                self.p = torch.full(before.shape, self._p, dtype=torch.float32, device=self.p.device)
+                self.p = before.to(self.p.device)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.input_fmt == 'NLC':
             x = drop_prefix_tokens(x, self.num_prefix_tokens)
-        if self.learn_p or self.per_channel:
-            p = self.p
-            if self.per_channel and self.input_fmt == 'NCHW':
-                p = p[:, None, None]
-            return gem(x, p, self.eps, self.dim, not self.flatten)
-        return gem(x, self._p, self.eps, self.dim, not self.flatten)
+        p = self.p
+        if self.per_channel and self.input_fmt == 'NCHW':
+            p = p[:, None, None]
+        return gem(x, p, self.eps, self.dim, not self.flatten, fixed=self.fixed)
 
     def extra_repr(self) -> str:
-        if self.per_channel:
-            p = f'({len(self.p)} channels)'
-        else:
-            p = f'{self.p.item() if self.learn_p and not self.p.is_meta else self._p:g}'
+        p = f'({len(self.p)} channels)' if self.per_channel else f'{self.value():g}'
         return f'p={p}, learn_p={self.learn_p}, eps={self.eps:g}, input_fmt={self.input_fmt}, flatten={self.flatten}'

@@ -8,6 +8,7 @@ classifier's bias through the projection.
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .normalize import l2_normalize
 
@@ -24,7 +25,7 @@ class Whitening(nn.Module):
         out_features: Components kept, at most C + 1, strongest first.
 
     Shape:
-        (N, C) to (N, out_features), dtype kept. The arithmetic is float32 at least.
+        (N, C) to (N, out_features), dtype kept. The arithmetic is float32 at least, also under autocast.
     """
 
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None):
@@ -40,9 +41,19 @@ class Whitening(nn.Module):
         self.register_buffer('proj', torch.eye(in_features + 1, out_features, **dd))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        z = l2_normalize(F.pad(x.to(dtype), (0, 1), value=1.))
-        return ((z - self.mean.to(dtype)) @ self.proj.to(dtype)).to(x.dtype)
+        return _project(x, self.mean, self.proj)
 
     def extra_repr(self) -> str:
         return f'{self.in_features} + 1, {self.out_features}'
+
+
+def _project(x: torch.Tensor, mean: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:
+    if has_torch_function_unary(x):  # one node in an fx graph
+        return handle_torch_function(_project, (x,), x, mean, proj)
+    if not torch.jit.is_scripting():  # noqa: SIM102 - alone, or TorchScript would compile what follows
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False):
+                return _project(x, mean, proj)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    z = l2_normalize(F.pad(x.to(dtype), (0, 1), value=1.))
+    return ((z - mean.to(dtype)) @ proj.to(dtype)).to(x.dtype)

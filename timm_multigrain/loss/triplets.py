@@ -113,8 +113,8 @@ class TripletSampler(nn.Module):
     def _candidates(self, embedding: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which pairs are positives (B, B), log weights of the negatives (B, B), and which rows became uniform (B,)."""
         _check_batch(embedding, target)
-        # An error of a distance is multiplied by an exponent in the thousands; MPS has no float64.
-        embedding = embedding.to(torch.float32 if embedding.device.type == 'mps' else torch.float64)
+        # An error of a distance is multiplied by an exponent in the thousands; not every device has float64.
+        embedding = embedding.to(torch.float64 if embedding.device.type in ('cpu', 'cuda', 'meta') else torch.float32)
         usable = torch.linalg.vector_norm(embedding, dim=1).isfinite()
         same = target[:, None] == target
         positives, negatives = same & usable, ~same & usable

@@ -71,12 +71,10 @@ class MultiGrainHead(nn.Module):
         if global_pool in _FIXED:
             self.gem_args.update(p=_FIXED[global_pool], learn_p=False, per_channel=False)
         elif global_pool != 'gem':
-            with torch.device('cpu'):  # the exponent is read below, which the meta device could not
-                pool = create_pool(
-                    global_pool, input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens, persistent=True)
+            pool = create_pool(global_pool, input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens, persistent=True)
             if not isinstance(pool, GeM):
                 return pool.to(device=device)
-            self.gem_args.update(p=float(pool.p.detach()), learn_p=pool.learn_p, per_channel=False)
+            self.gem_args.update(p=pool.init_p, learn_p=pool.learn_p, per_channel=False)
         self.global_pool = 'gem'  # 'gem4', 'avg' and the like are GeM with that exponent
         args = self.gem_args
         return GeM(
@@ -86,8 +84,8 @@ class MultiGrainHead(nn.Module):
     def reset_pool(self, global_pool: str, device=None, dtype=None) -> None:
         """Change the pooling. 'gem' keeps a GeM that is there, and brings one that was taken off back with its p."""
         if global_pool != self.global_pool:
-            if isinstance(self.pool, GeM) and self.pool.p.ndim == 0 and not self.pool.p.is_meta:
-                self.gem_args.update(p=float(self.pool.p.detach()))
+            if isinstance(self.pool, GeM) and not self.pool.per_channel:
+                self.gem_args.update(p=self.pool.value())
             self.pool = self._create_pool(global_pool, device=device, dtype=dtype).train(self.training)
 
     def reset_fc(self, num_classes: int, device=None, dtype=None) -> None:

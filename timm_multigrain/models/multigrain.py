@@ -111,7 +111,10 @@ class MultiGrain(nn.Module):
         if not isinstance(self.head.pool, GeM):
             return None
         p = self.head.pool.p
-        return self.head.gem_args['p'] if p.is_meta else p.detach().float().tolist()
+        if hasattr(p, 'full_tensor'):  # sharded by fully_shard
+            p = p.detach().full_tensor().tolist()
+            return p if self.head.pool.per_channel else p[0]
+        return self.head.pool.value()
 
     @property
     def whitened(self) -> bool:

@@ -300,7 +300,7 @@ def _pooling_of(model: nn.Module) -> dict[str, Any] | None:
     """MultiGrain's arguments for the pooling of a timm model, None if it is another one."""
     gem = next((module for module in model.modules() if isinstance(module, GeM)), None)
     if gem is not None:
-        return {'gem_p': float(gem.p.detach()), 'learn_p': gem.learn_p}
+        return {'gem_p': gem.value(), 'learn_p': gem.learn_p}
     for holder in (getattr(model, 'head', None), model):
         pool = getattr(holder, 'global_pool', None)
         name = getattr(pool, 'pool_type', pool)

@@ -5,9 +5,12 @@ for the jointly trained ResNet-50 (lambda weighs cross-entropy against the margi
 fb_p<p>_<size>_in1k where only p was fine-tuned at a test size.
 """
 import sys
+from collections.abc import Sequence
 
 import timm
-from timm.models import PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
+import torch
+import torch.nn as nn
+from timm.models import FeatureInfo, PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 
 from .checkpoint import checkpoint_filter_fn
 from .config import check_saved_args, official_cfg, paper_cfg, trunk_cfg
@@ -63,10 +66,34 @@ default_cfgs = generate_default_cfgs({
 def _create_multigrain(variant: str, pretrained: bool = False, **kwargs) -> MultiGrain:
     check_saved_args(kwargs.get('pretrained_model_args'))  # of a config.json
     kwargs['feature_cfg'] = dict(feature_cls='getter', out_indices=None)
+    if 'feature_cls' in kwargs:
+        kwargs['feature_cls'] = _feature_cls(kwargs['feature_cls'])
     if pretrained:
         from .pretrained import build_pretrained  # importing the package stays quick without it
         return build_pretrained(MultiGrain, variant, **kwargs)
     return build_model_with_cfg(MultiGrain, variant, False, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+
+
+class _FeatureDict(nn.Module):
+    """The trunk's intermediate maps (NCHW) by their numbers as strings, as timm's FeatureDictNet names them."""
+
+    def __init__(self, model: MultiGrain, out_indices: Sequence[int] | int | None = None, output_fmt: str = 'NCHW'):
+        super().__init__()
+        self.out_indices = model.prune_intermediate_layers(out_indices)
+        self.feature_info = FeatureInfo(model.feature_info, self.out_indices)
+        self.model = model
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        maps = self.model.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
+        return {str(i): feature for i, feature in zip(self.out_indices, maps, strict=True)}
+
+
+def _feature_cls(name: str | type) -> str | type:
+    """What timm is to wrap a model in for ``features_only``: 'getter' or 'list', or 'dict'."""
+    known = {'getter': 'getter', 'list': 'getter', 'dict': _FeatureDict}
+    if isinstance(name, str) and name not in known:
+        raise ValueError(f"feature_cls={name!r} is not for a MultiGrain: give 'list' or 'dict'.")
+    return known.get(name, name)
 
 
 @register_model

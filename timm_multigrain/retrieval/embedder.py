@@ -5,7 +5,6 @@ numbers of rows, and a batch is no faster there. So an image has the same descri
 it is embedded.
 """
 import contextlib
-import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple
@@ -16,6 +15,7 @@ import torch
 from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import printable
 from timm_multigrain.layers import GeM, l2_normalize
+from timm_multigrain.layers import gem as power_mean
 from timm_multigrain.models.folding import fold_batch_norm
 
 __all__ = ['Decoded', 'Embedded', 'Embedder']
@@ -184,9 +184,6 @@ class Embedder:
         stacked, pool = torch.stack(vectors), self.model.head.pool
         if not (gem and self.descriptor and isinstance(pool, GeM) and not self.model.whitened):
             mean = stacked.mean(0)
-        elif pool.p.ndim == 0 and not pool.learn_p and pool._p in (1, math.inf):
-            mean = stacked.mean(0) if pool._p == 1 else stacked.amax(0)
-        else:
-            peak = stacked.amax(0)  # GeM's values are at least its eps: above 0
-            mean = (stacked / peak).pow(pool.p).mean(0).pow(1 / pool.p) * peak
+        else:  # GeM's values are above 0
+            mean = power_mean(stacked, pool.p, torch.finfo(stacked.dtype).tiny, dim=[0], fixed=pool.fixed)
         return l2_normalize(mean) if self.descriptor else mean

@@ -47,7 +47,7 @@ class StreamingPCA:
             if not torch.isfinite(rows).all():
                 bad = start + int((~torch.isfinite(rows).all(1)).nonzero()[0])
                 raise ValueError(f'Vector {bad} of the batch holds NaN or infinity.')
-            self._rows[self._waiting:self._waiting + len(rows)].copy_(rows)
+            self._rows[self._waiting:self._waiting + len(rows)].copy_(rows.cpu())
             self._waiting += len(rows)
             start += len(rows)
             if self._waiting == ROWS:

@@ -69,7 +69,7 @@ class WhiteningFit:
 
 def with_constant(embeddings: torch.Tensor) -> torch.Tensor:
     """(n, C) pooled embeddings e to (n, C + 1) float64 z = [e; 1] / |[e; 1]|, as the network computes them."""
-    return l2_normalize(F.pad(embeddings.to('cpu', torch.float64), (0, 1), value=1.))
+    return l2_normalize(F.pad(embeddings.cpu().double(), (0, 1), value=1.))
 
 
 def fit_whitening(
@@ -174,15 +174,16 @@ def fold_whitening(model: MultiGrain, fit: WhiteningFit) -> None:
     head, old = model.head, model.head.fc
     training = model.training
     model.set_whitening(fit.components)
-    head.whitening.mean.copy_(fit.mean)
-    head.whitening.proj.copy_(fit.proj)
+    stored = head.whitening.mean.dtype  # made on the CPU: not every device has float64
+    head.whitening.mean.copy_(fit.mean.to(stored))
+    head.whitening.proj.copy_(fit.proj.to(stored))
     if model.num_classes:
         bias = torch.zeros(model.num_classes) if old.bias is None else old.bias
-        classifier = torch.cat([old.weight, bias[:, None].to(old.weight)], dim=1).to('cpu', torch.float64)
+        classifier = torch.cat([old.weight, bias[:, None].to(old.weight)], dim=1).cpu().double()
         # what is inverted is what was stored, so that the rounding cancels
-        mean, proj = head.whitening.mean.to('cpu', torch.float64), head.whitening.proj.to('cpu', torch.float64)
-        head.fc.weight.copy_(_times_inverse(classifier, proj))
-        head.fc.bias.copy_(classifier @ mean)
+        mean, proj = (t.cpu().double() for t in (head.whitening.mean, head.whitening.proj))
+        head.fc.weight.copy_(_times_inverse(classifier, proj).to(head.fc.weight.dtype))
+        head.fc.bias.copy_((classifier @ mean).to(head.fc.bias.dtype))
         head.fc.requires_grad_(old.weight.requires_grad)
     model.train(training)
 
