@@ -211,3 +211,8 @@ def test_input_of_the_card_is_that_of_the_saved_model(tmp_path):
     publish(tiny_model(), 'me/model', license='mit', data_config={'input_size': (3, 96, 96)}, dry_run=tmp_path / 'dry')
     assert '3 x 96 x 96' in (tmp_path / 'dry' / 'README.md').read_text()
     assert timm.create_model(f'local-dir:{tmp_path / "dry"}').pretrained_cfg['input_size'] == (3, 96, 96)
+
+
+def test_a_license_is_no_yaml():
+    card = _card(tiny_model(), license='mit\ntags: [x]\x1b')
+    assert card.data.license == 'mit\ntags: [x]\x1b' and 'x' not in card.data.tags

@@ -113,7 +113,8 @@ def test_shown_and_stored():
 
 
 @pytest.mark.parametrize('kwargs, message', [
-    ({'size': 0}, 'size is 0'), ({'size': 2.5}, r'size is 2\.5'), ({'kind': 'square'}, "protocol is 'square'"),
+    ({'size': 0}, 'size is 0'), ({'size': 10**23}, 'from 1 to 65535 pixels'),
+    ({'size': 2.5}, r'size is 2\.5'), ({'kind': 'square'}, "protocol is 'square'"),
     ({'crop_pct': 0}, 'crop_pct is 0'), ({'interpolation': 'best'}, "interpolation is 'best'"),
     ({'crop_mode': 'left'}, "crop_mode is 'left'"), ({'scales': ()}, 'scales are'),
     ({'scales': (1, 0)}, 'scales are'), ({'scales': (float('nan'),)}, 'scales are')])

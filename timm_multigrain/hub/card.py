@@ -73,7 +73,7 @@ def make_card(
         'model': '\n\n'.join(filter(None, [_INTRO, description, _facts(model, shown)])),
         'usage': f'```python\n{usage_snippet(model, repo_id)}```',
         'results': _results(metrics), 'citation': f'```bibtex\n{CITATION}\n```'}
-    card = ModelCard(f'---\nlicense: {license}\n---\n\n# {name}\n' if base is None else str(base))
+    card = ModelCard(f'---\nlicense: null\n---\n\n# {name}\n' if base is None else str(base))
     card.text = _refresh(card.text, blocks)
     data = card.data
     if data.get('license') != license:

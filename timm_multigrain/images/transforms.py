@@ -17,6 +17,8 @@ from .pixels import decode
 
 __all__ = ['Resize', 'check_size', 'create_eval_transform', 'filter_of', 'resize_shape']
 
+MAX_SIZE = 65_535  # pixels, the longest side of a JPEG
+
 
 def create_eval_transform(
         size: int = 224,
@@ -111,6 +113,6 @@ def check_size(size: int) -> int:
         pixels = operator.index(size)
     except TypeError:
         pixels = 0
-    if pixels < 1:
-        raise ValueError(f'size is {size!r}: give an integer of at least 1 pixel, such as 224')
+    if not 0 < pixels <= MAX_SIZE:
+        raise ValueError(f'size is {size!r}: give an integer from 1 to {MAX_SIZE} pixels, such as 224')
     return pixels
