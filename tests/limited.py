@@ -19,6 +19,6 @@ def run_limited(code, *args):
     """Lines that the code prints; `limit(megabytes)`, after its imports, is what it may take from then on."""
     result = subprocess.run(
         [sys.executable, '-c', _PRELUDE + textwrap.dedent(code), *map(str, args)], text=True, capture_output=True,
-        timeout=60, env={**os.environ, 'OMP_NUM_THREADS': '1'})
+        timeout=300, env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()

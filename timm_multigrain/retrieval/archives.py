@@ -25,7 +25,8 @@ MANIFEST = 'downloads.json'
 ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.zip')
 MAX_RATIO = 100  # unpacked over packed: photographs hardly shrink at all
 MAX_FILES = 200_000
-MAX_HEADER = 16 << 20  # bytes, of the directory of a zip, of a file in a tar
+MAX_DIRECTORY = 16 << 20  # bytes of a zip
+MAX_HEADER = 1 << 20  # bytes of what a tar says of a file
 _OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
 
 
@@ -119,8 +120,8 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
 class _Reader:
     """A file that gives a limited number of bytes, of which headers get a few: both formats read those into memory."""
 
-    def __init__(self, file: BinaryIO, size: int):
-        self.file, self.size, self.left, self.header = file, size, MAX_RATIO * max(size, 1 << 16), MAX_HEADER
+    def __init__(self, file: BinaryIO, size: int, header: int):
+        self.file, self.size, self.left, self.header = file, size, MAX_RATIO * max(size, 1 << 16), header
 
     def read(self, size: int = -1) -> bytes:
         size = size if size >= 0 else self.size - self.file.tell()  # a zip is read to its end
@@ -139,7 +140,7 @@ def _untar(archive: Path, folder: str) -> None:
     with open(archive, 'rb') as file:
         zipped = file.read(2) == b'\x1f\x8b'
     with (gzip.open if zipped else open)(archive, 'rb') as file:
-        reader = _Reader(file, archive.stat().st_size)
+        reader = _Reader(file, archive.stat().st_size, MAX_HEADER)
         with tarfile.open(fileobj=reader, mode='r|') as tar:
             for number, info in enumerate(tar):
                 _check(number, info.name, info.isdir() or (info.isreg() and not info.issparse()))
@@ -150,7 +151,7 @@ def _untar(archive: Path, folder: str) -> None:
 
 def _unzip(archive: Path, folder: str) -> None:
     with open(archive, 'rb') as file:
-        reader = _Reader(file, archive.stat().st_size)
+        reader = _Reader(file, archive.stat().st_size, MAX_DIRECTORY)
         with zipfile.ZipFile(reader) as zipped:
             for number, info in enumerate(zipped.infolist()):
                 plain = info.external_attr >> 28 in (0, 0o4, 0o10)  # of a Unix file mode: not said, folder, file
