@@ -295,7 +295,7 @@ def test_unknown_recipe(capsys):
     assert main(['recipe', 'resnet50_papr']) == 2
     out, err = capsys.readouterr()
     assert not out and len(err.splitlines()) == 1
-    assert "there is no recipe 'resnet50_papr': did you mean resnet50_paper" in err
+    assert "recipe 'resnet50_papr' not found: did you mean resnet50_paper" in err
     assert main(['recipe', 'zzz']) == 2
     err = capsys.readouterr().err
     assert all(name in err for name in NAMES)

@@ -42,10 +42,10 @@ def read_recipe(name: str) -> bytes:
     """The YAML file of a recipe as it is.
 
     Raises:
-        ValueError: There is no recipe of that name.
+        ValueError: Recipe not found.
     """
     names = recipe_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=2, cutoff=0.4) or names
-        raise ValueError(f'there is no recipe {name!r}: did you mean {" or ".join(near)}?')
+        raise ValueError(f'recipe {name!r} not found: did you mean {" or ".join(near)}?')
     return (_FOLDER / f'{name}.yaml').read_bytes()

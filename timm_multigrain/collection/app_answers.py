@@ -60,7 +60,7 @@ class Answers:
         """A picture to search for.
 
         Raises:
-            UnreadableImage: It is no picture or too large; the message does not tell its path.
+            UnreadableImage: It is not a picture, or too large; the message does not tell its path.
         """
         try:
             return read_image(path, exif=self.index.protocol().exif, max_pixels=self.max_pixels)
@@ -78,7 +78,7 @@ class Answers:
             class_name: Only images of this class.
 
         Raises:
-            ValueError: The crop is outside of the picture, or there is no such class.
+            ValueError: The crop is outside of the picture, or the class was not found.
         """
         image = cut(image, crop, 'the picture') if crop else image
         with self._lock:

@@ -59,7 +59,7 @@ def rows_of_class(index, class_name: str) -> np.ndarray:
     """Rows of the images whose most probable class has this name, or this number where classes have no names.
 
     Raises:
-        ValueError: There is no such class.
+        ValueError: Class not found.
     """
     names = index.label_names or [str(i) for i in range(index.store.config['model']['num_classes'])]
     numbers = [i for i, name in enumerate(names) if name == class_name]
