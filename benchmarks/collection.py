@@ -21,12 +21,12 @@ import numpy as np
 import timing
 import torch
 
-from timm_multigrain.collection import Index, build_index
-from timm_multigrain.collection.faiss_index import KINDS, update_structure
-from timm_multigrain.collection.records import RECORD
-from timm_multigrain.collection.store import Store, StoreWriter
 from timm_multigrain.files import write_text
-from timm_multigrain.retrieval.metrics import mean_average_precision
+from timm_multigrain.index import Index, build_index
+from timm_multigrain.index.faiss_index import KINDS, update_structure
+from timm_multigrain.index.records import RECORD
+from timm_multigrain.index.store import Store, StoreWriter
+from timm_multigrain.measure.metrics import mean_average_precision
 
 QUERIES, CHUNK, WARM = 200, 50_000, 20
 

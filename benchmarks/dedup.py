@@ -16,11 +16,11 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_multigrain.collection import Index
-from timm_multigrain.collection.dedup import find_copies
-from timm_multigrain.collection.edits import EDITS
 from timm_multigrain.files import write_text
 from timm_multigrain.images.sources import read_image
+from timm_multigrain.index import Index
+from timm_multigrain.index.dedup import find_copies
+from timm_multigrain.index.edits import EDITS
 
 FOLDERS = ('classes', 'photos', 'instances')
 

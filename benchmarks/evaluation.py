@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import timing
 
-from timm_multigrain.retrieval.metrics import RevisitedQuery, revisited_scores, ukb_score
+from timm_multigrain.measure.metrics import RevisitedQuery, revisited_scores, ukb_score
 
 KAPPAS = (1, 5, 10)
 PROTOCOLS = {'easy': (('easy',), ('hard', 'junk')), 'medium': (('easy', 'hard'), ('junk',)),

@@ -16,12 +16,12 @@ import timing
 import torch
 from tqdm import tqdm
 
-from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.embed.embedder import Embedder
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.embed.stream import Batches, decode, in_order
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.images.transforms import create_eval_transform
 from timm_multigrain.models.open import open_model
-from timm_multigrain.retrieval.embedder import Embedder
-from timm_multigrain.retrieval.extract import Batches, decode, in_order
 
 
 def main() -> None:

@@ -37,10 +37,10 @@ import torch.distributed as dist
 from timm.data import ImageDataset, create_loader
 
 import timm_multigrain
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.embed.stream import embed_images
 from timm_multigrain.files import write_text
-from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import find_images
-from timm_multigrain.retrieval.extract import embed_images
 
 ROOT = Path(__file__).resolve().parents[1]
 DRY = 'dry run'

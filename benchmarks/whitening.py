@@ -17,7 +17,7 @@ import numpy as np
 import timing
 import torch
 
-from timm_multigrain.retrieval.pca import StreamingPCA
+from timm_multigrain.whiten.pca import StreamingPCA
 
 BATCH = 1024
 

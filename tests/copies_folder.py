@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_multigrain.collection import Index
 from timm_multigrain.demo.pictures import CLASSES, draw_picture
-from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.index import Index
 
 from .tiny import tiny_model
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_multigrain.collection.records import RECORD, record_row
-from timm_multigrain.collection.store import Store, StoreWriter
+from timm_multigrain.index.records import RECORD, record_row
+from timm_multigrain.index.store import Store, StoreWriter
 
 CLASSES = ['boat', 'car', 'tree']
 

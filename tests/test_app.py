@@ -20,15 +20,15 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from timm_multigrain.app.app_answers import Answers
+from timm_multigrain.app.app_guard import Guard, keep_newest
 from timm_multigrain.cli.main import main
-from timm_multigrain.collection.app_answers import Answers
-from timm_multigrain.collection.app_guard import Guard, keep_newest
 from timm_multigrain.images.sources import UnreadableImage
 
 from .copies_folder import make_index, make_pictures
 
 gradio = pytest.importorskip('gradio')
-from timm_multigrain.collection.app import _box, launch_app  # noqa: E402
+from timm_multigrain.app.app import _box, launch_app  # noqa: E402
 
 MAX_UPLOAD = 400_000
 MAX_TEMPORARY = 1_500_000
@@ -247,7 +247,7 @@ def test_broken_pictures_are_refused_in_a_sentence(url, index, tmp_path, content
 
 
 def test_it_listens_on_this_computer_only(index, monkeypatch):
-    monkeypatch.setattr('timm_multigrain.collection.app.build_app', lambda *a, **k: recorder)
+    monkeypatch.setattr('timm_multigrain.app.app.build_app', lambda *a, **k: recorder)
     asked = {}
 
     class Recorder:
@@ -420,6 +420,6 @@ def test_wrong_options(index, capsys, monkeypatch, options, says):
     ([], False), (['--host', 'localhost'], False), (['--host', '0.0.0.0'], True), (['--host', '192.0.2.7'], True),
     (['--host', '0.0.0.0', '--auth', 'me:x'], False)])
 def test_a_warning_where_everybody_is_let_in(index, capsys, monkeypatch, options, warned):
-    monkeypatch.setattr('timm_multigrain.collection.app.launch_app', lambda *a, **k: None)
+    monkeypatch.setattr('timm_multigrain.app.app.launch_app', lambda *a, **k: None)
     assert main(['app', str(index.path), *options]) == 0
     assert ('everybody who can reach' in capsys.readouterr().err) == warned

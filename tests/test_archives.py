@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_multigrain.retrieval.archives import RemoteFile, fetch_files, unpack
+from timm_multigrain.measure.archives import RemoteFile, fetch_files, unpack
 
 from .limited import run_limited
 
@@ -122,7 +122,7 @@ def test_bombs(tmp_path, monkeypatch, make):
     archive = write(tmp_path / 'archive', make({'a': bytes(20 << 20)}))
     with pytest.raises(ValueError, match='it is larger'):
         unpack(archive, tmp_path / 'out')
-    monkeypatch.setattr('timm_multigrain.retrieval.archives.MAX_FILES', 2)
+    monkeypatch.setattr('timm_multigrain.measure.archives.MAX_FILES', 2)
     with pytest.raises(ValueError, match='more than 2 files'):
         unpack(write(tmp_path / 'many', make(FILES)), tmp_path / 'out')
     assert not list((tmp_path / 'out').iterdir())
@@ -156,7 +156,7 @@ def test_headers_of_a_gigabyte_cost_nothing(tmp_path):
     (tmp_path / 'directory.zip').write_bytes(directory(600_000))
     outcomes = run_limited('''
         from pathlib import Path
-        from timm_multigrain.retrieval.archives import unpack
+        from timm_multigrain.measure.archives import unpack
         limit(200)
         for path in sorted(Path(sys.argv[1]).iterdir()):
             try:

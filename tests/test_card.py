@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from timm_multigrain.hub import Metric, publish, read_metrics
 from timm_multigrain.hub.card import CITATION, load_card, make_card, usage_snippet
-from timm_multigrain.hub.metrics import parse_metrics
+from timm_multigrain.measure.figures import parse_metrics
 
 from .tiny import figure, tiny_model
 

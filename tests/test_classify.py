@@ -9,8 +9,8 @@ import torch
 from timm.data import ImageDataset
 
 from timm_multigrain.cli.main import main
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.hub.metrics import read_metrics
 from timm_multigrain.images.labels import (
     class_names,
     find_classes,
@@ -20,10 +20,10 @@ from timm_multigrain.images.labels import (
     read_class_names,
     write_class_names,
 )
-from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.measure.classify import classify, ranks_of_truth
+from timm_multigrain.measure.figures import read_metrics
 from timm_multigrain.models.open import open_model
-from timm_multigrain.retrieval.classify import classify, ranks_of_truth
 
 from .tiny import tiny_model
 

@@ -15,11 +15,11 @@ import torch
 from PIL import Image
 
 from timm_multigrain.cli.main import main
-from timm_multigrain.collection import Index, IndexInUse, OtherModel, build, build_index
-from timm_multigrain.collection.lock import index_lock
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageFiles, UnreadableImage, read_image
+from timm_multigrain.index import Index, IndexInUse, OtherModel, build, build_index
+from timm_multigrain.index.lock import index_lock
 
 from .tiny import tiny_model
 

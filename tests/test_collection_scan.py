@@ -9,10 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from timm_multigrain.collection.plan import make_plan, sha256_of
-from timm_multigrain.collection.records import RECORD, record_row
-from timm_multigrain.collection.scan import is_image_name, scan_folders
-from timm_multigrain.collection.store import Store, StoreWriter
+from timm_multigrain.index.plan import make_plan, sha256_of
+from timm_multigrain.index.records import RECORD, record_row
+from timm_multigrain.index.scan import is_image_name, scan_folders
+from timm_multigrain.index.store import Store, StoreWriter
 
 from .small_index import unit_vectors, write_index
 

@@ -10,15 +10,15 @@ from contextlib import contextmanager
 import numpy as np
 import pytest
 
-from timm_multigrain.collection import DamagedIndex, Index, IndexInUse
-from timm_multigrain.collection import blocks as blocks_module
-from timm_multigrain.collection.blocks import BLOCK, CheckedFile, Extent, GrowingFile, extent_of
-from timm_multigrain.collection.errors import NotWritten
-from timm_multigrain.collection.faiss_index import update_structure
-from timm_multigrain.collection.lock import index_lock
-from timm_multigrain.collection.manifest import Manifest, NewerFormat
-from timm_multigrain.collection.store import DATA_FILES, Store, StoreWriter
-from timm_multigrain.collection.tidy import compact, delete_leftovers
+from timm_multigrain.index import DamagedIndex, Index, IndexInUse
+from timm_multigrain.index import blocks as blocks_module
+from timm_multigrain.index.blocks import BLOCK, CheckedFile, Extent, GrowingFile, extent_of
+from timm_multigrain.index.errors import NotWritten
+from timm_multigrain.index.faiss_index import update_structure
+from timm_multigrain.index.lock import index_lock
+from timm_multigrain.index.manifest import Manifest, NewerFormat
+from timm_multigrain.index.store import DATA_FILES, Store, StoreWriter
+from timm_multigrain.index.tidy import compact, delete_leftovers
 
 from .small_index import add_images, unit_vectors, write_index
 
@@ -168,7 +168,7 @@ def test_block_is_checked_when_touched(tmp_path):
 
 
 def test_newer_format_and_no_index(tmp_path, monkeypatch):
-    monkeypatch.setattr('timm_multigrain.collection.manifest.FORMAT', 2)
+    monkeypatch.setattr('timm_multigrain.index.manifest.FORMAT', 2)
     Manifest(1, 'x', {}).write(tmp_path)
     monkeypatch.undo()
     with pytest.raises(NewerFormat, match=r'format 2.*update the package'):

@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 
 from timm_multigrain.cli.main import main
-from timm_multigrain.collection import Index, OtherModel, build_index
-from timm_multigrain.collection.blocks import extent_of
-from timm_multigrain.collection.dedup import find_copies
-from timm_multigrain.collection.errors import DamagedIndex
-from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.index import Index, OtherModel, build_index
+from timm_multigrain.index.blocks import extent_of
+from timm_multigrain.index.dedup import find_copies
+from timm_multigrain.index.errors import DamagedIndex
 
 from .tiny import tiny_model
 
@@ -246,7 +246,7 @@ def fuzz(copy, seeds):
 
 def test_odd_values_are_refused_in_a_sentence(copy, capfd, monkeypatch):
     model = tiny_model()  # opening it is no part of this, and takes most of the time
-    monkeypatch.setattr('timm_multigrain.collection.index.open_described', lambda *args: model)
+    monkeypatch.setattr('timm_multigrain.index.index.open_described', lambda *args: model)
     assert fuzz(copy, range(20)) > 20
     err = capfd.readouterr().err
     assert 'Traceback' not in err and not [c for c in err if c != '\n' and not c.isprintable()]

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from timm_multigrain.cli.main import main
-from timm_multigrain.convert import Conversion, convert_checkpoint
+from timm_multigrain.hub.convert import Conversion, convert_checkpoint
 from timm_multigrain.models.weights import recognize_model
 
 from . import original

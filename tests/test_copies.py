@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
-from timm_multigrain.demo.copies import COPY_TRANSFORMS, make_copies
 from timm_multigrain.demo.pictures import draw_picture
+from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
 
 NAMES = ['crop', 'jpeg', 'rotate', 'blur', 'colour', 'mirror', 'text', 'strong']
 

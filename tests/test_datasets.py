@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_multigrain.retrieval import datasets
-from timm_multigrain.retrieval.archives import RemoteFile
-from timm_multigrain.retrieval.datasets import copydays as copydays_set
-from timm_multigrain.retrieval.datasets import disc21, download_benchmark, load_benchmark, ukbench
-from timm_multigrain.retrieval.datasets.disc21 import read_pairs
-from timm_multigrain.retrieval.datasets.holidays import read_turns
-from timm_multigrain.retrieval.datasets.revisited import read_ground_truth
+from timm_multigrain.measure import benchmarks as datasets
+from timm_multigrain.measure.archives import RemoteFile
+from timm_multigrain.measure.benchmarks import copydays as copydays_set
+from timm_multigrain.measure.benchmarks import disc21, download_benchmark, load_benchmark, ukbench
+from timm_multigrain.measure.benchmarks.disc21 import read_pairs
+from timm_multigrain.measure.benchmarks.holidays import read_turns
+from timm_multigrain.measure.benchmarks.revisited import read_ground_truth
 
 from .test_archives import zipped
 

@@ -13,12 +13,12 @@ import pytest
 from PIL import Image
 
 from timm_multigrain.cli.main import main
-from timm_multigrain.collection import Index
-from timm_multigrain.collection.dedup import find_copies
-from timm_multigrain.collection.dedup_page import write_copies
-from timm_multigrain.collection.dedup_recall import measure_recall
-from timm_multigrain.collection.edits import EDITS
 from timm_multigrain.images.sources import holds_several
+from timm_multigrain.index import Index
+from timm_multigrain.index.dedup import find_copies
+from timm_multigrain.index.dedup_recall import measure_recall
+from timm_multigrain.index.edits import EDITS
+from timm_multigrain.report.dedup_page import write_copies
 
 from .copies_folder import make_index, make_pictures
 from .small_index import unit_vectors, write_files, write_index

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from timm_multigrain.cli.main import main
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.embed.systems import System, Systems, choose_systems
 from timm_multigrain.hub import read_metrics, save_pretrained
-from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.layers import create_pool, gem, l2_normalize
-from timm_multigrain.retrieval.benchmark_result import BenchmarkResult, Comparison
-from timm_multigrain.retrieval.datasets import Figure, load_benchmark
-from timm_multigrain.retrieval.evaluate import AfterRanking, compare, evaluate
-from timm_multigrain.retrieval.systems import System, Systems, choose_systems
+from timm_multigrain.measure.benchmark_result import BenchmarkResult, Comparison
+from timm_multigrain.measure.benchmarks import Figure, load_benchmark
+from timm_multigrain.measure.evaluate import AfterRanking, compare, evaluate
 
 from .test_datasets import small_truth, trapezoid
 from .tiny import tiny_model
@@ -108,7 +108,7 @@ def test_whitening_beside_without(model, pictures, noise_folder):
     assert [(r.system, r.whitening) for r in results] == [
         ('tiny, GeM p=3', None), ('tiny, CroW', None), ('tiny, GeM p=3, whitened 8', 8), ('tiny, CroW, whitened 8', 8)]
     from timm_multigrain.images.sources import find_images
-    from timm_multigrain.retrieval.whiten import fit_whitening
+    from timm_multigrain.whiten.whiten import fit_whitening
     images = replace_database(benchmark, find_images(noise_folder))
     for result, pool in zip(results[2:], [
             lambda x: gem(x, 3), lambda x: l2_normalize(create_pool('crow')(x))], strict=True):
@@ -124,7 +124,7 @@ def test_whitening_beside_without(model, pictures, noise_folder):
 def test_whitened_sums_do_not_depend_on_their_number(model, pictures, noise_folder):
     """SPoC is GeM with p = 1 times the number of positions, so that both are the same L2-normalised and whitened."""
     from timm_multigrain.images.sources import find_images
-    from timm_multigrain.retrieval.evaluate import add_whitened
+    from timm_multigrain.measure.evaluate import add_whitened
     systems = Systems(model, choose_systems(model, ['spoc']))
     with tempfile.TemporaryDirectory() as folder:
         add_whitened(systems, find_images(noise_folder), PROTOCOL, None, Path(folder))
@@ -240,7 +240,7 @@ def test_after_the_first_ranking(model, pictures):
 
 def disc(root, pictures, monkeypatch):
     """A set of copies: twelve references, of which four have a copy, two other queries, training images."""
-    from timm_multigrain.retrieval.datasets import disc21
+    from timm_multigrain.measure.benchmarks import disc21
     monkeypatch.setattr(disc21, 'NUM_REFERENCES', 12)
     rng = np.random.default_rng(3)
     for i, path in enumerate(sorted(pictures.rglob('*.png'))):
@@ -424,5 +424,5 @@ def test_real_photographs(shared_data, tmp_path, capsys):
 
 def test_the_commands_benchmarks():
     from timm_multigrain.cli.evaluate import _BENCHMARKS
-    from timm_multigrain.retrieval.datasets import BENCHMARKS
+    from timm_multigrain.measure.benchmarks import BENCHMARKS
     assert tuple(BENCHMARKS) == _BENCHMARKS

@@ -11,13 +11,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from timm_multigrain.images.protocol import MS_SCALES, Protocol
+from timm_multigrain.embed import extract as module
+from timm_multigrain.embed.extract import extract
+from timm_multigrain.embed.protocol import MS_SCALES, Protocol
+from timm_multigrain.embed.stream import embed_images
 from timm_multigrain.images.sources import ImageFiles, UnreadableImage, open_images
 from timm_multigrain.images.transforms import create_eval_transform
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model
-from timm_multigrain.retrieval import extract as module
-from timm_multigrain.retrieval.extract import embed_images, extract
 
 from .tiny import tiny_model
 
@@ -305,9 +306,9 @@ def test_workers_end_with_a_killed_process(tmp_path):
         Image.new('RGB', (300, 300)).save(tmp_path / f'{i}.png')
     script = (
         'import multiprocessing, sys, time\n'
-        'from timm_multigrain.retrieval.extract import decode\n'
+        'from timm_multigrain.embed.stream import decode\n'
         'from timm_multigrain.images.sources import find_images\n'
-        'from timm_multigrain.images.protocol import Protocol\n'
+        'from timm_multigrain.embed.protocol import Protocol\n'
         'images = decode(find_images(sys.argv[1]), Protocol(size=512), range(200), workers=2)\n'
         'next(images)\n'
         'print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n'

@@ -11,24 +11,24 @@ import torch
 import yaml
 from PIL import Image
 
-from timm_multigrain.collection.milvus import _CONFIG, _record
+from timm_multigrain.embed.descriptors import Descriptors, iter_shards
+from timm_multigrain.embed.protocol import Protocol, check_fitted
+from timm_multigrain.embed.shards import Shard, read_manifest, write_manifest, write_shard
 from timm_multigrain.files import check_json, parse_json, read_json
 from timm_multigrain.hub import read_metrics
 from timm_multigrain.hub.card import load_card, make_card
-from timm_multigrain.hub.metrics import parse_metrics
 from timm_multigrain.hub.publish import _figures
 from timm_multigrain.images.labels import match_classes
-from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import ImageFiles, open_images
-from timm_multigrain.models.fitted import check_fitted, whitened_for
-from timm_multigrain.retrieval.archives import _read_manifest
-from timm_multigrain.retrieval.datasets.disc21 import load_disc21
-from timm_multigrain.retrieval.datasets.folder import load_folder
-from timm_multigrain.retrieval.datasets.holidays import read_turns
-from timm_multigrain.retrieval.datasets.revisited import load_revisited
-from timm_multigrain.retrieval.descriptors import Descriptors, iter_shards
-from timm_multigrain.retrieval.shards import Shard, read_manifest, write_manifest, write_shard
-from timm_multigrain.retrieval.tune_p import tune_p
+from timm_multigrain.index.milvus import _CONFIG, _record
+from timm_multigrain.measure.archives import _read_manifest
+from timm_multigrain.measure.benchmarks.disc21 import load_disc21
+from timm_multigrain.measure.benchmarks.folder import load_folder
+from timm_multigrain.measure.benchmarks.holidays import read_turns
+from timm_multigrain.measure.benchmarks.revisited import load_revisited
+from timm_multigrain.measure.figures import parse_metrics
+from timm_multigrain.measure.tune_p import tune_p
+from timm_multigrain.models.fitted import whitened_for
 from timm_multigrain.train.options import TrainOptions
 
 from .tiny import tiny_model

@@ -16,13 +16,13 @@ from timm.data import ImageDataset
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from timm_multigrain.data import create_loader
-from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.embed.extract import extract
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.layers import gem, l2_normalize
 from timm_multigrain.loss import MarginLoss, Triplets, create_sampler
-from timm_multigrain.retrieval.extract import extract
-from timm_multigrain.retrieval.whiten import fit_whitening, fold_whitening
 from timm_multigrain.task import MultiGrainTask, all_gather_with_grad
+from timm_multigrain.whiten.whiten import fit_whitening, fold_whitening
 
 from .tiny import tiny_model
 

@@ -11,8 +11,8 @@ import torch
 
 import timm_multigrain
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.hub.save import model_folder
 from timm_multigrain.models.open import open_model
+from timm_multigrain.models.save import model_folder
 
 from .tiny import tiny_model
 
@@ -84,7 +84,7 @@ def test_bad_input_and_failed_writes_leave_nothing(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match='is not a saved model'):
         save_pretrained(model, tmp_path / 'mine')
     monkeypatch.setattr(
-        'timm_multigrain.hub.save.save_for_hf', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
+        'timm_multigrain.models.save.save_for_hf', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
     with pytest.raises(OSError, match='disk full'):
         save_pretrained(model, tmp_path / 'model')
     assert [p.name for p in tmp_path.iterdir()] == ['mine'] and (tmp_path / 'mine' / 'photo.jpg').exists()
@@ -134,7 +134,7 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path, umask):
 
 def test_leftovers_of_a_killed_run_go_and_those_of_a_running_one_stay(tmp_path):
     code = ('import os, pathlib, signal, sys\n'
-            'from timm_multigrain.hub.save import model_folder\n'
+            'from timm_multigrain.models.save import model_folder\n'
             'with model_folder(sys.argv[1]) as folder:\n'
             '    (folder / "model.safetensors").write_bytes(bytes(1000))\n'
             '    os.kill(os.getpid(), signal.SIGKILL)\n')

@@ -28,7 +28,6 @@ from PIL import Image
 from timm.data import get_img_extensions, set_img_extensions
 from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 
-from timm_multigrain import launcher
 from timm_multigrain.cli.main import main
 from timm_multigrain.data import RepeatedAugSampler
 from timm_multigrain.data.tensor_transform import TensorTransform
@@ -36,6 +35,7 @@ from timm_multigrain.images.labels import read_class_names
 from timm_multigrain.layers import GeM
 from timm_multigrain.loss import create_sampler
 from timm_multigrain.task import MultiGrainTask, multigrain
+from timm_multigrain.train import launcher
 from timm_multigrain.train.options import TrainOptions
 from timm_multigrain.train.plugin import TrainPlugin
 

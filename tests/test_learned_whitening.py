@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from timm_multigrain.retrieval.learned_whitening import fit_learned_whitening, matching_pairs
-from timm_multigrain.retrieval.whiten import fold_whitening, with_constant
+from timm_multigrain.whiten.learned_whitening import fit_learned_whitening, matching_pairs
+from timm_multigrain.whiten.whiten import fold_whitening, with_constant
 
 from .tiny import tiny_model
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_multigrain.retrieval.metrics import (
+from timm_multigrain.measure.metrics import (
     RevisitedQuery,
     average_precision,
     mean_average_precision,

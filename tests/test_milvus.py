@@ -10,17 +10,17 @@ import numpy as np
 import pytest
 
 from timm_multigrain.cli.main import main
-from timm_multigrain.collection import Index, OtherModel
-from timm_multigrain.collection.export import export_index
-from timm_multigrain.collection.milvus_client import MilvusAddress, path_from_text, path_to_text
-from timm_multigrain.collection.store import Store, StoreWriter
+from timm_multigrain.index import Index, OtherModel
+from timm_multigrain.index.export import export_index
+from timm_multigrain.index.milvus_client import MilvusAddress, path_from_text, path_to_text
+from timm_multigrain.index.store import Store, StoreWriter
 
 from .copies_folder import make_index, make_pictures
 from .small_index import CLASSES, add_images, unit_vectors, write_index
 
 pytest.importorskip('pymilvus')
 pytest.importorskip('milvus_lite')
-from timm_multigrain.collection.milvus import MilvusIndex, export_milvus
+from timm_multigrain.index.milvus import MilvusIndex, export_milvus
 
 NAMES = ['a\nb.jpg', 'é/日本.jpg', 'not \udcff utf-8.jpg', 'bytes:%20.jpg', '"quotes\'.jpg']
 

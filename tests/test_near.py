@@ -3,14 +3,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_multigrain.collection import near
-from timm_multigrain.collection.edits import EDITS
-from timm_multigrain.collection.looks import ALIKE, Looks, likeness, small_grey
-from timm_multigrain.collection.near import NearPairs, near_pairs
-from timm_multigrain.collection.stars import star_groups
-from timm_multigrain.collection.thresholds import DEFAULT, find_thresholds
-from timm_multigrain.collection.whitened import fit_collection
 from timm_multigrain.demo.pictures import draw_picture
+from timm_multigrain.index import near
+from timm_multigrain.index.edits import EDITS
+from timm_multigrain.index.looks import ALIKE, Looks, likeness, small_grey
+from timm_multigrain.index.near import NearPairs, near_pairs
+from timm_multigrain.index.stars import star_groups
+from timm_multigrain.index.thresholds import DEFAULT, find_thresholds
+from timm_multigrain.index.whitened import fit_collection
 
 
 def clustered(count=400, dim=24, seed=0):
@@ -124,7 +124,7 @@ def test_whitening_is_that_of_numpy():
 def test_whitened_rows_may_be_mapped(monkeypatch):
     vectors = clustered(1000, dim=70)
     expected = fit_collection(vectors).all(vectors)
-    monkeypatch.setattr('timm_multigrain.collection.whitened.IN_MEMORY', 10)
+    monkeypatch.setattr('timm_multigrain.index.whitened.IN_MEMORY', 10)
     mapped = fit_collection(vectors).all(vectors)
     assert isinstance(mapped, np.memmap) and np.array_equal(mapped, expected)
 

@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_multigrain.retrieval.search import nearest, similarity_chunks
+from timm_multigrain.search.exact import nearest, similarity_chunks
 
 
 @pytest.fixture

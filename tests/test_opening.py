@@ -12,14 +12,14 @@ import torch
 from PIL import Image
 
 from timm_multigrain.cli.main import main
-from timm_multigrain.collection.model import label_names_of
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import open_classes, write_class_names
-from timm_multigrain.images.protocol import Protocol
+from timm_multigrain.index.model import label_names_of
+from timm_multigrain.measure.classify import classify
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model, weights_sha256
 from timm_multigrain.models.weights import UnreadableWeightsError
-from timm_multigrain.retrieval.classify import classify
 from timm_multigrain.train.options import TrainOptions
 from timm_multigrain.train.resume import resume_problem
 

@@ -5,11 +5,11 @@ import os
 import numpy as np
 import pytest
 
-from timm_multigrain.collection import Index
-from timm_multigrain.collection import parquet as parquet_module
-from timm_multigrain.collection.export import export_index
-from timm_multigrain.collection.milvus_client import path_from_text
-from timm_multigrain.collection.parquet import METADATA, export_parquet
+from timm_multigrain.index import Index
+from timm_multigrain.index import parquet as parquet_module
+from timm_multigrain.index.export import export_index
+from timm_multigrain.index.milvus_client import path_from_text
+from timm_multigrain.index.parquet import METADATA, export_parquet
 
 from .small_index import unit_vectors, write_index
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from timm_multigrain.retrieval import pca as module
-from timm_multigrain.retrieval.pca import StreamingPCA, oas_shrinkage
+from timm_multigrain.whiten import pca as module
+from timm_multigrain.whiten.pca import StreamingPCA, oas_shrinkage
 
 
 def batches(x: torch.Tensor, *sizes: int) -> list[torch.Tensor]:
@@ -119,7 +119,7 @@ def test_oas_as_the_paper_states_it():
 
 MEMORY = '''
 import sys, torch
-from timm_multigrain.retrieval.pca import StreamingPCA
+from timm_multigrain.whiten.pca import StreamingPCA
 torch.set_num_threads(1)
 x = torch.randn(512, 256)
 fit = StreamingPCA(256).update(x)

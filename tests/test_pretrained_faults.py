@@ -11,8 +11,8 @@ import timm
 import torch
 from safetensors.torch import save
 
-from timm_multigrain.download import download
 from timm_multigrain.hub import save_pretrained
+from timm_multigrain.models.download import download
 from timm_multigrain.models.weights import UnreadableWeightsError, Weights, read_file
 
 from . import original

@@ -5,7 +5,7 @@ import timm
 import torch
 from PIL import Image
 
-from timm_multigrain.images.protocol import MS_SCALES, Protocol
+from timm_multigrain.embed.protocol import MS_SCALES, Protocol
 from timm_multigrain.images.transforms import create_eval_transform
 
 from .tiny import tiny_model

@@ -74,7 +74,7 @@ def test_checks_come_before_the_repository(hub, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError('not the same outputs')
     with monkeypatch.context() as patch:
-        patch.setattr('timm_multigrain.hub.save._check_saved', fails)
+        patch.setattr('timm_multigrain.models.save._check_saved', fails)
         with pytest.raises(RuntimeError, match='not the same outputs'):
             publish(tiny_model(), 'me/model', license='mit')
     for model, error in (

@@ -7,9 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_multigrain.retrieval import ranks as module
-from timm_multigrain.retrieval.ranks import best_pairs, outranking, ranks
-from timm_multigrain.retrieval.search import similarity_chunks
+from timm_multigrain.measure import ranks as module
+from timm_multigrain.measure.ranks import best_pairs, outranking, ranks
+from timm_multigrain.search.exact import similarity_chunks
 
 
 def slow(scores, lists):

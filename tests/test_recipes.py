@@ -26,10 +26,10 @@ from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from torch import nn
 from torchvision import transforms as T
 
-from timm_multigrain import launcher
 from timm_multigrain.cli.main import main
 from timm_multigrain.data.lighting import Lighting, insert_lighting
 from timm_multigrain.task import MultiGrainTask
+from timm_multigrain.train import launcher
 from timm_multigrain.train.optimizer import split_off
 from timm_multigrain.train.options import PREFIX, TrainOptions, add_options, conflict
 

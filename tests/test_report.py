@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_multigrain.retrieval import report
-from timm_multigrain.retrieval.report import GalleryRow, Neighbor, Table, write_report
+from timm_multigrain.report import report
+from timm_multigrain.report.report import GalleryRow, Neighbor, Table, write_report
 
 VOID = {'meta', 'br', 'img'}
 NASTY = [

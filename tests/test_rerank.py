@@ -5,13 +5,13 @@ import pytest
 import torch
 from torch.nn.functional import normalize
 
-from timm_multigrain.retrieval.rerank import (
+from timm_multigrain.search.exact import similarity_chunks
+from timm_multigrain.search.rerank import (
     alpha_query_expansion,
     database_augmentation,
     normalize_scores,
     score_offsets,
 )
-from timm_multigrain.retrieval.search import similarity_chunks
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from timm_multigrain.cli.main import main
+from timm_multigrain.embed.descriptors import Descriptors, iter_shards
+from timm_multigrain.embed.extract import extract
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.embed.shards import DamagedShard, shard_path
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import UnreadableImage, find_images
-from timm_multigrain.retrieval.descriptors import Descriptors, iter_shards
-from timm_multigrain.retrieval.extract import extract
-from timm_multigrain.retrieval.shards import DamagedShard, shard_path
 
 from .tiny import tiny_model
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from timm_multigrain.launcher import launch, load_script, prepare
+from timm_multigrain.train.launcher import launch, load_script, prepare
 from timm_multigrain.train.options import TrainOptions, add_options, conflict
 
 STANDIN = Path(__file__).with_name('standin_train.py')
@@ -150,7 +150,7 @@ def _fails(capsys, script, *flags):
 def clean(monkeypatch):
     monkeypatch.setattr(sys, 'argv', ['pytest'])
     monkeypatch.setattr(sys, 'path', list(sys.path))
-    monkeypatch.setattr('timm_multigrain.launcher.running', False)
+    monkeypatch.setattr('timm_multigrain.train.launcher.running', False)
 
 
 def test_scripts_that_are_refused(capsys, clean, tmp_path):

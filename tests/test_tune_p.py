@@ -12,18 +12,18 @@ import torch
 from PIL import Image
 
 from timm_multigrain.cli.main import main
+from timm_multigrain.embed.extract import extract
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import open_classes
-from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.layers import GeM
+from timm_multigrain.measure.benchmarks.folder import load_folder
+from timm_multigrain.measure.classify import classify
+from timm_multigrain.measure.p_groups import scan_p_groups
+from timm_multigrain.measure.p_result import PResult
+from timm_multigrain.measure.tune_p import _Scan, scan_p, tune_p
 from timm_multigrain.models.fitted import fitted
 from timm_multigrain.models.open import open_model
-from timm_multigrain.retrieval.classify import classify
-from timm_multigrain.retrieval.datasets.folder import load_folder
-from timm_multigrain.retrieval.extract import extract
-from timm_multigrain.retrieval.p_groups import scan_p_groups
-from timm_multigrain.retrieval.p_result import PResult
-from timm_multigrain.retrieval.tune_p import _Scan, scan_p, tune_p
 
 from .tiny import tiny_model
 
@@ -177,7 +177,7 @@ def test_damaged_images_are_left_out(model, pictures, tmp_path):
 
 
 def test_going_on_gives_the_same(model, source, tmp_path, monkeypatch):
-    from timm_multigrain.retrieval import tune_p as module
+    from timm_multigrain.measure import tune_p as module
     monkeypatch.setattr(module, 'SAVED_EVERY', 1)
     whole = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0)
     state, calls = tmp_path / 'state.json', []

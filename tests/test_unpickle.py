@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_multigrain.retrieval.unpickle import load_plain_pickle
+from timm_multigrain.measure.unpickle import load_plain_pickle
 
 from .limited import run_limited
 
@@ -175,7 +175,7 @@ def test_large_claims_cost_nothing(tmp_path):
     for number, content in enumerate(LARGE.values()):
         (tmp_path / f'{number}.pkl').write_bytes(content)
     outcomes = run_limited('''
-        from timm_multigrain.retrieval.unpickle import load_plain_pickle
+        from timm_multigrain.measure.unpickle import load_plain_pickle
         limit(200)
         for number in range(int(sys.argv[2])):
             try:

@@ -13,18 +13,18 @@ from timm_multigrain.cli import embed, evaluate, index, tune_p, validate
 from timm_multigrain.cli import whiten as whiten_command
 from timm_multigrain.cli.arguments import protocol_from_args
 from timm_multigrain.cli.main import main
+from timm_multigrain.embed.extract import extract
+from timm_multigrain.embed.protocol import Protocol, check_fitted
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import find_classes
-from timm_multigrain.images.protocol import Protocol
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.images.subset import Subset
-from timm_multigrain.models.fitted import check_fitted, fitted, note_fitted
+from timm_multigrain.measure.benchmarks.folder import Groups
+from timm_multigrain.measure.benchmarks.revisited import Revisited
+from timm_multigrain.models.fitted import fitted, note_fitted
 from timm_multigrain.models.open import open_model
-from timm_multigrain.retrieval.datasets.folder import Groups
-from timm_multigrain.retrieval.datasets.revisited import Revisited
-from timm_multigrain.retrieval.extract import extract
-from timm_multigrain.retrieval.whiten import fit_whitening
-from timm_multigrain.retrieval.whitened_model import whiten_model
+from timm_multigrain.whiten.whiten import fit_whitening
+from timm_multigrain.whiten.whitened_model import whiten_model
 
 from .tiny import image_for, tiny_model
 

@@ -19,7 +19,7 @@ _LAZY = {
     'data': ('InstanceDataset', 'Lighting', 'RepeatedAugSampler', 'create_loader'),
     'task': ('MultiGrainTask',),
     'models.open': ('open_model',),
-    'hub': ('save_pretrained',),
+    'models.save': ('save_pretrained',),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -1,4 +1,4 @@
-"""`python -m timm_multigrain`: the command, or one of timm's scripts, see `timm_multigrain.launcher`."""
+"""`python -m timm_multigrain`: the command, or one of timm's scripts, see `timm_multigrain.train.launcher`."""
 import sys
 
 from .cli.main import main

@@ -7,7 +7,8 @@ train.py imports the modules named so at its start. Importing this one rebinds i
 import sys
 from types import ModuleType
 
-from . import launcher
+from timm_multigrain.train import launcher
+
 from .train.options import PREFIX, TrainOptions
 from .train.plugin import TrainPlugin
 from .train.script import check, register_named, stop

@@ -31,8 +31,8 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f'--max-upload {args.max_upload:g}: give megabytes above 0, up to 1000.')
     if args.port is not None and not 0 < args.port < 65536:
         raise ValueError(f'--port {args.port}: give a number from 1 to 65535.')
-    from timm_multigrain.collection import Index
-    from timm_multigrain.collection.app import launch_app
+    from timm_multigrain.app.app import launch_app
+    from timm_multigrain.index import Index
 
     if auth is None and not (args.host in ('localhost', '::1') or args.host.startswith('127.')):
         print(f'warning: everybody who can reach {args.host} sees these pictures: ask for a password with --auth.',

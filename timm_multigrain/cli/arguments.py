@@ -58,8 +58,7 @@ def protocol_from_args(args: argparse.Namespace, model, **published):
     kind at the model's own size; see `Protocol.for_model`. It warns on stderr where the model's whitening was fitted
     for another one.
     """
-    from timm_multigrain.images.protocol import MS_SCALES, Protocol
-    from timm_multigrain.models.fitted import check_fitted
+    from timm_multigrain.embed.protocol import MS_SCALES, Protocol, check_fitted
 
     scales = args.scales
     if scales is not None:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.convert import convert_checkpoint
+    from timm_multigrain.hub.convert import convert_checkpoint
 
     print(convert_checkpoint(args.source, args.out_dir, args.model))
     return 0

@@ -36,21 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.collection import Index
-    from timm_multigrain.collection.dedup import FALSE_POSITIVES, find_copies
     from timm_multigrain.images.sources import printable
+    from timm_multigrain.index import Index
+    from timm_multigrain.index.dedup import FALSE_POSITIVES, find_copies
 
     index = Index.open(args.index)
     share = FALSE_POSITIVES if args.false_positives is None else args.false_positives
     if args.measure is not None:
-        from timm_multigrain.collection.dedup_recall import measure_recall
+        from timm_multigrain.index.dedup_recall import measure_recall
         print(measure_recall(
             index, args.measure, threshold=args.threshold, false_positives=share, look=not args.no_look))
         return 0
     copies = find_copies(
         index, args.threshold, false_positives=share, look=not args.no_look, exact_only=args.exact)
     if args.html:
-        from timm_multigrain.collection.dedup_page import write_copies
+        from timm_multigrain.report.dedup_page import write_copies
         page = write_copies(args.html, copies, f'Copies in {args.index}', index.protocol().exif)
         print(f'Page: {page}', file=sys.stderr)
     if args.json:

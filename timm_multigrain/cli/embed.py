@@ -5,7 +5,7 @@
 
 IMAGES is a folder, a list file (.txt, a path a line; .json) or a data set of timm such as torch/cifar10:DIR. A run that
 was stopped goes on where it was when the same command is given again. Read the result with
-timm_multigrain.retrieval.descriptors.Descriptors.load.
+timm_multigrain.embed.descriptors.Descriptors.load.
 """
 import argparse
 import os
@@ -35,8 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from timm_multigrain.embed.extract import extract_shards
     from timm_multigrain.images.sources import open_images
-    from timm_multigrain.retrieval.sharded import extract_shards
 
     source = open_images(args.images, args.split)
     model = model_from_args(args)

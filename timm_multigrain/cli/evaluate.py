@@ -65,9 +65,9 @@ def _add_after(add) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from timm_multigrain.measure.benchmarks import download_benchmark, load_benchmark
+    from timm_multigrain.measure.evaluate import compare
     from timm_multigrain.models.open import open_model
-    from timm_multigrain.retrieval.datasets import download_benchmark, load_benchmark
-    from timm_multigrain.retrieval.evaluate import compare
 
     after = _after(args)
     if args.download:
@@ -109,7 +109,7 @@ def _protocols(args: argparse.Namespace, model, benchmark) -> list:
 
 
 def _after(args: argparse.Namespace):
-    from timm_multigrain.retrieval.rankings import AfterRanking
+    from timm_multigrain.measure.rankings import AfterRanking
 
     pairs = {}
     for name in ('qe', 'dba'):

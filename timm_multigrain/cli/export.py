@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.collection.export import export_index
+    from timm_multigrain.index.export import export_index
 
     print(export_index(
         args.index, args.to, mirror=args.mirror, index_type=args.index_type, batch_size=args.batch_size))

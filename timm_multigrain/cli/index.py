@@ -39,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.collection import build_index
     from timm_multigrain.images.sources import printable
+    from timm_multigrain.index import build_index
 
     options = {'pool': args.pool, 'p': args.p, 'pretrained': not args.no_pretrained, 'ema': not args.no_ema}
     defaults = {'pool': None, 'p': None, 'pretrained': True, 'ema': True}

@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if argv and argv[0].endswith('.py'):
         timm_multigrain._register()
-        from timm_multigrain.launcher import launch
+        from timm_multigrain.train.launcher import launch
         launch(argv[0], argv[1:])
         return 0
     parser = argparse.ArgumentParser(

@@ -23,8 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.collection.results import json_lines, table, write_search_page
-    from timm_multigrain.collection.search import open_collection
+    from timm_multigrain.index.search import open_collection
+    from timm_multigrain.report.results import json_lines, table, write_search_page
 
     index = open_collection(args.index)
     if args.model:

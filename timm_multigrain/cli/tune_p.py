@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.hub.save import check_model_folder
+    from timm_multigrain.models.save import check_model_folder
 
     if args.out_dir:
         check_model_folder(args.out_dir)
@@ -75,7 +75,7 @@ def _criterion(args: argparse.Namespace, model) -> str:
 
 def _tune(args: argparse.Namespace, model, protocol):
     from timm_multigrain.images.labels import first_of_each, open_classes
-    from timm_multigrain.retrieval.tune_p import GRID, check_p_model, tune_p
+    from timm_multigrain.measure.tune_p import GRID, check_p_model, tune_p
 
     check_p_model(model)
     source = first_of_each(open_classes(args.data, model, args.split, args.class_map), args.per_class)
@@ -90,9 +90,9 @@ def _tune(args: argparse.Namespace, model, protocol):
 
 
 def _scan_groups(args: argparse.Namespace, model, protocol):
-    from timm_multigrain.retrieval.datasets.folder import load_folder
-    from timm_multigrain.retrieval.p_groups import scan_p_groups
-    from timm_multigrain.retrieval.tune_p import GRID
+    from timm_multigrain.measure.benchmarks.folder import load_folder
+    from timm_multigrain.measure.p_groups import scan_p_groups
+    from timm_multigrain.measure.tune_p import GRID
 
     if args.choose == 'tuned':
         raise ValueError('--choose tuned: p is fine-tuned on classes, and mAP is scanned only.')
@@ -124,7 +124,7 @@ def _save(args: argparse.Namespace, model, protocol, result) -> None:
     import shutil
 
     from timm_multigrain.models.fitted import json_p, note_fitted
-    from timm_multigrain.retrieval.whitened_model import save_fitted
+    from timm_multigrain.whiten.whitened_model import save_fitted
 
     model.set_gem_p(result.p)
     note_fitted(model, 'p', {

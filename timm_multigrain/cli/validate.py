@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from timm_multigrain.files import write_text
     from timm_multigrain.images.labels import open_classes
-    from timm_multigrain.retrieval.classify import classify
+    from timm_multigrain.measure.classify import classify
 
     model = model_from_args(args)
     protocol = protocol_from_args(args, model)

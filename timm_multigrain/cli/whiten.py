@@ -44,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.hub.save import check_model_folder
-    from timm_multigrain.retrieval.sharded import extract_shards
-    from timm_multigrain.retrieval.whitened_model import save_fitted, whiten_model
+    from timm_multigrain.embed.extract import extract_shards
+    from timm_multigrain.models.save import check_model_folder
+    from timm_multigrain.whiten.whitened_model import save_fitted, whiten_model
 
     shrinkage = _shrinkage(args.shrinkage)
     check_model_folder(args.out_dir)
@@ -81,7 +81,7 @@ def _images(args: argparse.Namespace):
     if not args.learned:
         source, groups = open_images(args.images, args.split), None
     else:
-        from timm_multigrain.retrieval.datasets.folder import load_folder
+        from timm_multigrain.measure.benchmarks.folder import load_folder
         truth = load_folder(args.images)
         source, groups = truth.database, truth.groups.tolist()
     if args.limit is not None:

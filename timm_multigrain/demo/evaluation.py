@@ -5,12 +5,12 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
 from timm_multigrain.images.sources import read_image
 from timm_multigrain.images.transforms import create_eval_transform
+from timm_multigrain.measure.metrics import mean_average_precision
 from timm_multigrain.models import MultiGrain
-from timm_multigrain.retrieval.metrics import mean_average_precision
 
-from .copies import COPY_TRANSFORMS, make_copies
 from .folder import PictureFolder
 
 __all__ = ['CopySet', 'DemoScores', 'evaluate', 'make_copy_set']

@@ -11,11 +11,11 @@ from PIL import Image
 
 from timm_multigrain.files import write_text
 from timm_multigrain.hub import save_pretrained
+from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
 from timm_multigrain.images.sources import read_image
-from timm_multigrain.retrieval.report import GalleryRow, Neighbor, Table, write_report
+from timm_multigrain.report.report import GalleryRow, Neighbor, Table, write_report
 
 from .collection import make_collection
-from .copies import COPY_TRANSFORMS, make_copies
 from .evaluation import CopySet, DemoScores, evaluate, make_copy_set
 from .folder import PictureFolder, open_folder
 from .training import TrainedModel, TrainSettings, train_model

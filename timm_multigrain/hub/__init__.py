@@ -1,6 +1,7 @@
 """Models in the layout of the Hugging Face Hub: saved, and published with a card."""
-from .metrics import Metric, read_metrics
+from timm_multigrain.measure.figures import Metric, read_metrics
+from timm_multigrain.models.save import save_pretrained
+
 from .publish import Publication, publish
-from .save import save_pretrained
 
 __all__ = ['Metric', 'Publication', 'publish', 'read_metrics', 'save_pretrained']

@@ -13,8 +13,7 @@ from torch import nn
 
 from timm_multigrain.files import check_json
 from timm_multigrain.images.sources import printable
-
-from .metrics import Metric
+from timm_multigrain.measure.figures import Metric
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from timm_multigrain.files import file_sha256, write_text
+from timm_multigrain.measure.figures import Metric, parse_metrics
+from timm_multigrain.models.hub_errors import hub_errors
+from timm_multigrain.models.save import CARD, CONFIG, WEIGHTS, model_folder, write_model
 
 from .card import is_generated, load_card, make_card
-from .errors import hub_errors
-from .metrics import Metric, parse_metrics
-from .save import CARD, CONFIG, WEIGHTS, model_folder, write_model
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo

@@ -6,16 +6,13 @@ saving, loading and publishing.
 import json
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from timm_multigrain.files import check_json, parse_json, printable
+from timm_multigrain.files import check_json, parse_json
 
-if TYPE_CHECKING:
-    from timm_multigrain.images.protocol import Protocol
-
-__all__ = ['check_fitted', 'fitted', 'note_fitted', 'whitened_for', 'with_note']
+__all__ = ['fitted', 'json_p', 'note_fitted', 'whitened_for', 'with_note']
 
 KINDS = ('whitening', 'p')
 _FORM = {'p': (float, str, [float], None), 'protocol': {'size': int, 'kind': str}}
@@ -59,24 +56,10 @@ def whitened_for(model: torch.nn.Module) -> dict[str, Any]:
     return {name: protocol[name] for name in ('size', 'kind') if name in protocol} if isinstance(protocol, dict) else {}
 
 
-def check_fitted(model: torch.nn.Module, protocol: 'Protocol') -> str | None:
-    """A sentence to warn with, if the model's whitening was fitted for another size, protocol or p; None if not."""
-    settings = fitted(model, 'whitening')
-    if settings is None or not getattr(model, 'whitened', False):
-        return None
-    here = protocol.to_dict()
-    differing = [f'{name} {printable(str(was))} there, {here[name]} here' for name, was in whitened_for(model).items()
-                 if was != here[name]]
-    p = model.gem_p
-    if isinstance(p, float) and settings.get('p') not in (None, json_p(p)):
-        differing.append(f'p {printable(str(settings["p"]))} there, {p} here')
-    if not differing:
-        return None
-    return f'The whitening was fitted for other settings ({"; ".join(differing)}): whiten the model again for these.'
-
-
 def json_p(p: float | list[float] | None) -> float | str | list[float] | None:
     """An exponent as strict JSON can hold it."""
+    if isinstance(p, list):
+        return [json_p(value) for value in p]
     return 'inf' if p == math.inf else p
 
 

@@ -110,7 +110,7 @@ def _open(name: str, pretrained: bool, ema: bool, architecture: str | None, pool
         return _from_folder(path, pool) if path.is_dir() else _from_file(path, name, ema, architecture, pool)
     official = _official_name(name)
     if name.startswith(('http://', 'https://')) and official is None:
-        from timm_multigrain.download import download
+        from .download import download
         with tempfile.TemporaryDirectory(prefix='multigrain-') as folder:
             path = download(name, Path(folder) / (Path(urlparse(name).path).name or 'weights.pth'))
             return _from_file(path, name, ema, architecture, pool)

@@ -97,9 +97,9 @@ def use_cached(url: str, use: Callable[[Path], _T], cache_dir: str | None = None
     A file that was there and cannot be read is deleted and fetched once more.
 
     Raises:
-        FileNotFoundError, RuntimeError: As `timm_multigrain.download.download`, and whatever ``use`` raises.
+        FileNotFoundError, RuntimeError: As `timm_multigrain.models.download.download`, and whatever ``use`` raises.
     """
-    from timm_multigrain.download import download
+    from .download import download
 
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
     path = folder / (Path(urlparse(url).path).name or 'weights.pth')
@@ -199,12 +199,12 @@ def _hub_weights(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None, force_
     """File of a Hub repository. Only the user, not the repository, can choose another format than safetensors.
 
     Raises:
-        FileNotFoundError, RuntimeError, ValueError: As `timm_multigrain.hub.errors.hub_errors`.
+        FileNotFoundError, RuntimeError, ValueError: As `timm_multigrain.models.hub_errors.hub_errors`.
     """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.utils import EntryNotFoundError
 
-    from timm_multigrain.hub.errors import hub_errors
+    from .hub_errors import hub_errors
 
     repo_id, _, revision = cfg.hf_hub_id.partition('@')
     filename = cfg.hf_hub_filename or _SAFE

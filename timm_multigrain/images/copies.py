@@ -1,0 +1,106 @@
+"""Edited copies of a picture, the kinds that copy detection is measured on (as INRIA Copydays: crop, JPEG, strong)."""
+import io
+import math
+from collections.abc import Callable, Iterable
+
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
+
+from .pixels import decode
+
+__all__ = ['COPY_TRANSFORMS', 'make_copies']
+
+
+def crop(image: Image.Image, area: float = 0.5) -> Image.Image:
+    """A share of the area, half by default, a little off the centre."""
+    return _crop(image, math.sqrt(area) * image.width, math.sqrt(area) * image.height, 0.4, 0.6)
+
+
+def jpeg(image: Image.Image, quality: int = 8) -> Image.Image:
+    """Compression, heavy by default: JPEG quality 8."""
+    buffer = io.BytesIO()
+    image.save(buffer, 'JPEG', quality=quality)
+    return Image.open(buffer).convert('RGB')
+
+
+def rotate(image: Image.Image, degrees: float = 15) -> Image.Image:
+    """Less than a quarter turn, 15 degrees by default, cropped to the largest upright rectangle inside."""
+    angle = math.radians(degrees)
+    sin, cos = math.sin(angle), math.cos(angle)
+    long, short = max(image.size), min(image.size)
+    if short <= 2 * sin * cos * long:  # two corners of the rectangle touch the long sides
+        across = 0.5 * short
+        width, height = (across / sin, across / cos) if image.width >= image.height else (across / cos, across / sin)
+    else:
+        width = (image.width * cos - image.height * sin) / math.cos(2 * angle)
+        height = (image.height * cos - image.width * sin) / math.cos(2 * angle)
+    turned = image.rotate(degrees, Image.BICUBIC, expand=True)
+    return _crop(turned, width - 1, height - 1)
+
+
+def blur(image: Image.Image, share: float = 0.02) -> Image.Image:
+    """Gaussian blur; its deviation is a share of the side, 2 % by default."""
+    return image.filter(ImageFilter.GaussianBlur(share * math.sqrt(image.width * image.height)))
+
+
+def colour(image: Image.Image) -> Image.Image:
+    """Darker, more contrast, paler colours."""
+    for enhance, factor in ((ImageEnhance.Brightness, 0.75), (ImageEnhance.Contrast, 1.4), (ImageEnhance.Color, 0.4)):
+        image = enhance(image).enhance(factor)
+    return image
+
+
+def text(image: Image.Image) -> Image.Image:
+    """A caption on a dark band over the lower quarter."""
+    image, words = image.copy(), 'SEEN THIS?'
+    width, height = image.size
+    draw = ImageDraw.Draw(image)
+    draw.rectangle((0, 0.75 * height, width, height), fill=(20, 20, 20))
+    font_size = min(0.2 * height, 1.4 * width / len(words))
+    if font_size >= 1:
+        draw.text((width / 2, 0.875 * height), words, 'white', ImageFont.load_default(font_size), anchor='mm')
+    return image
+
+
+def strong(image: Image.Image) -> Image.Image:
+    """Crop, rotation, colour change and heavy compression together."""
+    return jpeg(colour(rotate(crop(image))))
+
+
+def _crop(image: Image.Image, width: float, height: float, across: float = 0.5, down: float = 0.5) -> Image.Image:
+    """Crop at least one pixel, `across` and `down` being the share of the margin left of it and above it."""
+    width, height = max(1, int(width)), max(1, int(height))
+    left, top = int(across * (image.width - width)), int(down * (image.height - height))
+    return image.crop((left, top, left + width, top + height))
+
+
+COPY_TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    'crop': crop,
+    'jpeg': jpeg,
+    'rotate': rotate,
+    'blur': blur,
+    'colour': colour,
+    'mirror': ImageOps.mirror,
+    'text': text,
+    'strong': strong,
+}
+
+
+def make_copies(image: Image.Image, names: Iterable[str] | None = None) -> dict[str, Image.Image]:
+    """Edited copies of an image, always the same for the same image.
+
+    Args:
+        image: Picture of any mode and size; it is not changed.
+        names: Keys of `COPY_TRANSFORMS`, in the order wanted; all of them by default.
+
+    Returns:
+        Name to edited RGB copy.
+
+    Raises:
+        ValueError: If a name is unknown.
+    """
+    names = list(COPY_TRANSFORMS) if names is None else list(names)
+    unknown = [name for name in names if name not in COPY_TRANSFORMS]
+    if unknown:
+        raise ValueError(f'Unknown copy transformations {unknown}; choose from {list(COPY_TRANSFORMS)}.')
+    image = decode(image)
+    return {name: COPY_TRANSFORMS[name](image) for name in names}

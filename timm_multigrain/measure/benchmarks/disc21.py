@@ -1,0 +1,144 @@
+"""DISC21, of the Image Similarity Challenge 2021: edited copies among a million images; micro average precision.
+
+`The 2021 Image Similarity Dataset and Challenge`, Douze et al. 2021, arXiv 2106.09672. One ranking of all pairs of
+query and reference, cut after 500,000 of them as the challenge demands; most queries have no reference, and a good
+system gives those low scores. The training images serve to normalise scores.
+"""
+import csv
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
+from timm_multigrain.measure.metrics import micro_average_precision
+from timm_multigrain.measure.ranks import best_pairs
+
+from .benchmark import Benchmark, Figure, Scores
+from .files import locate, require_folder, some
+
+__all__ = ['Disc21', 'load_disc21', 'read_pairs']
+
+TITLE = 'DISC21'
+SOURCE = 'it is given out, against its terms of use, at https://ai.meta.com/datasets/disc21-dataset'
+NUM_REFERENCES = 1_000_000
+MAX_PAIRS = 500_000
+
+
+@dataclass(frozen=True, eq=False)
+class Disc21(Benchmark):
+    """The set; `pairs` has query and reference of each true match, as places in `queries` and `database`."""
+    pairs: list = None
+    training: ImageSource | None = None
+
+    task = 'copy-detection'
+    published = {'kind': 'thumbnail', 'exif': False}
+
+    def measure(self, scores: Scores) -> list[Figure]:
+        result = micro_average_precision(*best_pairs(scores, MAX_PAIRS), self.pairs)
+        return [Figure('uAP', 100 * result.uap), Figure('recall@P90', 100 * result.recall_at_p90)]
+
+
+def load_disc21(data: str | os.PathLike, ground_truth: str | os.PathLike | None = None,
+                queries: str | os.PathLike | None = None, subset: bool = False) -> Disc21:
+    """DISC21 in a folder with Q*.jpg, R*.jpg and T*.jpg (training) in it or below it, and the ground truth as CSV.
+
+    Args:
+        data: The folder.
+        ground_truth: The CSV file; None for the only one in the folder.
+        queries: Text file with the name of a query a line. None: those that the ground truth has a row for, which is
+            right only if it has rows without a reference for the queries that have none.
+        subset: Search only the queries and references that the ground truth names, as the organisers' "subset 1".
+
+    Raises:
+        FileNotFoundError: Ground truth or images are missing.
+        ValueError: The ground truth is not of this form, or does not say which queries there are.
+    """
+    data = require_folder(data, TITLE, SOURCE)
+    path = Path(ground_truth) if ground_truth else _only_csv(data)
+    named, pairs = read_pairs(path)
+    if queries is not None:
+        named = _read_names(Path(queries))
+        unknown = sorted({query for query, _ in pairs}.difference(named))
+        if unknown:
+            raise ValueError(f'{queries} lacks {len(unknown)} queries that {path} has a reference for: '
+                             f'{some(unknown)}.')
+    elif not subset and len(named) == len({query for query, _ in pairs}):
+        raise ValueError(f'{path} has no row for queries without a reference, so it does not say which queries there '
+                         'are: give a list of them, or ask for the subset of the queries and references it names.')
+    if subset:
+        references = sorted({reference for _, reference in pairs})
+        title = f'{TITLE} ({len(named)} queries, {len(references)} references)'
+    else:
+        references = [f'R{number:06}' for number in range(NUM_REFERENCES)]
+        title = f'{TITLE} ({len(named)} queries)'
+    places = {name: place for place, name in enumerate(references)}
+    rows = {name: row for row, name in enumerate(named)}
+    absent = sorted({reference for _, reference in pairs}.difference(places))
+    if absent:
+        raise ValueError(f'{path} names {len(absent)} references that {TITLE} does not have: {some(absent)}.')
+    located = locate(data, [*named, *references], TITLE, SOURCE)
+    return Disc21(
+        title=title, queries=ImageFiles(located[:len(named)], names=named),
+        database=ImageFiles(located[len(named):], names=references), training=_training(data),
+        pairs=[(rows[query], places[reference]) for query, reference in pairs])
+
+
+def read_pairs(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]]]:
+    """All queries of a ground truth, and its pairs of query and reference; a query may have no reference.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: A line is not a query and a reference or nothing, or comes twice; or no query has a reference.
+    """
+    path = Path(path)
+    try:
+        with open(path, encoding='utf-8', newline='') as file:
+            rows = [row for row in csv.reader(file) if row]
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: there is no such ground truth; {SOURCE}.') from None
+    except (csv.Error, UnicodeDecodeError) as e:
+        raise ValueError(f'{path} is no CSV file: {e}.') from e
+    if rows and rows[0][:2] == ['query_id', 'reference_id']:
+        del rows[0]
+    wrong = next((row for row in rows if len(row) != 2 or not row[0].strip()), None)
+    if wrong is not None:
+        raise ValueError(f'{path}: {",".join(wrong)!r} is no query and a reference or nothing.')
+    rows = [(query.strip(), reference.strip()) for query, reference in rows]
+    if len(set(rows)) < len(rows):
+        twice = [','.join(row) for row, count in Counter(rows).items() if count > 1]
+        raise ValueError(f'{path} has lines twice: {some(twice)}.')
+    pairs = [row for row in rows if row[1]]
+    if not pairs:
+        raise ValueError(f'{path} has no query with a reference.')
+    matched = {query for query, _ in pairs}
+    both = sorted(query for query, reference in rows if not reference and query in matched)
+    if both:
+        raise ValueError(f'{path} says of {len(both)} queries both that they have a reference and that they have none: '
+                         f'{some(both)}.')
+    return list(dict.fromkeys(query for query, _ in rows)), pairs
+
+
+def _read_names(path: Path) -> list[str]:
+    try:
+        names = [Path(line.strip()).stem for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: there is no such list of queries.') from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is no text: {e}.') from e
+    if len(set(names)) < len(names):
+        raise ValueError(f'{path} names a query twice.')
+    return names
+
+
+def _only_csv(data: Path) -> Path:
+    found = sorted(data.rglob('*ground*truth*.csv'))
+    if len(found) != 1:
+        there = f'several files of ground truth ({some([str(path.relative_to(data)) for path in found])}): name one.'
+        raise FileNotFoundError(f'{data} has ' + (there if found else f'no ground truth of {TITLE} (.csv); {SOURCE}.'))
+    return found[0]
+
+
+def _training(data: Path) -> ImageFiles | None:
+    names = [name for name in image_names(data) if (base := name.rpartition('/')[2])[0] == 'T' and base[1:7].isdigit()]
+    return ImageFiles([data / name for name in names], names=names) if names else None

@@ -1,0 +1,61 @@
+"""UKBench: 10,200 photographs of 2550 objects, four of each; how many of the four are among the first four.
+
+`Scalable recognition with a vocabulary tree`, Nistér and Stewénius 2006. Every photograph is a query and stays in its
+own ranking, so that the score (N-S, 4 at best) starts at 1 for any system.
+"""
+import os
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from timm_multigrain.images.sources import ImageFiles, image_names
+from timm_multigrain.measure.archives import RemoteFile
+from timm_multigrain.measure.metrics import ukb_score
+
+from .benchmark import Benchmark, Figure, Scores
+from .files import locate, require_folder, some
+
+__all__ = ['DOWNLOADS', 'UKBench', 'load_ukbench']
+
+TITLE = 'UKBench'
+SOURCE = 'it is ukbench.zip at https://archive.org/details/ukbench'
+DOWNLOADS = (RemoteFile('https://archive.org/download/ukbench/ukbench.zip'),)
+NUM_IMAGES = 10_200
+
+
+@dataclass(frozen=True, eq=False)
+class UKBench(Benchmark):
+    """The set; `groups` has the object of each image."""
+    groups: np.ndarray = None
+
+    def measure(self, scores: Scores) -> list[Figure]:
+        return [Figure('N-S', ukb_score(scores, self.groups).score)]
+
+
+def load_ukbench(data: str | os.PathLike, subset: bool = False) -> UKBench:
+    """UKBench in a folder, in full/ or anywhere below it.
+
+    Args:
+        data: The folder.
+        subset: Take the images that are there instead of asking for all of them; groups have to be whole.
+
+    Raises:
+        FileNotFoundError: Images are missing.
+        ValueError: A subset has no image, or part of a group.
+    """
+    data = require_folder(data, TITLE, SOURCE)
+    numbers = list(range(NUM_IMAGES))
+    if subset:
+        there = (re.fullmatch(r'(?:.*/)?ukbench(\d{5})\.jpg', name) for name in image_names(data))
+        numbers = sorted({int(match[1]) for match in there if match})
+        groups, counts = np.unique(np.array(numbers, dtype=int) // 4, return_counts=True)
+        if not numbers:
+            raise ValueError(f'{data} has no image of {TITLE} (ukbench00000.jpg and so on); {SOURCE}.')
+        if (counts != 4).any():
+            partial = [f'ukbench{4 * group:05} to {4 * group + 3:05}' for group in groups[counts != 4]]
+            raise ValueError(f'{data} has a part only of {len(partial)} groups of {TITLE}: {some(partial)}.')
+    names = [f'ukbench{number:05}.jpg' for number in numbers]
+    source = ImageFiles(locate(data, names, TITLE, SOURCE, prefer=('full',)), names=names)
+    title = TITLE if len(names) == NUM_IMAGES else f'{TITLE} ({len(names)} of its images)'
+    return UKBench(title=title, database=source, query_rows=np.arange(len(names)), groups=np.array(numbers) // 4)

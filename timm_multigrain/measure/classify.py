@@ -1,0 +1,153 @@
+"""Classification at any test resolution (Berman et al., arXiv 1902.05509, table 2): top-1 and top-5."""
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.embed.stream import embed_images, none_readable
+from timm_multigrain.images.sources import ImageSource
+from timm_multigrain.models.fitted import json_p
+from timm_multigrain.models.multigrain import MultiGrain
+
+from .figures import Metric
+from .result import Result
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ['ClassificationResult', 'classify', 'ranks_of_truth']
+
+
+@dataclass(frozen=True, eq=False)
+class ClassificationResult(Result):
+    """Where the true class stands among the classes of each image.
+
+    Attributes:
+        ranks: Classes with a logit at least as high as the true one's, itself left out, (n,) int64: ties count against
+            the system.
+        losses: Cross-entropy of each image, (n,) float64.
+        labels: True class of each image, (n,) int64.
+        protocol: Test protocol.
+        p: Exponent of the pooling.
+        num_classes: Classes of the model.
+        whitening: Components of the embedding, if it is whitened.
+        skipped: Images that could not be read, and why.
+    """
+    ranks: np.ndarray = field(repr=False)
+    losses: np.ndarray = field(repr=False)
+    labels: np.ndarray = field(repr=False)
+    protocol: Protocol
+    p: float | list[float] | None
+    num_classes: int
+    whitening: int | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def top1(self) -> float:
+        """Share of images whose class stands first, in [0, 1]."""
+        return float((self.ranks < 1).mean())
+
+    @property
+    def top5(self) -> float:
+        """Share of images whose class stands among the first five."""
+        return float((self.ranks < 5).mean())
+
+    @property
+    def loss(self) -> float:
+        """Mean cross-entropy."""
+        return float(self.losses.mean())
+
+    @property
+    def num_images(self) -> int:
+        return len(self.ranks)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {'top1': self.top1, 'top5': self.top5, 'loss': self.loss, 'num_images': self.num_images,
+                'num_classes': self.num_classes, 'protocol': self.protocol.to_dict(), 'p': json_p(self.p),
+                'whitening': self.whitening, 'skipped': self.skipped, 'per_class': self.per_class()}
+
+    def per_class(self) -> dict[int, float]:
+        """Top-1 of the images of each class that has some."""
+        return {int(label): float((self.ranks[self.labels == label] < 1).mean()) for label in np.unique(self.labels)}
+
+    def metrics(self, dataset: str, command: str | None = None) -> list[dict[str, Any]]:
+        """The figures in percent, as `timm-multigrain publish --metrics` takes them."""
+        p = json_p(self.p)
+        common = dict(
+            task='classification', dataset=dataset, size=self.protocol.size, p=None if isinstance(p, list) else p,
+            protocol=str(self.protocol), whitening=self.whitening, command=command)
+        figures = {'top1': self.top1, 'top5': self.top5}
+        return [asdict(Metric(metric=name, value=100 * value, **common)) for name, value in figures.items()]
+
+    def plot(self, axes: 'Axes') -> None:
+        """Top-1 of the classes, from the worst to the best."""
+        values = np.sort(100 * np.array(list(self.per_class().values())))
+        axes.plot(values, drawstyle='steps-mid')
+        axes.axhline(100 * self.top1, color='gray', linestyle='--', linewidth=1)
+        axes.set(xlabel='classes, worst first', ylabel='top-1, %', ylim=(-2, 102), title=str(self).splitlines()[0])
+
+    def __str__(self) -> str:
+        classes = len(np.unique(self.labels))
+        among = f' of {classes} classes among {self.num_classes}' if classes != self.num_classes else ''
+        text = f'top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} % over {self.num_images} images{among}'
+        if self.skipped:
+            text += f'\n{len(self.skipped)} images could not be read, such as {next(iter(self.skipped.values()))}'
+        return text
+
+
+def ranks_of_truth(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """(n, K) logits and (n,) classes to (n,) ranks, 0 for the first; ties count against the true class."""
+    truth = logits.gather(1, labels[:, None])
+    return (logits >= truth).sum(1) - 1
+
+
+def classify(
+        model: MultiGrain,
+        source: ImageSource,
+        protocol: Protocol,
+        *,
+        labels: Sequence[int] | None = None,
+        strict: bool = False,
+        **extraction: Any,
+) -> ClassificationResult:
+    """Classify labelled images, rectangular ones as they are.
+
+    Args:
+        model: Model with a classifier.
+        source: Images.
+        protocol: Size and crop; logits are averaged over several views.
+        labels: Class of each image, those of the source by default.
+        strict: Stop at the first image that cannot be read instead of leaving it out.
+        **extraction: As of `embed_images`: batch_size, workers, device, dtype, progress.
+
+    Raises:
+        UnreadableImage: With ``strict``.
+        ValueError: No classifier, no labels, or labels that the model does not have.
+    """
+    labels = source.labels if labels is None else labels
+    if labels is None or len(labels) != len(source):
+        raise ValueError(f'{len(source)} images with {0 if labels is None else len(labels)} labels: give one for each.')
+    truth = torch.as_tensor(labels, dtype=torch.int64)
+    if len(truth) and (truth.min() < 0 or truth.max() >= model.num_classes):
+        raise ValueError(f'The labels are {int(truth.min())} to {int(truth.max())}, and the model has '
+                         f'{model.num_classes} classes.')
+    indices, ranks, losses, skipped = [], [], [], {}
+    for out in embed_images(
+            model, source, protocol, descriptor=False, logits=True, errors='raise' if strict else 'skip',
+            on_error=lambda i, reason: skipped.update({source.names[i]: reason}), **extraction):
+        wanted = truth[torch.from_numpy(out.indices)]
+        if not torch.isfinite(out.logits).all():
+            raise ValueError('The logits are not finite: the weights are damaged, or bfloat16 or float32 is needed.')
+        indices.append(out.indices)
+        ranks.append(ranks_of_truth(out.logits, wanted).numpy())
+        losses.append(torch.nn.functional.cross_entropy(out.logits.double(), wanted, reduction='none').numpy())
+    if not indices:
+        raise ValueError(none_readable(len(source), skipped.values()))
+    order = np.argsort(np.concatenate(indices))
+    return ClassificationResult(
+        np.concatenate(ranks)[order], np.concatenate(losses)[order],
+        truth.numpy()[np.concatenate(indices)[order]], protocol, model.gem_p, model.num_classes,
+        model.embed_dim if model.whitened else None, skipped)

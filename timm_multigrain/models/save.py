@@ -1,0 +1,192 @@
+"""Models on disk in the layout of the Hugging Face Hub: config.json and model.safetensors, as timm reads them.
+
+config.json also holds the SHA-256 of model.safetensors, which tells later whether the two belong together.
+"""
+import fcntl
+import glob
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import timm
+import torch
+import torch.nn as nn
+from safetensors import SafetensorError
+from timm.models import save_for_hf
+
+from timm_multigrain.files import file_sha256, fsync, write_text
+
+from .weights import SHA256
+
+__all__ = ['check_model_folder', 'model_folder', 'save_pretrained', 'write_model']
+
+CONFIG, WEIGHTS, CARD = 'config.json', 'model.safetensors', 'README.md'
+
+
+def save_pretrained(
+        model: nn.Module,
+        directory: str | os.PathLike,
+        label_names: Sequence[str] | None = None,
+        data_config: dict | None = None,
+) -> Path:
+    """Save a model so that ``timm.create_model('local-dir:<directory>', pretrained=True)`` gives it back.
+
+    A new folder appears whole or not at all; of an earlier model the two files are replaced, and its README.md stays.
+    What was written is loaded back and compared with the model before it takes its place.
+
+    Args:
+        model: A MultiGrain made by ``timm.create_model``, in any mode; it is not changed.
+        directory: Folder to write; an earlier one is replaced, its README.md kept.
+        label_names: Names of the classes, in the order of the classifier's rows. None: those that the model has.
+        data_config: Preprocessing the weights were trained for (input_size, crop_pct, mean, std, interpolation).
+
+    Returns:
+        The folder.
+
+    Raises:
+        ValueError: The number of label names is not that of the classes, or the weights hold NaN.
+        FileExistsError: The path is a file, or a folder that holds other things than a saved model.
+        OSError: The folder cannot be written.
+        RuntimeError: What was written does not load back to the same outputs.
+    """
+    directory = Path(directory)
+    with model_folder(directory) as unfinished:
+        write_model(model, unfinished, label_names, data_config, shown=directory)
+    return directory
+
+
+def check_model_folder(directory: str | os.PathLike) -> None:
+    """Whether a model can take this place: to be known before a long run.
+
+    Raises:
+        FileExistsError: The path is a file, or a folder that holds other things than a saved model.
+    """
+    directory = Path(directory)
+    if directory.exists() and not (directory.is_dir() and _holds_model_or_nothing(directory)):
+        raise FileExistsError(f'{directory} exists and is not a saved model: name another folder.')
+
+
+@contextmanager
+def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
+    """A temporary folder whose files go to ``directory`` once the block has ended without an error.
+
+    A new directory is the temporary one renamed. In one that is there the files are replaced one by one, config.json
+    first: whoever comes in between finds that its hash is not that of the weights. What killed runs have left is
+    removed.
+
+    Raises:
+        FileExistsError: The path is a file, or a folder that holds other things than a saved model.
+    """
+    directory = Path(directory)
+    check_model_folder(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    prefix = f'.{directory.name}.unfinished-'
+    _remove_leftovers(directory.parent, prefix)
+    work = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+    lock = _lock(work)
+    try:
+        unfinished = work / 'new'
+        unfinished.mkdir()
+        yield unfinished
+        for path in [*unfinished.iterdir(), unfinished]:
+            fsync(path)
+        if directory.exists():
+            for path in sorted(unfinished.iterdir(), key=lambda path: path.name != CONFIG):
+                os.replace(path, directory / path.name)
+        else:
+            os.rename(unfinished, directory)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """A lock on a folder that the system takes back when its process ends, however it ends."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def _remove_leftovers(parent: Path, prefix: str) -> None:
+    for path in parent.glob(f'{glob.escape(prefix)}*'):
+        if {entry.name for entry in path.iterdir()} == {'new'}:
+            with suppress(OSError):  # a run that is writing it
+                lock = _lock(path)
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(lock)
+
+
+def write_model(
+        model: nn.Module,
+        directory: Path,
+        label_names: Sequence[str] | None = None,
+        data_config: dict | None = None,
+        pretrained_cfg: dict | None = None,
+        shown: str | os.PathLike | None = None,
+) -> nn.Module:
+    """Write a model's config.json and model.safetensors, load them back and compare.
+
+    Args:
+        model: As for `save_pretrained`.
+        directory: Folder that is there.
+        label_names: As for `save_pretrained`.
+        data_config: As for `save_pretrained`.
+        pretrained_cfg: Fields of timm's configuration to set, such as license.
+        shown: Name of the folder in errors.
+
+    Returns:
+        The model as it was loaded back, in eval mode.
+
+    Raises:
+        ValueError, OSError, RuntimeError: As `save_pretrained`.
+    """
+    if label_names is not None and len(label_names) != model.num_classes:
+        raise ValueError(f'{len(label_names)} label names for {model.num_classes} classes: give one name a class.')
+    broken = next((k for k, v in model.state_dict().items() if v.is_floating_point() and v.isnan().any()), None)
+    if broken is not None:
+        raise ValueError(f'{broken} of the model holds NaN: take a checkpoint of before the training diverged.')
+    config = {'pretrained_cfg': dict(pretrained_cfg or {})}
+    if label_names is not None:
+        config['label_names'] = list(label_names)
+    try:
+        save_for_hf(model, str(directory), model_config=config, safe_serialization=True, data_config=data_config)
+        _record_hash(directory)
+    except (OSError, SafetensorError) as e:
+        raise OSError(f'{WEIGHTS} could not be written to {shown or directory}: {e}; free space there, or name another '
+                      'folder.') from e
+    return _check_saved(model, directory, shown or directory)
+
+
+def _record_hash(directory: Path) -> None:
+    config, weights = directory / CONFIG, directory / WEIGHTS
+    weights.chmod(config.stat().st_mode)  # safetensors writes files that nobody else can read
+    described = json.loads(config.read_text(encoding='utf-8'))
+    write_text(config, json.dumps({**described, SHA256: file_sha256(weights)}, indent=2))
+
+
+def _holds_model_or_nothing(directory: Path) -> bool:
+    return {path.name for path in directory.iterdir()} <= {CONFIG, WEIGHTS, CARD}
+
+
+@torch.no_grad()
+def _check_saved(model: nn.Module, directory: Path, shown: str | os.PathLike) -> nn.Module:
+    loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
+    parameter = next(model.parameters())
+    size = loaded.input_sizes.size
+    x = torch.linspace(-2, 2, loaded.in_chans * size[0] * size[1]).view(1, loaded.in_chans, *size)
+    training = model.training
+    try:
+        expected = model.eval()(x.to(parameter))
+    finally:
+        model.train(training)
+    if not torch.equal(loaded.to(parameter)(x.to(parameter)), expected):
+        raise RuntimeError(f'The model saved to {shown} does not give the same outputs when it is loaded back.')
+    return loaded

@@ -1,0 +1,133 @@
+"""Exact nearest neighbours by inner product, a piece of the database at a time.
+
+Memory holds the queries, one piece of the database and its scores, whatever the size of the database.
+"""
+import warnings
+from collections.abc import Iterable, Iterator
+
+import numpy as np
+import torch
+
+__all__ = ['Array', 'Scores', 'SimilarityChunks', 'nearest', 'similarity_chunks']
+
+Array = np.ndarray | torch.Tensor
+Scores = Array | Iterable[Array]
+CHUNK_BYTES = 32 << 20
+LEAST_CHUNK = 256
+
+
+class SimilarityChunks:
+    """Similarities of Q queries to a database as (Q, n) float32 pieces in its order.
+
+    It can be iterated again if the database can: a tensor, a list or an object with `__iter__`, not a generator.
+    """
+
+    def __init__(self, queries: Array, database: Array | Iterable[Array], chunk_size: int | None = None) -> None:
+        self.queries = as_vectors(queries, 'queries')
+        self.database = database
+        fitting = max(LEAST_CHUNK, CHUNK_BYTES // (4 * max(1, *self.queries.shape)))
+        self.chunk_size = fitting if chunk_size is None else chunk_size
+        if self.chunk_size < 1:
+            raise ValueError(f'chunk_size is {chunk_size}, and has to be 1 or more.')
+        self._used = False
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        if self._used and isinstance(self.database, Iterator):
+            raise ValueError('The database is a generator that was read already: pass an object that can be iterated '
+                             'again, such as a list of shards.')
+        self._used = True
+        for shard in shards_of(self.database):
+            shard = as_vectors(shard, 'database', self.queries.shape[1], convert=False)
+            for start in range(0, len(shard), self.chunk_size):
+                piece = shard[start:start + self.chunk_size]
+                yield self.queries @ piece.to(self.queries.device, torch.float32).T
+
+
+def similarity_chunks(queries: Array, database: Array | Iterable[Array],
+                      chunk_size: int | None = None) -> SimilarityChunks:
+    """Similarities (inner products) of queries to a database, piece by piece.
+
+    Args:
+        queries: (Q, D) vectors; their device is where the work is done.
+        database: (N, D) vectors, or shards (n, D) of them in order.
+        chunk_size: Database vectors at a time, by default as many as fit 32 MiB (256 at least).
+
+    Returns:
+        An iterable of (Q, n) float32 tensors; see `SimilarityChunks` on reading it twice.
+
+    Raises:
+        ValueError: If shapes disagree.
+    """
+    return SimilarityChunks(queries, database, chunk_size)
+
+
+def nearest(
+        queries: Array,
+        database: Array | Iterable[Array],
+        k: int,
+        chunk_size: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k database vectors with the largest inner products, exactly.
+
+    Args:
+        queries: (Q, D) vectors; their device is where the work is done.
+        database: (N, D) vectors, or shards (n, D) of them in order.
+        k: How many; all N if there are fewer.
+        chunk_size: Database vectors at a time, by default as many as fit 32 MiB (256 at least).
+
+    Returns:
+        Scores (Q, k) float32, highest first, and database indices (Q, k) int64; equal scores by index.
+
+    Raises:
+        ValueError: If shapes disagree, k is below 1, the database is empty, or a score is NaN.
+    """
+    check_rank(k)
+    best, start = None, 0
+    for chunk in similarity_chunks(queries, database, chunk_size):
+        if chunk.isnan().any():
+            raise ValueError('A similarity is NaN: the vectors hold NaN or infinity.')
+        values, indices = _top(chunk, k)
+        indices += start
+        start += chunk.shape[1]
+        if best is not None:  # its indices are lower, so that equal scores stay in order
+            values, indices = torch.cat([best[0], values], 1), torch.cat([best[1], indices], 1)
+            values, order = values.sort(dim=1, descending=True, stable=True)
+            values, indices = values[:, :k], indices.gather(1, order[:, :k])
+        best = values, indices
+    if best is None:
+        raise ValueError('The database is empty.')
+    return best
+
+
+def _top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest of each row with their columns, equal ones by column (torch.topk leaves their order open)."""
+    if k >= scores.shape[1]:
+        return scores.sort(dim=1, descending=True, stable=True)
+    values, columns = scores.topk(k, sorted=False)
+    shared = ((scores >= values.amin(1, keepdim=True)).sum(1) > k).nonzero()[:, 0]  # more than one for the last place
+    columns[shared] = scores[shared].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    columns = columns.sort(dim=1).values
+    values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
+    return values, columns.gather(1, order)
+
+
+def shards_of(database: Array | Iterable[Array]) -> Iterable[Array]:
+    """A whole as its only shard."""
+    return [database] if isinstance(database, Array) else database
+
+
+def check_rank(k: int) -> None:
+    """Raises ValueError for a number of neighbours below 1."""
+    if k < 1:
+        raise ValueError(f'k is {k}, and has to be 1 or more.')
+
+
+def as_vectors(vectors: Array, name: str, dim: int | None = None, convert: bool = True) -> torch.Tensor:
+    """(n, dim) tensor, float32 if `convert`; ValueError for another shape."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore', UserWarning)  # of arrays that are read-only, such as mapped files
+        vectors = torch.as_tensor(vectors).detach()
+    if vectors.ndim != 2 or dim not in (None, vectors.shape[1]):
+        wanted = '(vectors, dimensions)' if dim is None else f'(vectors, {dim}), the dimensions of the queries'
+        raise ValueError(f'{name} must have shape {wanted}, got {tuple(vectors.shape)}.')
+    return vectors.float() if convert else vectors
