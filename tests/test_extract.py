@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from timm_multigrain.embed import extract as module
+from timm_multigrain.embed import stream as module
 from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.protocol import MS_SCALES, Protocol
 from timm_multigrain.embed.stream import embed_images

@@ -419,7 +419,7 @@ def test_all_images_are_opened_in_one_place():
     package = Path(timm_multigrain.__file__).parent
     openers = [path for path in package.rglob('*.py') if 'Image.open(' in path.read_text()]
     assert {str(path.relative_to(package)) for path in openers} == {
-        'images/sources.py', 'demo/copies.py', 'hub/card.py'}
+        'images/sources.py', 'images/copies.py', 'hub/card.py'}
 
 
 def test_file_objects(tmp_path, photo):

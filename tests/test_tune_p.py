@@ -254,7 +254,7 @@ def test_a_process_that_is_killed(model, pictures, tmp_path):
     folder = save_pretrained(model, tmp_path / 'm', label_names=['0', '1', '2'])
     script = '''
 import os, sys
-from timm_multigrain.retrieval import tune_p
+from timm_multigrain.measure import tune_p
 tune_p.SAVED_EVERY = 1
 save = tune_p._Run._save
 def killed(self):

@@ -152,14 +152,14 @@ def test_refusals(saved, noise_folder, tmp_path, capsys):
 
 SLOW = '''
 import os, sys, time
-from timm_multigrain.retrieval import shards, sharded
+from timm_multigrain.embed import shards, extract as sharded
 write = sharded.write_shard
 def slow(folder, number, *args):
     write(folder, number, *args)
     if number == 1:
         os.kill(os.getpid(), 9)
 sharded.write_shard = slow
-from timm_multigrain.retrieval import whitened_model
+from timm_multigrain.whiten import whitened_model
 whitened_model.extract_shards.__kwdefaults__['shard_size'] = 8
 from timm_multigrain.cli.main import main
 sys.exit(main(sys.argv[1:]))
