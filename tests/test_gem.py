@@ -493,10 +493,14 @@ class TestErrors:
         with pytest.raises(ValueError, match="num_prefix_tokens=1 needs input_fmt='NLC', got 'NCHW'"):
             GeM(num_prefix_tokens=1)
 
-    @pytest.mark.parametrize('eps', [0, -1e-6, math.nan])
+    @pytest.mark.parametrize('eps', [0, -1e-6, math.nan, math.inf])
     def test_bad_eps(self, eps):
-        with pytest.raises(ValueError, match='GeM needs eps > 0, got'):
+        with pytest.raises(ValueError, match='GeM needs a finite eps > 0, got'):
             GeM(eps=eps)
+
+    def test_eps_of_any_number(self):
+        assert GeM(eps=2)(torch.ones(1, 1, 3, 3)) == 2
+        assert GeM(eps=10 ** 30)(torch.ones(1, 1, 3, 3)) == torch.tensor(1e30)  # more than torch takes as an integer
 
 
 @pytest.mark.parametrize('p, dim', [

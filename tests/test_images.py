@@ -284,10 +284,12 @@ def test_nothing_to_read(tmp_path, photo):
     (tmp_path / 'empty.txt').write_text('\n \n')
     (tmp_path / 'bad.json').write_text('{"a": 1}')
     (tmp_path / 'worse.json').write_text('[')
+    (tmp_path / 'deep.json').write_text('[' * 100_000)
     (tmp_path / 'binary.bin').write_bytes(b'\0\1')
     for name, message in {
             'none': 'holds no image files', 'empty.txt': 'lists no images', 'bad.json': 'not a JSON list',
-            'worse.json': 'is not JSON', 'binary.bin': 'is not a list of images'}.items():
+            'worse.json': 'is not JSON', 'deep.json': 'is not JSON: it is nested too deep',
+            'binary.bin': 'is not a list of images'}.items():
         with pytest.raises(ValueError, match=message):
             open_images(tmp_path / name)
     with pytest.raises(FileNotFoundError, match='is no folder of images, no list'):

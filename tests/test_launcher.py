@@ -761,6 +761,8 @@ _MIXED = 'a mixture of two images is a copy of neither'
     ('--num-classes 2', 'the training set has 3 classes and the model 2: give --num-classes 3'),
     ('--model multigrain_resnet19', "--model multigrain_resnet19: Unknown trunk 'resnet19'"),
     ('--model resnet19', '--model resnet19 cannot be created: Unknown model (resnet19)'),
+    ('--model-kwargs trunk', '--model-kwargs or the like is not NAME=VALUE'),
+    ('--mg-instance-loss-kwargs alpha', 'or the like is not NAME=VALUE'),
     ('--model-kwargs trunk=test_resnet colour=red', "unexpected keyword argument 'colour'"),
     ('--initial-checkpoint missing.pth', '--model multigrain cannot be created'),
     ('--mg-decode pillow', '--mg-decode pillow: give one of multigrain, timm'),
@@ -771,6 +773,21 @@ def test_refuses(train, capsys, tmp_path, flags, message):
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith('timm_multigrain: error: ')]
     assert stopped.value.code == 2 and len(error) == 1 and message in error[0]
     assert not list(tmp_path.glob('*/*.pth.tar'))
+
+
+@pytest.mark.parametrize(('content', 'message'), [
+    (None, 'cannot be read: '), (b'lr: [', 'cannot be read: '), (b'lr: \xff', 'cannot be read: '),
+    (b'a: ' + b'[' * 5000, 'cannot be read: '), (b'- lr\n- 0.1', 'does not map names'), (b'1: 2', 'does not map names'),
+    (b'batch_size: {a: 1}', "batch_size is {'a': 1}, not a number"), (b'epochs: null', 'epochs is None, not a number')])
+def test_configs_that_are_none(train, capsys, tmp_path, content, message):
+    path = tmp_path / 'c.yaml'
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        train('-c', path)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f'--config {path}' in error and message in error
+    assert error.startswith('timm_multigrain: error: ') and error.count('\n') == 1
 
 
 @pytest.mark.parametrize('flags', [(), ('--model-ema', '--grad-accum-steps', '2')])

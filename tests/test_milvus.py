@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 
 from timm_multigrain.cli.main import main
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.index import Index, OtherModel
 from timm_multigrain.index.export import export_index
 from timm_multigrain.index.milvus_client import MilvusAddress, path_from_text, path_to_text
+from timm_multigrain.index.queries import protocol_from_json
 from timm_multigrain.index.store import Store, StoreWriter
 
 from .copies_folder import make_index, make_pictures
@@ -116,6 +118,15 @@ def test_other_models_and_collections_are_refused(index, address, tmp_path):
         with pytest.raises(ValueError, match='was not made by timm-multigrain export'):
             use(f'{address}#foreign')
     assert len(MilvusIndex.open(address)) == 150
+
+
+@pytest.mark.parametrize('odd', [
+    {'flip': 'x' * 9}, {'flip': 10 ** 18}, {'exif': []}, {'mean': [0.5]}, {'size': '64'}, {'scales': [10 ** 400]}])
+def test_a_preprocessing_that_nobody_means(odd):
+    there = Protocol(64).to_dict()
+    assert protocol_from_json(there) == Protocol(64)
+    with pytest.raises(ValueError, match='The preprocessing of the index cannot be used'):
+        protocol_from_json({**there, **odd})
 
 
 def test_what_cannot_be_reached(index, tmp_path):

@@ -307,6 +307,15 @@ def test_programs_and_code_are_refused(tmp_path):
     assert not (tmp_path / 'executed').exists()
 
 
+@pytest.mark.parametrize('state', ['x', ['instance_loss'], {'instance_loss': 3}, {'instance_loss': ['beta']}, None])
+def test_the_state_of_a_training_that_is_something_else(tmp_path, state):
+    path = tmp_path / 'last.pth.tar'
+    torch.save({'state_dict': {}, 'task_state': state}, path)
+    problem = resume_problem(argparse.Namespace(resume=str(path), model='x'), TrainOptions())
+    lost = isinstance(state, dict)
+    assert ('was trained with the instance loss another one' if lost else 'without an instance loss') in problem
+
+
 def odd(rng, value):
     """Another value in the place of this one, of any type that JSON and torch.save know."""
     if isinstance(value, torch.Tensor) and not value.is_sparse and not value.is_complex():

@@ -145,6 +145,7 @@ def test_second_publication(hub):
 @pytest.mark.parametrize('files, error', [
     ({'config.json': b'{"architecture": "resnet50"}', 'model.safetensors': b'x'}, 'holds resnet50, not a MultiGrain'),
     ({'config.json': b'{"model_type": "bert"}'}, 'holds another model, not a MultiGrain'),
+    ({'config.json': b'[' * 100_000}, 'holds another model, not a MultiGrain'),
     ({'model.onnx': b'x'}, 'holds model.onnx, not a MultiGrain'),
 ])
 def test_a_repository_of_other_content_is_refused(hub, files, error):

@@ -1,6 +1,7 @@
 """Extraction into a folder: same bytes for any number of processes and interruptions, damage, other settings."""
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -122,6 +123,13 @@ def test_other_settings_are_refused(tmp_path, images, reference):
             (dict(shard_size=5), r'other shard size \(4, now 5\)')):
         with pytest.raises(ValueError, match=message):
             embed(images, reference, **kwargs)
+    manifest = json.loads((shutil.copytree(reference, tmp_path / 'odd') / 'manifest.json').read_text())
+    for name, value in (('a\nb', 1), ('components', '\x1b[2J\n'), ('fast', ['\ud800\n'])):
+        odd = {**manifest, 'settings': {**manifest['settings'], name: value}}
+        (tmp_path / 'odd' / 'manifest.json').write_text(json.dumps(odd))
+        with pytest.raises((ValueError, FileExistsError)) as e:
+            embed(images, tmp_path / 'odd')
+        assert str(e.value).isprintable()
     (tmp_path / 'one').mkdir()
     Image.new('RGB', (9, 9)).save(tmp_path / 'one' / 'x.png')
     with pytest.raises(ValueError, match='other list of images'):

@@ -35,6 +35,7 @@ _COMMANDS = {
     'demo': demo, 'recipe': recipe, 'embed': embed, 'evaluate': evaluate, 'validate': validate, 'whiten': whiten,
     'tune-p': tune_p, 'index': index, 'search': search,
     'dedup': dedup, 'app': app, 'export': export, 'convert': convert, 'publish': publish}
+_LONGEST_LINE = 1000
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
             timm_multigrain._register()
             return args.run(args)
     except (ValueError, OSError, RuntimeError, ImportError) as e:
-        print(f'timm-multigrain {args.command}: error: {_without_controls(str(e))}', file=sys.stderr)
+        print(f'timm-multigrain {args.command}: error: {_shown(str(e))}', file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         terminated = isinstance(e, _Terminated)
@@ -100,10 +101,11 @@ def _sigterm_interrupts():
 
 def _show_warning(message: Warning, category: type, filename: str, lineno: int, *_) -> None:
     where = '' if issubclass(category, UserWarning) else f' ({filename}:{lineno})'  # ours are for users
-    print(f'warning: {_without_controls(str(message))}{where}', file=sys.stderr)
+    print(f'warning: {_shown(str(message))}{where}', file=sys.stderr)
 
 
-def _without_controls(text: str) -> str:
-    """A message that may quote names from a file of somebody else's, lines kept."""
+def _shown(text: str) -> str:
+    """A message that may quote names from a file of somebody else's, without their controls, its lines not endless."""
     from timm_multigrain.images.sources import printable
-    return '\n'.join(map(printable, text.splitlines()))
+    lines = map(printable, text.splitlines())
+    return '\n'.join(line if len(line) <= _LONGEST_LINE else f'{line[:_LONGEST_LINE]}...' for line in lines)

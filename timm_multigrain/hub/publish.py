@@ -1,5 +1,4 @@
 """Publishing a model on the Hugging Face Hub: checked here first, then uploaded in one commit with its card."""
-import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from timm_multigrain.files import file_sha256, write_text
+from timm_multigrain.files import file_sha256, read_json, write_text
 from timm_multigrain.measure.figures import Metric, parse_metrics
 from timm_multigrain.models.hub_errors import hub_errors
 from timm_multigrain.models.save import CARD, CONFIG, WEIGHTS, model_folder, write_model
@@ -228,7 +227,7 @@ class _Target:
         found = next((name for name in files if name.endswith(_WEIGHTS)), None)
         if CONFIG in files:
             try:
-                found = str(json.loads(fetch(CONFIG).read_text(encoding='utf-8'))['architecture'])
+                found = str(read_json(fetch(CONFIG))['architecture'])
             except (ValueError, KeyError, TypeError):
                 found = 'another model'
         if found is not None and not found.startswith('multigrain'):

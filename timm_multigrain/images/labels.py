@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from timm_multigrain.files import check_json, write_text
+from timm_multigrain.files import check_json, read_json, write_text
 
 from .sources import ImageFiles, find_images, printable
 from .subset import Subset
@@ -48,10 +48,7 @@ def read_class_names(checkpoint_path: str | os.PathLike) -> list[str] | None:
     path = (path if path.is_dir() else path.parent) / NAMES_FILE
     if not path.is_file():
         return None
-    try:
-        names = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as e:
-        raise ValueError(f'{printable(path)} is not JSON ({e}): remove it or name the classes in it.') from e
+    names = read_json(path)
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError(f'{printable(path)} is not a JSON list of names: remove it or name the classes in it.')
     return names

@@ -12,7 +12,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image
 
-from timm_multigrain.files import printable
+from timm_multigrain.files import printable, read_json
 
 from .pixels import decode, to_rgb, turn_of
 
@@ -301,15 +301,12 @@ def read_list(path: str | os.PathLike) -> ImageFiles:
         ValueError: The list is empty or not readable as one.
     """
     path = Path(path)
-    content = path.read_bytes()
     if path.suffix == '.json':
-        try:
-            names = json.loads(content)
-        except ValueError as e:
-            raise ValueError(f'{printable(path)} is not JSON ({e}).') from e
+        names = read_json(path)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f'{printable(path)} is not a JSON list of paths.')
     else:
+        content = path.read_bytes()
         if b'\0' in content:
             raise ValueError(f'{printable(path)} is not a list of images: give a text file with a path a line.')
         names = [os.fsdecode(line.rstrip(b'\r')) for line in content.removeprefix(b'\xef\xbb\xbf').split(b'\n')]

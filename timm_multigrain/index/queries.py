@@ -98,6 +98,8 @@ def protocol_from_json(value: Mapping) -> Protocol:
     """
     try:
         protocol = Protocol(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+        if not isinstance(protocol.flip, bool) or not isinstance(protocol.exif, bool):
+            raise ValueError(f'flip {protocol.flip!r:.50}, exif {protocol.exif!r:.50}')
         if len(protocol.mean) != 3 or len(protocol.std) != 3 or protocol.size * max(protocol.scales) > LARGEST:
             raise ValueError(str(protocol))
         return protocol

@@ -131,12 +131,12 @@ class GeM(nn.Module):
             persistent: bool = True,
     ):
         super().__init__()
-        if not eps > 0:
-            raise ValueError(f'GeM needs eps > 0, got {eps}: a channel without activation would give NaN.')
+        if not 0 < eps < math.inf:
+            raise ValueError(f'GeM needs a finite eps > 0, got {eps}: a channel without activation would give NaN.')
         self.learn_p = learn_p
         self.per_channel = num_channels is not None
         self.fixed = not (learn_p or self.per_channel)
-        self.eps = eps
+        self.eps = float(eps)
         self.input_fmt = input_fmt
         self.dim = spatial_dims(input_fmt, num_prefix_tokens)
         self.flatten = flatten

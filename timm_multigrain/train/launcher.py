@@ -74,14 +74,18 @@ def prepare(script: ModuleType) -> None:
     """Give a training script the plug-in's options, and bind it once they are parsed."""
     from .options import PREFIX, TrainOptions, add_options
     from .plugin import TrainPlugin
-    from .script import check, register_named, stop
+    from .script import check, check_config, register_named, stop
 
     check(script)
+    check_config(script)
     add_options(script.parser)
     parse_args = script.parser.parse_args
 
     def parse_and_bind(*args, **kwargs) -> argparse.Namespace:
-        namespace = parse_args(*args, **kwargs)
+        try:
+            namespace = parse_args(*args, **kwargs)
+        except ValueError as e:  # of timm's own conversions
+            stop(f'an argument of --model-kwargs or the like is not NAME=VALUE: {e}')
         moved = [name for name in getattr(namespace, 'model_kwargs', None) or {} if name.startswith(PREFIX)]
         if moved:
             flag = f'--{moved[0]}'.replace('_', '-')

@@ -11,6 +11,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any, NoReturn
 
 import timm
+import yaml
 
 from timm_multigrain import register_multigrain
 from timm_multigrain.files import printable
@@ -48,6 +49,24 @@ def check(script: ModuleType) -> None:
         stop(f'train_one_epoch of {where} does not take {", ".join(lacking)}: {_REMEDY}')
     if not isinstance(script.parser, argparse.ArgumentParser):
         stop(f'{where} has no argparse parser named parser: {_REMEDY}')
+
+
+def check_config(script: ModuleType) -> None:
+    """Stop with a --config that is not YAML of arguments, which the script would end at with a traceback."""
+    parser = getattr(script, 'config_parser', None)
+    path = getattr(parser.parse_known_args()[0], 'config', '') if parser is not None else ''
+    if not path:
+        return
+    try:
+        with open(path, encoding='utf-8') as file:
+            values = yaml.safe_load(file)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        stop(f'--config {path} cannot be read: {e}')
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        stop(f'--config {path} does not map names of arguments to values, as in "lr: 0.1"')
+    for name, value in values.items():
+        if isinstance(script.parser.get_default(name), float | int) and not isinstance(value, float | int | str):
+            stop(f'--config {path}: {name} is {value!r}, not a number')
 
 
 def register_named(model: str) -> None:
