@@ -1,5 +1,6 @@
 """Tests of the instance losses."""
 import math
+import re
 import sys
 
 import pytest
@@ -19,16 +20,12 @@ from timm_multigrain.loss import (
     Triplets,
     UniformSampler,
     create_instance_loss,
+    losses,
     margin_loss,
     margin_statistics,
 )
 
 BETAS = ['beta1.2', 'beta0.8']
-TAGS = [
-    'antipodal.B8.C16', 'collapsed.B8.C128', 'duplicate.B8.C128', 'neardup.B48.C2048', 'relu.B12.C16', 'relu.B12.C128',
-    'relu.B12.C2048', 'relu.B48.C16', 'relu.B48.C128', 'sphere.B12.C16', 'sphere.B12.C128', 'sphere.B48.C16',
-    'sphere.B48.C128',
-]
 OURS = {'margin': MarginLoss, 'contrastive': ContrastiveLoss, 'triplet': TripletLoss}
 
 
@@ -104,19 +101,21 @@ def check_golden(numbers, tag, name):
         assert max_relative_error(embedding.grad, numbers[f'{key}.grad_embedding']) < 1e-6
     statistics = margin_statistics(embedding, triplets, loss_module.beta)
     both, _ = numbers[f'{key}.pair_count'].tolist()
-    assert statistics['active_pos'] + statistics['active_neg'] == both
+    shares = statistics['active_positives'] + statistics['active_negatives']
+    assert (shares * len(triplets.anchor)).item() == pytest.approx(both, rel=1e-5)
 
 
-@pytest.mark.parametrize('name', BETAS)
-@pytest.mark.parametrize('tag', TAGS)
-def test_margin_is_the_original(numbers, tag, name):
-    check_golden(numbers, tag, name)
+def test_margin_is_the_original(numbers):
+    check_all_golden(numbers, 13)
 
 
 def test_margin_is_the_original_everywhere(shared_golden):
-    numbers = load_file(shared_golden / 'margin.safetensors')
+    check_all_golden(load_file(shared_golden / 'margin.safetensors'), 16)
+
+
+def check_all_golden(numbers, count):
     tags = [k.removesuffix('.triples') for k in numbers if k.endswith('.triples')]
-    assert len(tags) == 16
+    assert len(tags) == count
     for tag in tags:
         for name in BETAS:
             check_golden(numbers, tag, name)
@@ -130,40 +129,40 @@ def test_margin_counts_positives_and_negatives_apart(numbers):
     assert numbers['tiny.loss_torch2'].item() == pytest.approx(2 * loss.item(), rel=5e-6)
 
 
-@pytest.mark.parametrize('margin', [0.2, 0.6])
-@pytest.mark.parametrize('beta', [0.7, 1.2, 1.6])
-def test_margin_equals_loops(batch, beta, margin):
+def test_margin_equals_loops(batch):
     embedding, _, triplets = batch
-    expected, (active_pos, active_neg) = naive_margin(embedding, triplets, beta, margin)
-    assert margin_loss(embedding, triplets, beta, margin).item() == pytest.approx(expected, rel=1e-6)
-    loss = margin_loss(embedding.double(), triplets, torch.tensor([beta], dtype=torch.float64), margin)
-    assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected, rel=1e-12)
     distances = list(naive_distances(embedding, triplets))
-    statistics = margin_statistics(embedding, pad(triplets), beta, margin)
-    assert {k: v.shape for k, v in statistics.items()} == dict.fromkeys(
-        ('pairs', 'active_pos', 'active_neg', 'pos_dist', 'neg_dist'), torch.Size([]))
-    assert statistics['pairs'] == len(distances)
-    assert (statistics['active_pos'], statistics['active_neg']) == (active_pos, active_neg)
-    assert statistics['pos_dist'].item() == pytest.approx(sum(d for d, _ in distances) / len(distances), rel=1e-6)
-    assert statistics['neg_dist'].item() == pytest.approx(sum(d for _, d in distances) / len(distances), rel=1e-6)
+    mean = [sum(pair[kind] for pair in distances) / len(distances) for kind in (0, 1)]
+    for beta in (0.7, 1.2, 1.6):
+        for margin in (0.2, 0.6):
+            expected, active = naive_margin(embedding, triplets, beta, margin)
+            assert margin_loss(embedding, triplets, beta, margin).item() == pytest.approx(expected, rel=1e-6)
+            loss = margin_loss(embedding.double(), triplets, torch.tensor([beta], dtype=torch.float64), margin)
+            assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected, rel=1e-12)
+            statistics = margin_statistics(embedding, pad(triplets), beta, margin)
+            assert {k: v.item() for k, v in statistics.items()} == pytest.approx({
+                'active_positives': active[0] / len(distances), 'active_negatives': active[1] / len(distances),
+                'positive_distance': mean[0], 'negative_distance': mean[1]}, rel=1e-6)
 
 
-@pytest.mark.parametrize('margin', [0.2, 1.0, 1.8])
-def test_pair_losses_equal_loops(batch, margin):
+def test_pair_losses_equal_loops(batch):
     embedding, target, triplets = batch
-    for loss, naive in [(ContrastiveLoss(margin), naive_contrastive), (TripletLoss(margin), naive_triplet)]:
-        expected = naive(embedding, triplets, margin)
-        assert loss(embedding, target, triplets).item() == pytest.approx(expected, rel=2e-6)
-        assert loss(embedding.double(), target, triplets).item() == pytest.approx(expected, rel=1e-12)
+    for margin in (0.2, 1.0, 1.8):
+        for loss, naive in [(ContrastiveLoss(margin), naive_contrastive), (TripletLoss(margin), naive_triplet)]:
+            expected = naive(embedding, triplets, margin)
+            assert loss(embedding, target, triplets).item() == pytest.approx(expected, rel=2e-6)
+            assert loss(embedding.double(), target, triplets).item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize('chunk', [1, 60, 2 ** 17])
 @pytest.mark.parametrize('name', OURS)
-def test_gradients(batch, name):
+def test_gradients(batch, name, chunk, monkeypatch):
+    monkeypatch.setattr(losses, 'CHUNK', chunk)
     embedding, target, triplets = batch
     loss = OURS[name]().double()
     embedding = embedding.double().requires_grad_()
-    parameters = list(loss.parameters())
-    assert torch.autograd.gradcheck(lambda e, *_: loss(e, target, pad(triplets)), (embedding, *parameters))
+    assert torch.autograd.gradcheck(
+        lambda e, *_: loss(e, target, pad(triplets)), (embedding, *loss.parameters()))
 
 
 @pytest.mark.parametrize('name', OURS)
@@ -195,21 +194,17 @@ def test_padding_never_reads_the_first_row(batch, name):
     assert all(p.grad.isfinite().all() for p in loss.parameters())
 
 
-@pytest.mark.parametrize('triplets', [
-    Triplets(*torch.zeros(3, 0, dtype=torch.int64)),
-    Triplets(*torch.full((3, 5), -1)),
-])
 @pytest.mark.parametrize('name', OURS)
-def test_no_triplets(batch, name, triplets):
+def test_no_triplets(batch, name):
     embedding, target, _ = batch
     embedding = embedding.clone().requires_grad_()
-    loss = OURS[name]()
-    value = loss(embedding, target, triplets)
-    assert value.item() == 0 and value.requires_grad
-    value.backward()
-    assert embedding.grad is not None and not embedding.grad.any()
-    assert all(p.grad is not None and not p.grad.any() for p in loss.parameters())
-    assert all(v == 0 for v in margin_statistics(embedding, triplets, 1.2).values())
+    for index in (torch.zeros(3, 0, dtype=torch.int64), torch.full((3, 5), -1)):
+        loss, triplets = OURS[name](), Triplets(*index)
+        value = loss(embedding, target, triplets)
+        assert value.item() == 0 and value.requires_grad
+        gradients = torch.autograd.grad(value, [embedding, *loss.parameters()])
+        assert not any(gradient.any() for gradient in gradients)
+        assert all(v == 0 for v in margin_statistics(embedding, triplets, 1.2).values())
 
 
 @pytest.mark.parametrize('name', OURS)
@@ -222,20 +217,19 @@ def test_coincident_embeddings(name):
     assert value > 0 and embedding.grad.isfinite().all()
 
 
-@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize('name', OURS)
-def test_dtypes(batch, name, dtype):
+def test_precision_and_autocast(batch, name):
     embedding, target, triplets = batch
-    embedding = embedding.to(dtype).requires_grad_()
-    loss = OURS[name]()
-    value = loss(embedding, target, triplets)
-    value.backward()
-    reference = OURS[name]()(embedding.detach().double(), target, triplets)
-    assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
-    assert value.item() == pytest.approx(reference.item(), rel=2e-6)
-    assert embedding.grad.dtype == dtype and embedding.grad.isfinite().all()
-    with torch.autocast('cpu', torch.bfloat16):
-        assert torch.equal(loss(embedding, target, triplets), value)
+    for dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        leaf = embedding.detach().to(dtype).requires_grad_()
+        loss = OURS[name]()
+        with torch.autocast('cpu', torch.bfloat16):
+            value = loss(leaf, target, triplets)
+        value.backward()
+        reference = OURS[name]()(leaf.detach().double(), target, triplets)
+        assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        assert value.item() == pytest.approx(reference.item(), rel=2e-6)
+        assert leaf.grad.dtype == dtype and leaf.grad.isfinite().all()
 
 
 @pytest.mark.parametrize('kwargs', [
@@ -254,17 +248,10 @@ def test_margin_parameter():
 
 
 @pytest.mark.parametrize('name', OURS)
-@pytest.mark.parametrize(('embedding', 'triplets', 'message'), [
-    (torch.zeros(4), torch.zeros(3, 2, dtype=torch.int64), r'\(4,\)'),
-    (torch.zeros(4, 2, 1), torch.zeros(3, 2, dtype=torch.int64), r'\(4, 2, 1\)'),
-    (torch.zeros(4, 2, dtype=torch.int64), torch.zeros(3, 2, dtype=torch.int64), 'torch.int64'),
-    (torch.zeros(4, 2), torch.zeros(3, 2, 1, dtype=torch.int64), r'\(2, 1\)'),
-    (torch.zeros(4, 2), torch.zeros(2, 2, dtype=torch.int64), r'\(2,\)'),
-    (torch.zeros(4, 2), [torch.zeros(n, dtype=torch.int64) for n in (2, 2, 5)], r'\(5,\)'),
-])
-def test_wrong_shapes(name, embedding, triplets, message):
-    with pytest.raises(ValueError, match=message):
-        OURS[name]()(embedding, None, tuple(triplets))
+def test_wrong_shapes(batch, name):
+    for shape in ((4,), (4, 2, 1)):
+        with pytest.raises(ValueError, match=re.escape(str(shape))):
+            OURS[name]()(torch.zeros(shape), None, batch[2])
 
 
 class TinyNet(nn.Module):
@@ -322,19 +309,17 @@ def test_train_steps_are_the_original(golden):
             assert max_relative_error(v.double(), numbers[key].double()) < 1e-6, k
 
 
-@pytest.mark.slow
 def test_compile(batch):
     embedding, target, _ = batch
     sampler = UniformSampler(max_positives=2)
     margin = MarginLoss()
 
-    @torch.compile(fullgraph=True)
     def step(embedding, target):
         triplets = sampler(embedding, target)
         return margin(embedding, target, triplets), triplets
 
     leaf = embedding.clone().requires_grad_()
-    loss, triplets = step(leaf, target)
+    loss, triplets = torch.compile(step, backend='aot_eager', fullgraph=True)(leaf, target)
     loss.backward()
     eager = embedding.clone().requires_grad_()
     expected = margin_loss(eager, triplets, 1.2)

@@ -1,7 +1,13 @@
 """Instance losses and the samplers that choose the triplets they work on."""
-from .instance import MetricLearningLoss, create_instance_loss
-from .margin import MarginLoss, margin_loss, margin_statistics
-from .pair import ContrastiveLoss, TripletLoss
+from .losses import (
+    ContrastiveLoss,
+    MarginLoss,
+    MetricLearningLoss,
+    TripletLoss,
+    create_instance_loss,
+    margin_loss,
+    margin_statistics,
+)
 from .sampling import DistanceWeightedSampler, UniformSampler, create_sampler, effective_negatives
 from .triplets import Triplets, TripletSampler
 

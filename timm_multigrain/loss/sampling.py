@@ -71,9 +71,14 @@ class DistanceWeightedSampler(TripletSampler):
         self.nonzero_loss_cutoff = nonzero_loss_cutoff
 
     def log_weights(self, embedding: Tensor) -> Tensor:
-        square_norm = torch.linalg.vector_norm(embedding, dim=1).square()
-        square = (square_norm[:, None] + square_norm).addmm_(embedding, embedding.T, alpha=-2).fill_diagonal_(1.)
-        log_weight = _log_weight(square, embedding.shape[1], self.cutoff, self.nonzero_loss_cutoff)
+        square = _square_distances(embedding)
+        beyond = square >= self.nonzero_loss_cutoff ** 2
+        # q = d (d^2 (1 - d^2 / 4))^((C - 3) / 2) is symmetric in d^2 around 2, but for the factor d: the upper bound is
+        # the mirror of the lower one.
+        square.clamp_(self.cutoff ** 2, 4 - self.cutoff ** 2)
+        dim = embedding.shape[1]
+        log_weight = square.log().mul_((2 - dim) / 2).sub_(square.div_(-4).log1p_(), alpha=(dim - 3) / 2)
+        log_weight.masked_fill_(beyond, -math.inf)
         if self.normalize == 'batch':
             # The round trip through float32 is where the original implementation loses its weights.
             log_weight = log_weight.sub_(log_weight.max()).float().exp_().to(log_weight.dtype).log_()
@@ -117,13 +122,18 @@ def create_sampler(name: str, **kwargs) -> TripletSampler:
     return _SAMPLERS[name](**kwargs)
 
 
-def _log_weight(square: Tensor, dim: int, cutoff: float, nonzero_loss_cutoff: float) -> Tensor:
-    """log min(1 / q(cutoff), 1 / q(d)) up to a constant from d^2, which is overwritten; -inf where the loss is zero."""
-    square = square.nan_to_num_(math.inf, math.inf)  # rows that are not finite
-    beyond = square >= nonzero_loss_cutoff ** 2
-    # q = d (d^2 (1 - d^2 / 4))^((C - 3) / 2) is symmetric in d^2 around 2, but for the factor d: the upper bound is the
-    # mirror of the lower one.
-    square = square.clamp_(cutoff ** 2, 4 - cutoff ** 2)
-    log_weight = square.log().mul_((2 - dim) / 2)
-    log_weight.sub_(square.mul_(-0.25).log1p_(), alpha=(dim - 3) / 2)
-    return log_weight.masked_fill_(beyond, -math.inf)
+def _square_distances(embedding: Tensor) -> Tensor:
+    """Squared distances (B, B), 1 on the diagonal, inf for rows that are not finite.
+
+    An error of a distance is multiplied by an exponent in the thousands: float64 but for the inner products on a CPU,
+    and where a device has no float64. On a GPU float32 products may be those of TF32, and float64 costs little.
+    """
+    if embedding.device.type == 'cuda':
+        embedding = embedding.double()
+    number = len(embedding)
+    square = embedding.new_zeros(number, number).addmm_(embedding, embedding.T, alpha=-2)  # autocast leaves it alone
+    if square.device.type in ('cpu', 'cuda', 'meta'):
+        square = square.double()
+    square_norm = square.diagonal() / -2
+    square.add_(square_norm).add_(square_norm[:, None])
+    return square.nan_to_num_(math.inf, math.inf).fill_diagonal_(1.)

@@ -7,7 +7,6 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 __all__ = ['TripletSampler', 'Triplets']
@@ -36,8 +35,8 @@ class TripletSampler(nn.Module):
 
     Args:
         max_positives: Positives used of each anchor, the first ones in the batch; the output is then padded to
-            B * max_positives triplets. None takes all and gives exactly the triplets there are (a GPU then waits for
-            the host twice).
+            B * min(max_positives, B) triplets. None takes all and gives exactly the triplets there are (a GPU then
+            waits for the host twice).
         generator: Source of randomness, a `torch.Generator` on the device of the embedding, or an int that seeds one at
             the first call; None is torch's global one.
     """
@@ -50,7 +49,7 @@ class TripletSampler(nn.Module):
         self.generator = generator
 
     def log_weights(self, embedding: Tensor) -> Tensor:
-        """Unnormalised log probability (B, B) of each pair, a new tensor.
+        """Unnormalised log probability (B, B) of each pair, a new tensor, for an embedding in float32 or float64.
 
         A row of nothing but -inf becomes uniform, unless that row of the embedding is not finite: it has to be so then.
         """
@@ -68,9 +67,6 @@ class TripletSampler(nn.Module):
             Probabilities (B, B), float32 (float64 for a float64 embedding), row i the distribution of the negatives of
             anchor i, whose sum is 1, or 0 if it has none; and (B,) bool, the rows with negatives none of which had any
             weight, so that they became uniform.
-
-        Raises:
-            ValueError: The shapes or dtypes are not as above.
         """
         _, log_weight, is_uniform = self._candidates(embedding, target)
         return _probabilities(log_weight, embedding.dtype), is_uniform
@@ -82,69 +78,54 @@ class TripletSampler(nn.Module):
             target: Tensor,
             return_prob: bool = False,
     ) -> Triplets | tuple[Triplets, Tensor]:
-        """Draws triplets, ordered by anchor, then positive; arguments and errors as in `probabilities`.
+        """Draws triplets, ordered by anchor, then positive; arguments as in `probabilities`.
 
         With `return_prob` also the probabilities (B, B), as `probabilities` gives them, without computing them twice.
         """
         positives, log_weight, _ = self._candidates(embedding, target)
-        prob = _probabilities(log_weight, embedding.dtype) if return_prob else None
-        slots = self._slots(target)
-        index = torch.arange(len(target), device=target.device)
-        first = torch.where(positives, (len(index) - index).to(torch.float32), 0.)  # the first ones in the batch
+        size = len(target)
+        if self.max_positives is None:
+            slots = max(int(target.unique(return_counts=True)[1].max()) - 1, 1)
+        else:
+            slots = min(self.max_positives, size)
+        index = torch.arange(size, device=target.device)
+        first = torch.where(positives, (size - index).to(torch.float32), 0.)  # the first ones in the batch
         first, positive = first.topk(slots)
         num_draws = (first > 0).sum(1)
         negative, num_candidates = self._draw(log_weight, num_draws, slots)
         used = index[:slots] < (num_draws * (num_candidates > 0))[:, None]
         triplets = index[:, None].expand(-1, slots), positive, negative
         if self.max_positives is None:
-            rows, places = used.nonzero(as_tuple=True)
-            triplets = Triplets(*(t[rows, places] for t in triplets))
+            triplets = Triplets(*(t[used] for t in triplets))
         else:
-            padding = 0, self.max_positives - slots
-            triplets = Triplets(*(F.pad(t.where(used, -1), padding, value=-1).flatten() for t in triplets))
-        return (triplets, prob) if return_prob else triplets
-
-    def _slots(self, target: Tensor) -> int:
-        """Negatives to draw for each anchor, padding included."""
-        if self.max_positives is not None:
-            return min(self.max_positives, len(target))
-        return max(int(target.unique(return_counts=True)[1].max()) - 1, 1)
+            triplets = Triplets(*(t.where(used, -1).flatten() for t in triplets))
+        return (triplets, _probabilities(log_weight, embedding.dtype)) if return_prob else triplets
 
     def _candidates(self, embedding: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which pairs are positives (B, B), log weights of the negatives (B, B), and which rows became uniform (B,)."""
         _check_batch(embedding, target)
-        # An error of a distance is multiplied by an exponent in the thousands; not every device has float64.
-        embedding = embedding.to(torch.float64 if embedding.device.type in ('cpu', 'cuda', 'meta') else torch.float32)
+        embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
         usable = torch.linalg.vector_norm(embedding, dim=1).isfinite()
         same = target[:, None] == target
         positives, negatives = same & usable, ~same & usable
         positives.fill_diagonal_(False)
         log_weight = self.log_weights(embedding).masked_fill_(~negatives, -math.inf)
         is_uniform = log_weight.amax(1).isneginf() & usable
-        log_weight.masked_fill_(is_uniform[:, None] & negatives, 0.)
-        return positives, log_weight, is_uniform & negatives.any(1)
+        return positives, log_weight.masked_fill_(is_uniform[:, None] & negatives, 0.), is_uniform & negatives.any(1)
 
     def _draw(self, log_weight: Tensor, num_draws: Tensor, slots: int) -> tuple[Tensor, Tensor]:
-        """Negatives (rows, slots) of as many anchors, and how many there are to draw from, at most `slots`.
-
-        Overwrites the log weights, as copies of them would take most of the time.
-        """
-        # logarithms of exponential variables, for which float32 is fine enough; log is eight times as fast as log1p
-        noise = torch.empty(log_weight.shape, device=log_weight.device)
-        noise.uniform_(generator=self._generator(noise.device)).neg_().add_(1.)
-        noise.log_().neg_().clamp_(min=2 ** -25).log_()
-        peak = log_weight.amax(1, keepdim=True)
-        keys, candidates = log_weight.sub_(noise).topk(slots)
-        # A row short of candidates has all of them at the front: draw positions among those by their cumulative sum.
-        num_candidates = (~keys.isneginf()).sum(1)
-        weight = (keys + noise.gather(1, candidates) - peak).exp()
-        cumulative = weight.nan_to_num_().cumsum(1)
-        uniform = torch.empty_like(cumulative).uniform_(generator=self._generator(noise.device))
-        repeated = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
-        repeated = torch.minimum(repeated, (num_candidates[:, None] - 1).clamp(min=0))
-        position = torch.arange(slots, device=noise.device).expand_as(repeated)
-        position = torch.where((num_candidates < num_draws)[:, None], repeated, position)
-        return candidates.gather(1, position), num_candidates
+        """Negatives (B, slots), and how many candidates each anchor has (B,)."""
+        generator = self._generator(log_weight.device)
+        # torch's own exponential_ takes ten times as long
+        uniform = torch.rand(log_weight.shape, generator=generator, device=log_weight.device)
+        exponential = (1 - uniform).log_().neg_()
+        candidates = (log_weight - exponential.clamp_(min=2 ** -25).log_()).topk(slots).indices
+        num_candidates = (~log_weight.isneginf()).sum(1)
+        # an anchor with fewer candidates than draws has all of them among these
+        weight = log_weight.gather(1, candidates).softmax(1).nan_to_num(1.)
+        repeated = torch.multinomial(weight, slots, replacement=True, generator=generator)
+        negative = torch.where((num_candidates < num_draws)[:, None], candidates.gather(1, repeated), candidates)
+        return negative, num_candidates
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
         if isinstance(self.generator, int):
@@ -153,7 +134,7 @@ class TripletSampler(nn.Module):
 
 
 def _probabilities(log_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    prob = log_weight.softmax(1).masked_fill_(log_weight.isneginf(), 0.)  # rows without negatives are NaN by now
+    prob = log_weight.softmax(1).nan_to_num(0.)  # rows without negatives
     return prob.to(torch.promote_types(dtype, torch.float32))
 
 

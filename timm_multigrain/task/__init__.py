@@ -1,4 +1,4 @@
-from .gather import all_gather_with_grad
-from .multigrain import MultiGrainTask, MultiGrainTrainableModule
+"""The training task: cross-entropy and an instance loss on one embedding."""
+from .multigrain import MultiGrainTask, MultiGrainTrainableModule, all_gather_with_grad
 
 __all__ = ['MultiGrainTask', 'MultiGrainTrainableModule', 'all_gather_with_grad']

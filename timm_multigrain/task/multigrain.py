@@ -5,20 +5,26 @@
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 import torch.nn as nn
 from timm.models import group_parameters
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
 
 from timm_multigrain.layers import l2_normalize
-from timm_multigrain.loss import TripletSampler, create_instance_loss, create_sampler
+from timm_multigrain.loss import (
+    MarginLoss,
+    TripletSampler,
+    create_instance_loss,
+    create_sampler,
+    effective_negatives,
+    margin_statistics,
+)
 from timm_multigrain.models import MultiGrain
 
-from .gather import all_gather_with_grad
-from .one_pass import embed_and_classify, inspect_head
-from .statistics import instance_statistics
+from .head import embed_and_classify, inspect_head
 
-__all__ = ['MultiGrainTask', 'MultiGrainTrainableModule']
+__all__ = ['MultiGrainTask', 'MultiGrainTrainableModule', 'all_gather_with_grad']
 
 
 class MultiGrainTrainableModule(nn.Module):
@@ -78,7 +84,10 @@ class MultiGrainTask(ClassificationTask):
         num_repeats: Copies of each image in a batch, as the loader's. A sampler made by name uses at most that many
             less one as positives of an anchor, so that its output has one size and a GPU need not wait for the host.
         gather: Take negatives from the batches of all ranks.
-        statistics: Add what to watch in a training to the result, see `timm_multigrain.task.statistics`.
+        statistics: Add what to watch in a training to the result: 'spread', 1 - |mean embedding|^2, which is half the
+            mean squared distance of two rows and 0 when all embeddings are equal; for the margin loss those of
+            `timm_multigrain.loss.margin_statistics`; and 'effective_negatives', the exponential of the entropy of the
+            negatives, averaged over the anchors that have some.
 
     Raises:
         ValueError: lambda outside [0, 1], fewer than 2 repeats with lambda < 1, a model without classifier, or an
@@ -147,9 +156,9 @@ class MultiGrainTask(ClassificationTask):
 
     def get_clip_parameters(self, exclude_head: bool = False):
         """The model's parameters, without the classifier if asked, and those of the instance loss."""
-        trainable = unwrap_model(self.trainable_module)
         if not self.joint:
             return super().get_clip_parameters(exclude_head=exclude_head)
+        trainable = self._trainable()
         parameters = list(trainable.model.parameters())
         return (parameters[:-2] if exclude_head else parameters) + list(trainable.instance_loss.parameters())
 
@@ -176,7 +185,7 @@ class MultiGrainTask(ClassificationTask):
                 'task has none: resume with classif_weight below 1, or start from the weights alone.')
         trainable.instance_loss.load_state_dict(loss_state, strict=strict)
 
-    def _trainable(self, module: nn.Module | None, ema: bool) -> MultiGrainTrainableModule | None:
+    def _trainable(self, module: nn.Module | None = None, ema: bool = False) -> MultiGrainTrainableModule | None:
         module = module if module is not None else self.get_trainable_module(ema=ema)
         trainable = module if module is None else unwrap_model(module)
         return trainable if isinstance(trainable, MultiGrainTrainableModule) else None
@@ -218,7 +227,7 @@ class MultiGrainTask(ClassificationTask):
             'classification_loss': classification_loss.detach(),
             'instance_loss': instance_loss.detach(),
         }
-        beta = getattr(self._trainable(None, False).instance_loss, 'beta', None)
+        beta = getattr(self._trainable().instance_loss, 'beta', None)
         if beta is not None:
             result['beta'] = beta.detach()
         return result | statistics
@@ -229,14 +238,23 @@ class MultiGrainTask(ClassificationTask):
             if self.gather:
                 embedding, instance = all_gather_with_grad(embedding), all_gather_with_grad(instance)
             self._check_instances(instance)
-            loss = self._trainable(None, False).instance_loss
+            loss = self._trainable().instance_loss
             triplets, prob = None, None
             if loss.needs_triplets and self.statistics and isinstance(self.sampler, TripletSampler):
                 triplets, prob = self.sampler(embedding.detach(), instance, return_prob=True)
             elif loss.needs_triplets:
                 triplets = self.sampler(embedding.detach(), instance)
             value = loss(embedding, instance, triplets)
-            return value, instance_statistics(embedding, loss, triplets, prob) if self.statistics else {}
+            if not self.statistics:
+                return value, {}
+            embedding = embedding.detach()
+            statistics = {'spread': 1 - embedding.mean(0).square().sum()}
+            if isinstance(loss, MarginLoss):
+                statistics |= margin_statistics(embedding, triplets, loss.beta, loss.margin)
+            if prob is not None:
+                number = effective_negatives(prob)
+                statistics['effective_negatives'] = number.sum() / (number > 0).sum().clamp(min=1)
+            return value, statistics
 
     def _check_instances(self, instance: torch.Tensor) -> None:
         # Reading ids back stops a GPU: done on the first batch, and on those small enough to hold one instance only.
@@ -252,6 +270,39 @@ class MultiGrainTask(ClassificationTask):
                 f'No two of the {len(instance)} images of the batch share an instance id, so there are no positives: '
                 f'load them with timm_multigrain.data.create_loader(num_repeats={self.num_repeats}).')
         self._positives_seen = True
+
+
+def all_gather_with_grad(x: torch.Tensor) -> torch.Tensor:
+    """Rows of every rank, in rank order; without a process group, x as it is.
+
+    Every rank then computes the same loss of the whole batch, and the backward sums the ranks' gradients: averaged over
+    ranks, as DDP does, that is the gradient of one process on the whole batch.
+
+    Args:
+        x: (B, ...), the same shape on each rank.
+
+    Returns:
+        (world size * B, ...).
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return x
+    return _AllGather.apply(x)
+
+
+class _AllGather(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.rows = x.shape[0]
+        chunks = [torch.empty_like(x) for _ in range(dist.get_world_size())]
+        dist.all_gather(chunks, x.contiguous())
+        return torch.cat(chunks)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.contiguous().clone()
+        dist.all_reduce(grad)
+        return grad.split(ctx.rows)[dist.get_rank()]
 
 
 def _check_copies(images: torch.Tensor, instance: torch.Tensor) -> None:

@@ -72,13 +72,7 @@ def inspect_head(model: nn.Module) -> Head:
 
 
 def embed_and_classify(model: nn.Module, features: torch.Tensor, head: Head) -> tuple[torch.Tensor, torch.Tensor]:
-    """(N, E) embedding before any dropout, and (N, K) logits after it.
-
-    Args:
-        model: A timm model.
-        features: What its ``forward_features`` gives.
-        head: As `inspect_head` gives it.
-    """
+    """(N, E) embedding before any dropout, and (N, K) logits after it, of what ``forward_features`` gives."""
     if model.training and head.drop_rate:
         with _NoDropout():
             embedding = model.forward_head(features, pre_logits=True)

@@ -1,0 +1,280 @@
+"""Losses over sampled triplets: margin, contrastive, triplet, and those of pytorch-metric-learning.
+
+Every instance loss is a module called as `loss(embedding, target, triplets)` that returns a scalar. Its attribute
+`needs_triplets` says whether triplets have to be sampled for it; if not, they may be None. Distances are computed in
+float32, also under autocast; a float64 embedding stays float64.
+"""
+import difflib
+import inspect
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from .triplets import Triplets
+
+__all__ = [
+    'ContrastiveLoss', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'create_instance_loss', 'margin_loss',
+    'margin_statistics']
+
+CHUNK = 2 ** 18  # values that a CPU works on together: 1 MiB, which stays in its cache
+
+
+def margin_loss(embedding: Tensor, triplets: Triplets, beta: Tensor | float, margin: float = 0.2) -> Tensor:
+    """Margin loss of the (anchor, positive) and (anchor, negative) pairs, averaged over the terms above zero.
+
+    Wu et al., 'Sampling Matters in Deep Embedding Learning', ICCV 2017, https://arxiv.org/abs/1706.07567, as in
+    MultiGrain (https://arxiv.org/abs/1902.05509, second term of equation 5). A pair at distance D, with y = 1 for
+    images of one instance and -1 otherwise, costs max(0, margin + y (D - beta)).
+
+    Args:
+        embedding: (B, C), L2-normalised.
+        triplets: Indices into the batch; padding contributes nothing.
+        beta: Boundary between the distances of the two kinds of pairs, a tensor of one element or a number.
+        margin: Half the width of the zone around beta that costs.
+
+    Returns:
+        Scalar. Zero, with zero gradients, if no term is above zero or there is no triplet.
+    """
+    terms, _ = _margin_terms(embedding, triplets, beta, margin)
+    return terms.sum() / (terms > 0).sum().clamp(min=1)
+
+
+@torch.no_grad()
+def margin_statistics(
+        embedding: Tensor,
+        triplets: Triplets,
+        beta: Tensor | float,
+        margin: float = 0.2,
+) -> dict[str, Tensor]:
+    """What the margin loss works on, for logging; arguments as in `margin_loss`.
+
+    Returns:
+        0-dim tensors, 0 without triplets: 'active_positives' and 'active_negatives', the shares in [0, 1] of the pairs
+        that cost something; 'positive_distance' and 'negative_distance', the mean distances of the pairs.
+    """
+    terms, distance = _margin_terms(embedding, triplets, beta, margin)
+    used = triplets[0] >= 0
+    number = used.sum().clamp(min=1)
+    active_positives, active_negatives = (terms > 0).sum(1) / number
+    positive_distance, negative_distance = (distance * used).sum(1) / number
+    return {
+        'active_positives': active_positives,
+        'active_negatives': active_negatives,
+        'positive_distance': positive_distance,
+        'negative_distance': negative_distance,
+    }
+
+
+class MarginLoss(nn.Module):
+    """Margin loss, see `margin_loss`, with its boundary beta as parameter, float32 of shape (1,).
+
+    Args:
+        beta_init: Initial boundary, a distance between unit vectors.
+        margin: Half the width of the zone around beta that costs.
+
+    Raises:
+        ValueError: beta_init is not between 0 and 2, or margin not from 0 to below 2.
+    """
+    needs_triplets = True
+
+    def __init__(self, beta_init: float = 1.2, margin: float = 0.2):
+        super().__init__()
+        if not 0 < beta_init < 2:
+            raise ValueError(f'beta_init is {beta_init}: give a distance of unit vectors, above 0 and below 2, as 1.2')
+        if not 0 <= margin < 2:
+            raise ValueError(f'margin is {margin}: give a number from 0 to below 2, such as 0.2')
+        self.beta = nn.Parameter(torch.tensor([beta_init], dtype=torch.float32))
+        self.margin = margin
+
+    def forward(self, embedding: Tensor, target: Tensor | None, triplets: Triplets) -> Tensor:
+        return margin_loss(embedding, triplets, self.beta, self.margin)
+
+    def extra_repr(self) -> str:
+        return f'margin={self.margin}'
+
+
+class ContrastiveLoss(nn.Module):
+    """D^2 / 2 for images of one instance, max(0, margin - D)^2 / 2 for others, averaged over the pairs of all triplets.
+
+    Hadsell et al., 'Dimensionality Reduction by Learning an Invariant Mapping', CVPR 2006, section 2.1.
+
+    Args:
+        margin: Distance beyond which images of different instances cost nothing.
+    """
+    needs_triplets = True
+
+    def __init__(self, margin: float = 1.0):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, embedding: Tensor, target: Tensor | None, triplets: Triplets) -> Tensor:
+        positive, negative = _distances(embedding, triplets)
+        used = triplets[0] >= 0
+        terms = (positive.square() + (self.margin - negative).clamp(min=0).square()) / 2
+        return (terms * used).sum() / (2 * used.sum()).clamp(min=1)
+
+    def extra_repr(self) -> str:
+        return f'margin={self.margin}'
+
+
+class TripletLoss(nn.Module):
+    """max(0, D_ap^2 - D_an^2 + margin), averaged over the triplets where it is above zero.
+
+    Schroff et al., 'FaceNet', CVPR 2015, https://arxiv.org/abs/1503.03832, section 3.1.
+
+    Args:
+        margin: By how much the squared distance of the negative must exceed that of the positive.
+    """
+    needs_triplets = True
+
+    def __init__(self, margin: float = 0.2):
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, embedding: Tensor, target: Tensor | None, triplets: Triplets) -> Tensor:
+        positive, negative = _square_distances(embedding, triplets)
+        terms = (positive - negative + self.margin).clamp(min=0) * (triplets[0] >= 0)
+        return terms.sum() / (terms > 0).sum().clamp(min=1)
+
+    def extra_repr(self) -> str:
+        return f'margin={self.margin}'
+
+
+class MetricLearningLoss(nn.Module):
+    """A pytorch-metric-learning loss as instance loss.
+
+    Args:
+        loss: Loss object called as loss(embedding, target, indices_tuple=...).
+        use_triplets: Give it the sampled triplets, without their padding (a host synchronisation). Otherwise it sees
+            all pairs of the batch and tells them apart by the target; some losses support only this.
+
+    Raises:
+        ValueError: The loss has no argument indices_tuple; when called, it does not support triplets.
+    """
+
+    def __init__(self, loss: nn.Module, use_triplets: bool = True):
+        super().__init__()
+        if 'indices_tuple' not in inspect.signature(loss.forward).parameters:
+            raise ValueError(
+                f'{type(loss).__name__} cannot be an instance loss: it has neither an attribute needs_triplets, to be '
+                'called as loss(embedding, target, triplets), nor an argument indices_tuple, as losses of '
+                'pytorch-metric-learning have')
+        self.loss = loss
+        self.needs_triplets = use_triplets
+
+    def forward(self, embedding: Tensor, target: Tensor, triplets: Triplets | None = None) -> Tensor:
+        if self.needs_triplets:
+            used = triplets.anchor >= 0
+            triplets = tuple(index[used] for index in triplets)
+        else:
+            triplets = None
+        with torch.autocast(embedding.device.type, enabled=False):
+            embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+            try:
+                return self.loss(embedding, target, indices_tuple=triplets)
+            except ValueError as error:
+                if self.needs_triplets and 'indices_tuple' in str(error):
+                    raise ValueError(f'{type(self.loss).__name__} takes no triplets: set use_triplets=False') from error
+                raise
+
+
+_LOSSES = {'margin': MarginLoss, 'contrastive': ContrastiveLoss, 'triplet': TripletLoss}
+
+
+def create_instance_loss(spec: str | nn.Module, **kwargs) -> nn.Module:
+    """Builds an instance loss.
+
+    Args:
+        spec: 'margin', 'contrastive', 'triplet', or 'pml:NAME' for a class of `pytorch_metric_learning.losses`; or a
+            loss object: one with the interface of this module is returned as it is, one of pytorch-metric-learning
+            becomes a `MetricLearningLoss`.
+        **kwargs: Arguments of the loss named. `use_triplets` goes to the `MetricLearningLoss`, also for an object.
+
+    Raises:
+        ValueError: The name is unknown, or the object is not a loss of either kind.
+        ImportError: 'pml:NAME' without pytorch-metric-learning installed.
+    """
+    if isinstance(spec, nn.Module):
+        if not hasattr(spec, 'needs_triplets'):
+            return MetricLearningLoss(spec, **kwargs)
+        if kwargs:
+            raise ValueError(f'{type(spec).__name__} is built already, it takes no {", ".join(kwargs)}')
+        return spec
+    if isinstance(spec, str) and spec.startswith('pml:'):
+        use_triplets = kwargs.pop('use_triplets', True)
+        return MetricLearningLoss(_find_metric_learning_loss(spec[4:])(**kwargs), use_triplets)
+    if spec not in _LOSSES:
+        raise ValueError(f"unknown instance loss {spec!r}, choose one of {', '.join(map(repr, _LOSSES))} or 'pml:NAME'")
+    return _LOSSES[spec](**kwargs)
+
+
+def _find_metric_learning_loss(name: str) -> type[nn.Module]:
+    try:
+        from pytorch_metric_learning import losses
+    except ImportError as error:
+        raise ImportError(
+            f"'pml:{name}' needs pytorch-metric-learning: pip install 'timm_multigrain[metric]'") from error
+    classes = {key: value for key, value in vars(losses).items() if key.endswith(('Loss', 'Losses', 'Memory'))}
+    if name not in classes:
+        near = difflib.get_close_matches(name, classes, n=4, cutoff=0.4) or sorted(classes)
+        raise ValueError(f'pytorch_metric_learning.losses has no {name!r}, did you mean {", ".join(near)}?')
+    return classes[name]
+
+
+def _margin_terms(embedding: Tensor, triplets: Triplets, beta: Tensor | float, margin: float) -> tuple[Tensor, Tensor]:
+    distance = _distances(embedding, triplets)
+    excess = distance - beta
+    terms = torch.stack([margin + excess[0], margin - excess[1]]).clamp(min=0)
+    return terms.masked_fill(triplets[0] < 0, 0.), distance
+
+
+def _distances(embedding: Tensor, triplets: Triplets) -> Tensor:
+    """Distances (2, n); 1e-8 under the root keeps the gradient of coincident pairs finite."""
+    return (_square_distances(embedding, triplets) + 1e-8).sqrt()
+
+
+def _square_distances(embedding: Tensor, triplets: Triplets) -> Tensor:
+    """Squared distances (2, n) of the pairs (anchor, positive) and (anchor, negative), 0 for padding."""
+    if embedding.ndim != 2:
+        raise ValueError(f'embedding must be of shape (B, C), got {tuple(embedding.shape)}')
+    embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+    anchor, others = triplets[0], torch.stack([triplets[1], triplets[2]])
+    used = anchor >= 0
+    if embedding.device.type == 'cpu' and not torch.compiler.is_compiling():
+        squares = _PairSquares.apply(embedding, anchor[used], others[:, used])
+        return squares.new_zeros(others.shape).masked_scatter(used, squares)
+    difference = embedding[anchor.clamp(min=0)] - embedding[others.clamp(min=0)]
+    # Masked here and not after the square: the gradient of a padded entry stays zero even when row 0 is NaN.
+    return difference.masked_fill(~used[:, None], 0.).square().sum(-1)
+
+
+class _PairSquares(torch.autograd.Function):
+    """Squared distances (2, n) of pairs of rows, in half the time of indexing: by chunks that stay in a CPU's cache."""
+
+    @staticmethod
+    def forward(ctx, embedding: Tensor, anchor: Tensor, others: Tensor) -> Tensor:
+        ctx.save_for_backward(embedding, anchor, others)
+        squares = []
+        for first, seconds in _chunks(embedding, anchor, others):
+            rows = embedding.index_select(0, first)
+            squares.append(torch.stack([(embedding.index_select(0, i).sub_(rows)).square_().sum(1) for i in seconds]))
+        return torch.cat(squares, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        embedding, anchor, others = ctx.saved_tensors
+        result = torch.zeros_like(embedding)
+        for first, seconds, slopes in _chunks(embedding, anchor, others, 2 * grad):
+            rows = embedding.index_select(0, first)
+            for second, slope in zip(seconds, slopes, strict=True):
+                difference = embedding.index_select(0, second).sub_(rows).mul_(slope[:, None])
+                result.index_add_(0, second, difference).index_add_(0, first, difference, alpha=-1)
+        return result, None, None
+
+
+def _chunks(embedding: Tensor, *pairs: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    size = max(CHUNK // embedding.shape[1], 1)
+    return zip(*(t.split(size, -1) for t in pairs), strict=True)
