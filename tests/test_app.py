@@ -20,8 +20,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from timm_multigrain.app.app_answers import Answers
-from timm_multigrain.app.app_guard import Guard, keep_newest
+from timm_multigrain.app.answers import Answers
+from timm_multigrain.app.guard import Guard, keep_newest
 from timm_multigrain.cli.main import main
 from timm_multigrain.images.sources import UnreadableImage
 
@@ -246,23 +246,6 @@ def test_broken_pictures_are_refused_in_a_sentence(url, index, tmp_path, content
     assert str(tmp_path) not in str(e.value) and str(e.value).startswith('This picture cannot be used')
 
 
-def test_it_listens_on_this_computer_only(index, monkeypatch):
-    monkeypatch.setattr('timm_multigrain.app.app.build_app', lambda *a, **k: recorder)
-    asked = {}
-
-    class Recorder:
-        def queue(self, **options):
-            return self
-
-        def launch(self, **options):
-            asked.update(options)
-    recorder = Recorder()
-    launch_app(index, block=False)
-    assert asked['server_name'] == '127.0.0.1' and asked['share'] is False and asked['allowed_paths'] is None
-    launch_app(index, block=False, host='0.0.0.0')
-    assert asked['server_name'] == '0.0.0.0'
-
-
 def test_parts():
     assert _box([], (100, 80)) is None and _box([(5, 5)], (100, 80)) is None
     assert _box([(50, 60), (10, 20)], (100, 80)) == (10, 20, 40, 40)
@@ -274,16 +257,21 @@ def test_parts():
 def test_answers(index):
     answers = Answers(index, 1_000_000)
     image = Image.open(index.path_of(2)).convert('RGB')
-    found = answers.search(image, None, 3, None)
-    assert len(found.hits) == 3 and found.hits[0][1].startswith('1.000') and len(found.classes) == 3
-    of_class = answers.class_names[0]
-    assert all(record.classes[0][0] == of_class for *_, record in answers.search(image, None, 50, of_class).hits)
-    part = answers.search(image, (0, 0, 40, 40), 3, None)
-    assert part.hits[0][1] != found.hits[0][1]
-    groups = answers.copies.groups
-    assert answers.cover(groups[0])[1].startswith('2 identical') and answers.members(groups[0])[0][1].startswith('KEEP')
+    classes, hits = answers.search(image, None, 3, None)
+    assert len(hits) == 3 and hits[0].caption.startswith('1.000') and '96 x 96 pixels' in hits[0].details
+    assert len(classes) == 3 and sum(classes.values()) == pytest.approx(1)
+    wanted = answers.class_names[0]
+    _, of_class = answers.search(image, None, 50, wanted)
+    rows = [row for row in range(len(index)) if index.records(row).classes[0][0] == wanted]
+    assert len(of_class) == len(rows) and {hit.details.split('\n')[0] for hit in of_class} == {
+        answers.name(index.path_of(row)) for row in rows}
+    assert answers.search(image, (0, 0, 40, 40), 3, None)[1][0].caption != hits[0].caption
+    group = answers.copies.groups[0]
+    assert answers.cover(group).caption.startswith('2 identical')
+    assert [member.caption[:5] for member in answers.members(group)] == ['KEEP ', '1.000']
     assert answers.name(index.path_of(0)) == Path(index.path_of(0)).name
-    assert answers.name('/elsewhere/x\n.jpg') == 'x\\n.jpg' and '96 x 96 pixels' in answers.describe(index.records(0))
+    assert answers.name('/elsewhere/x\n.jpg') == 'x\\n.jpg'
+    assert answers.thumbnail('/elsewhere/x.jpg').getpixel((5, 5)) == (128, 128, 128)
 
 
 def guarded(app, folder, **options):
@@ -324,7 +312,7 @@ def test_guard_looks_at_the_files_a_request_names(tmp_path, body, status):
 
     async def app(scope, receive, send):
         received.append(await receive())
-        await send({'type': 'http.response.start', 'status': 200})
+        await send({'type': 'http.response.start', 'status': 200, 'headers': []})
 
     messages = [{'type': 'http.request', 'body': body[i:i + 65536], 'more_body': i + 65536 < len(body)}
                 for i in range(0, max(1, len(body)), 65536)]
@@ -405,21 +393,35 @@ def test_a_password_private_files_and_sigterm(index, tmp_path):
 
 @pytest.mark.parametrize('options, says', [
     (['--auth', ''], 'neither may be empty'), (['--auth', 'me'], 'MULTIGRAIN_PASSWORD'),
-    (['--auth', ':x'], 'USER:PASS'), (['--auth', 'me:'], 'USER:PASS'), (['--auth', 'm\ne:x'], 'USER:PASS'),
-    (['--max-upload', 'nan'], 'megabytes'),
-    (['--max-upload', '-1'], 'megabytes'), (['--max-upload', 'inf'], 'megabytes'),
-    (['--port', '0'], '1 to 65535'),
-    (['--port', '99999'], '1 to 65535')])
+    (['--auth', ':x'], 'USER:PASS'), (['--auth', 'm\ne:x'], 'USER:PASS'),
+    (['--max-upload', 'nan'], 'megabytes'), (['--max-upload', '-1'], 'megabytes'), (['--port', '0'], '1 to 65535')])
 def test_wrong_options(index, capsys, monkeypatch, options, says):
     monkeypatch.delenv('MULTIGRAIN_PASSWORD', raising=False)
     assert main(['app', str(index.path), *options]) == 2
     assert says in capsys.readouterr().err
 
 
-@pytest.mark.parametrize('options, warned', [
-    ([], False), (['--host', 'localhost'], False), (['--host', '0.0.0.0'], True), (['--host', '192.0.2.7'], True),
-    (['--host', '0.0.0.0', '--auth', 'me:x'], False)])
-def test_a_warning_where_everybody_is_let_in(index, capsys, monkeypatch, options, warned):
-    monkeypatch.setattr('timm_multigrain.app.app.launch_app', lambda *a, **k: None)
+@pytest.mark.parametrize('options, host, warned', [
+    ([], '127.0.0.1', False), (['--host', '0.0.0.0'], '0.0.0.0', True),
+    (['--host', '0.0.0.0', '--auth', 'me:x'], '0.0.0.0', False)])
+def test_it_listens_on_this_computer_only_or_warns(index, capsys, monkeypatch, options, host, warned):
+    """What gradio is asked for, by the command with its options."""
+    asked = {}
+
+    class Recorder:
+        local_url = ''
+
+        def queue(self, **options):
+            return self
+
+        def launch(self, **options):
+            asked.update(options)
+
+        def block_thread(self):
+            pass
+
+    monkeypatch.setattr('timm_multigrain.app.app.build_app', lambda *a, **k: Recorder())
+    monkeypatch.setattr('timm_multigrain.app.app.os.umask', lambda mask: None)
     assert main(['app', str(index.path), *options]) == 0
+    assert asked['server_name'] == host and asked['share'] is False and asked['allowed_paths'] is None
     assert ('everybody who can reach' in capsys.readouterr().err) == warned

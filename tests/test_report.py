@@ -1,6 +1,7 @@
-"""The HTML report: complete, well-formed, escaped, self-contained, written in one step."""
+"""Pages: complete, well-formed, escaped, in need of nothing else, written in one step."""
 import base64
 import io
+import json
 import math
 import re
 import sys
@@ -11,29 +12,34 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_multigrain.report import report
-from timm_multigrain.report.report import GalleryRow, Neighbor, Table, write_report
+from timm_multigrain import files
+from timm_multigrain.index.dedup import Copies, CopyFile, CopyGroup
+from timm_multigrain.index.index import Hit
+from timm_multigrain.index.records import Record
+from timm_multigrain.report import collection, report
+from timm_multigrain.report.collection import search_json, search_table, write_copies_page, write_search_page
+from timm_multigrain.report.report import Answer, Neighbor, Query, Table, write_report
 
 VOID = {'meta', 'br', 'img'}
-NASTY = [
-    '<script>alert(1)</script>', 'a & b', '"quoted\' name"', 'two\nlines', 'bad\udc80byte', 'nul\x00', '$x_{',
-    '{brace}',
-]
+NASTY = '<script>alert("1\')</script> & {{ x }} {% y %} $x_{\x00\n\x1b[31m\u202e\udc80'
+SPELLED = '<script>alert("1\')</script> & {{ x }} {% y %} $x_{\\x00\\n\\x1b[31m\\u202e\\udc80'
 
 
 class Page(HTMLParser):
-    """Elements, text and attributes of a page whose tags must be nested properly."""
+    """Elements, text and attributes of a page, whose tags must be nested properly and which must load nothing."""
 
-    def __init__(self, text):
+    def __init__(self, path):
         super().__init__()
-        self.open, self.tags, self.attributes, self.text = [], Counter(), [], ''
-        self.feed(text)
+        self.open, self.tags, self.attributes, self.text, self.style = [], Counter(), [], '', ''
+        self.feed(path.read_text(encoding='utf-8'))
         self.close()
-        assert not self.open
+        assert not self.open and not self.tags['script'] and not self.tags['link']
+        assert "default-src 'none'" in self.values('content')[0] and not re.search('@import|url', self.style)
+        for name in ('src', 'href', 'xlink:href', 'srcset', 'action'):
+            assert all(value.startswith(('data:image/jpeg;base64,', '#')) for value in self.values(name))
 
     def handle_starttag(self, tag, attrs):
-        self.tags[tag] += 1
-        self.attributes += [(tag, *attr) for attr in attrs]
+        self.handle_startendtag(tag, attrs)
         if tag not in VOID:
             self.open.append(tag)
 
@@ -45,121 +51,101 @@ class Page(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
-        if self.open[-1:] != ['style']:
+        if self.open[-1:] == ['style']:
+            self.style += data
+        else:
             self.text += data
 
     def values(self, name):
         return [value for _, key, value in self.attributes if key == name]
+
+    def pictures(self):
+        return [Image.open(io.BytesIO(base64.b64decode(src.partition(',')[2]))) for src in self.values('src')]
 
 
 def picture(color='red', size=(40, 30), mode='RGB'):
     return Image.new(mode, size, color)
 
 
-def sample(**changes):
-    query = picture()
+def write(folder, **changes):
     neighbors = [Neighbor(picture('blue'), 0.987, 'crop', 'copy'), Neighbor(picture(), 0.5, 'cat', 'class'),
                  Neighbor(picture(), -0.25, 'dog', 'other')]
     arguments = {
         'title': 'The title', 'intro': 'The intro.',
-        'tables': [Table(['model', 'top-1', 'time'], [['a', 50.0, 7], ['b', 62.54, 9]], {'top-1': 'max'})],
+        'tables': [Table(['model', 'top-1', 'time'], [['a', 50.0, 7], ['b', 62.54, 9]], {'top-1': 'max'}, 'Table')],
         'curves': {
             'a': {'loss': ([0, 10], [2.0, 1.0])},
             'b': {'loss': ([0, 10], [2.5, 0.5]), 'margin': ([0, 10], [1, 0])},
         },
-        'gallery': [GalleryRow(name, query, 'cat 1', neighbors, 'predicted: cat') for name in ('a', 'b')],
+        'gallery': [Query(picture(), 'cat 1', [Answer(name, neighbors, 'predicted: cat') for name in 'ab'])],
         'notes': ['A note.'], 'command': 'timm-multigrain demo',
     }
-    return {**arguments, **changes}
+    return Page(write_report(folder / 'report.html', **{**arguments, **changes}))
 
 
-def write(tmp_path, **changes):
-    path = write_report(tmp_path / 'report.html', **sample(**changes))
-    return Page(path.read_text(encoding='utf-8'))
-
-
-def test_everything_is_shown(tmp_path):
+def test_a_report_shows_everything(tmp_path):
     page = write(tmp_path)
-    for text in ('The title', 'The intro.', '62.5', 'loss', 'margin', 'cat 1', 'Same class', '0.99', '-0.25', 'crop',
-                 'predicted: cat', '1 of 3 are copies', 'A note.', 'timm-multigrain demo'):
+    for text in ('The title', 'The intro.', 'Table', '62.5', 'loss', 'margin', 'cat 1', 'Same class', '0.99', '-0.25',
+                 'crop', 'predicted: cat', '1 of 3 are copies', 'A note.', 'timm-multigrain demo', 'by step'):
         assert text in page.text
-    assert page.tags['article'] == 1 and page.tags['section'] == 2 and page.tags['img'] == 1 + 2 * 3
-    assert page.tags['figure'] == 2 + 1 + 2 * 3
-    assert page.text.count('Query') == 1
-
-
-def test_nothing_is_loaded_from_elsewhere(tmp_path):
-    page = write(tmp_path)
-    text = (tmp_path / 'report.html').read_text(encoding='utf-8')
-    assert not page.tags['script'] and not page.tags['link'] and 'url(http' not in text and '@import' not in text
-    assert "default-src 'none'" in page.values('content')[0]
-    for name in ('src', 'href', 'xlink:href', 'srcset', 'action'):
-        assert all(value.startswith(('data:image/jpeg;base64,', '#')) for value in page.values(name))
-
-
-def test_pictures(tmp_path):
-    page = write(tmp_path)
-    images = [Image.open(io.BytesIO(base64.b64decode(src.partition(',')[2]))) for src in page.values('src')]
+    assert page.tags['article'] == 1 and page.tags['section'] == 2 and page.tags['figure'] == 2 + 1 + 2 * 3
+    assert page.values('alt')[:2] == ['Query: cat 1', 'Neighbour 1: crop, copy'] and page.tags['img'] == 1 + 2 * 3
+    images = page.pictures()
     assert all(image.format == 'JPEG' and image.size == (40, 30) for image in images)
     assert np.allclose(images[1].getpixel((20, 15)), (0, 0, 255), atol=5)
-    alt = page.values('alt')
-    assert alt[:2] == ['Query: cat 1', 'Neighbour 1: crop, copy'] and len(alt) == len(images)
+    empty = Page(write_report(tmp_path / 'new' / 'page.html', 'T', 'I'))
+    assert empty.tags['h1'] == 1 and not empty.tags['h2']
 
 
-@pytest.mark.parametrize('mode', ['L', 'RGBA', 'CMYK', 'P', '1'])
-@pytest.mark.parametrize('size', [(1, 1), (5000, 1), (900, 700)])
-def test_any_picture(tmp_path, mode, size):
-    row = GalleryRow('m', Image.new(mode, size), 'q', [Neighbor(Image.new(mode, size), 1, 'n', 'other')])
-    page = write(tmp_path, gallery=[row], curves=None)
-    for src in page.values('src'):
-        image = Image.open(io.BytesIO(base64.b64decode(src.partition(',')[2])))
-        assert max(image.size) <= 200
+@pytest.mark.parametrize('mode', ['L', 'RGBA', 'CMYK', 'P', '1', 'I;16'])
+def test_any_picture_becomes_a_thumbnail(tmp_path, mode):
+    gallery = [Query(Image.new(mode, size), 'q', []) for size in ((1, 1), (5000, 1), (900, 700))]
+    page = write(tmp_path, gallery=gallery, curves=None)
+    assert [max(image.size) for image in page.pictures()] == [1, 200, 200]
 
 
-@pytest.mark.parametrize('name', NASTY)
-def test_names_are_escaped(tmp_path, name):
-    row = GalleryRow(name, picture(), name, [Neighbor(picture(), 1, name, 'copy')], name)
-    page = write(tmp_path, title=name, intro=name, gallery=[row], notes=[name], command=name,
-                 tables=[Table([name, 'x'], [[name, name]], title=name)], curves={name: {name: ([0, 1], [1, 2])}},
-                 curves_x=name)
+def test_names_are_escaped_and_without_control_characters(tmp_path):
+    page = write(tmp_path, title=NASTY, intro=NASTY, notes=[NASTY], command=NASTY, curves_x=NASTY,
+                 gallery=[Query(picture(), NASTY, [Answer(NASTY, [Neighbor(picture(), 1, NASTY, 'copy')], NASTY)])],
+                 tables=[Table([NASTY, 'x'], [[NASTY, NASTY]], title=NASTY)], curves={NASTY: {NASTY: ([0, 1], [1, 2])}})
     plain = write(tmp_path)
-    assert page.tags.keys() <= plain.tags.keys() | {'caption'} and not page.tags['script']
+    assert page.tags.keys() == plain.tags.keys()
     assert {key for _, key, _ in page.attributes} <= {key for _, key, _ in plain.attributes}
-    shown = name.replace('\udc80', '\\udc80').replace('\x00', '\ufffd')
-    assert page.text.count(shown) == 16
-    assert page.values('alt') == [f'Query: {shown}', f'Neighbour 1: {shown}, copy']
+    assert page.text.count(SPELLED) == 16
+    assert page.values('alt') == [f'Query: {SPELLED}', f'Neighbour 1: {SPELLED}, copy']
+    raw = (tmp_path / 'report.html').read_bytes()
+    assert not re.search(rb'[\x00-\x09\x0b-\x1f]', raw)
 
 
 def test_best_cells():
-    def best(table):
-        return re.findall(r'<td class="best">([^<]*)<', report._table(table))
+    def best(**which):
+        table = Table('mxyz', rows, **which)
+        return [text for row in table.cells() for text, is_best in row if is_best]
 
     rows = [['a', 1.0, 3, 5.04], ['b', 2.0, 3, 5.01], ['c', None, 4, math.nan], ['d', 'n/a', 5, 4.0]]
-    assert best(Table('mxyz', rows)) == []
-    assert best(Table('mxyz', rows, {'x': 'max'})) == ['2.0']
-    assert best(Table('mxyz', rows, {'y': 'min'})) == ['3', '3']
-    assert best(Table('mxyz', rows, {'z': 'max'})) == ['5.0', '5.0']
-    assert best(Table('mxyz', rows, {'z': 'max'}, digits=2)) == ['5.04']
-    assert best(Table('mxyz', rows[2:], {'x': 'max', 'z': 'max'})) == []
-    assert report._table(Table('mxyz', rows)).count('>–<') == 2
-    with pytest.raises(ValueError, match='2 cells for 3 headers'):
-        Table(['a', 'b', 'c'], [[1, 2]])
-    for wrong in ({'nothing': 'max'}, {'m': 'most'}):
-        with pytest.raises(ValueError, match='best must map'):
-            Table(['m'], [], wrong)
+    assert best() == []
+    assert best(best={'x': 'max'}) == ['2.0']
+    assert best(best={'y': 'min'}) == ['3', '3']
+    assert best(best={'z': 'max'}) == ['5.0', '5.0'] and best(best={'z': 'max'}, digits=2) == ['5.04']
+    text = str(Table('mxyz', rows, digits=2))
+    assert text.splitlines()[1:4] == ['a  1.00  3  5.04', 'b  2.00  3  5.01', 'c     –  4     –']
+    rows = rows[2:]
+    assert best(best={'x': 'max', 'z': 'max'}) == []
 
 
 def test_charts(tmp_path):
-    page = write(tmp_path)
-    assert page.tags['svg'] == 2 + 2
-    labels = [label for tag, key, label in page.attributes if (tag, key) == ('svg', 'aria-label')]
-    assert labels == ['loss by step: a from 2 to 1; b from 2.5 to 0.5', 'margin by step: b from 1 to 0']
+    page = write(tmp_path, curves={
+        'a': {'loss': ([0, 10], [2.0, 1.0]), 'one': ([3], [1.5]), 'none': ([], [])}, 'b': {},
+        'c': {'loss': (np.arange(3), np.ones(3))}})
+    labels = [label for tag, key, label in page.attributes if (tag, key) == ('figure', 'aria-label')]
+    assert labels == ['loss by step: a from 2 to 1; c from 1 to 1', 'one by step: a from 1.5 to 1.5', 'none by step: ']
+    assert page.tags['svg'] == 3 + 3
     ids = page.values('id')
     assert len(ids) == len(set(ids))
     references = [value for name in ('href', 'xlink:href') for value in page.values(name)]
     references += re.findall(r'url\((#[^)]*)\)', str(page.attributes))
     assert references and {value[1:] for value in references} <= set(ids)
-    assert not {'#010203', '#000000'} & set(re.findall('#[0-9a-f]{6}', str(page.attributes)))
+    assert not {report.INK, '#000000'} & set(re.findall('#[0-9a-f]{6}', str(page.attributes)))
 
 
 def test_charts_show_the_values():
@@ -173,14 +159,6 @@ def test_charts_show_the_values():
         assert np.allclose(np.polyval(np.polyfit(data, drawn, 1), data), drawn, atol=1e-3)
 
 
-def test_odd_curves(tmp_path):
-    curves = {'a': {'one': ([3], [1.5]), 'none': ([], [])}, 'b': {}, 'c': {'tensor': (np.arange(3), np.ones(3))}}
-    page = write(tmp_path, curves=curves)
-    assert page.tags['figure'] == 3 + 1 + 2 * 3
-    with pytest.raises(ValueError, match='b, loss: 1 values for 2 steps'):
-        write(tmp_path, curves={'b': {'loss': ([0, 1], [1])}})
-
-
 def test_without_matplotlib(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     with pytest.raises(ImportError, match=r"pip install 'timm_multigrain\[report\]'"):
@@ -189,33 +167,69 @@ def test_without_matplotlib(tmp_path, monkeypatch):
     assert 'Training' not in write(tmp_path, curves=None).text
 
 
-def test_empty_sections_are_left_out(tmp_path):
-    path = write_report(tmp_path / 'new' / 'page.html', 'T', 'I')
-    page = Page(path.read_text(encoding='utf-8'))
-    assert page.tags['h1'] == 1 and not page.tags['h2']
-
-
-def test_bad_relation():
-    with pytest.raises(ValueError, match="got 'twin'"):
-        Neighbor(picture(), 1, 'n', 'twin')
-
-
-def test_queries_are_grouped(tmp_path):
-    one, two = picture(), picture()
-    rows = [GalleryRow('a', one, 'q', []), GalleryRow('b', one, 'q', []), GalleryRow('a', two, 'q', [])]
-    assert write(tmp_path, gallery=iter(rows)).tags['article'] == 2
-
-
 def test_failure_keeps_the_old_page(tmp_path, monkeypatch):
-    path = write_report(tmp_path / 'report.html', **sample())
-    before = path.read_bytes()
-    assert write_report(tmp_path / 'again.html', **sample()).read_bytes() == before
-    (tmp_path / 'again.html').unlink()
+    write(tmp_path)
+    before = (tmp_path / 'report.html').read_bytes()
 
     def fail(*args):
         raise OSError('disk full')
 
-    monkeypatch.setattr(report.os, 'fsync', fail)
+    monkeypatch.setattr(files.os, 'fsync', fail)
     with pytest.raises(OSError, match='disk full'):
-        write_report(path, **sample(title='Other'))
-    assert [p.name for p in tmp_path.iterdir()] == ['report.html'] and path.read_bytes() == before
+        write(tmp_path, title='Other')
+    assert [p.name for p in tmp_path.iterdir()] == ['report.html'] and (tmp_path / 'report.html').read_bytes() == before
+
+
+def record(path, size=(40, 30), classes=()):
+    return Record(str(path), *size, 2_500_000, '0' * 64, 7, classes)
+
+
+@pytest.fixture
+def found(tmp_path):
+    """Three results: the query itself, one with a name that nobody wants, and one that is gone."""
+    names = ['query.png', '<b>\n\udc80.png', 'gone.png']
+    for name, color in zip(names[:2], ('red', 'blue'), strict=True):
+        picture(color).save(tmp_path / name)
+    classes = [(('<i>\x1b', 0.25),), (), ()]
+    return [Hit(str(tmp_path / name), 1 - i / 10, record(tmp_path / name, classes=classes[i]))
+            for i, name in enumerate(names)]
+
+
+def test_search_page(tmp_path, found):
+    query = found[0].path
+    page = Page(write_search_page(tmp_path / 'page.html', 'an <index>', [query, query], [found, []], (20, -5, 30, 20),
+                                  'a class'))
+    for text in ('in an <index> to 2 pictures, of class a class.', '1. 1.000', '2. 0.900', '<b>\\n\\udc80.png',
+                 '<i>\\x1b 25 %', '40\xa0×\xa030', 'The file cannot be read now.', 'Nothing found.'):
+        assert text in page.text
+    assert page.text.count('The query') == 1 and not page.tags['b'] and str(tmp_path) in page.values('title')
+    shown, *results, again = page.pictures()
+    assert len(results) == 2 and shown.size == again.size == (40, 30)
+    assert np.allclose(shown.getpixel((30, 8)), (255, 0, 0), atol=30)  # inside of the part
+    assert np.allclose(shown.getpixel((5, 25)), (255, 153, 153), atol=30)  # outside, dimmed
+    gone = Page(write_search_page(tmp_path / 'page.html', 'i', [found[2].path], [found], (0, 0, 9, 9)))
+    assert 'to 1 picture.' in gone.text and len(gone.pictures()) == 2
+
+
+def test_search_text(found):
+    query = found[0].path
+    lines = search_table([query, query], [found, []]).splitlines()
+    assert lines[0] == f'{query}:' and lines[1] == f'   1   1.000  <i>\\x1b 25 %  {query}'
+    assert lines[2].endswith(r'<b>\n\udc80.png') and lines[-1] == '  nothing found'
+    first, second, _ = (json.loads(line) for line in search_json([query], [found]))
+    assert (first['query'], first['rank'], first['classes']) == (query, 1, [['<i>\x1b', 0.25]])
+    assert second['path'] == found[1].path and second['bytes'] == 2_500_000
+
+
+def test_copies_page(tmp_path, found, monkeypatch):
+    monkeypatch.setattr(collection, 'MAX_FILES', 2)
+    monkeypatch.setattr(collection, 'MAX_GROUPS', 2)
+    same = CopyGroup('exact', tuple(CopyFile(hit.record, 1.) for hit in found[:2]))
+    near = CopyGroup('near', tuple(CopyFile(hit.record, 0.91) for hit in found[::-1]))
+    page = Page(write_copies_page(tmp_path / 'page.html', Copies((same, near, near), None, 5), 'Copies <of> it'))
+    for text in ('Copies <of> it', '5 images', '1 group of identical files', '2 groups of copies and near-duplicates',
+                 'Identical', '0.910', '40 × 30, 2.5 MB', '5.0 MB besides', 'and 1 more files', '<b>\\n\\udc80.png',
+                 'The file cannot be read now.', '1 more groups are not shown; --json has them'):
+        assert text in page.text, text
+    assert page.text.count('Keep') == page.tags['section'] == 2 and len(page.pictures()) == 3 and not page.tags['b']
+    assert page.values('alt') == ['query.png, to keep', r'<b>\n\udc80.png, copy', r'<b>\n\udc80.png, copy']

@@ -6,16 +6,17 @@ uploaded lies in a folder of its own, which only its user can read, and is delet
 """
 import atexit
 import functools
-import math
+import html
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from timm_multigrain.images.sources import printable
 
-from .app_answers import MAX_HITS, Answers
+from .answers import MAX_HITS, Answers
 
 if TYPE_CHECKING:
     import gradio
@@ -30,7 +31,9 @@ MAX_TEMPORARY = 1 << 30  # bytes of all uploads and small pictures, of which the
 MAX_FILES = 2000
 MAX_PIXELS = 50_000_000
 DEFAULT_HITS = 12
-GROUPS_A_PAGE = 12
+GROUPS_PER_PAGE = 12
+SMALLEST_PART = 8  # pixels
+HINT = 'To search for a part of it, click two opposite corners of that part.'
 CSS = """
 .gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
 .gallery-container, .grid-wrap { max-height: none !important; height: auto !important; overflow: visible !important; }
@@ -81,7 +84,7 @@ def build_app(index: 'Index', title: str | None = None, max_pixels: int = MAX_PI
     answers = Answers(index, max_pixels)
     title = title or f'{len(index):,} pictures'
     with gr.Blocks(title=title, analytics_enabled=False, delete_cache=(3600, 3600)) as app:
-        gr.Markdown(f'# {_plain(title)}')
+        gr.HTML(f'<h1>{html.escape(title)}</h1>', padding=False)
         with gr.Tab('Search'):
             _search_tab(gr, answers)
         with gr.Tab('Copies'):
@@ -89,109 +92,95 @@ def build_app(index: 'Index', title: str | None = None, max_pixels: int = MAX_PI
     return app
 
 
-def _plain(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return ''.join(f'&#{ord(c)};' if c in '<>&*_`[]()#!|\\~' else c for c in ' '.join(text.split()))
+@contextmanager
+def _told(gr) -> Iterator[None]:
+    """What is wrong with a request is shown on the page, in a sentence."""
+    try:
+        yield
+    except ValueError as e:
+        raise gr.Error(str(e), print_exception=False) from e
+
+
+def _gallery(gr, name: str, label: str, **options):
+    return gr.Gallery(label=label, columns=4, fit_columns=False, height='auto', object_fit='contain', buttons=[],
+                      elem_id=name, format='jpeg', **{'allow_preview': False, **options})
 
 
 def _search_tab(gr, answers: Answers) -> None:
-    corners, found = gr.State([]), gr.State(())
+    corners, found = gr.State([]), gr.State([])
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             picture = gr.Image(
                 label='Drop, paste or choose a picture', height=320, sources=['upload', 'clipboard'],
                 elem_id='picture', buttons=[])
-            hint = gr.Markdown('To search for a part of it, click two opposite corners of that part.', elem_id='hint')
+            hint = gr.Markdown(HINT, elem_id='hint')
             part = gr.Image(label='Part', type='pil', interactive=False, visible=False, height=160, buttons=[],
                             elem_id='part')
             whole = gr.Button('Whole picture', visible=False, size='sm', elem_id='whole')
             with gr.Row():
                 k = gr.Slider(1, MAX_HITS, value=DEFAULT_HITS, step=1, label='Images', min_width=120)
                 names = [(printable(name), name) for name in answers.class_names]
-                of_class = gr.Dropdown(
-                    [('any', ''), *names], value='', label='Class', min_width=120,
-                    visible=bool(answers.class_names))
+                of_class = gr.Dropdown([('any', ''), *names], value='', label='Class', min_width=120,
+                                       visible=bool(names))
             button = gr.Button('Search', variant='primary', elem_id='search')
         with gr.Column(scale=2, min_width=300):
             classes = gr.Label(label='Classes', num_top_classes=3, visible=False, elem_id='classes')
-            nearest = gr.Gallery(
-                label='Nearest images', columns=4, fit_columns=False, height='auto', object_fit='contain',
-                allow_preview=False, buttons=[], elem_id='nearest', format='jpeg')
+            nearest = _gallery(gr, 'nearest', 'Nearest images')
             details = gr.Textbox(label='Image', lines=3, visible=False, interactive=False, elem_id='details')
 
     def search(file, corners, k, class_name):
-        try:
-            image = answers.read(_path(file))
-            k = k if isinstance(k, (int, float)) and 1 <= k <= MAX_HITS else DEFAULT_HITS
-            result = answers.search(image, _box(corners, image.size), int(k), str(class_name or '') or None)
-        except ValueError as e:
-            raise gr.Error(str(e), print_exception=False) from e
-        shown = gr.Label(value=dict(result.classes), visible=True) if result.classes else gr.Label(visible=False)
-        gallery = [(image, caption) for image, caption, _ in result.hits]
-        return shown, gallery, tuple(answers.describe(record) for *_, record in result.hits), gr.Textbox(visible=False)
+        with _told(gr):
+            image, k = _read(answers, file), min(max(1, int(k)), MAX_HITS)
+            shown, hits = answers.search(image, _box(corners, image.size), k, str(class_name or '') or None)
+        return (gr.Label(value=shown or None, visible=bool(shown)), [hit[:2] for hit in hits],
+                [hit.details for hit in hits], gr.Textbox(visible=False))
 
     def click(file, corners, event: gr.SelectData):
-        corners = [*(corners if len(corners) < 2 else ()), _corner(event.index)]
+        corners = [*(corners if len(corners) < 2 else ()), event.index]
         if len(corners) < 2:
             return corners, gr.Image(visible=False), gr.Button(visible=True), 'Now the opposite corner.'
-        try:
-            image = answers.read(_path(file))
-            box = _box(corners, image.size)
-        except ValueError as e:
-            raise gr.Error(str(e), print_exception=False) from e
-        x, y, width, height = box
+        with _told(gr):
+            image = _read(answers, file)
+            x, y, width, height = _box(corners, image.size)
         return (corners, gr.Image(value=image.crop((x, y, x + width, y + height)), visible=True),
                 gr.Button(visible=True), f'Part of {width} x {height} pixels; click a corner to choose another.')
 
     def reset():
-        return ([], gr.Image(value=None, visible=False), gr.Button(visible=False),
-                'To search for a part of it, click two opposite corners of that part.')
+        return [], gr.Image(value=None, visible=False), gr.Button(visible=False), HINT
 
     # without gradio's preprocessing, which opens pictures in every format that Pillow has a program for
     query = dict(fn=search, inputs=[picture, corners, k, of_class], outputs=[classes, nearest, found, details],
-                 api_name='search', concurrency_limit=2, preprocess=False)
+                 concurrency_limit=2, preprocess=False)
     part_of_page = [corners, part, whole, hint]
-    picture.upload(reset, None, part_of_page, api_name=False).then(**{**query, 'api_name': False})
+    picture.upload(reset, None, part_of_page, api_name=False).then(**query, api_name=False)
     picture.clear(reset, None, part_of_page, api_name=False)
     picture.select(click, [picture, corners], part_of_page, api_name=False, preprocess=False)
     whole.click(reset, None, part_of_page, api_name=False)
-    button.click(**query)
+    button.click(**query, api_name='search')
 
     def show(found, event: gr.SelectData):
-        return gr.Textbox(value=_chosen(found, event.index), visible=True)
+        return gr.Textbox(value=found[event.index], visible=True)
 
     nearest.select(show, found, details, api_name=False)
 
 
-def _path(file) -> str:
-    """Path of an uploaded file as gradio describes it; the guard has seen that it is one."""
+def _read(answers: Answers, file):
+    """An uploaded picture, from gradio's description of the file; the guard has seen that it is one."""
     if not isinstance(file, dict) or not isinstance(file.get('path'), str):
         raise ValueError('Give a picture first.')
-    return file['path']
-
-
-def _corner(index) -> tuple[float, float]:
-    """A clicked pixel; what a request gives that no page sends is the first one."""
-    good = isinstance(index, (list, tuple)) and len(index) == 2 and all(
-        isinstance(value, (int, float)) and math.isfinite(value) for value in index)
-    return tuple(index) if good else (0, 0)
-
-
-def _chosen(items: Sequence, i):
-    """The clicked one of some items; what a request gives that no page sends is the first one."""
-    return items[i if isinstance(i, int) and 0 <= i < len(items) else 0]
+    return answers.read(file['path'])
 
 
 def _box(corners, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
     """(x, y, width, height) of two corners in a picture of this size; None while there are not two.
 
     Raises:
-        ValueError: The part is less than 8 pixels wide or high.
+        ValueError: The part is too narrow or too low.
     """
     if len(corners) < 2:
         return None
     (x0, x1), (y0, y1) = (sorted(max(0, min(int(corner[axis]), size[axis])) for corner in corners) for axis in (0, 1))
-    if x1 - x0 < 8 or y1 - y0 < 8:
+    if min(x1 - x0, y1 - y0) < SMALLEST_PART:
         raise ValueError(f'That part has {x1 - x0} x {y1 - y0} pixels: choose a larger one.')
     return x0, y0, x1 - x0, y1 - y0
 
@@ -200,26 +189,21 @@ def _copies_tab(gr, answers: Answers) -> None:
     page = gr.State(0)
     button = gr.Button('Find copies', variant='primary', elem_id='find-copies')
     summary = gr.Textbox(label='Found', lines=5, interactive=False, visible=False, elem_id='summary')
-    groups = gr.Gallery(label='Groups', columns=4, fit_columns=False, height='auto', object_fit='contain',
-                        allow_preview=False, visible=False, buttons=[], elem_id='groups', format='jpeg')
+    groups = _gallery(gr, 'groups', 'Groups', visible=False)
     with gr.Row(visible=False) as pager:
         back = gr.Button('Back', size='sm', min_width=80)
         onward = gr.Button('More', size='sm', min_width=80, elem_id='more')
-    members = gr.Gallery(
-        label='Files of the group, the one to keep first', columns=4, fit_columns=False, height='auto',
-        object_fit='contain', allow_preview=True, visible=False, buttons=[], elem_id='members', format='jpeg')
+    members = _gallery(gr, 'members', 'Files of the group, the one to keep first', visible=False, allow_preview=True)
 
     def turn(page: int):
-        try:
+        with _told(gr):
             found = answers.copies
-        except ValueError as e:
-            raise gr.Error(str(e), print_exception=False) from e
-        pages = max(1, -(-len(found.groups) // GROUPS_A_PAGE))
+        pages = max(1, -(-len(found.groups) // GROUPS_PER_PAGE))
         page = min(max(0, page), pages - 1)
-        covers = [answers.cover(group) for group in found.groups[page * GROUPS_A_PAGE:(page + 1) * GROUPS_A_PAGE]]
-        label = f'Groups, page {page + 1} of {pages}'
+        covers = map(answers.cover, found.groups[page * GROUPS_PER_PAGE:(page + 1) * GROUPS_PER_PAGE])
         return (page, gr.Textbox(value=str(found), visible=True),
-                gr.Gallery(value=covers, label=label, visible=bool(covers), selected_index=None),
+                gr.Gallery(value=[cover[:2] for cover in covers], label=f'Groups, page {page + 1} of {pages}',
+                           visible=bool(found.groups), selected_index=None),
                 gr.Row(visible=pages > 1), gr.Gallery(value=None, visible=False))
 
     outputs = [page, summary, groups, pager, members]
@@ -228,8 +212,8 @@ def _copies_tab(gr, answers: Answers) -> None:
     onward.click(lambda page: turn(page + 1), page, outputs, api_name=False)
 
     def open_group(page, event: gr.SelectData):
-        group = _chosen(answers.copies.groups[page * GROUPS_A_PAGE:], event.index)
-        return gr.Gallery(value=answers.members(group), visible=True)
+        group = answers.copies.groups[page * GROUPS_PER_PAGE + event.index]
+        return gr.Gallery(value=[member[:2] for member in answers.members(group)], visible=True)
 
     groups.select(open_group, page, members, api_name=False)
 
@@ -269,7 +253,7 @@ def launch_app(
     gr = _gradio()
     from starlette.middleware import Middleware
 
-    from .app_guard import Guard
+    from .guard import Guard
 
     app = build_app(index, title, max_pixels)
     if block:

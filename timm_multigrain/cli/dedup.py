@@ -50,8 +50,8 @@ def run(args: argparse.Namespace) -> int:
     copies = find_copies(
         index, args.threshold, false_positives=share, look=not args.no_look, exact_only=args.exact)
     if args.html:
-        from timm_multigrain.report.dedup_page import write_copies
-        page = write_copies(args.html, copies, f'Copies in {args.index}', index.protocol().exif)
+        from timm_multigrain.report.collection import write_copies_page
+        page = write_copies_page(args.html, copies, f'Copies in {args.index}', index.protocol().exif)
         print(f'Page: {page}', file=sys.stderr)
     if args.json:
         print(json.dumps(copies.to_json(), indent=1))

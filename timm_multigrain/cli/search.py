@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from timm_multigrain.index.search import open_collection
-    from timm_multigrain.report.results import json_lines, table, write_search_page
+    from timm_multigrain.report.collection import search_json, search_table, write_search_page
 
     index = open_collection(args.index)
     if args.model:
@@ -35,10 +35,10 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         page = write_search_page(args.html, args.index, args.images, found, args.crop, args.class_name)
     if args.json:
-        for line in json_lines(args.images, found):
+        for line in search_json(args.images, found):
             print(line)
         return 0
-    print(table(args.images, found))
+    print(search_table(args.images, found))
     if page:
         print(f'\nPage: {page.resolve()}')
     return 0

@@ -13,7 +13,7 @@ from timm_multigrain.files import write_text
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
 from timm_multigrain.images.sources import read_image
-from timm_multigrain.report.report import GalleryRow, Neighbor, Table, write_report
+from timm_multigrain.report.report import Answer, Neighbor, Query, Table, write_report
 
 from .collection import make_collection
 from .evaluation import CopySet, DemoScores, evaluate, make_copy_set
@@ -48,7 +48,7 @@ class DemoResult:
     model_dir: Path
 
     def __str__(self) -> str:
-        return format_table(self.table)
+        return str(self.table)
 
 
 def run_demo(
@@ -90,17 +90,6 @@ def run_demo(
         curves_x='epoch', gallery=_gallery(folder, copies, scores), notes=_notes(folder, settings, model_dir),
         command=command)
     return DemoResult(scores, table, page, model_dir)
-
-
-def format_table(table: Table) -> str:
-    """A table as aligned text."""
-    rows = [list(table.headers)]
-    for row in table.rows:
-        rows.append([f'{cell:.{table.digits}f}' if isinstance(cell, float) else str(cell) for cell in row])
-    first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
-    return '\n'.join(
-        '  '.join([row[0].ljust(first), *(cell.rjust(w) for cell, w in zip(row[1:], others, strict=True))])
-        for row in rows)
 
 
 def _save(trained: TrainedModel, folder: PictureFolder, copies: CopySet, path: Path) -> Path:
@@ -148,6 +137,7 @@ def _gallery(folder: PictureFolder, copies: CopySet, scores: dict[str, DemoScore
     for query in range(spacing // 2, len(folder.val), spacing)[:_QUERIES]:
         picture = _picture(folder, query, 'original')
         caption = folder.class_names[copies.labels[query]]
+        answers = []
         for name, score in scores.items():
             similarity = score.similarity[query].clone()
             similarity[query * len(_KINDS)] = -2.  # the query itself
@@ -156,7 +146,8 @@ def _gallery(folder: PictureFolder, copies: CopySet, scores: dict[str, DemoScore
                 for index in similarity.topk(min(_NEIGHBORS, len(similarity) - 1)).indices.tolist()
             ]
             predicted = folder.class_names[score.predictions[query * len(_KINDS)]]
-            yield GalleryRow(name, picture, caption, found, prediction=f'predicted class: {predicted}')
+            answers.append(Answer(name, found, f'predicted class: {predicted}'))
+        yield Query(picture, caption, answers)
 
 
 def _neighbor(folder, copies: CopySet, query: int, index: int, similarity: float, score: DemoScores) -> Neighbor:

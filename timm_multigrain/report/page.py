@@ -1,62 +1,64 @@
-"""A page of HTML that needs nothing else: its style and pictures are in it, and it forbids itself to load anything."""
+"""Pages of HTML that need nothing else: style, pictures and charts are in the file, which forbids itself to load more.
+
+Everything that a template shows is escaped, and control characters and what UTF-8 cannot hold are spelled out. Pages
+follow the reader's light or dark setting, and no meaning is carried by colour alone.
+"""
 import base64
-import html
 import io
 import os
-import re
-from importlib.resources import files
+from functools import cache
 from pathlib import Path
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from PIL import Image
 
-from timm_multigrain.files import write_text
+from timm_multigrain.files import printable, write_text
+from timm_multigrain.images.pixels import decode
+from timm_multigrain.images.sources import UnreadableImage, read_image
 
-__all__ = ['escape', 'inline_image', 'write_page']
+__all__ = ['THUMBNAIL', 'file_size', 'read_picture', 'write_page']
 
-THUMBNAIL_SIDE = 200
-
-PAGE = """<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-</body>
-</html>
-"""
+THUMBNAIL = 200  # pixels of the longer side
 
 
-def write_page(path: str | os.PathLike, title: str, body: str) -> Path:
-    """Write a page; a file of that name is replaced in one step.
+def write_page(path: str | os.PathLike, template: str, **values: object) -> Path:
+    """Fill in a template and write the page; a file of that name is replaced in one step.
 
     Args:
         path: HTML file; its folder is made if missing.
-        title: Plain text.
-        body: HTML.
+        template: File name in templates/.
+        **values: Its variables.
     """
-    style = files(__package__).joinpath('report.css').read_text(encoding='utf-8')
-    return write_text(path, PAGE.format(title=escape(title), style=style, body=body))
+    return write_text(path, _environment().get_template(template).render(values))
 
 
-def escape(value: object) -> str:
-    """Escaped for elements and quoted attributes; what UTF-8 or HTML cannot hold is shown by a stand-in."""
-    text = str(value).encode('utf-8', 'backslashreplace').decode('utf-8')
-    return html.escape(re.sub(r'[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ufdd0-\ufdef\ufffe\uffff]', '\ufffd', text))
+@cache
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True, finalize=lambda value: value if hasattr(value, '__html__') else printable(str(value)))
+    environment.filters.update(
+        thumbnail=_thumbnail, file_size=file_size, basename=os.path.basename, dirname=os.path.dirname)
+    return environment
 
 
-def inline_image(image: Image.Image, escaped_alt: str) -> str:
-    """An img element with a thumbnail, at most `THUMBNAIL_SIDE` pixels long."""
-    thumbnail = image.convert('RGB')
-    thumbnail.thumbnail((THUMBNAIL_SIDE, THUMBNAIL_SIDE))
-    buffer = io.BytesIO()
-    thumbnail.save(buffer, 'JPEG', quality=85)
-    data = base64.b64encode(buffer.getvalue()).decode('ascii')
-    return f'<img src="data:image/jpeg;base64,{data}" alt="{escaped_alt}" loading="lazy">'
+def _thumbnail(image: Image.Image) -> Markup:
+    """A small JPEG as a data URI."""
+    small, buffer = decode(image).copy(), io.BytesIO()
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.save(buffer, 'JPEG', quality=85)
+    return Markup('data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode('ascii'))
+
+
+def read_picture(path: str, exif: bool = True, size: int | None = THUMBNAIL) -> Image.Image | None:
+    """A picture to be looked at, see `read_image`; None if it cannot be read."""
+    try:
+        return read_image(path, exif=exif, size=size)
+    except UnreadableImage:
+        return None
+
+
+def file_size(number: int) -> str:
+    """Bytes in words."""
+    return f'{number / 1e6:.1f} MB' if number >= 1e6 else f'{number / 1e3:.0f} kB'

@@ -1,9 +1,8 @@
 """What the web app shows, computed without gradio: classes, nearest images, groups of copies, thumbnails."""
 import os
 import threading
-from dataclasses import dataclass
 from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from PIL import Image, ImageDraw
 
@@ -12,6 +11,7 @@ from timm_multigrain.images.sources import UnreadableImage, printable, read_imag
 from timm_multigrain.index.dedup import Copies, CopyGroup, find_copies
 from timm_multigrain.index.queries import cut, embed_queries
 from timm_multigrain.index.records import Record, top_classes
+from timm_multigrain.report.page import file_size
 
 if TYPE_CHECKING:
     from timm_multigrain.index.index import Index
@@ -23,11 +23,11 @@ MAX_HITS = 100
 CACHED_THUMBNAILS = 500
 
 
-@dataclass(frozen=True)
-class Found:
-    """What a search gives: (class, probability), and (picture, caption, record) of each image, nearest first."""
-    classes: tuple[tuple[str, float], ...]
-    hits: tuple[tuple[Image.Image, str, Record], ...]
+class Found(NamedTuple):
+    """An image as it is shown: small picture, caption, and some lines about it."""
+    picture: Image.Image
+    caption: str
+    details: str = ''
 
 
 class Answers:
@@ -47,8 +47,11 @@ class Answers:
     def class_names(self) -> list[str]:
         """Names to filter by, those that are the most probable class of some image."""
         numbers = sorted(set(self.index.columns['classes'][:, 0].tolist()) - {-1})
+        return class_names(map(self._class_name, numbers))
+
+    def _class_name(self, number: int) -> str:
         names = self.index.label_names
-        return class_names(names[i] if names else str(i) for i in numbers)
+        return names[number] if names else str(number)
 
     @cached_property
     def copies(self) -> Copies:
@@ -67,12 +70,14 @@ class Answers:
             reason = str(e).removeprefix(f'{printable(path)}: ')
             raise UnreadableImage(f'This picture cannot be used: {reason}.') from e
 
-    def search(self, image: Image.Image, crop: tuple | None, k: int, class_name: str | None) -> Found:
-        """Classes and nearest images of a picture or a part of it.
+    def search(
+            self, image: Image.Image, crop: tuple | None, k: int, class_name: str | None,
+    ) -> tuple[dict[str, float], list[Found]]:
+        """The most probable classes with their probabilities, and the nearest images, nearest first.
 
         Args:
             image: Picture.
-            crop: (x, y, width, height) in its pixels.
+            crop: The part (x, y, width, height) to search for, in pixels.
             k: Images wanted.
             class_name: Only images of this class.
 
@@ -82,40 +87,31 @@ class Answers:
         image = cut(image, crop, 'the picture') if crop else image
         with self._lock:
             embedded = embed_queries(self.index.model(), self.index.protocol(), [image])
+        classes = {}
+        if embedded.logits is not None:
+            numbers, probabilities = (values[0].tolist() for values in top_classes(embedded.logits))
+            classes = {printable(self._class_name(i)): p for i, p in zip(numbers, probabilities, strict=True)}
         scores, rows = self.index.search(embedded.vectors, k, class_name)
-        hits = []
-        for score, row in zip(scores[0].tolist(), rows[0].tolist(), strict=True):
-            record = self.index.records(row)
-            hits.append((self.thumbnail(row), f'{score:.3f}  {self.name(record.path)}', record))
-        return Found(self._classes(embedded.logits), tuple(hits))
+        records = map(self.index.records, rows[0].tolist())
+        return classes, [Found(self.thumbnail(r.path), f'{score:.3f}  {self.name(r.path)}', self.describe(r))
+                         for score, r in zip(scores[0].tolist(), records, strict=True)]
 
-    def _classes(self, logits) -> tuple[tuple[str, float], ...]:
-        if logits is None:
-            return ()
-        numbers, probabilities = (values[0].tolist() for values in top_classes(logits))
-        names = self.index.label_names
-        return tuple((printable(names[i]) if names else str(i), p)
-                     for i, p in zip(numbers, probabilities, strict=True))
-
-    def cover(self, group: CopyGroup) -> tuple[Image.Image, str]:
-        """Picture and caption of a group."""
-        surplus = sum(file.record.bytes for file in group.files[1:])
+    def cover(self, group: CopyGroup) -> Found:
+        """A group of copies."""
         kind = 'identical' if group.kind == 'exact' else 'similar'
-        return self._picture_of(group.keep), f'{len(group.files)} {kind} · {size(surplus)} to gain'
+        surplus = file_size(sum(file.record.bytes for file in group.files[1:]))
+        return Found(self.thumbnail(group.keep), f'{len(group.files)} {kind} · {surplus} to gain')
 
-    def members(self, group: CopyGroup) -> list[tuple[Image.Image, str]]:
-        """Pictures and captions of the files of a group, the one to keep first."""
-        shown = []
-        for i, file in enumerate(group.files[:MAX_HITS]):
-            r = file.record
-            mark = 'KEEP' if i == 0 else f'{file.score:.3f}'
-            shown.append((self._picture_of(r.path),
-                          f'{mark}  {self.name(r.path)} · {r.width} x {r.height} · {size(r.bytes)}'))
-        return shown
+    def members(self, group: CopyGroup) -> list[Found]:
+        """The files of a group of copies, the one to keep first."""
+        marks = ['KEEP', *(f'{file.score:.3f}' for file in group.files[1:])]
+        return [Found(self.thumbnail(r.path), f'{mark}  {self.name(r.path)} · {r.width} x {r.height} · '
+                                              f'{file_size(r.bytes)}')
+                for mark, r in zip(marks[:MAX_HITS], (file.record for file in group.files), strict=False)]
 
     def describe(self, record: Record) -> str:
         """A few lines on an image, plain text."""
-        lines = [self.name(record.path), f'{record.width} x {record.height} pixels, {size(record.bytes)}']
+        lines = [self.name(record.path), f'{record.width} x {record.height} pixels, {file_size(record.bytes)}']
         if record.classes:
             lines.append(', '.join(f'{printable(name)} {probability:.0%}' for name, probability in record.classes[:3]))
         return '\n'.join(lines)
@@ -127,25 +123,13 @@ class Answers:
                 return printable(os.path.relpath(path, folder))
         return printable(os.path.basename(path))
 
-    @cached_property
-    def _rows(self) -> dict[str, int]:
-        return {path: row for row, path in enumerate(self.index.paths)}
-
-    def _picture_of(self, path: str) -> Image.Image:
-        return self.thumbnail(self._rows[path])
-
-    def _thumbnail(self, row: int) -> Image.Image:
+    def _thumbnail(self, path: str) -> Image.Image:
         """A small picture of an indexed image; a grey one that says so if the file is gone."""
         try:
             image = read_image(
-                self.index.path_of(row), exif=self.index.protocol().exif, max_pixels=self.max_pixels, size=THUMBNAIL)
+                path, exif=self.index.protocol().exif, max_pixels=self.max_pixels, size=THUMBNAIL)
         except UnreadableImage:
             image = Image.new('RGB', (THUMBNAIL, THUMBNAIL), (128, 128, 128))
             ImageDraw.Draw(image).text((20, THUMBNAIL // 2), 'The file cannot be read', 'white', font_size=24)
         image.thumbnail((THUMBNAIL, THUMBNAIL))
         return image
-
-
-def size(number: int) -> str:
-    """Bytes in words."""
-    return f'{number / 1e6:.1f} MB' if number >= 1e6 else f'{number / 1e3:.0f} kB'

@@ -1,0 +1,109 @@
+"""What was found in an index: search results as a table, as lines of JSON and as a page, and the page of its copies."""
+import json
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from timm_multigrain.images.sources import printable
+from timm_multigrain.index.dedup import KINDS, Copies
+from timm_multigrain.index.index import Hit
+from timm_multigrain.index.queries import cut
+
+from .page import read_picture, write_page
+
+__all__ = ['search_json', 'search_table', 'write_copies_page', 'write_search_page']
+
+MAX_GROUPS = 500  # a page of more is a burden for browsers; the JSON has them all
+MAX_FILES = 24
+
+
+def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
+    """Rank, score, most probable class and path of what was found, query by query."""
+    parts = []
+    for image, hits in zip(images, found, strict=True):
+        classes = [_best_class(hit) for hit in hits]
+        width = max(map(len, classes), default=0)
+        width += 2 if width else 0
+        lines = [f'{rank:4}  {hit.score:6.3f}  {name:{width}}{printable(hit.path)}'
+                 for rank, (hit, name) in enumerate(zip(hits, classes, strict=True), 1)]
+        parts.append('\n'.join([f'{printable(image)}:', *(lines or ['  nothing found'])]))
+    return '\n\n'.join(parts)
+
+
+def search_json(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> Iterator[str]:
+    """A line of JSON per image found. Bytes of a name that are not UTF-8 are lone surrogates, as in Python."""
+    for image, hits in zip(images, found, strict=True):
+        for rank, hit in enumerate(hits, 1):
+            record = hit.record
+            yield json.dumps({
+                'query': os.fspath(image), 'rank': rank, 'score': hit.score, 'path': hit.path, 'width': record.width,
+                'height': record.height, 'bytes': record.bytes, 'sha256': record.sha256,
+                'mtime_ns': record.mtime_ns, 'classes': [list(pair) for pair in record.classes]})
+
+
+def write_search_page(
+        path: str | os.PathLike,
+        index: str | os.PathLike,
+        images: Sequence[str],
+        found: Sequence[Sequence[Hit]],
+        crop: Sequence[float] | None = None,
+        class_name: str | None = None,
+) -> Path:
+    """Write a page with each query and the pictures found for it.
+
+    Args:
+        path: HTML file.
+        index: Name of what was searched.
+        images: The queries.
+        found: Their hits, nearest first.
+        crop: The part (x, y, width, height) of the queries that was searched for; it is outlined.
+        class_name: The class that was asked for.
+    """
+    return write_page(
+        path, 'search.html', title='Search results', index=os.fspath(index), class_name=class_name,
+        queries=list(zip(images, found, strict=True)), query_picture=lambda image: _query_picture(image, crop),
+        picture_of=read_picture, class_of=_best_class,
+        same=lambda hit, image: os.path.realpath(hit.path) == os.path.realpath(image))
+
+
+def write_copies_page(path: str | os.PathLike, copies: Copies, title: str = 'Copies', exif: bool = True) -> Path:
+    """Write a page with the groups of copies in pictures, the file to keep marked.
+
+    Args:
+        path: HTML file.
+        copies: What was found.
+        title: Heading.
+        exif: Turn the pictures as their EXIF orientation says.
+    """
+    kinds, room = [], MAX_GROUPS
+    for kind, heading in KINDS.items():
+        groups = copies.of_kind(kind)
+        if groups:
+            kinds.append((heading, len(groups), groups[:room]))
+            room -= len(groups[:room])
+    return write_page(
+        path, 'copies.html', title=title, summary=str(copies).splitlines(), kinds=kinds, max_files=MAX_FILES,
+        picture_of=lambda file: read_picture(file, exif))
+
+
+def _best_class(hit: Hit) -> str:
+    if not hit.record.classes:
+        return ''
+    name, probability = hit.record.classes[0]
+    return f'{printable(name)} {100 * probability:.0f} %'
+
+
+def _query_picture(path: str, crop: Sequence[float] | None) -> Image.Image | None:
+    """A query, the part around the crop dimmed."""
+    image = read_picture(path, size=None)
+    if image is None or crop is None:
+        return image
+    inside = cut(image, crop, path)
+    dimmed = Image.blend(image, Image.new('RGB', image.size, 'white'), 0.6)
+    x, y = max(0, round(crop[0])), max(0, round(crop[1]))
+    dimmed.paste(inside, (x, y))
+    line = max(1, max(image.size) // 100)
+    ImageDraw.Draw(dimmed).rectangle((x, y, x + inside.width - 1, y + inside.height - 1), outline='#e0701a', width=line)
+    return dimmed
