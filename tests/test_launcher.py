@@ -30,7 +30,7 @@ from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.data import RepeatedAugSampler
-from timm_multigrain.data.tensor_transform import TensorTransform
+from timm_multigrain.data.fast import TensorTransform
 from timm_multigrain.images.labels import read_class_names
 from timm_multigrain.layers import GeM
 from timm_multigrain.loss import create_sampler

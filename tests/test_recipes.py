@@ -27,7 +27,7 @@ from torch import nn
 from torchvision import transforms as T
 
 from timm_multigrain.cli.main import main
-from timm_multigrain.data.lighting import Lighting, insert_lighting
+from timm_multigrain.data.transforms import Lighting, insert_lighting
 from timm_multigrain.task import MultiGrainTask
 from timm_multigrain.train import launcher
 from timm_multigrain.train.optimizer import split_off

@@ -6,6 +6,8 @@ scheduled sizes and multi-epoch loading. The seams are two names in `timm.data.l
 """
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 import timm
@@ -16,10 +18,10 @@ from timm.data import FastCollateMixup
 from timm.data.scheduled_sampler import ScheduledTransformDataset
 from torch.utils.data import DataLoader, Dataset
 
-from .decoded import DecodedDataset
-from .instance_dataset import InstanceDataset
+from .instances import DecodedDataset, InstanceDataset
 from .repeated_aug import RepeatedAugSampler
-from .scheduled import ScheduledInstances
+
+__all__ = ['create_loader']
 
 
 def create_loader(
@@ -110,6 +112,28 @@ class InstanceCollate:
                 f'collate_fn gives targets of shape {tuple(classes.shape)} for {len(batch)} images: give one that '
                 'keeps one class for each image (mixing images does not go with repeated augmentation)')
         return images, torch.stack([classes.long(), targets[:, 1]], dim=1)
+
+
+class ScheduledInstances(ScheduledTransformDataset):
+    """timm's scheduled sizes with one decoding for the repeats of an image.
+
+    Args:
+        dataset: An `InstanceDataset`.
+        transforms: One for each size.
+    """
+
+    def __init__(self, dataset: InstanceDataset, transforms: Sequence[Callable]):
+        self.sizes = [dataset.with_transform(transform) for transform in transforms]
+        super().__init__(dataset, [size.transform for size in self.sizes])
+
+    def __getitem__(self, scheduled: tuple[int, int]) -> tuple[Any, Any]:
+        return self.__getitems__([scheduled])[0]
+
+    def __getitems__(self, scheduled: Sequence[tuple[int, int]]) -> list[tuple[Any, Any]]:
+        samples = []
+        for choice, group in groupby(scheduled, itemgetter(1)):
+            samples += self.sizes[choice].__getitems__([index for index, _ in group])
+        return samples
 
 
 def _check(batch_size: int, num_repeats: int, kwargs: dict[str, Any]) -> None:

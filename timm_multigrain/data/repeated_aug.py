@@ -8,9 +8,8 @@ timm's `RepeatAugSampler` deals the repeats of an image out to different ranks; 
 that every anchor finds its positives on its own rank, and a single process works too.
 """
 import math
-import operator
 from collections.abc import Iterator, Sized
-from itertools import islice
+from itertools import islice, repeat
 
 import torch
 import torch.distributed as dist
@@ -53,7 +52,9 @@ class RepeatedAugSampler(Sampler[int]):
         self.dataset_len = dataset if isinstance(dataset, int) else len(dataset)
         if self.dataset_len < 1:
             raise ValueError(f'the dataset holds {self.dataset_len} images: give one with at least one image')
-        self.num_repeats = _positive_int('num_repeats', num_repeats, '1 means no repetition, the paper uses 3')
+        if num_repeats < 1 or num_repeats != int(num_repeats):
+            raise ValueError(f'num_repeats is {num_repeats}: give an integer of at least 1 (no repetition), such as 3')
+        self.num_repeats = int(num_repeats)
         if not (epoch_len_factor > 0 and math.isfinite(epoch_len_factor)):
             raise ValueError(f'epoch_len_factor is {epoch_len_factor}: give a finite number above 0, such as 1.0')
         self.num_replicas, self.rank = _world(num_replicas, rank)
@@ -80,34 +81,22 @@ class RepeatedAugSampler(Sampler[int]):
         if self.shuffle:
             order = order[torch.randperm(len(order), generator=generator)]
         # with more ranks than images several ranks have to show the same image
-        part = order[self.rank % len(order)::self.num_replicas]
+        own = order[self.rank % len(order)::self.num_replicas]
         while True:
-            for index in part.tolist():
-                for _ in range(self.num_repeats):
-                    yield index
+            for index in own.tolist():
+                yield from repeat(index, self.num_repeats)
             if self.shuffle:
-                part = part[torch.randperm(len(part), generator=generator)]
-
-
-def _positive_int(name: str, value: int, hint: str) -> int:
-    try:
-        number = operator.index(value)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ValueError(f'{name} is {value!r}: give an integer of at least 1 ({hint})')
-    return number
+                own = own[torch.randperm(len(own), generator=generator)]
 
 
 def _world(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
     distributed = dist.is_available() and dist.is_initialized()
     if num_replicas is None:
         num_replicas = dist.get_world_size() if distributed else 1
-    num_replicas = _positive_int('num_replicas', num_replicas, 'the number of processes')
     if rank is None:
         if not distributed and num_replicas > 1:
             raise ValueError(f'num_replicas is {num_replicas} but torch.distributed is not initialised: give rank too')
         rank = dist.get_rank() if distributed else 0
     if not 0 <= rank < num_replicas:
-        raise ValueError(f'rank is {rank}: with num_replicas={num_replicas} it lies between 0 and {num_replicas - 1}')
+        raise ValueError(f'rank is {rank}, and num_replicas {num_replicas}: ranks count from 0 to one less than that')
     return num_replicas, rank

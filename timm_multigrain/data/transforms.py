@@ -1,11 +1,21 @@
-"""Training transforms of MultiGrain (Berman et al., arXiv 1902.05509, section 4 and appendix)."""
+"""Training transforms of MultiGrain (Berman et al., arXiv 1902.05509, section 4 and appendix), and its colour noise."""
+import math
+
+import numpy as np
+import torch
+from PIL import Image
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.data.transforms import MaybePILToTensor, MaybeToTensor
+from torch import nn
+from torch.utils.data import Dataset
 from torchvision import transforms as T
 
 from timm_multigrain.images.pixels import decode
 from timm_multigrain.images.transforms import check_size, filter_of
 
-from .lighting import Lighting
+from .fast import to_float
+
+__all__ = ['Lighting', 'create_transform', 'insert_lighting']
 
 # strength of the jitter of brightness, contrast and saturation
 JITTER = {'full': 0.3, 'senet': 0.2, 'torch': 0.0, 'autoaugment': 0.0}
@@ -60,3 +70,93 @@ def create_transform(
     if jitter and lighting:
         steps.append(Lighting(lighting))
     return T.Compose([*steps, T.Normalize(mean, std)])
+
+
+# principal components of the RGB values of ImageNet
+EIGENVALUES = (0.2175, 0.0188, 0.0045)
+EIGENVECTORS = (  # one row for each of R, G, B, one column for each component
+    (-0.5675, 0.7192, 0.4009),
+    (-0.5808, -0.0045, -0.8140),
+    (-0.5836, -0.6948, 0.4203),
+)
+
+
+class Lighting(nn.Module):
+    """PCA colour noise: adds sum_j V[c, j] * alpha_j * lambda_j to channel c, alpha_j ~ N(0, std^2), clamps to [0, 1].
+
+    Krizhevsky et al., "ImageNet classification with deep convolutional neural networks", NIPS 2012, section 4.1. As in
+    the original implementation of MultiGrain the image is also divided by 1 + std before the clamp, so that training
+    images are darker by that factor than validation images.
+
+    Args:
+        std: Standard deviation of alpha.
+        rescale: Divide by 1 + std.
+
+    Raises:
+        ValueError: Negative or non-finite std; an image that is neither (..., 3, H, W) nor RGB.
+    """
+
+    def __init__(self, std: float = 0.1, rescale: bool = True):
+        super().__init__()
+        if not (std >= 0 and math.isfinite(std)):
+            raise ValueError(f'std is {std}: give a finite number of at least 0, such as 0.1')
+        self.std = std
+        self.rescale = rescale
+
+    def forward(
+            self,
+            image: torch.Tensor | Image.Image,
+            alpha: torch.Tensor | None = None,
+    ) -> torch.Tensor | Image.Image:
+        """(3, H, W) float in [0, 1] -> the same; `alpha` (3,) is drawn from torch's global generator unless given.
+
+        An RGB image of Pillow or a uint8 tensor gives one of its kind, rounded to 8 bits.
+        """
+        if isinstance(image, Image.Image):
+            if image.mode != 'RGB':
+                raise ValueError(f'the image is of mode {image.mode}: lighting is made for RGB, convert it')
+            pixels = self(torch.from_numpy(np.array(image)).permute(2, 0, 1), alpha)
+            return Image.fromarray(pixels.permute(1, 2, 0).contiguous().numpy())
+        if image.dtype == torch.uint8:
+            return (self(image.float() / 255, alpha) * 255).round().to(torch.uint8)
+        if image.ndim < 3 or image.shape[-3] != 3 or not image.is_floating_point():
+            raise ValueError(
+                f'the image is {tuple(image.shape)} {image.dtype}: give (3, H, W) floats in [0, 1], as after ToTensor')
+        if alpha is None:
+            alpha = self.std * torch.randn(3)
+        shift = torch.tensor(EIGENVECTORS).to(alpha) @ (alpha * torch.tensor(EIGENVALUES).to(alpha))
+        image = image + shift.to(image)[:, None, None]
+        if self.rescale:
+            image = image / (1 + self.std)
+        return image.clamp(0, 1)
+
+    def extra_repr(self) -> str:
+        return f'std={self.std}, rescale={self.rescale}'
+
+
+def insert_lighting(dataset: Dataset, lighting: Lighting) -> None:
+    """Put lighting into the transforms that timm's create_loader gave a dataset, where the original has it: after all
+    that works on images and before the normalisation.
+
+    timm's prefetcher normalises on the device and its loader hands over 8-bit images: there the result is rounded to 8
+    bits. Without prefetcher nothing is.
+
+    Args:
+        dataset: With a `transform`, or the `transforms` of scheduled sizes, that have a conversion to tensors.
+        lighting: What to insert.
+
+    Raises:
+        RuntimeError: No known conversion to tensors was found in timm's transforms.
+    """
+    composed = getattr(dataset, 'transforms', None)
+    for transform in composed if isinstance(composed, (list, tuple)) else [dataset.transform]:
+        steps = getattr(transform, 'transforms', [])
+        for at, step in enumerate(steps):
+            if step is to_float or isinstance(step, (MaybeToTensor, T.ToTensor)):
+                steps.insert(at + 1, lighting)
+                break
+            if isinstance(step, (MaybePILToTensor, T.PILToTensor)):
+                steps.insert(at, lighting)
+                break
+        else:
+            raise RuntimeError(f'no conversion to a tensor found in {transform}, before which lighting could be put')

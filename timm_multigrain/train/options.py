@@ -10,7 +10,7 @@ import torch
 from timm.utils import ParseKwargs
 from torch import nn
 
-from timm_multigrain.data.decoded import WAYS
+from timm_multigrain.data.instances import WAYS
 
 PREFIX = 'mg_'
 

@@ -12,7 +12,7 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from timm_multigrain.data import InstanceDataset, Lighting, create_loader
-from timm_multigrain.data.lighting import insert_lighting
+from timm_multigrain.data.transforms import insert_lighting
 from timm_multigrain.images.labels import write_class_names
 from timm_multigrain.images.sources import EXTENSIONS, UnreadableImage
 from timm_multigrain.models.checkpoint import new_classifier

@@ -1,5 +1,8 @@
-"""create_loader: timm's own loader, with repeats and instance ids."""
+"""create_loader: timm's own loader, with repeats and instance ids, on images of Pillow and (fast) on tensors."""
+import io
 import random
+import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,10 +12,11 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import FastCollateMixup, ImageDataset
-from torch.utils.data import ConcatDataset, IterableDataset, Subset, default_collate, random_split
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset, default_collate, random_split
 from torchvision.datasets import ImageFolder
 
-from timm_multigrain.data import InstanceDataset, RepeatedAugSampler, create_loader
+from timm_multigrain.data import InstanceDataset, RepeatedAugSampler, create_loader, instances
+from timm_multigrain.data.fast import TensorTransform
 
 CPU = torch.device('cpu')
 
@@ -24,14 +28,30 @@ def root(tmp_path_factory):
     for label in range(4):
         (root / str(label)).mkdir()
         for i in range(10):
-            pixels = generator.integers(0, 256, (40, 48, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(root / str(label) / f'{i}.jpg')
+            coarse = Image.fromarray(generator.integers(0, 256, (6, 7, 3), dtype=np.uint8))
+            coarse.resize((60, 50)).save(root / str(label) / (f'{i}.png' if i == 3 else f'{i}.jpg'))
     return str(root)
 
 
 def loader_of(root, batch_size=12, **kwargs):
     kwargs = {'device': CPU, 'num_workers': 0, **kwargs}
     return create_loader(ImageDataset(root), (3, 32, 32), batch_size, **kwargs)
+
+
+def seeded(function, *arguments):
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    return function(*arguments)
+
+
+def assert_near(batches, others, levels=40):
+    """Images of the fast and of the usual loader, in grey levels."""
+    for (images, targets), (other_images, other_targets) in zip(batches, others, strict=True):
+        assert torch.equal(targets, other_targets)
+        assert images.dtype == other_images.dtype == torch.float32 and images.shape == other_images.shape
+        off = (images - other_images).abs() * 255 * 0.23
+        assert off.mean() < 0.5 and off.max() < levels
 
 
 def order(length, epoch=0, repeats=3, **kwargs):
@@ -44,25 +64,25 @@ def ids(loader):
     return torch.cat([targets for _, targets in loader])[:, 1].tolist()
 
 
-@pytest.mark.parametrize('use_prefetcher', [True, False])
-@pytest.mark.parametrize('num_workers', [0, 1, 2])
-def test_batches(root, use_prefetcher, num_workers):
-    loader = loader_of(root, use_prefetcher=use_prefetcher, num_workers=num_workers)
+@pytest.mark.parametrize('fast', [False, True])
+@pytest.mark.parametrize(('use_prefetcher', 'num_workers'), [(True, 0), (False, 2)])
+def test_batches(root, use_prefetcher, num_workers, fast):
+    options = dict(use_prefetcher=use_prefetcher, num_workers=num_workers)
+    loader = loader_of(root, fast=fast, **options)
     assert isinstance(loader, timm_loader.PrefetchLoader) == use_prefetcher
+    assert isinstance(loader.dataset.transform, TensorTransform) == fast
     assert len(loader) == 40 // 12
-    batches = list(loader)
-    assert len(batches) == 3
+    batches = seeded(list, loader)
     for images, targets in batches:
-        assert images.shape == (12, 3, 32, 32)
-        assert images.dtype == torch.float32
-        assert targets.shape == (12, 2)
-        assert targets.dtype == torch.int64
+        assert images.shape == (12, 3, 32, 32) and images.dtype == torch.float32
+        assert targets.shape == (12, 2) and targets.dtype == torch.int64
         assert torch.equal(targets[:, 0], targets[:, 1] // 10)
-        assert torch.equal(targets[::3], targets[1::3])
-        assert torch.equal(targets[::3], targets[2::3])
+        assert torch.equal(targets[::3], targets[1::3]) and torch.equal(targets[::3], targets[2::3])
         for i in range(0, 12, 3):
             assert not torch.equal(images[i], images[i + 1])
     assert torch.cat([t for _, t in batches])[:, 1].tolist() == order(40)[:36]
+    if fast:
+        assert_near(batches, seeded(list, loader_of(root, **options)))
     # nobody calls set_epoch: the next epoch all the same
     assert ids(loader) == order(40, epoch=1)[:36]
     loader.sampler.set_epoch(7)
@@ -75,40 +95,27 @@ def test_images_are_those_of_timm(root, use_prefetcher):
     loader = loader_of(root, **options)
     reference = ImageDataset(root)
     timm.data.create_loader(reference, (3, 32, 32), 12, is_training=True, num_workers=0, **options)
-    assert repr(loader.dataset.transform) == repr(reference.transform)
-
-    def seed():
-        random.seed(0)
-        np.random.seed(0)
-        torch.manual_seed(0)
-
-    base = loader.loader if use_prefetcher else loader
-    batches = iter(base)
-    seed()
-    images, targets = next(batches)
-    seed()
-    expected = [reference[i] for i in order(40)[:12]]
+    images, targets = seeded(next, iter(loader.loader if use_prefetcher else loader))
     collate = timm_loader.fast_collate if use_prefetcher else default_collate
-    expected_images, expected_classes = collate(expected)
+    expected_images, expected_classes = collate(seeded(lambda: [reference[i] for i in order(40)[:12]]))
     assert images.dtype == (torch.uint8 if use_prefetcher else torch.float32)
     assert torch.equal(images, expected_images)
     assert torch.equal(targets[:, 0], expected_classes)
 
 
 @pytest.mark.parametrize('options', [
-    {}, {'no_aug': True}, {'scale': (0.3, 1), 'ratio': (1, 1), 'hflip': 0, 'vflip': 0.5}, {'re_prob': 0.3},
-    {'auto_augment': 'augmix-m5-w4-d2'}, {'mean': (0.5,) * 3, 'std': (0.5,) * 3, 'interpolation': 'bicubic'},
-    {'train_crop_mode': 'rkrc', 'grayscale_prob': 0.1, 'gaussian_blur_prob': 0.1}])
+    {'scale': (0.3, 1), 'ratio': (1, 1), 'hflip': 0, 'vflip': 0.5, 'mean': (0.5,) * 3, 'interpolation': 'bicubic'},
+    {'re_prob': 1.0}, {'train_crop_mode': 'rkrc', 'grayscale_prob': 0.1, 'gaussian_blur_prob': 0.1}])
 @pytest.mark.parametrize('use_prefetcher', [True, False])
 def test_transforms_are_those_of_timm(root, options, use_prefetcher):
     reference = ImageDataset(root)
     options = {**options, 'use_prefetcher': use_prefetcher, 'device': CPU, 'num_workers': 0}
     expected = timm.data.create_loader(reference, 32, 12, is_training=True, **options)
-    loader = create_loader(ImageDataset(root), 32, 12, **options)
+    loader, fast = (create_loader(ImageDataset(root), 32, 12, fast=on, **options) for on in (False, True))
     assert repr(loader.dataset.transform) == repr(reference.transform)
     if use_prefetcher:
         assert (loader.random_erasing is None) == (expected.random_erasing is None)
-    assert next(iter(loader))[0].shape == (12, 3, 32, 32)
+    assert_near(seeded(list, fast), seeded(list, loader))
 
 
 def test_options_of_the_sampler(root):
@@ -118,38 +125,62 @@ def test_options_of_the_sampler(root):
     assert ids(loader_of(root, num_repeats=1)) == order(40, repeats=1)[:36]
 
 
-@pytest.mark.parametrize('num_workers', [0, 1])
-def test_multi_epochs_loader(root, num_workers):
-    loader = loader_of(root, use_multi_epochs_loader=True, num_workers=num_workers)
-    assert len(loader) == 3
-    assert [ids(loader) for _ in range(3)] == [order(40, epoch=i)[:36] for i in range(3)]
-
-
-def test_persistent_workers(root):
-    loader = loader_of(root, num_workers=1, persistent_workers=True)
+@pytest.mark.parametrize('options', [{'use_multi_epochs_loader': True}, {'persistent_workers': True}])
+def test_workers_that_stay(root, options):
+    loader = loader_of(root, num_workers=1, **options)
     assert [ids(loader) for _ in range(3)] == [order(40, epoch=i)[:36] for i in range(3)]
 
 
 @pytest.mark.slow
-def test_workers_that_are_spawned(root):
-    loader = loader_of(root, num_workers=1)
+def test_workers_that_are_not_forked(root):
+    loader = loader_of(root, num_workers=1, fast=True)
     loader.loader.multiprocessing_context = 'spawn'
+    next(iter(loader.dataset))  # something to leave out when the dataset is sent
     assert ids(loader) == order(40)[:36]
 
 
-def test_scheduled_sizes(root):
-    loader = loader_of(root, input_size_choices=[32, 48], batch_size_choices=[12, 6])
-    sizes = set()
-    for images, targets in loader:
-        sizes.add(images.shape[-1])
-        assert images.shape[0] == len(targets) == {32: 12, 48: 6}[images.shape[-1]]
-        assert torch.equal(targets[:, 0], targets[:, 1] // 10)
-        assert torch.equal(targets[::3], targets[2::3])
-    assert sizes <= {32, 48}
+@pytest.mark.parametrize('fast', [True, False])
+def test_scheduled_sizes(root, fast, monkeypatch):
+    """An image is decoded once for its copies, whose pixels are those of as many decodings."""
+    count, decode = [], InstanceDataset._decode
+    monkeypatch.setattr(InstanceDataset, '_decode', lambda *args: count.append(1) or decode(*args))
+    options = dict(fast=fast, input_size_choices=[32, 48], batch_size_choices=[12, 6])
+    batches = seeded(list, loader_of(root, **options))
+    assert {(images.shape[-1], len(targets)) for images, targets in batches} <= {(32, 12), (48, 6)}
+    for _, targets in batches:
+        assert torch.equal(targets[:, 0], targets[:, 1] // 10) and torch.equal(targets[::3], targets[2::3])
+    assert len(count) == sum(len(targets) for _, targets in batches) // 3
+    other = loader_of(root, **options)
+    monkeypatch.delattr(type(other.dataset), '__getitems__')
+    monkeypatch.setattr(
+        type(other.dataset), '__getitem__', lambda self, key: self.sizes[key[1]].__getitems__([key[0]])[0])
+    for (images, targets), (same, same_targets) in zip(batches, seeded(list, other), strict=True):
+        assert torch.equal(images, same) and torch.equal(targets, same_targets)
+
+
+def tar_of(root):
+    path = Path(root).parent / 'images.tar'
+    with tarfile.open(path, 'w') as file:
+        file.add(root, '.')
+    return ImageDataset(str(path), reader='tar')
+
+
+class Records:
+    """What timm's reader of Hugging Face datasets gives: the content in a stream."""
+
+    def __init__(self, root):
+        self.files = [path for path, _ in ImageDataset(root).reader.samples]
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        return io.BytesIO(Path(self.files[index]).read_bytes()), index // 10
 
 
 SPLITS = {
-    'folder': (ImageFolder, range(40)),
+    'tar': (tar_of, range(40)),
+    'streams': (lambda root: ImageDataset('', reader=Records(root)), range(40)),
     'instances': (lambda root: InstanceDataset(ImageFolder(root)), range(40)),
     'subset': (lambda root: Subset(ImageFolder(root), range(39, 19, -1)), range(39, 19, -1)),
     'random split': (
@@ -164,14 +195,24 @@ SPLITS = {
 
 @pytest.mark.parametrize('fast', [False, True])
 @pytest.mark.parametrize('kind', SPLITS)
-def test_other_datasets(root, kind, fast):
+def test_other_datasets(root, kind, fast, monkeypatch):
     make, chosen = SPLITS[kind]
     if fast and kind == 'images without transform':
         pytest.skip('the fast loader reads files only')
+    count, decode = [], instances.decode_tensor
+    monkeypatch.setattr(instances, 'decode_tensor', lambda *args: count.append(1) or decode(*args))
     loader = create_loader(make(root), 32, 12, device=CPU, num_workers=0, fast=fast)
     targets = torch.cat([targets for _, targets in loader])
     assert targets[:, 1].tolist() == order(len(chosen))[:len(targets)]
     assert targets[:, 0].tolist() == [chosen[i] // 10 for i in targets[:, 1]]
+    assert len(count) == (len(targets) // 3 if fast else 0)
+
+
+def test_target_transform(root):
+    dataset = ImageFolder(root, target_transform=lambda label: label + random.randrange(100, 105))
+    for fast in (False, True):
+        for _, targets in create_loader(dataset, 32, 12, device=CPU, num_workers=0, fast=fast):
+            assert len(set(targets[:, 0].tolist())) > 4 and targets[:, 0].min() >= 100
 
 
 @pytest.mark.parametrize('fast', [False, True])
@@ -183,11 +224,9 @@ def test_timms_loader_afterwards(root, fast):
     next(iter(loader))
     assert vars(dataset) == before
     options = dict(is_training=True, device=CPU, num_workers=0)
-    batches = []
-    for either in (dataset, ImageDataset(root)):
-        random.seed(0)
-        torch.manual_seed(0)
-        batches.append(next(iter(timm.data.create_loader(either, 24, 12, **options)))[0])
+    batches = [
+        seeded(lambda either: next(iter(timm.data.create_loader(either, 24, 12, **options)))[0], either)
+        for either in (dataset, ImageDataset(root))]
     assert torch.equal(*batches) and batches[0].shape == (12, 3, 24, 24)
     assert next(iter(loader))[0].shape == (12, 3, 32, 32)
 
@@ -252,13 +291,25 @@ class Stream(IterableDataset):
         return iter([])
 
 
+class Other(Dataset):
+    def __len__(self):
+        return 40
+
+    def __getitem__(self, index):
+        return Image.new('RGB', (40, 40)), 0
+
+
+class Own(ImageDataset):
+    def __getitem__(self, index):
+        return super().__getitem__(index)
+
+
 @pytest.mark.parametrize(('options', 'message'), [
     ({'batch_size': 41}, 'epoch of 40 samples on this rank has no full batch of 41: give more images'),
     ({'epoch_len_factor': 0.2}, 'epoch of 8 samples'),
     ({'batch_size': 2}, 'batch_size is 2, less than num_repeats=3'),
     ({'batch_size': 0, 'num_repeats': 1}, 'batch_size is 0'),
     ({'num_repeats': 0}, 'num_repeats is 0'),
-    ({'epoch_len_factor': float('nan')}, 'epoch_len_factor is nan'),
     ({'decode': 'pillow'}, "decode is 'pillow'"),
     ({'num_aug_repeats': 3}, 'num_aug_repeats is 3: leave it out'),
     ({'num_aug_splits': 2}, 'num_aug_splits is 2'),
@@ -267,6 +318,16 @@ class Stream(IterableDataset):
 def test_bad_arguments(root, options, message):
     with pytest.raises(ValueError, match=message):
         loader_of(root, **options)
+
+
+@pytest.mark.parametrize(('make', 'message'), [
+    (lambda root: Own(root), 'cannot get at those of this Own'),
+    (lambda root: Subset(Other(), range(20)), 'cannot get at those of this Other'),
+    (lambda root: ConcatDataset([ImageDataset(root, input_img_mode='L')]), "input_img_mode is 'L'"),
+    (lambda root: ImageFolder(root, loader=Image.open), 'cannot get at those of this ImageFolder')])
+def test_datasets_that_the_fast_loader_refuses(root, make, message):
+    with pytest.raises(ValueError, match=message):
+        create_loader(make(root), 32, 12, device=CPU, fast=True)
 
 
 def test_bad_datasets(root):

@@ -9,8 +9,8 @@ from PIL import Image
 from timm.data import create_transform
 from torchvision import transforms as T
 
-from timm_multigrain.data import tensor_transform
-from timm_multigrain.data.tensor_transform import Jitter, OnPillow, TensorTransform, decode, on_tensors
+from timm_multigrain.data import fast
+from timm_multigrain.data.fast import TensorTransform, decode, on_tensors
 from timm_multigrain.images.sources import UnreadableImage
 
 
@@ -67,13 +67,9 @@ NEAR = {
     'random': dict(interpolation='random', scale=(0.3, 1), ratio=(1, 1), hflip=0, vflip=0.5),
     'no augmentation': dict(no_aug=True),
     'RandAugment': dict(auto_augment='rand-m9-mstd0.5-inc1'),
-    'AutoAugment': dict(auto_augment='original'),
     'AugMix': dict(auto_augment='augmix-m5-w4-d2'),
-    '3-Augment': dict(auto_augment='3a', color_jitter=0.3),
     'SimCLR': dict(color_jitter_prob=0.5, grayscale_prob=0.3, gaussian_blur_prob=0.5),
-    'hue': dict(color_jitter=(0.4, 0.4, 0.4, 0.1)),
     'keep ratio': dict(train_crop_mode='rkrc'),
-    'keep ratio, random': dict(train_crop_mode='rkrr'),
     'erasing': dict(re_prob=0.7, re_mode='pixel'),
 }
 
@@ -85,7 +81,7 @@ def test_same_augmentations_as_timm(name, use_prefetcher):
     transform = create_transform(48, True, use_prefetcher=use_prefetcher, **scale, **NEAR[name])
     tensors = TensorTransform(transform)
     grey_levels = 1 if use_prefetcher else 255 * 0.25
-    for i in range(12):
+    for i in range(8):
         content = encoded(picture(seed=i))
         expected, after = seeded(transform, pillow(content), seed=i)
         found, drawn = seeded(tensors, decode(content), seed=i)
@@ -97,28 +93,17 @@ def test_same_augmentations_as_timm(name, use_prefetcher):
             assert off.max() < 16
 
 
-@pytest.mark.parametrize('jitter', [0.4, (0.9, 0, 0), (0, 0.9, 0), (0, 0, 0.9), (1, 1, 1)])
-def test_jitter_equals_pillow(jitter):
-    step = T.ColorJitter(*(jitter if isinstance(jitter, tuple) else (jitter,) * 3))
-    tensors = on_tensors(step)
-    assert isinstance(tensors, Jitter)
-    for i in range(30):
-        image = picture(61, 53, seed=i)
+@pytest.mark.parametrize('factors', [(0.4, 0.4, 0.4), (0.9, 0, 0), (0, 0.9, 0), (0, 0, 0.9), (1, 1, 1)])
+def test_jitter_equals_pillow(factors):
+    step = T.ColorJitter(*factors)
+    pictures = [picture(61, 53, seed=i) for i in range(20)] + [Image.new('RGB', (300, 300), (255, 0, 255))]
+    for i, image in enumerate(pictures):
         pixels = T.functional.pil_to_tensor(image)
         before = pixels.clone()
         expected, after = seeded(step, image, seed=i)
-        found, drawn = seeded(tensors, pixels, seed=i)
+        found, drawn = seeded(on_tensors(step), pixels, seed=i)
         assert torch.equal(found, T.functional.pil_to_tensor(expected)) and drawn == after
         assert torch.equal(pixels, before)
-
-
-def test_jitter_of_extremes():
-    step = T.ColorJitter(1, 1, 1)
-    for value in (0, 255):
-        image = Image.new('RGB', (300, 300), (value, 0, 255))
-        expected, _ = seeded(step, image)
-        found, _ = seeded(on_tensors(step), T.functional.pil_to_tensor(image))
-        assert torch.equal(found, T.functional.pil_to_tensor(expected))
 
 
 CONTENTS = {
@@ -154,9 +139,9 @@ def test_decodes_what_pillow_does(kind):
 
 
 def test_who_decodes(monkeypatch):
-    calls, decode_jpeg = [], tensor_transform.decode_jpeg
+    calls, decode_jpeg = [], fast.decode_jpeg
     monkeypatch.setattr(
-        tensor_transform, 'decode_jpeg', lambda *args, **kwargs: calls.append(1) or decode_jpeg(*args, **kwargs))
+        fast, 'decode_jpeg', lambda *args, **kwargs: calls.append(1) or decode_jpeg(*args, **kwargs))
     kinds = ('grey', 1), ('progressive', 1), ('turned by EXIF', 0), ('png', 0), ('CMYK', 0), ('two pictures', 0)
     for kind, expected in kinds:
         calls.clear()
@@ -167,7 +152,7 @@ def test_who_decodes(monkeypatch):
 
 
 def test_without_torchvisions_decoder(monkeypatch):
-    monkeypatch.setattr(tensor_transform, 'decode_jpeg', None)
+    monkeypatch.setattr(fast, 'decode_jpeg', None)
     content = CONTENTS['grey']()
     assert torch.equal(decode(content), T.functional.pil_to_tensor(pillow(content)))
 
@@ -208,7 +193,7 @@ def test_steps_of_other_kinds():
             return image.rotate(90)
 
     own = on_tensors(Own())
-    assert isinstance(own, OnPillow) and 'Own' in repr(own)
+    assert 'Own' in repr(own)
     pixels = torch.randint(0, 256, (3, 5, 5), dtype=torch.uint8)
     assert torch.equal(own(pixels), pixels.rot90(dims=(1, 2)))
     with pytest.raises(ValueError, match='cannot take function apart'):

@@ -12,9 +12,9 @@ from timm.data import create_transform as timm_transform
 from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
-from timm_multigrain.data import Lighting, create_eval_transform, create_transform, resize_shape
-from timm_multigrain.data.lighting import EIGENVALUES, EIGENVECTORS, insert_lighting
-from timm_multigrain.images.transforms import Resize
+from timm_multigrain.data import Lighting, create_transform
+from timm_multigrain.data.transforms import EIGENVALUES, EIGENVECTORS, insert_lighting
+from timm_multigrain.images.transforms import Resize, create_eval_transform, resize_shape
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -40,29 +40,27 @@ def test_lighting_equals_original(golden):
         torch.testing.assert_close(result[inside], unclamped[inside], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16])
 @pytest.mark.parametrize('rescale', [True, False])
-def test_lighting_by_hand(dtype, rescale):
-    image = torch.rand(3, 2, 4, dtype=torch.float64).to(dtype)
-    alpha = [0.3, -0.2, 0.5]
-    result = Lighting(0.25, rescale)(image, torch.tensor(alpha))
-    assert result.dtype == dtype
+def test_lighting_by_hand(rescale):
+    """A number at a time; on a Pillow image and on bytes rounded to 8 bits."""
+    picked, alpha = picture(4, 2), [0.3, -0.2, 0.5]
+    lighting, drawn = Lighting(0.25, rescale), torch.tensor(alpha)
+    pixels = F.pil_to_tensor(picked)
+    result = lighting(F.to_tensor(picked), drawn)
     for c in range(3):
         shift = sum(EIGENVECTORS[c][j] * alpha[j] * EIGENVALUES[j] for j in range(3))
         for y in range(2):
             for x in range(4):
-                value = (image[c, y, x].item() + shift) / (1.25 if rescale else 1)
-                tolerance = 2e-3 if dtype == torch.float16 else 1e-6
-                assert result[c, y, x].item() == pytest.approx(min(1, max(0, value)), abs=tolerance)
-
-
-def test_lighting_of_pictures_is_that_of_tensors_rounded():
-    image, alpha = picture(5, 4), torch.tensor([0.3, -0.2, 0.5])
-    expected = Lighting(0.1)(F.to_tensor(image), alpha) * 255
-    result = F.pil_to_tensor(Lighting(0.1)(image, alpha))
-    assert (result - expected).abs().max() <= 0.5 + 1e-4 and result.dtype == torch.uint8
+                value = (pixels[c, y, x].item() / 255 + shift) / (1.25 if rescale else 1)
+                assert result[c, y, x].item() == pytest.approx(min(1, max(0, value)), abs=1e-6)
+    for dtype in (torch.float64, torch.float16):
+        other = lighting(F.to_tensor(picked).to(dtype), drawn)
+        assert other.dtype == dtype and (other - result).abs().max() < 2e-3
+    bytes_ = lighting(pixels, drawn)
+    assert bytes_.dtype == torch.uint8 and (bytes_ - 255 * result).abs().max() <= 0.5 + 1e-4
+    assert torch.equal(F.pil_to_tensor(lighting(picked, drawn)), bytes_)
     with pytest.raises(ValueError, match='mode L'):
-        Lighting(0.1)(picture(5, 4, 'L'))
+        lighting(picture(5, 4, 'L'))
 
 
 @pytest.mark.parametrize('no_aug', [False, True])
@@ -113,16 +111,6 @@ def test_lighting_draws_from_torch():
     assert alpha.std(0).tolist() == pytest.approx([0.1] * 3, rel=0.05)
     assert alpha.mean(0).tolist() == pytest.approx([0] * 3, abs=0.01)
     assert torch.corrcoef(alpha.T).triu(1).abs().max() < 0.06
-
-
-def test_lighting_of_bytes():
-    pixels = torch.randint(0, 256, (3, 5, 7), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    alpha = torch.tensor([0.3, -0.2, 0.5])
-    lit = Lighting(0.1)(pixels, alpha)
-    assert lit.dtype == torch.uint8
-    assert torch.equal(lit, (255 * Lighting(0.1)(pixels.float() / 255, alpha)).round().to(torch.uint8))
-    image = Lighting(0.1)(Image.fromarray(pixels.permute(1, 2, 0).numpy()), alpha)
-    assert np.array_equal(np.asarray(image), lit.permute(1, 2, 0).numpy())
 
 
 def test_lighting_bounds():
@@ -234,15 +222,12 @@ def test_autoaugment_against_original(resize_golden):
     assert policy.fill == [128, 128, 128]
 
 
-@pytest.mark.parametrize('mode', ['RGB', 'L', 'P', 'RGBA', 'CMYK', '1', 'LA', 'I;16', 'YCbCr'])
-@pytest.mark.parametrize('augmentation', ['full', 'senet', 'torch', 'autoaugment'])
-def test_any_mode(mode, augmentation):
+@pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'CMYK', 'I;16'])
+def test_any_mode(mode):
     image = picture(60, 45).convert('I').convert('I;16') if mode == 'I;16' else picture(60, 45, mode)
-    for transform in (create_transform(32, augmentation), create_eval_transform(32)):
+    for transform in (create_transform(32), create_transform(32, 'autoaugment'), create_eval_transform(32)):
         result = transform(image)
-        assert result.shape == (3, 32, 32)
-        assert result.dtype == torch.float32
-        assert result.isfinite().all()
+        assert result.shape == (3, 32, 32) and result.dtype == torch.float32 and result.isfinite().all()
 
 
 def test_full_is_the_sequence_of_its_parts():
@@ -267,23 +252,11 @@ def test_sizes_and_options():
     assert repr(Resize(32, largest=True)) == 'Resize(size=32, largest=True, bilinear)'
 
 
-@pytest.mark.parametrize('call', [
-    lambda: create_transform(0), lambda: create_transform(-5), lambda: create_transform((3, 0, 32)),
-    lambda: create_transform(32, 'strong'), lambda: create_transform(32, interpolation='random'),
-    lambda: create_transform(32, lighting=-1), lambda: create_eval_transform(0), lambda: create_eval_transform(-1),
-    lambda: create_eval_transform(22.5), lambda: create_eval_transform(32, 'squash'),
-    lambda: resize_shape(10, 10, 0, True),
-])
-def test_bad_arguments(call):
-    with pytest.raises(ValueError, match='give'):
-        call()
-
-
-def test_photographs(shared_data):
-    for file in sorted((shared_data / 'photos').glob('*.jpg'))[::40]:
-        image = Image.open(file)
-        h, w = resize_shape(*image.size, 160, True)
-        assert max(h, w) == 160
-        assert create_eval_transform(160, 'longer-side')(image).shape == (3, h, w)
-        assert create_eval_transform(160)(image).shape == (3, 160, 160)
-        assert create_transform(160)(image).shape == (3, 160, 160)
+def test_bad_arguments():
+    for call in (
+            lambda: create_transform(0), lambda: create_transform((3, 0, 32)), lambda: create_transform(32, 'strong'),
+            lambda: create_transform(32, interpolation='random'), lambda: create_transform(32, lighting=-1),
+            lambda: create_eval_transform(0), lambda: create_eval_transform(22.5),
+            lambda: create_eval_transform(32, 'squash'), lambda: resize_shape(10, 10, 0, True)):
+        with pytest.raises(ValueError, match='give'):
+            call()

@@ -9,6 +9,7 @@ AutoAugment, get an image of Pillow.
 import io
 import random
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -106,95 +107,55 @@ def on_tensors(step: Callable) -> Callable:
     interpolation = getattr(step, 'interpolation', ())
     supported = _INTERPOLATIONS.issuperset(interpolation if isinstance(interpolation, tuple) else [interpolation])
     if isinstance(step, RandomResizedCropAndInterpolation) and supported:
-        return Crop(step)
+        return partial(crop, step)
     if isinstance(step, T.Resize) and supported:
-        return Resize(step)
+        return partial(resize, step)
     if isinstance(step, T.ColorJitter) and step.hue is None:
-        return Jitter(step)
+        return partial(jitter, step)
     if isinstance(step, T.RandomApply):
         return T.RandomApply([on_tensors(inner) for inner in step.transforms], step.p)
     if isinstance(step, MaybeToTensor):
-        return ToFloat()
+        return to_float
     if isinstance(step, _ON_TENSORS) or (isinstance(step, ResizeKeepRatio) and supported):
         return step
-    return OnPillow(step)
+    return partial(on_pillow, step)
 
 
-class Crop:
+def crop(step: RandomResizedCropAndInterpolation, image: torch.Tensor) -> torch.Tensor:
     """timm's random crop and resize."""
-
-    def __init__(self, crop: RandomResizedCropAndInterpolation):
-        self.crop = crop
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        crop = self.crop
-        top, left, height, width = crop.get_params(image, crop.scale, crop.ratio)
-        interpolation = crop.interpolation
-        if isinstance(interpolation, tuple):
-            interpolation = random.choice(interpolation)
-        return F.resized_crop(image, top, left, height, width, list(crop.size), interpolation, antialias=True)
-
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}({self.crop})'
+    top, left, height, width = step.get_params(image, step.scale, step.ratio)
+    interpolation = step.interpolation
+    if isinstance(interpolation, tuple):
+        interpolation = random.choice(interpolation)
+    return F.resized_crop(image, top, left, height, width, list(step.size), interpolation, antialias=True)
 
 
-class Resize:
+def resize(step: T.Resize, image: torch.Tensor) -> torch.Tensor:
     """torchvision's resize, staying with 8 bits, as Pillow does."""
-
-    def __init__(self, resize: T.Resize):
-        self.resize = resize
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        resize = self.resize
-        size = [resize.size] if isinstance(resize.size, int) else list(resize.size)
-        return F.resize(image, size, resize.interpolation, resize.max_size, antialias=True)
-
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}({self.resize})'
+    size = [step.size] if isinstance(step.size, int) else list(step.size)
+    return F.resize(image, size, step.interpolation, step.max_size, antialias=True)
 
 
-class Jitter:
+def jitter(step: T.ColorJitter, image: torch.Tensor) -> torch.Tensor:
     """torchvision's jitter of brightness, contrast and saturation with Pillow's arithmetic, in one float32 buffer."""
-
-    def __init__(self, jitter: T.ColorJitter):
-        self.jitter = jitter
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        jitter = self.jitter
-        order, *factors, _ = jitter.get_params(jitter.brightness, jitter.contrast, jitter.saturation, None)
-        pixels = image.to(torch.float32, memory_format=torch.contiguous_format)
-        for kind in order.tolist():
-            if kind < 3 and factors[kind] is not None:
-                _BLENDS[kind](pixels, factors[kind])
-        # torch is slow at float to uint8, and quick by way of int32
-        return pixels.to(torch.int32).to(torch.uint8)
-
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}({self.jitter})'
+    order, *factors, _ = step.get_params(step.brightness, step.contrast, step.saturation, None)
+    pixels = image.to(torch.float32, memory_format=torch.contiguous_format)
+    for kind in order.tolist():
+        if kind < 3 and factors[kind] is not None:
+            _BLENDS[kind](pixels, factors[kind])
+    # torch is slow at float to uint8, and quick by way of int32
+    return pixels.to(torch.int32).to(torch.uint8)
 
 
-class ToFloat:
+def to_float(image: torch.Tensor) -> torch.Tensor:
     """uint8 -> float32 in [0, 1]."""
-
-    def __call__(self, image: torch.Tensor) -> torch.Tensor:
-        return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}()'
+    return image.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
 
 
-class OnPillow:
+def on_pillow(step: Callable, image: torch.Tensor) -> Any:
     """A step that gets an image of Pillow, and whose result becomes a tensor again."""
-
-    def __init__(self, step: Callable):
-        self.step = step
-
-    def __call__(self, image: torch.Tensor) -> Any:
-        result = self.step(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
-        return to_tensor(result) if isinstance(result, Image.Image) else result
-
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}({self.step})'
+    result = step(Image.fromarray(image.permute(1, 2, 0).contiguous().numpy()))
+    return to_tensor(result) if isinstance(result, Image.Image) else result
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

@@ -1,9 +1,15 @@
-"""Any map-style dataset, with its image files decoded as every command decodes them and the unreadable ones skipped."""
+"""Any map-style dataset, with its image files decoded as every command decodes them, the unreadable ones skipped, and
+image ids beside the classes.
+
+Berman et al., "MultiGrain", arXiv 1902.05509, section 3: the instance label of a sample is the image it was augmented
+from, so that the positives of the margin loss come without any annotation.
+"""
 import copy
 import logging
 import operator
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -18,10 +24,10 @@ from torchvision.datasets.vision import StandardTransform
 from timm_multigrain.files import open_regular
 from timm_multigrain.images.sources import UnreadableImage, open_image, printable, read_image
 
-from .tensor_transform import TensorTransform
-from .tensor_transform import decode as decode_tensor
+from .fast import TensorTransform
+from .fast import decode as decode_tensor
 
-__all__ = ['DecodedDataset']
+__all__ = ['DecodedDataset', 'InstanceDataset']
 
 _logger = logging.getLogger(__name__)
 
@@ -87,8 +93,7 @@ class DecodedDataset(Dataset):
         if self.fast and transform is not None and not isinstance(transform, TensorTransform):
             transform = TensorTransform(transform)
         self._own_transform = transform
-        self.dataset = _copy(self.dataset)
-        _set_transform(self.dataset, transform)
+        self.dataset = _with_transform(self.dataset, transform)
 
     def with_transform(self, transform: Callable) -> 'DecodedDataset':
         """A shallow copy with another transform."""
@@ -123,7 +128,9 @@ class DecodedDataset(Dataset):
         Returns:
             The image's index, another one where that image cannot be read, and `repeats` samples.
         """
-        index = self._check(index)
+        if not -len(self) <= index < len(self):
+            raise IndexError(f'index {index} is out of range for {len(self)} images')
+        index = operator.index(index) % len(self)
         for _ in range(MAX_UNREADABLE):
             dataset, inner = _find(self.dataset, index)
             try:
@@ -143,31 +150,58 @@ class DecodedDataset(Dataset):
                 index = (index + 1) % len(self)
         raise UnreadableImage(f'{MAX_UNREADABLE} images in a row cannot be read, the last of them {name}: {reason}')
 
-    def _check(self, index: int) -> int:
-        index = operator.index(index)
-        if not -len(self) <= index < len(self):
-            raise IndexError(f'index {index} is out of range for {len(self)} images')
-        return index % len(self)
-
     def _decode(self, dataset: ImageDataset | DatasetFolder, index: int) -> tuple[Image.Image | torch.Tensor, Any]:
         timms = isinstance(dataset, ImageDataset)
         if timms and type(dataset.reader) is not ReaderImageFolder:
             file, target = dataset.reader[index]
         else:  # a path: opened here, as regular files only
             file, target = (dataset.reader if timms else dataset).samples[index]
-        mode = dataset.input_img_mode if timms else 'RGB'
         if self.fast:
-            content = file.read() if hasattr(file, 'read') else _read_bytes(file)
-            return decode_tensor(content, self.decode), target
-        if self.decode == 'timm':
-            return open_image(file).convert(mode), target
-        image = read_image(file)
-        return image if mode == 'RGB' else image.convert(mode), target
+            return decode_tensor(file.read() if hasattr(file, 'read') else _read_bytes(file), self.decode), target
+        mode = dataset.input_img_mode if timms else 'RGB'
+        image = open_image(file).convert(mode) if self.decode == 'timm' else read_image(file)
+        return image if image.mode == mode else image.convert(mode), target
 
     def _finish(self, dataset: Dataset, image: Any, target: Any) -> tuple[Any, Any]:
         if isinstance(image, Image.Image) and self._own_transform is not None and not hasattr(dataset, 'transform'):
             image = self._own_transform(image)
         return image, target
+
+
+class InstanceDataset(DecodedDataset):
+    """A map-style (image, class) dataset whose targets become [class, instance id].
+
+    `dataset[i]` gives (image, int64 tensor [class, i]); default_collate and timm's fast_collate stack the targets to
+    [B, 2]. A DataLoader fetches through `__getitems__`, which decodes an image once for consecutive equal indices (see
+    `RepeatedAugSampler`) and applies the transforms once for each of them. For timm's ImageDataset and torchvision's
+    ImageFolder, whose transforms are all that draws random numbers, that equals as many separate reads; other datasets
+    are read as often as an index is asked for.
+
+    Where an image cannot be read, all its copies are copies of the next image, under the id of that one.
+
+    Args and errors: see `DecodedDataset`. Also a ValueError while reading, where a target is not a class number.
+    """
+
+    def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[tuple[Any, torch.Tensor]]:
+        samples = []
+        for index, group in groupby(indices):
+            index, pairs = self.read(index, sum(1 for _ in group))
+            samples += [(image, _target(target, index)) for image, target in pairs]
+        return samples
+
+
+def _target(target: Any, index: int) -> torch.Tensor:
+    try:
+        if getattr(target, 'ndim', 0):
+            raise TypeError
+        return torch.tensor([operator.index(target), index])
+    except TypeError:
+        raise ValueError(
+            f'the target of image {index} is {target!r}: give one integer class for each image (multi-label, soft and '
+            'float targets do not go with repeated augmentation)') from None
 
 
 def _augment(
@@ -177,12 +211,11 @@ def _augment(
         repeats: int,
 ) -> Iterator[tuple[Any, Any]]:
     missing = target is None and isinstance(dataset, ImageDataset)  # timm's way: no class is -1
-    for i in range(repeats):
+    for _ in range(repeats):
         sample, label = image, -1 if missing else target
         if dataset.transform is not None:
             # a transform may draw into its image
-            last = i == repeats - 1 or not isinstance(image, Image.Image)
-            sample = dataset.transform(image if last else image.copy())
+            sample = dataset.transform(image.copy() if isinstance(image, Image.Image) else image)
         if dataset.target_transform is not None and not missing:
             label = dataset.target_transform(target)
         yield sample, label
@@ -211,15 +244,17 @@ def _reads_files(dataset: Any) -> bool:
 
 
 def _check_fast(dataset: Any) -> None:
-    for inner in _parts(dataset):
-        if not _reads_files(inner):
-            raise ValueError(
-                f'the fast loader decodes files itself and cannot get at those of this {type(inner).__name__}: give an '
-                'ImageDataset of timm, an ImageFolder or a Subset of one, with no loader of their own, or leave fast '
-                'out')
-        if getattr(inner, 'input_img_mode', 'RGB') != 'RGB':
-            raise ValueError(
-                f'the fast loader reads RGB, and input_img_mode is {inner.input_img_mode!r}: leave fast out')
+    if _wraps(dataset, Subset):
+        _check_fast(dataset.dataset)
+    elif _wraps(dataset, ConcatDataset):
+        for inner in dataset.datasets:
+            _check_fast(inner)
+    elif not _reads_files(dataset):
+        raise ValueError(
+            f'the fast loader decodes files itself and cannot get at those of this {type(dataset).__name__}: give an '
+            'ImageDataset of timm, an ImageFolder or a Subset of one, with no loader of their own, or leave fast out')
+    elif getattr(dataset, 'input_img_mode', 'RGB') != 'RGB':
+        raise ValueError(f'the fast loader reads RGB, and input_img_mode is {dataset.input_img_mode!r}: leave fast out')
 
 
 def _wraps(dataset: Any, kind: type[Subset] | type[ConcatDataset]) -> bool:
@@ -239,38 +274,20 @@ def _find(dataset: Any, index: int) -> tuple[Any, int]:
             return dataset, index
 
 
-def _parts(dataset: Any) -> Iterator[Any]:
-    """The datasets that torch's Subset and ConcatDataset take images from."""
-    if _wraps(dataset, Subset):
-        yield from _parts(dataset.dataset)
-    elif _wraps(dataset, ConcatDataset):
-        for inner in dataset.datasets:
-            yield from _parts(inner)
-    else:
-        yield dataset
-
-
-def _copy(dataset: Any) -> Any:
-    """A shallow copy of a dataset and of those it wraps."""
+def _with_transform(dataset: Any, transform: Callable | None) -> Any:
+    """A shallow copy of a dataset and of those it wraps, with a transform set where the outermost one is."""
     dataset = copy.copy(dataset)
-    if isinstance(getattr(dataset, '__dict__', {}).get('dataset'), Dataset):
-        dataset.dataset = _copy(dataset.dataset)
+    wrapped = getattr(dataset, '__dict__', {}).get('dataset')
     if isinstance(dataset, ConcatDataset):
-        dataset.datasets = [_copy(inner) for inner in dataset.datasets]
-    return dataset
-
-
-def _set_transform(dataset: Any, transform: Callable | None) -> None:
-    """Set the transform of the outermost dataset that has one."""
-    if isinstance(dataset, ConcatDataset):
-        for inner in dataset.datasets:
-            _set_transform(inner, transform)
+        dataset.datasets = [_with_transform(inner, transform) for inner in dataset.datasets]
     elif hasattr(dataset, 'transform'):
+        if isinstance(wrapped, Dataset):  # whose transform it may be
+            dataset.dataset = copy.copy(wrapped)
         dataset.transform = transform
         # some of torchvision's datasets use `transform`, others only the `transforms` made of it by their constructor
-        if isinstance(dataset, VisionDataset):
-            attributes = vars(dataset)
-            if isinstance(attributes.get('transforms'), (StandardTransform, type(None))):
-                dataset.transforms = StandardTransform(transform, attributes.get('target_transform'))
-    elif isinstance(getattr(dataset, 'dataset', None), Dataset):
-        _set_transform(dataset.dataset, transform)
+        if isinstance(dataset, VisionDataset) and isinstance(
+                vars(dataset).get('transforms'), (StandardTransform, type(None))):
+            dataset.transforms = StandardTransform(transform, vars(dataset).get('target_transform'))
+    elif isinstance(wrapped, Dataset):
+        dataset.dataset = _with_transform(wrapped, transform)
+    return dataset
