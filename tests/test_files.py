@@ -28,7 +28,7 @@ from timm_multigrain.measure.benchmarks.holidays import read_turns
 from timm_multigrain.measure.benchmarks.revisited import load_revisited
 from timm_multigrain.measure.figures import parse_metrics
 from timm_multigrain.measure.tune_p import tune_p
-from timm_multigrain.models.fitted import whitened_for
+from timm_multigrain.models.config import whitened_for
 from timm_multigrain.train.options import TrainOptions
 
 from .tiny import tiny_model

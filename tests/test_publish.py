@@ -177,7 +177,7 @@ def test_revision_private_and_pull_request(hub):
 
 def test_a_client_of_ones_own(hub, monkeypatch):
     monkeypatch.delenv('HF_TOKEN')
-    with pytest.raises(RuntimeError, match='no token was found: log in with `hf auth login`'):
+    with pytest.raises(RuntimeError, match='a token was not found: log in with `hf auth login`'):
         publish(tiny_model(), 'you/model', license='mit')
     api = HfApi(endpoint=hub.endpoint, token='you-write')
     assert publish(tiny_model(), 'you/model', license='mit', api=api).repo_id == 'you/model'

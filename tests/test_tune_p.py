@@ -22,7 +22,7 @@ from timm_multigrain.measure.classify import classify
 from timm_multigrain.measure.p_groups import scan_p_groups
 from timm_multigrain.measure.p_result import PResult
 from timm_multigrain.measure.tune_p import _Scan, scan_p, tune_p
-from timm_multigrain.models.fitted import fitted
+from timm_multigrain.models.config import fitted
 from timm_multigrain.models.open import open_model
 
 from .tiny import tiny_model

@@ -21,7 +21,7 @@ from timm_multigrain.images.sources import find_images
 from timm_multigrain.images.subset import Subset
 from timm_multigrain.measure.benchmarks.folder import Groups
 from timm_multigrain.measure.benchmarks.revisited import Revisited
-from timm_multigrain.models.fitted import fitted, note_fitted
+from timm_multigrain.models.config import fitted, note_fitted
 from timm_multigrain.models.open import open_model
 from timm_multigrain.whiten.whiten import fit_whitening
 from timm_multigrain.whiten.whitened_model import whiten_model

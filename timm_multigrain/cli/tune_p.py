@@ -123,7 +123,7 @@ def _write(args: argparse.Namespace, result) -> None:
 def _save(args: argparse.Namespace, model, protocol, result) -> None:
     import shutil
 
-    from timm_multigrain.models.fitted import json_p, note_fitted
+    from timm_multigrain.models.config import json_p, note_fitted
     from timm_multigrain.whiten.whitened_model import save_fitted
 
     model.set_gem_p(result.p)

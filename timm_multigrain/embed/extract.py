@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 from timm_multigrain.images.sources import ImageSource, UnreadableImage, printable
-from timm_multigrain.models.fitted import json_p
+from timm_multigrain.models.config import json_p
 from timm_multigrain.models.open import weights_sha256
 from timm_multigrain.version import __version__
 

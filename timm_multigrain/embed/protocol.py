@@ -16,7 +16,7 @@ from torchvision import transforms as T
 from timm_multigrain.files import printable
 from timm_multigrain.images.pixels import decode
 from timm_multigrain.images.transforms import create_eval_transform
-from timm_multigrain.models.fitted import fitted, json_p, whitened_for
+from timm_multigrain.models.config import fitted, json_p, whitened_for
 from timm_multigrain.models.trunk import InputSizes
 
 __all__ = ['MS_SCALES', 'Protocol', 'check_fitted']

@@ -11,8 +11,9 @@ from torch import nn
 
 from timm_multigrain.files import file_sha256, read_json, write_text
 from timm_multigrain.measure.figures import Metric, parse_metrics
-from timm_multigrain.models.hub_errors import hub_errors
-from timm_multigrain.models.save import CARD, CONFIG, WEIGHTS, model_folder, write_model
+from timm_multigrain.models.download import hub_errors
+from timm_multigrain.models.save import CARD, model_folder, write_model
+from timm_multigrain.models.weights import CONFIG, WEIGHTS
 
 from .card import is_generated, load_card, make_card
 

@@ -9,7 +9,7 @@ import torch
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.stream import embed_images, none_readable
 from timm_multigrain.images.sources import ImageSource
-from timm_multigrain.models.fitted import json_p
+from timm_multigrain.models.config import json_p
 from timm_multigrain.models.multigrain import MultiGrain
 
 from .figures import Metric

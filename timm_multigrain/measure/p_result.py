@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.models.fitted import json_p
+from timm_multigrain.models.config import json_p
 
 from .result import Result
 

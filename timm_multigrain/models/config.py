@@ -1,15 +1,19 @@
-"""timm's model configurations: of a MultiGrain on any trunk, of the weights that the paper's authors published, and
-what a configuration that comes with a file may say.
+"""timm's model configurations: of a MultiGrain on any trunk, of the weights that the paper's authors published, what a
+configuration that comes with a file may say, and what a model was fitted for.
 """
+import json
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from timm.models import get_pretrained_cfg
 
-__all__ = ['check_config', 'check_saved_args', 'model_cfg', 'official_cfg', 'paper_cfg', 'trunk_cfg']
+from timm_multigrain.files import check_json, parse_json
 
-_URL = 'https://dl.fbaipublicfiles.com/multigrain/'
-_PAPER_TEST = {'crop_pct': 0.875, 'interpolation': 'bilinear'}  # shorter side 256, centre crop 224
+__all__ = [
+    'check_config', 'check_saved_args', 'fitted', 'json_p', 'model_cfg', 'note_fitted', 'official_cfg', 'paper_cfg',
+    'trunk_cfg', 'whitened_for']
 
 _KEPT = ('input_size', 'min_input_size', 'fixed_input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std')
 
@@ -39,8 +43,8 @@ def trunk_cfg(trunk: str, **kwargs) -> dict:
 
 
 def paper_cfg(trunk: str, **kwargs) -> dict:
-    """As `trunk_cfg`, with the paper's preprocessing."""
-    return trunk_cfg(trunk, **{**_PAPER_TEST, **kwargs})
+    """As `trunk_cfg`, with the paper's preprocessing: shorter side 256, centre crop 224."""
+    return trunk_cfg(trunk, **{'crop_pct': 0.875, 'interpolation': 'bilinear', **kwargs})
 
 
 def official_cfg(trunk: str, file: str, training: str, top1: str, **kwargs) -> dict:
@@ -54,17 +58,29 @@ def official_cfg(trunk: str, file: str, training: str, top1: str, **kwargs) -> d
         **kwargs: Other fields of timm's configuration.
     """
     return paper_cfg(trunk, **{
-        'url': _URL + file,
+        'url': f'https://dl.fbaipublicfiles.com/multigrain/{file}',
         'license': 'cc-by-nc-4.0',
         'description': f'MultiGrain, {training}; top-1 {top1}',
         'notes': ('not for commercial use', 'top-1 as published by the authors of the paper'),
         **kwargs})
 
 
+# --- what comes with a file
+
 # arguments that lead out of the file that they stand in
 _OUTSIDE = (
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_trunk', 'checkpoint_path', 'cache_dir')
 _LARGEST = 4096  # pixels
+_SIZES = ('input_size', 'test_input_size', 'min_input_size')
+_FORM = {
+    **{key: [int] for key in _SIZES},
+    'mean': [float],
+    'std': [float],
+    **dict.fromkeys(('crop_pct', 'test_crop_pct'), float),
+    **dict.fromkeys(('interpolation', 'crop_mode', 'architecture', 'tag', 'license', 'description'), str),
+    'notes': (str, [str]),
+    'label_names': ([str], {str: str}),
+}
 
 
 def check_saved_args(args: Any) -> None:
@@ -92,44 +108,66 @@ def check_config(cfg: dict) -> None:
     Raises:
         ValueError: It has others.
     """
-    for key, value in cfg.items():
-        if value is not None and key in _TYPES and not _TYPES[key](value):
+    for key in _FORM.keys() & {key for key, value in cfg.items() if value is not None}:
+        value = list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key]
+        check_json(value, _FORM[key], f'{key} of the configuration')
+        good = bool(value) or key not in ('mean', 'std', 'crop_pct', 'test_crop_pct')
+        if key in _SIZES:
+            good = len(value) == 3 and all(0 < side <= _LARGEST for side in value)
+        elif key in ('std', 'crop_pct', 'test_crop_pct'):
+            good = good and all(number > 0 for number in (value if key == 'std' else [value]))
+        elif isinstance(value, dict):
+            good = all(row.isdecimal() for row in value)
+        if not good:
             raise ValueError(f'{key} of the configuration is {value!r:.200}.')
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+# --- what a model was fitted for: in the notes of timm's pretrained_cfg, one JSON object per note, so that the settings
+# stay with the model through saving, loading and publishing
+
+_SETTINGS = {'p': (float, str, [float], None), 'protocol': {'size': int, 'kind': str}}
 
 
-def _is_size(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) == 3 and all(
-        isinstance(side, int) and 0 < side <= _LARGEST for side in value)
+def note_fitted(model: torch.nn.Module, kind: str, settings: dict[str, Any]) -> None:
+    """Keep in the model what a fit belongs to, in place of an earlier one of its kind.
+
+    Args:
+        model: Model; its pretrained_cfg is replaced.
+        kind: 'whitening' or 'p'.
+        settings: What JSON can hold.
+    """
+    notes = [note for note in _notes(model) if not note.startswith(f'{kind}: {{')]
+    notes.append(f'{kind}: {json.dumps(settings)}')
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'notes': notes}
 
 
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str)
+def fitted(model: torch.nn.Module, kind: str) -> dict[str, Any] | None:
+    """The settings that `note_fitted` kept, None if there are none."""
+    for note in _notes(model):
+        if note.startswith(f'{kind}: {{'):
+            try:
+                settings = parse_json(note.partition(': ')[2])
+                check_json(settings, {name: form for name, form in _SETTINGS.items() if name in settings}, kind)
+                return settings
+            except ValueError:
+                return None
+    return None
 
 
-def _are_texts(value: Any) -> bool:
-    return _is_text(value) or (isinstance(value, list | tuple) and all(map(_is_text, value)))
+def whitened_for(model: torch.nn.Module) -> dict[str, Any]:
+    """Size and kind of the protocol that the model's whitening was fitted for, as arguments of a Protocol."""
+    settings = fitted(model, 'whitening') if getattr(model, 'whitened', False) else None
+    protocol = (settings or {}).get('protocol', {})
+    return {name: protocol[name] for name in ('size', 'kind') if name in protocol}
 
 
-def _are_labels(value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(str(row).isdecimal() and _is_text(name) for row, name in value.items())
-    return isinstance(value, list | tuple) and all(map(_is_text, value))
+def json_p(p: float | list[float] | None) -> float | str | list[float] | None:
+    """An exponent as strict JSON can hold it."""
+    if isinstance(p, list):
+        return [json_p(value) for value in p]
+    return 'inf' if p == math.inf else p
 
 
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list | tuple) and len(value) > 0 and all(map(_is_number, value))
-
-
-_TYPES = {
-    **dict.fromkeys(('input_size', 'test_input_size', 'min_input_size'), _is_size),
-    'mean': _are_numbers,
-    'std': lambda value: _are_numbers(value) and all(value),
-    **dict.fromkeys(('crop_pct', 'test_crop_pct'), lambda value: _is_number(value) and value > 0),
-    **dict.fromkeys(('interpolation', 'crop_mode', 'architecture', 'tag', 'license', 'description'), _is_text),
-    'notes': _are_texts,
-    'label_names': _are_labels,
-}
+def _notes(model: torch.nn.Module) -> Iterable[str]:
+    notes = (getattr(model, 'pretrained_cfg', None) or {}).get('notes') or ()
+    return [str(note) for note in ([notes] if isinstance(notes, str) else notes)]

@@ -17,10 +17,10 @@ from timm.models import get_model_traits
 from timm_multigrain.eager import is_traced
 from timm_multigrain.layers import GeM, Whitening, l2_normalize
 
-from .checkpoint import checkpoint_filter_fn, starting_weights, unwrapped  # timm looks the first up beside the class
 from .config import model_cfg
 from .head import MultiGrainHead
 from .trunk import InputSizes, create_trunk, find_input_sizes, probe_trunk
+from .weights import checkpoint_filter_fn, starting_weights, unwrapped  # timm looks the first up beside the class
 
 __all__ = ['MultiGrain', 'checkpoint_filter_fn']
 

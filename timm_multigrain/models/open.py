@@ -19,33 +19,34 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.models import (
-    PretrainedCfg,
-    clean_state_dict,
-    get_model_traits,
-    get_pretrained_cfg,
-    get_pretrained_cfg_value,
-    is_model_pretrained,
-)
+from timm.models import get_model_traits, get_pretrained_cfg, get_pretrained_cfg_value, is_model_pretrained
 
 from timm_multigrain.files import read_json
 from timm_multigrain.images.labels import read_class_names
 from timm_multigrain.layers import GeM
 
-from .checkpoint import model_state
-from .config import check_config, check_saved_args
+from .config import check_config, check_saved_args, model_cfg
 from .multigrain import MultiGrain
 from .registry import register_multigrain
-from .weights import UnreadableWeightsError, Weights, check_numbers, read_file, recognize_model, telling_line
+from .weights import (
+    CONFIG,
+    WEIGHTS,
+    UnreadableWeightsError,
+    model_state,
+    read_checkpoint,
+    recognize_model,
+    telling_line,
+    weights_in,
+)
 
 __all__ = ['open_model', 'weights_sha256']
-
-CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 
 # what a configuration says of the published weights, and not of weights that someone trained in the same way
 _OF_THE_WEIGHTS = ('url', 'hf_hub_id', 'tag', 'license', 'description', 'notes', 'origin_url', 'test_input_size')
 # settings of train.py that a model is made with and that change what it computes
 _TRAIN_ARGS = ('bn_momentum', 'bn_eps')
+# beside the data configuration, what a MultiGrain takes from the timm model that it is made of
+_ALSO_KEPT = ('license', 'tag', 'label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'crop_mode')
 _POOLINGS = {'avg': 'avg', 'fast': 'avg', 'fastavg': 'avg', 'max': 'max', 'fastmax': 'max',
              **{name: name for name in ('mac', 'spoc', 'rmac', 'crow')}}
 
@@ -76,8 +77,8 @@ def open_model(
         num_classes: Classes of the model, 0 for none. A number that is not the model's own gives it a random
             classifier. None: as it is.
         ema: Take a checkpoint's averaged weights, if it has them.
-        architecture: Model that the weights in a file are of, where the file does not tell: 'multigrain_resnet50',
-            'resnet50', 'hf-hub:...', 'local-dir:...'.
+        architecture: Model that the weights in a file are of, where that is not inferred from the file:
+            'multigrain_resnet50', 'resnet50', 'hf-hub:...', 'local-dir:...'.
 
     Returns:
         The model in eval mode on the CPU.
@@ -88,8 +89,9 @@ def open_model(
         OSError, RuntimeError: Weights that cannot be downloaded, or do not fit.
     """
     name = os.fsdecode(name)
-    model = _open(name, pretrained, ema, architecture, pool)
+    model = _open(name, pretrained, ema, architecture)
     with _building(name):
+        model = _as_multigrain(model, name, pool)
         check_config(model.pretrained_cfg)
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
@@ -102,35 +104,33 @@ def open_model(
     return model.eval()
 
 
-def _open(name: str, pretrained: bool, ema: bool, architecture: str | None, pool: str | None) -> MultiGrain:
+def _open(name: str, pretrained: bool, ema: bool, architecture: str | None) -> nn.Module:
+    """The model as timm or a MultiGrain."""
     path = Path(name.removeprefix('local-dir:'))
     if path.exists():
         if not pretrained:
             raise ValueError(f'{name} holds weights: random ones are for names, such as multigrain_resnet50.')
-        return _from_folder(path, pool) if path.is_dir() else _from_file(path, name, ema, architecture, pool)
-    official = _official_name(name)
-    if name.startswith(('http://', 'https://')) and official is None:
-        from .download import download
-        with tempfile.TemporaryDirectory(prefix='multigrain-') as folder:
-            path = download(name, Path(folder) / (Path(urlparse(name).path).name or 'weights.pth'))
-            return _from_file(path, name, ema, architecture, pool)
+        return _from_folder(path) if path.is_dir() else _from_file(path, name, ema, architecture)
+    if name.startswith(('http://', 'https://')):
+        official = next((tag for tag, url in _official().items() if url == name), None)
+        if official is None:
+            from .download import download
+            with tempfile.TemporaryDirectory(prefix='multigrain-') as folder:
+                path = download(name, Path(folder) / (Path(urlparse(name).path).name or 'weights.pth'))
+                return _from_file(path, name, ema, architecture)
+        name = official
     if name.startswith(('hf-hub:', 'hf_hub:')):
-        return _as_multigrain(timm.create_model(name, pretrained=pretrained), name, pool)
-    return _from_name(official or name, pretrained, pool)
-
-
-def _from_name(name: str, pretrained: bool, pool: str | None) -> MultiGrain:
+        return timm.create_model(name, pretrained=pretrained)
     if not _is_model(name):
         raise FileNotFoundError(
             f'{name} is neither a folder, nor a file, nor a model of timm: give a folder of save_pretrained, a '
             'checkpoint of train.py, or a name such as multigrain_resnet50 or resnet50.')
-    if pretrained and name.startswith('multigrain'):
+    if pretrained and name.startswith('multigrain') and not is_model_pretrained(name):
         tagged = timm.list_models('multigrain*', pretrained=True)
-        if not is_model_pretrained(name):
-            own = [tag for tag in tagged if tag.startswith(f'{name}.')]
-            near = ', '.join(own or difflib.get_close_matches(name, tagged) or tagged)
-            raise ValueError(f'{name} names no pretrained weights: give one of {near}, or a folder or a checkpoint.')
-    return _as_multigrain(timm.create_model(name, pretrained=pretrained), name, pool)
+        own = [tag for tag in tagged if tag.startswith(f'{name}.')]
+        near = ', '.join(own or difflib.get_close_matches(name, tagged) or tagged)
+        raise ValueError(f'{name} names no pretrained weights: give one of {near}, or a folder or a checkpoint.')
+    return timm.create_model(name, pretrained=pretrained)
 
 
 def _is_model(name: Any) -> bool:
@@ -144,57 +144,47 @@ def _is_model(name: Any) -> bool:
     return timm.is_model(arch)
 
 
-def _from_folder(path: Path, pool: str | None) -> MultiGrain:
+def _from_folder(path: Path) -> nn.Module:
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
-            raise FileNotFoundError(f'{path} has no {file}: save the model with timm_multigrain.hub.save_pretrained.')
-    shown = f'{path / CONFIG}'
+            raise FileNotFoundError(f'{path} has no {file}: save the model with timm_multigrain.save_pretrained.')
     config = read_json(path / CONFIG)
-    with _building(shown):
+    with _building(f'{path / CONFIG}'):
         if not isinstance(config, dict):
             raise ValueError(f'it is a {type(config).__name__}, not a configuration of timm.')
         if not _is_model(config.get('architecture')):
             raise ValueError(f'the architecture {config.get("architecture")!r:.100} is not a model of timm.')
         check_saved_args(config.get('model_args'))
         check_config(config.get('pretrained_cfg') or {})
-        model = timm.create_model(f'local-dir:{path}', pretrained=True)
-        return _as_multigrain(model, f'{path}', pool)
+        return timm.create_model(f'local-dir:{path}', pretrained=True)
 
 
-def _from_file(path: Path, shown: str, ema: bool, architecture: str | None, pool: str | None) -> MultiGrain:
-    checkpoint = read_file(Weights(shown, path, 'copy or download it again'))
+def _from_file(path: Path, shown: str, ema: bool, architecture: str | None) -> nn.Module:
+    checkpoint = read_checkpoint(path, shown)
     with _building(shown, path):
-        if not isinstance(checkpoint, dict):
-            raise ValueError(f'it holds a {type(checkpoint).__name__} and no weights.')
-        args = checkpoint.get('args')
-        if isinstance(args, argparse.Namespace) and 'state_dict' in checkpoint:
-            return _from_training(checkpoint, vars(args), path, shown, ema, architecture, pool)
+        args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
+        if isinstance(args, argparse.Namespace):
+            return _from_training(checkpoint, vars(args), path, ema, architecture)
         if architecture is not None and not architecture.startswith('multigrain'):
-            state = checkpoint.get('state_dict', checkpoint)
-            return _rebuild(architecture, state, {}, shown, pool)
-        return _from_original(checkpoint, path, shown, architecture)
+            return _rebuild(architecture, weights_in(checkpoint, ema), {})
+        return _from_original(model_state(checkpoint, ema), path.name, architecture)
 
 
-def _from_training(
-        checkpoint: dict, args: dict, path: Path, shown: str, ema: bool, architecture: str | None,
-        pool: str | None) -> MultiGrain:
+def _from_training(checkpoint: dict, args: dict, path: Path, ema: bool, architecture: str | None) -> nn.Module:
     """A checkpoint of timm's train.py, ours or of any timm model, which says how its model is made."""
     name = architecture or args.get('model')
     if architecture is None and not _is_model(name):
         raise ValueError(f'its --model {name!r:.200} is not a registered model, and no other name in a file is '
                          'followed: timm-multigrain convert FILE FOLDER --model NAME.')
-    averaged = ema and checkpoint.get('state_dict_ema') is not None
-    model = _rebuild(name, checkpoint['state_dict_ema' if averaged else 'state_dict'], args, shown, pool)
+    model = _rebuild(name, weights_in(checkpoint, ema), args)
     names = read_class_names(path)
     if names is not None and len(names) == model.num_classes:
         _configure(model, label_names=list(names))
     return model
 
 
-def _rebuild(name: str, state: Any, args: dict, shown: str, pool: str | None) -> MultiGrain:
+def _rebuild(name: str, state: dict, args: dict) -> nn.Module:
     """The model that train.py made from these arguments, without the weights that it started from."""
-    check_numbers(state)
-    state = clean_state_dict(state)
     kwargs = args.get('model_kwargs') or {}
     if isinstance(kwargs, dict):
         kwargs = {k: v for k, v in kwargs.items()
@@ -213,10 +203,9 @@ def _rebuild(name: str, state: Any, args: dict, shown: str, pool: str | None) ->
         model.load_state_dict(state)
     except (RuntimeError, ValueError) as e:
         raise ValueError(f'it does not fit the {name} that its arguments describe: {" ".join(str(e).split())}') from e
-    data = resolve_data_config(args, model=model)
-    model = _as_multigrain(model, shown, pool)
     # what it was trained at replaces what is recommended for the weights that it started from
-    _configure(model, **data, test_input_size=None, test_crop_pct=None, test_pool_size=None, pool_size=None)
+    _configure(model, **resolve_data_config(args, model=model), test_input_size=None, test_crop_pct=None,
+               test_pool_size=None, pool_size=None)
     return model
 
 
@@ -227,39 +216,25 @@ def _num_classes(name: str, state: dict, args: dict) -> int | None:
     return len(state[f'{classifier}.weight']) if f'{classifier}.weight' in state else args.get('num_classes')
 
 
-def _from_original(checkpoint: dict, path: Path, shown: str, architecture: str | None) -> MultiGrain:
-    """A container of the original implementation, or a bare state dict of a MultiGrain or its trunk."""
-    state = model_state(checkpoint.get('state_dict', checkpoint))
-    check_numbers(state)
+def _from_original(state: dict, file: str, architecture: str | None) -> nn.Module:
+    """The weights of a container of the original implementation, or of a MultiGrain or its trunk."""
     name = architecture or recognize_model(state)
     if not _is_model(name):
         near = difflib.get_close_matches(name, timm.list_models('multigrain_*'), n=2)
         raise ValueError(f'MultiGrain model {name!r} not found' + (f': did you mean {" or ".join(near)}?' * bool(near)))
-    weight = state.get('head.fc.weight')
-    model = timm.create_model(
-        name, pretrained=True, pretrained_cfg=_original_cfg(name, path.name),
-        pretrained_cfg_overlay=dict(file=str(path), source=None, num_classes=0 if weight is None else len(weight)))
-    _configure(model, file=None)
-    return model
-
-
-def _original_cfg(name: str, file: str) -> PretrainedCfg:
-    """timm's configuration of the weights: of those that the authors published, told by the file's name, or others."""
-    tag = next((tag for tag, url in _official().items() if Path(urlparse(url).path).name == file), None)
-    if tag is not None and tag.partition('.')[0] == name:
-        return get_pretrained_cfg(tag)
-    return dataclasses.replace(get_pretrained_cfg(name), **dict.fromkeys(_OF_THE_WEIGHTS))
+    # what is known of the authors' files is inferred from their names
+    tag = next((tag for tag, url in _official().items() if Path(urlparse(url).path).name == file), '')
+    cfg = get_pretrained_cfg(tag) if tag.partition('.')[0] == name else dataclasses.replace(
+        get_pretrained_cfg(name), **dict.fromkeys(_OF_THE_WEIGHTS))
+    return timm.create_model(
+        name, pretrained=True, pretrained_cfg=cfg,
+        pretrained_cfg_overlay=dict(state_dict=state, source=None, num_classes=len(state.get('head.fc.weight', ()))))
 
 
 def _official() -> dict[str, str]:
     """Tag -> address of the published weights."""
     urls = {name: get_pretrained_cfg(name).url for name in timm.list_models('multigrain*', pretrained=True)}
     return {name: url for name, url in urls.items() if url}
-
-
-def _official_name(name: str) -> str | None:
-    """The tag whose weights an address is of."""
-    return next((tag for tag, url in _official().items() if url == name), None)
 
 
 def _as_multigrain(model: nn.Module, shown: str, pool: str | None) -> MultiGrain:
@@ -277,7 +252,7 @@ def _as_multigrain(model: nn.Module, shown: str, pool: str | None) -> MultiGrain
     if pool is None:
         warnings.warn(
             f'{shown} pools in a way of its own, which a MultiGrain does not have: it is opened with GeM, p = 3, and '
-            'without a classifier. Name a pooling to choose another one.', stacklevel=4)
+            'without a classifier. Name a pooling to choose another one.', stacklevel=3)
     with suppress(AssertionError, TypeError):  # then the trunk says what it cannot do
         model.reset_classifier(0, '')  # some models move their last norm, and record it
     return _wrap(model, 0)
@@ -291,8 +266,8 @@ def _wrap(model: nn.Module, num_classes: int, **pooling: Any) -> MultiGrain:
     own = MultiGrain(
         cfg['architecture'], num_classes=num_classes, in_chans=getattr(model, 'in_chans', 3), **kwargs, **pooling)
     own.load_state_dict(model.state_dict())
-    kept = ('license', 'tag', 'label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'crop_mode')
-    _configure(own, **{key: cfg[key] for key in kept if cfg.get(key) is not None})
+    kept = {key: cfg[key] for key in _ALSO_KEPT if cfg.get(key) is not None}
+    own.pretrained_cfg = own.default_cfg = model_cfg(cfg, architecture='multigrain', num_classes=num_classes, **kept)
     return own
 
 
@@ -320,7 +295,7 @@ def _same_outputs(model: nn.Module, own: MultiGrain) -> bool:
     return bool((expected - got).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1e-6))
 
 
-def _configure(model: MultiGrain, **cfg: Any) -> None:
+def _configure(model: nn.Module, **cfg: Any) -> None:
     """Set fields of a model's configuration; None takes a field out."""
     cfg = {**model.pretrained_cfg, 'num_classes': model.num_classes, **cfg}
     model.pretrained_cfg = model.default_cfg = {key: value for key, value in cfg.items() if value is not None}

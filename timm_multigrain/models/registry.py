@@ -12,9 +12,9 @@ import torch
 import torch.nn as nn
 from timm.models import FeatureInfo, PretrainedCfg, build_model_with_cfg, generate_default_cfgs, register_model
 
-from .checkpoint import checkpoint_filter_fn
 from .config import check_saved_args, official_cfg, paper_cfg, trunk_cfg
 from .multigrain import MultiGrain
+from .weights import build_pretrained
 
 __all__ = ['register_multigrain']
 
@@ -69,9 +69,8 @@ def _create_multigrain(variant: str, pretrained: bool = False, **kwargs) -> Mult
     if 'feature_cls' in kwargs:
         kwargs['feature_cls'] = _feature_cls(kwargs['feature_cls'])
     if pretrained:
-        from .pretrained import build_pretrained  # importing the package stays quick without it
         return build_pretrained(MultiGrain, variant, **kwargs)
-    return build_model_with_cfg(MultiGrain, variant, False, pretrained_filter_fn=checkpoint_filter_fn, **kwargs)
+    return build_model_with_cfg(MultiGrain, variant, False, **kwargs)
 
 
 class _FeatureDict(nn.Module):

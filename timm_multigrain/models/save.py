@@ -20,11 +20,11 @@ from timm.models import save_for_hf
 
 from timm_multigrain.files import file_sha256, fsync, write_text
 
-from .weights import SHA256
+from .weights import CONFIG, SHA256, WEIGHTS
 
-__all__ = ['check_model_folder', 'model_folder', 'save_pretrained', 'write_model']
+__all__ = ['CARD', 'check_model_folder', 'model_folder', 'save_pretrained', 'write_model']
 
-CONFIG, WEIGHTS, CARD = 'config.json', 'model.safetensors', 'README.md'
+CARD = 'README.md'
 
 
 def save_pretrained(
@@ -35,17 +35,14 @@ def save_pretrained(
 ) -> Path:
     """Save a model so that ``timm.create_model('local-dir:<directory>', pretrained=True)`` gives it back.
 
-    A new folder appears whole or not at all; of an earlier model the two files are replaced, and its README.md stays.
-    What was written is loaded back and compared with the model before it takes its place.
+    What was written is loaded back and compared with the model before it takes its place. A new folder appears whole
+    or not at all; of an earlier model the two files are replaced, and its README.md stays.
 
     Args:
-        model: A MultiGrain made by ``timm.create_model``, in any mode; it is not changed.
-        directory: Folder to write; an earlier one is replaced, its README.md kept.
+        model: A MultiGrain, in any mode; it is not changed.
+        directory: Folder to write.
         label_names: Names of the classes, in the order of the classifier's rows. None: those that the model has.
         data_config: Preprocessing the weights were trained for (input_size, crop_pct, mean, std, interpolation).
-
-    Returns:
-        The folder.
 
     Raises:
         ValueError: The number of label names is not that of the classes, or the weights hold NaN.
@@ -65,8 +62,8 @@ def check_model_folder(directory: str | os.PathLike) -> None:
     Raises:
         FileExistsError: The path is a file, or a folder that holds other things than a saved model.
     """
-    directory = Path(directory)
-    if directory.exists() and not (directory.is_dir() and _holds_model_or_nothing(directory)):
+    path = Path(directory)
+    if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= {CONFIG, WEIGHTS, CARD}):
         raise FileExistsError(f'{directory} exists and is not a saved model: name another folder.')
 
 
@@ -79,49 +76,42 @@ def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
     removed.
 
     Raises:
-        FileExistsError: The path is a file, or a folder that holds other things than a saved model.
+        FileExistsError: As `check_model_folder`.
     """
     directory = Path(directory)
     check_model_folder(directory)
     directory.parent.mkdir(parents=True, exist_ok=True)
     prefix = f'.{directory.name}.unfinished-'
-    _remove_leftovers(directory.parent, prefix)
+    for old in directory.parent.glob(f'{glob.escape(prefix)}*'):
+        if [entry.name for entry in old.iterdir()] == ['new']:
+            with suppress(BlockingIOError), _locked(old):  # a run that is writing it holds the lock
+                shutil.rmtree(old, ignore_errors=True)
     work = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
-    lock = _lock(work)
     try:
-        unfinished = work / 'new'
-        unfinished.mkdir()
-        yield unfinished
-        for path in [*unfinished.iterdir(), unfinished]:
-            fsync(path)
-        if directory.exists():
-            for path in sorted(unfinished.iterdir(), key=lambda path: path.name != CONFIG):
-                os.replace(path, directory / path.name)
-        else:
-            os.rename(unfinished, directory)
+        with _locked(work):
+            unfinished = work / 'new'
+            unfinished.mkdir()
+            yield unfinished
+            for path in [*unfinished.iterdir(), unfinished]:
+                fsync(path)
+            if directory.exists():
+                for path in sorted(unfinished.iterdir(), key=lambda path: path.name != CONFIG):
+                    os.replace(path, directory / path.name)
+            else:
+                os.rename(unfinished, directory)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-        os.close(lock)
 
 
-def _lock(folder: Path) -> int:
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
     """A lock on a folder that the system takes back when its process ends, however it ends."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+        yield
+    finally:
         os.close(descriptor)
-        raise
-    return descriptor
-
-
-def _remove_leftovers(parent: Path, prefix: str) -> None:
-    for path in parent.glob(f'{glob.escape(prefix)}*'):
-        if {entry.name for entry in path.iterdir()} == {'new'}:
-            with suppress(OSError):  # a run that is writing it
-                lock = _lock(path)
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(lock)
 
 
 def write_model(
@@ -132,7 +122,7 @@ def write_model(
         pretrained_cfg: dict | None = None,
         shown: str | os.PathLike | None = None,
 ) -> nn.Module:
-    """Write a model's config.json and model.safetensors, load them back and compare.
+    """Write a model's two files, load them back and compare; errors as of `save_pretrained`.
 
     Args:
         model: As for `save_pretrained`.
@@ -144,49 +134,38 @@ def write_model(
 
     Returns:
         The model as it was loaded back, in eval mode.
-
-    Raises:
-        ValueError, OSError, RuntimeError: As `save_pretrained`.
     """
     if label_names is not None and len(label_names) != model.num_classes:
-        raise ValueError(f'{len(label_names)} label names for {model.num_classes} classes: give one name a class.')
+        raise ValueError(f'{len(label_names)} label names for {model.num_classes} classes: give one name per class.')
     broken = next((k for k, v in model.state_dict().items() if v.is_floating_point() and v.isnan().any()), None)
     if broken is not None:
         raise ValueError(f'{broken} of the model holds NaN: take a checkpoint of before the training diverged.')
     config = {'pretrained_cfg': dict(pretrained_cfg or {})}
     if label_names is not None:
         config['label_names'] = list(label_names)
+    described, weights = directory / CONFIG, directory / WEIGHTS
     try:
         save_for_hf(model, str(directory), model_config=config, safe_serialization=True, data_config=data_config)
-        _record_hash(directory)
+        weights.chmod(described.stat().st_mode)  # safetensors writes files that nobody else can read
+        config = json.loads(described.read_text(encoding='utf-8'))
+        write_text(described, json.dumps({**config, SHA256: file_sha256(weights)}, indent=2))
     except (OSError, SafetensorError) as e:
         raise OSError(f'{WEIGHTS} could not be written to {shown or directory}: {e}; free space there, or name another '
                       'folder.') from e
     return _check_saved(model, directory, shown or directory)
 
 
-def _record_hash(directory: Path) -> None:
-    config, weights = directory / CONFIG, directory / WEIGHTS
-    weights.chmod(config.stat().st_mode)  # safetensors writes files that nobody else can read
-    described = json.loads(config.read_text(encoding='utf-8'))
-    write_text(config, json.dumps({**described, SHA256: file_sha256(weights)}, indent=2))
-
-
-def _holds_model_or_nothing(directory: Path) -> bool:
-    return {path.name for path in directory.iterdir()} <= {CONFIG, WEIGHTS, CARD}
-
-
 @torch.no_grad()
 def _check_saved(model: nn.Module, directory: Path, shown: str | os.PathLike) -> nn.Module:
     loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
-    parameter = next(model.parameters())
     size = loaded.input_sizes.size
     x = torch.linspace(-2, 2, loaded.in_chans * size[0] * size[1]).view(1, loaded.in_chans, *size)
+    x = x.to(next(model.parameters()))
     training = model.training
     try:
-        expected = model.eval()(x.to(parameter))
+        expected = model.eval()(x)
     finally:
         model.train(training)
-    if not torch.equal(loaded.to(parameter)(x.to(parameter)), expected):
+    if not torch.equal(loaded.to(x)(x), expected):
         raise RuntimeError(f'The model saved to {shown} does not give the same outputs when it is loaded back.')
     return loaded

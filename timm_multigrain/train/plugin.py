@@ -15,7 +15,7 @@ from timm_multigrain.data import InstanceDataset, Lighting, create_loader
 from timm_multigrain.data.transforms import insert_lighting
 from timm_multigrain.images.labels import write_class_names
 from timm_multigrain.images.sources import EXTENSIONS, UnreadableImage
-from timm_multigrain.models.checkpoint import new_classifier
+from timm_multigrain.models.weights import new_classifier
 from timm_multigrain.task import MultiGrainTask, MultiGrainTrainableModule
 
 from .monitor import Monitor

@@ -2,7 +2,7 @@
 import argparse
 from pathlib import Path
 
-from timm_multigrain.models.weights import UnreadableWeightsError, Weights, read_file
+from timm_multigrain.models.weights import UnreadableWeightsError, read_checkpoint
 
 from .options import TrainOptions
 
@@ -17,7 +17,7 @@ def resume_problem(args: argparse.Namespace, options: TrainOptions) -> str | Non
     if not Path(path).is_file():
         return f'--resume {path}: there is no such file'
     try:
-        checkpoint = read_file(Weights(path, Path(path)))
+        checkpoint = read_checkpoint(path)
     except UnreadableWeightsError as e:
         return f'--resume {e}'.rstrip('.')
     if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:

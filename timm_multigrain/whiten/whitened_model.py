@@ -13,7 +13,7 @@ from timm_multigrain.embed.descriptors import Descriptors, iter_shards
 from timm_multigrain.embed.extract import extract_shards
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.images.sources import ImageSource
-from timm_multigrain.models.fitted import json_p, note_fitted
+from timm_multigrain.models.config import json_p, note_fitted
 from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.save import save_pretrained
 

@@ -1,5 +1,7 @@
 """Models by folder, file and name: as they were trained, and nothing that a file names is followed."""
 import argparse
+import dataclasses
+import hashlib
 import json
 import random
 import re
@@ -10,10 +12,11 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from timm_multigrain import save_pretrained
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import open_classes, write_class_names
 from timm_multigrain.index.model import label_names_of
 from timm_multigrain.measure.classify import classify
@@ -23,6 +26,8 @@ from timm_multigrain.models.weights import UnreadableWeightsError
 from timm_multigrain.train.options import TrainOptions
 from timm_multigrain.train.resume import resume_problem
 
+from . import original
+from .original_files import container, refused, write
 from .tiny import image_for, tiny_model
 
 
@@ -99,9 +104,15 @@ def test_timm_models_keep_pooling_and_classifier(tmp_path, offline, name, kwargs
             unit = torch.nn.functional.normalize(embedding, dim=1)
             torch.testing.assert_close(opened.embed(x), unit, rtol=1e-6, atol=1e-6)
     again = open_model(save_pretrained(open_model(path), tmp_path / 'saved'))
-    with torch.no_grad():
-        torch.testing.assert_close(again(x), logits, rtol=1e-6, atol=1e-6)
     assert weights_sha256(again) == weights_sha256(open_model(path))
+
+
+def test_a_timm_folder_keeps_its_data_configuration(tmp_path):
+    data = dict(mean=[.1, .2, .3], std=[.4, .5, .6], input_size=(3, 96, 96), crop_pct=0.8, interpolation='nearest')
+    timm.models.save_for_hf(trained('test_resnet', num_classes=2), str(tmp_path / 'hub'), safe_serialization=True,
+                            data_config=data, model_config={'label_names': ['a', 'b']})
+    cfg = open_model(tmp_path / 'hub').pretrained_cfg
+    assert {key: cfg[key] for key in data} == data and cfg['label_names'] == ['a', 'b'] and cfg['num_classes'] == 2
 
 
 @pytest.mark.parametrize('name', ['test_convnext', 'test_vit', 'test_vit2'])
@@ -388,6 +399,84 @@ def test_odd_files_are_refused_in_a_sentence(tmp_path, offline):
     assert counts[True] > 10 and counts[False] > 50
 
 
+# --- the original's files, and what becomes of any file by `timm-multigrain convert`
+
+
+def convert(source, folder, *more):
+    assert main(['convert', str(source), str(folder), *more]) == 0
+    model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+    return model, json.loads((folder / 'config.json').read_text())
+
+
+@torch.inference_mode()
+def test_a_file_of_ones_own(tmp_path, capsys, golden):
+    path = write(tmp_path / 'checkpoint_120.pth', container(original.state_dict('resnet18')))
+    model, config = convert(path, tmp_path / 'model')
+    printed = capsys.readouterr().out
+    assert f'multigrain_resnet18 in {tmp_path / "model"}: 123 tensors, 11,689,512 parameters' in printed
+    for name in ('config.json', 'model.safetensors'):
+        assert f'sha256 {hashlib.sha256((tmp_path / "model" / name).read_bytes()).hexdigest()}  {name}' in printed
+    expected = load_file(golden / 'forward.safetensors')['resnet18.96x96.p3.0.logits']
+    torch.testing.assert_close(model(original.image(96, 96, 2)), expected, rtol=0, atol=1e-5 * expected.abs().max())
+    assert config['architecture'] == 'multigrain_resnet18' and config['num_classes'] == 1000
+    assert config['pretrained_cfg']['crop_pct'] == 0.875 and config['pretrained_cfg']['interpolation'] == 'bilinear'
+    # whose weights they are is not known, even where the model's default tag has a license
+    assert not {'license', 'description', 'origin_url', 'tag', 'notes', 'url', 'file'} & set(config['pretrained_cfg'])
+
+
+def test_the_authors_file_by_tag_address_and_name(tmp_path, server, monkeypatch):
+    tag = 'multigrain_resnet50.fb_p3_l05_in1k'
+    path = write(tmp_path / 'joint_3B_0.5.pth', container(original.state_dict('resnet50', p=1.7)))
+    url = server.add('multigrain_models/joint_3B_0.5.pth', path.read_bytes())
+    cfg = dataclasses.replace(timm.models.get_pretrained_cfg(tag), url=url)
+    monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, tag, cfg)
+    hashes = set()
+    for source in (tag, url, path):
+        model, config = convert(source, tmp_path / 'model')
+        hashes.add(config['weights_sha256'])
+        stored = config['pretrained_cfg']
+        for key in ('license', 'description', 'origin_url', 'paper_ids', 'tag', 'interpolation', 'crop_pct'):
+            assert stored[key] == getattr(cfg, key)
+        assert stored['mean'] == list(cfg.mean) and stored['notes'] == list(cfg.notes) and 'url' not in stored
+        assert model.gem_p == torch.tensor(1.7).item() and model.pretrained_cfg['license'] == 'cc-by-nc-4.0'
+    assert len(hashes) == 1 and len(server.requests) == 1  # from the server, then from the cache
+    other = write(tmp_path / 'joint_3B_0.5.pth', original.state_dict('resnet18'))  # the same name on another network
+    model, config = convert(other, tmp_path / 'model')
+    assert config['architecture'] == 'multigrain_resnet18' and 'license' not in config['pretrained_cfg']
+
+
+def test_whitened_file_by_address_with_other_classes(tmp_path, server):
+    state = original.state_dict('resnet18', whitened=True, p=1.7)
+    state.update({k: state[k][:10] for k in ('classifier.weight', 'classifier.bias')})
+    url = server.add('any/checkpoint_0.pth', write(tmp_path / 'w', {'model_state': state}, zipped=True).read_bytes())
+    model, _ = convert(url, tmp_path / 'model')
+    assert model.whitened and model.num_classes == 10 and model.embed_dim == 513
+    assert model.gem_p == torch.tensor(1.7).item() and torch.equal(model.head.fc.weight, state['classifier.weight'])
+    assert not (tmp_path / 'torch').exists()  # another address may end in the same name: nothing is kept of it
+    with refused(FileNotFoundError, f'{url}.none could not be downloaded: ', '(404 ', 'and give the file.'):
+        open_model(f'{url}.none')
+    state['classifier.bias'] = torch.full((10,), np.nan)
+    bad = server.add('nan.pth', write(tmp_path / 'w', state).read_bytes())
+    with refused(ValueError, f"{bad}: ", "'head.fc.bias' in the checkpoint holds NaN"):
+        open_model(bad)
+
+
+def test_model_by_name(tmp_path, capsys):
+    path = write(tmp_path / 'w.pth', timm.create_model('multigrain_efficientnet_b0', num_classes=3).state_dict())
+    assert convert(path, tmp_path / 'model', '--model', 'multigrain_efficientnet_b0')[0].num_classes == 3
+    with refused(ValueError, "MultiGrain model 'multigrain_resnet5' not found: did you mean multigrain_resnet50"):
+        open_model(path, architecture='multigrain_resnet5')
+    with refused(ValueError, f'{path}: ', "The weights are not those of the trunk 'resnet18'"):
+        open_model(path, architecture='multigrain_resnet18')
+    for name, cause in (('nowhere/x.pth', 'nowhere/x.pth is neither a folder, nor a file, nor a model of timm'),
+                        (write(tmp_path / 'r.pth', timm.create_model('resnet18').state_dict()),
+                         "It is not a checkpoint of the original implementation: it starts with ['conv1.w")):
+        capsys.readouterr()
+        assert main(['convert', str(name), str(tmp_path / 'other')]) == 2
+        error = capsys.readouterr().err
+        assert cause in error and error.count('\n') == 1 and not (tmp_path / 'other').exists()
+
+
 # --- names, poolings
 
 
@@ -398,18 +487,13 @@ def test_registered_names():
         open_model('multigrain_resnet18')
 
 
-@pytest.mark.parametrize('pool, kind, p', [
-    ('gem', 'gem', 3), ('avg', 'gem', 1), ('mac', 'mac', None), ('spoc', 'spoc', None), ('rmac', 'rmac', None),
-    ('crow', 'crow', None), ('max', 'gem', float('inf')), ('gem4', 'gem', 4)])
-def test_pooling(folder, pool, kind, p):
-    model = open_model(folder, pool=pool)
-    assert (model.global_pool, model.gem_p) == (kind, p)
-    assert torch.equal(model.head.fc.weight, tiny_model().head.fc.weight)
-
-
-def test_exponent(folder):
+def test_pooling_and_exponent(folder):
+    for pool, kind, p in (('gem', 'gem', 3), ('avg', 'gem', 1), ('max', 'gem', float('inf')), ('gem4', 'gem', 4),
+                          ('rmac', 'rmac', None)):
+        model = open_model(folder, pool=pool)
+        assert (model.global_pool, model.gem_p) == (kind, p)
+        assert torch.equal(model.head.fc.weight, tiny_model().head.fc.weight)
     assert open_model(folder, p=4.5).gem_p == 4.5
-    assert open_model(folder, pool='mac', p=None).gem_p is None
     with pytest.raises(ValueError, match='no exponent to set'):
         open_model(folder, pool='mac', p=2)
     with pytest.raises(ValueError, match='p > 0'):
