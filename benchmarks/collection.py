@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -23,9 +24,9 @@ import torch
 
 from timm_multigrain.files import write_text
 from timm_multigrain.index import Index, build_index
-from timm_multigrain.index.faiss_index import KINDS, update_structure
+from timm_multigrain.index.ann import KINDS, update_structure
 from timm_multigrain.index.records import RECORD
-from timm_multigrain.index.store import Store, StoreWriter
+from timm_multigrain.index.store import Store, Writer
 from timm_multigrain.measure.metrics import mean_average_precision
 
 QUERIES, CHUNK, WARM = 200, 50_000, 20
@@ -124,12 +125,13 @@ def synthetic(args, size: int, kind: str) -> dict:
     print(f'{size:,} images, {kind}', flush=True)
     clock = time.process_time if args.cpu_time else time.perf_counter
     start = clock()
-    described = update_structure(folder, kind, progress=False)
+    with closing(Writer(Store(folder))) as writer:
+        described = update_structure(writer, kind, progress=False)
     seconds = clock() - start
     output = subprocess.run(
         [sys.executable, __file__, '--work', str(args.work), '--measure', str(folder), '--threads', str(args.threads),
          *['--cpu-time'] * args.cpu_time], check=True, capture_output=True, text=True).stdout
-    file_bytes = (folder / described['file']).stat().st_size if described else 0
+    file_bytes = described['size'] if described else 0
     return {'images': size, 'kind': kind, 'build s': seconds if described else None,
             'file bytes an image': file_bytes / size if described else None, **json.loads(output),
             'stated recall': described['recall_at_10'] if described else None,
@@ -140,9 +142,9 @@ def write_synthetic(real: Index, folder: Path, size: int, seed: int = 0) -> None
     """An index of mixtures of real descriptors, and queries.npy in it."""
     rng, vectors = np.random.default_rng(seed), np.asarray(real.vectors).astype(np.float32)
     folder.mkdir(parents=True)
-    StoreWriter.create(folder, real.store.config)
-    writer = StoreWriter(Store(folder))
-    writer.roots.append('/synthetic')
+    Writer.create(folder, real.store.config)
+    writer = Writer(Store(folder))
+    writer.add_root(b'/synthetic')
     for start in range(0, size, CHUNK):
         count = min(CHUNK, size - start)
         rows = np.zeros(count, dtype=RECORD)

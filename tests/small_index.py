@@ -1,12 +1,13 @@
 """An index written without a model, for tests of what is done with one."""
 import hashlib
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from timm_multigrain.index.records import RECORD, record_row
-from timm_multigrain.index.store import Store, StoreWriter
+from timm_multigrain.index.store import Store, Writer
 
 CLASSES = ['boat', 'car', 'tree']
 
@@ -35,15 +36,24 @@ def write_index(folder, vectors: np.ndarray, paths=None, classes=None, root='/pi
         'pool': 'gem', 'p': [3.0], 'whitening': None, 'dim': vectors.shape[1], 'num_classes': len(CLASSES),
         'label_names': CLASSES, 'license': None}
     config = {'model': model, 'protocol': {'size': 64}, 'dim': vectors.shape[1], 'dtype': dtype, 'versions': {}}
-    StoreWriter.create(folder, config)
-    writer = StoreWriter(Store(folder))
-    writer.roots.append(os.fspath(root))
-    add_images(writer, vectors, paths, classes)
-    writer.close()
+    Writer.create(folder, config)
+    with writer_of(folder) as writer:
+        writer.add_root(os.fsencode(root))
+        add_images(writer, vectors, paths, classes)
     return folder
 
 
-def add_images(writer: StoreWriter, vectors: np.ndarray, paths=None, classes=None) -> None:
+@contextmanager
+def writer_of(folder):
+    """A writer without the lock."""
+    writer = Writer(Store(folder))
+    try:
+        yield writer
+    finally:
+        writer.close()
+
+
+def add_images(writer: Writer, vectors: np.ndarray, paths=None, classes=None) -> None:
     """Append to an index and commit."""
     count = len(vectors)
     paths = [f'{i}.jpg' for i in range(count)] if paths is None else paths

@@ -294,7 +294,7 @@ def test_nothing_to_read(tmp_path, photo):
             open_images(tmp_path / name)
     with pytest.raises(FileNotFoundError, match='is no folder of images, no list'):
         open_images(tmp_path / 'nowhere')
-    with pytest.raises(FileNotFoundError, match='is no folder'):
+    with pytest.raises(FileNotFoundError, match='is not a folder'):
         find_images(tmp_path / 'nowhere')
     photo.save(tmp_path / 'one.png')
     assert len(open_images(tmp_path / 'one.png')) == 1

@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.index.search import open_collection
+    from timm_multigrain.index.milvus import open_collection
     from timm_multigrain.report.collection import search_json, search_table, write_search_page
 
     index = open_collection(args.index)

@@ -15,6 +15,7 @@ from PIL import Image
 from timm_multigrain.files import printable, read_json
 
 from .pixels import decode, to_rgb, turn_of
+from .walk import EXTENSIONS, scan_folders
 
 __all__ = [
     'EXTENSIONS', 'FORMATS', 'Box', 'ImageFiles', 'ImageSource', 'UnreadableImage', 'decode', 'find_images',
@@ -23,9 +24,6 @@ __all__ = [
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image as read
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'HEIF')  # Pillow's names
-EXTENSIONS = frozenset({
-    '.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
-    '.pnm', '.jp2', '.j2k', '.avif', '.heic', '.heif', '.hif', '.jxl'})  # .jxl: found, and listed as not readable
 _HEIC = ('.heic', '.heif', '.hif')
 MAX_PIXELS = 178_956_970  # Pillow's own limit, twice its Image.MAX_IMAGE_PIXELS
 _MAX_MEMORY = 1 << 31
@@ -257,8 +255,6 @@ def find_images(folder: str | os.PathLike) -> ImageFiles:
         ValueError: It holds no images.
     """
     root = os.fsdecode(folder)
-    if not os.path.isdir(root):
-        raise FileNotFoundError(f'{printable(root)} is no folder: name one that holds images.')
     names = image_names(root)
     if not names:
         raise ValueError(f'{printable(root)} holds no image files ({", ".join(sorted(EXTENSIONS))}).')
@@ -266,32 +262,23 @@ def find_images(folder: str | os.PathLike) -> ImageFiles:
 
 
 def image_names(folder: str | os.PathLike) -> list[str]:
-    """Paths of the image files below a folder, relative, with '/', sorted.
+    """Paths of the image files below a folder as `scan_folders` finds them, relative, with '/', sorted.
 
-    They are told by their suffix, and regular files, also through links. Hidden files and folders are left out. A link
-    that leads nowhere is among them, for the reader to name.
+    A link that leads nowhere is among them, for the reader to name.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: Not a folder.
+        OSError: A folder in it cannot be looked into.
     """
-    names, pending = [], [('', frozenset())]  # a list, not the stack: folders may be nested deeply
-    while pending:
-        below, above = pending.pop()
-        path = os.path.join(os.fsdecode(folder), below)
-        real = os.path.realpath(path)
-        if real in above:  # a link to a folder that it is in
-            continue
-        with os.scandir(path) as entries:
-            for entry in entries:
-                name = f'{below}/{entry.name}' if below else entry.name
-                try:
-                    mode = entry.stat().st_mode
-                except OSError:
-                    mode = stat.S_IFREG
-                if entry.name.startswith('.'):
-                    continue
-                if stat.S_ISDIR(mode):
-                    pending.append((name, above | {real}))
-                elif stat.S_ISREG(mode) and os.path.splitext(name)[1].lower() in EXTENSIONS:
-                    names.append(name)
-    return sorted(names)
+    root = os.fsencode(folder)
+    scan = scan_folders([root])
+    names = [file.path for file in scan.files]
+    for path, reason in scan.unreadable.items():
+        if not os.path.islink(path):
+            raise OSError(f'{printable(path)}: {reason}.')
+        if os.path.splitext(os.fsdecode(path))[1].lower() in EXTENSIONS:
+            names.append(os.path.relpath(path, root))
+    return sorted(os.fsdecode(name).replace(os.sep, '/') for name in names)
 
 
 def read_list(path: str | os.PathLike) -> ImageFiles:

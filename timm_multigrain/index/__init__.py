@@ -2,7 +2,7 @@
 import importlib
 
 _HOME = {'Hit': 'index', 'Index': 'index', 'Record': 'records', 'BuildReport': 'build', 'build_index': 'build',
-         'DamagedIndex': 'errors', 'IndexInUse': 'errors', 'OtherModel': 'errors', 'open_collection': 'search'}
+         'DamagedIndex': 'errors', 'IndexInUse': 'errors', 'OtherModel': 'errors'}
 
 __all__ = list(_HOME)
 

@@ -1,24 +1,32 @@
 """Make or update an index: find the images, embed what is new, commit batch after batch."""
-import dataclasses
 import os
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import timm
 import torch
 
-from .lock import index_lock
-from .manifest import MANIFEST
-from .opening import OpenedIndex, check_place, open_or_create
-from .plan import Plan, make_plan, sha256_of, vectors_of
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.embed.stream import embed_images
+from timm_multigrain.files import printable
+from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.images.walk import FoundFile, Scan, scan_folders
+from timm_multigrain.models.open import open_model
+from timm_multigrain.models.save import save_pretrained
+from timm_multigrain.version import __version__
+
+from .ann import update_structure
+from .errors import OtherModel
+from .model import SAVED, describe_model, open_described, open_named, protocol_from_json
+from .plan import Plan, make_plan, sha256_of
 from .records import RECORD, record_row, top_classes
-from .scan import FoundFile, Scan, scan_folders
-from .store import Store, StoreWriter
-from .tidy import compact_if_worthwhile, delete_leftovers
+from .store import FILE, Store, Writer, index_lock, is_index
 
 __all__ = ['BuildReport', 'build_index']
 
@@ -40,8 +48,9 @@ class BuildReport:
         skipped: Path to reason of the files that could not be read, this time or before.
         new_skipped: How many of them were met for the first time.
         unreadable: Path to reason of folders that could not be looked into; their images were left as they were.
-        other: Files that are no images by their names.
+        other: Files that are not images by their names.
         seconds: Time it took.
+        faiss: The structure for search and the recall that it has, None without one.
     """
     images: int = 0
     new: int = 0
@@ -71,7 +80,7 @@ def build_index(
         dirs: Iterable[str | os.PathLike],
         out: str | os.PathLike,
         model: str | torch.nn.Module | None = None,
-        protocol=None,
+        protocol: Protocol | Callable[[torch.nn.Module], Protocol] | None = None,
         *,
         model_options: Mapping[str, Any] | None = None,
         batch_size: int = 32,
@@ -120,40 +129,99 @@ def build_index(
         ValueError: No folders or no model for a new index.
     """
     start, out = time.monotonic(), Path(out)
-    folders = [os.path.realpath(os.fsencode(folder)) for folder in dirs]
-    check_place(out)
-    new = not (out / MANIFEST).exists()
+    folders = list(dict.fromkeys(os.path.realpath(os.fsencode(folder)) for folder in dirs))
+    new = _check_place(out)
     known = [] if new else Store(out).roots
     for folder in folders:
         if not os.path.isdir(folder) and folder not in known:
             kind_of = NotADirectoryError if os.path.lexists(folder) else FileNotFoundError
-            raise kind_of(f'{os.fsdecode(folder)!r} is no folder: give folders with pictures in them.')
-    if not folders and new:
-        raise ValueError(f'{out} is a new index: give the folders that it is to be made of.')
+            raise kind_of(f'{os.fsdecode(folder)!r} is not a folder: give folders with pictures in them.')
+    if new and (not folders or model is None):
+        raise ValueError(f'{out} is a new index: give the folders that it is to be made of, and name the model.')
     out.mkdir(parents=True, exist_ok=True)
     with index_lock(out):
-        opened = open_or_create(out, model, protocol, model_options, half)
-        writer = StoreWriter(opened.store)
+        if new and _check_place(out):  # another process may have made it meanwhile
+            model, protocol = _create(out, model, protocol, model_options, half), None
+            model_options = None
+        store = Store(out)
+        model, protocol = _check_model(store, model, protocol, model_options)
+        writer = Writer(store)
         try:
-            delete_leftovers(writer)
-            update = _Update(opened, writer, folders, retry, remove_missing)
+            update = _Update(store, writer, folders, model, protocol, retry, remove_missing)
             update.run(dict(
                 batch_size=batch_size, workers=workers, device=device, dtype=dtype, fast=fast, progress=progress))
+            writer.compact_if_worthwhile()
+            update.report.faiss = update_structure(writer, kind, progress)
         finally:
             writer.close()
-        compact_if_worthwhile(out)
-        from .faiss_index import update_structure
-        faiss = update_structure(out, kind, progress)
-    return dataclasses.replace(
-        update.report, images=len(Store(out).rows), seconds=time.monotonic() - start, faiss=faiss)
+    update.report.seconds = time.monotonic() - start
+    return update.report
+
+
+def _check_place(out: Path) -> bool:
+    """Whether an index can be made there: what a killed process left of a new one, an empty folder or nothing.
+
+    Raises:
+        FileExistsError: It is something else than that or an index.
+    """
+    if not os.path.lexists(out):
+        return True
+    if not out.is_dir():
+        raise FileExistsError(f'{out} is a file: name a folder for the index.')
+    if os.path.lexists(out / FILE):
+        return False
+    if (out / 'index.json').exists():
+        Store(out)  # what there is to say of an old one
+    other = [path.name for path in out.iterdir()
+             if path.is_symlink() or not (path.name in ('lock', SAVED) or path.name.startswith('.'))]
+    if other:
+        raise FileExistsError(f'{out} holds other things ({min(other)!r}): name a new folder for the index.')
+    return True
+
+
+def _create(out: Path, model, protocol, model_options, half: bool) -> torch.nn.Module:
+    """Make an index without images; the model that it is of."""
+    source = None
+    if isinstance(model, str):
+        source = os.path.abspath(model) if os.path.exists(model) else None
+        model = open_model(model, **(model_options or {}))
+    if source is None:  # also of a name: an index is searched without asking the network for what it says
+        save_pretrained(model, out / SAVED)
+    protocol = Protocol.for_model(model) if protocol is None else protocol(model) if callable(protocol) else protocol
+    Writer.create(out, {
+        'model': describe_model(model, source, model_options),
+        'protocol': protocol.to_dict(), 'dim': model.embed_dim, 'dtype': 'float16' if half else 'float32',
+        'versions': {'timm_multigrain': __version__, 'timm': timm.__version__, 'torch': torch.__version__,
+                     'python': sys.version.split()[0]}})
+    return model
+
+
+def _check_model(store: Store, model, protocol, model_options) -> tuple[torch.nn.Module | None, Protocol]:
+    """The model, where it is open already, and the protocol of an index; arguments as of `build_index`.
+
+    Raises:
+        OtherModel: Others were asked for.
+    """
+    described, out = store.config['model'], store.folder
+    if model is None and model_options:
+        raise ValueError(f'{", ".join(model_options)} without a model: name the model, or leave it to the index.')
+    if model is not None:
+        model = open_named(described, model, out, model_options)
+    own = protocol_from_json(store.config['protocol'])
+    if callable(protocol):
+        model = open_described(described, out) if model is None else model
+        protocol = protocol(model)
+    if protocol not in (None, own):
+        raise OtherModel(f'{out} was built with {own}, not {protocol}: leave those options out, or make another index.')
+    return model, own
 
 
 class _Update:
     """One run over the folders; ``report`` fills as it goes on."""
 
-    def __init__(
-            self, opened: OpenedIndex, writer: StoreWriter, folders: list[bytes], retry: bool, remove_missing: bool):
-        self.opened, self.store, self.writer = opened, opened.store, writer
+    def __init__(self, store: Store, writer: Writer, folders: list[bytes], model: torch.nn.Module | None,
+                 protocol: Protocol, retry: bool, remove_missing: bool):
+        self.store, self.writer, self.model, self.protocol = store, writer, model, protocol
         self.retry, self.remove_missing = retry, remove_missing
         named = folders or self.store.roots
         self.folders = [folder for folder in named if os.path.isdir(folder)]
@@ -175,27 +243,29 @@ class _Update:
         return vanished, forget
 
     def run(self, options: dict) -> None:
-        scan = scan_folders(self.folders, leave_out=[os.fsencode(self.store.folder)])
+        scan = scan_folders(self.folders, leave_out=[os.fsencode(self.store.folder)], skip=is_index, by_content=True)
         plan = make_plan(self.store, scan, self.folders, self.retry, self.vanished, self.forget)
         self._refuse_if_all_gone(plan, scan)
         self.report.other, self.report.unchanged = scan.other, plan.unchanged
         self.report.unreadable = {os.fsdecode(path): reason for path, reason in scan.unreadable.items()}
         self.roots = [self._root_number(folder) for folder in self.folders]
-        self.replaces, self.skipped_before = plan.replaces, self.store.skipped
+        self.replaces = plan.replaces
+        self.skipped = {os.path.join(self.store.roots[root], name): (root, name) for root, name in self.store.skipped}
         self._take_over(plan)
         files = plan.embed
         for attempt in range(ATTEMPTS):
             files = self._embed(files, options, last=attempt == ATTEMPTS - 1) if files else []
-        skipped = Store(self.store.folder).skipped
-        self.report.skipped = {os.fsdecode(path): entry['reason'] for path, entry in skipped.items()}
+        after = Store(self.store.folder)
+        self.report.images = len(after.ids)
+        self.report.skipped = {os.fsdecode(os.path.join(after.roots[root], name)): reason
+                               for (root, name), (reason, *_) in after.skipped.items()}
 
     def _refuse_if_all_gone(self, plan: Plan, scan: Scan) -> None:
         """An empty folder where a thousand images were is more often a disk that is not mounted."""
         for number, folder in enumerate(self.folders):
             if self.remove_missing or not plan.gone or any(file.root == number for file in scan.files):
                 continue
-            records = self.store.all_records[plan.gone]
-            gone = sum(self.store.root(int(record['root'])) == folder for record in records)
+            gone = sum(self.store.roots[root] == folder for root in self.store.records['root'][plan.gone])
             if gone:
                 raise FileNotFoundError(
                     f'Not one of the {gone:,} images that were below {os.fsdecode(folder)!r} is there: mount the disk, '
@@ -208,22 +278,22 @@ class _Update:
         index = os.path.realpath(os.fsencode(self.store.folder))
         beside = os.path.dirname(index)
         inside = folder == beside or folder.startswith(beside.rstrip(b'/') + b'/')
-        self.writer.roots.append(os.fsdecode(os.path.relpath(folder, index) if inside else folder))
-        return len(self.writer.roots) - 1
+        return self.writer.add_root(os.path.relpath(folder, index) if inside else folder)
 
     def _take_over(self, plan: Plan) -> None:
         """Everything that needs no model, in one commit."""
-        for known, keep in ((plan.renew, True), (plan.copy, False)):
-            if known:
-                numbers = [number for _, number, _ in known]
-                rows = self.store.all_records[numbers].copy()
-                for row, (file, _, _) in zip(rows, known, strict=True):
-                    row['root'], row['mtime_ns'] = self.roots[file.root], file.mtime_ns
-                vectors = None if keep else vectors_of(self.store, numbers)
-                self.writer.add([file.path for file, _, _ in known], rows, vectors)
-        self.writer.remove([number for _, number, _ in plan.renew] + plan.gone)
-        for path in plan.recovered:
-            self.writer.skip(path, '')
+        for found in (plan.renew, plan.copy):
+            names, rows = [file.path for file, _ in found], [row for _, row in found]
+            records = self.store.records[rows]
+            records['root'] = [self.roots[file.root] for file, _ in found]
+            records['mtime_ns'] = [file.mtime_ns for file, _ in found]
+            if found is plan.renew:
+                self.writer.replace(self.store.ids[rows].tolist(), names, records)
+            else:
+                self.writer.add(names, records, self.store.file[self.store.vector_rows[rows]])
+        self.writer.remove(self.store.ids[plan.gone].tolist())
+        for root, name in plan.recovered:
+            self.writer.unskip(root, name)
         self.writer.commit()
         self.report.moved, self.report.copied, self.report.removed = plan.moved, len(plan.copy), len(plan.gone)
         self.report.unchanged += len(plan.renew) - plan.moved
@@ -233,14 +303,13 @@ class _Update:
 
     def _embed(self, files: list[FoundFile], options: dict, last: bool) -> list[FoundFile]:
         """Put files through the model; those that changed meanwhile come back, as they are now."""
-        from timm_multigrain.embed.stream import embed_images
-        from timm_multigrain.images.sources import ImageFiles
-
-        model, again = self.opened.get_model(), []
+        if self.model is None:
+            self.model = open_described(self.store.config['model'], self.store.folder)
+        again = []
         source = ImageFiles([os.fsdecode(self._path(file)) for file in files])
         with ThreadPoolExecutor(4) as pool:
             for batch in embed_images(
-                    model, source, self.opened.protocol, logits=model.num_classes > 0, errors='skip',
+                    self.model, source, self.protocol, logits=self.model.num_classes > 0, errors='skip',
                     on_error=lambda i, message: self._unreadable(files[i], message), **options):
                 found = [files[i] for i in batch.indices]
                 states = list(pool.map(self._state, found))
@@ -265,37 +334,39 @@ class _Update:
         if not len(keep):
             return
         classes, probabilities = top_classes(batch.logits) if batch.logits is not None else ([()] * len(found),) * 2
-        rows = np.empty(len(keep), dtype=RECORD)
-        for row, i in enumerate(keep):
-            file, path = found[i], self._path(found[i])
-            rows[row] = record_row(
+        records = np.empty(len(keep), dtype=RECORD)
+        for place, i in enumerate(keep):
+            file = found[i]
+            records[place] = record_row(
                 root=self.roots[file.root], size=batch.sizes[i], bytes=file.size, mtime_ns=file.mtime_ns,
                 sha256=states[i][0], classes=classes[i], probabilities=probabilities[i])
-            self._replace(path)
-            if path in self.skipped_before:
-                self.writer.skip(path, '')
-        self.writer.add([found[i].path for i in keep], rows, batch.vectors.numpy()[keep])
+            if self._drop_old(file):
+                self.report.changed += 1
+            else:
+                self.report.new += 1
+            self._unskip(file)
+        self.writer.add([found[i].path for i in keep], records, batch.vectors.numpy()[keep])
         self.writer.commit()
 
-    def _replace(self, path: bytes) -> None:
-        old = self.replaces.pop(path, None)
-        if old is None:
-            self.report.new += 1
-        else:
-            self.writer.remove([old])
-            self.report.changed += 1
+    def _drop_old(self, file: FoundFile) -> bool:
+        """Take out what the file was before it changed, if it was indexed."""
+        row = self.replaces.pop(self._path(file), None)
+        if row is not None:
+            self.writer.remove([self.store.ids[row]])
+        return row is not None
+
+    def _unskip(self, file: FoundFile) -> None:
+        if self._path(file) in self.skipped:
+            self.writer.unskip(*self.skipped[self._path(file)])
 
     def _unreadable(self, file: FoundFile, message: str) -> None:
         """List it, unless it has been removed since the scan. Committed with the next batch."""
         path = self._path(file)
-        old = self.replaces.pop(path, None)
-        if old is not None:
-            self.writer.remove([old])
-            self.report.removed += 1
+        self.report.removed += self._drop_old(file)
         if os.path.lexists(path):
-            from timm_multigrain.images.sources import printable
             reason = message.removeprefix(f'{printable(path)}: ')
-            self.writer.skip(path, reason, file.size, file.mtime_ns)
+            self._unskip(file)
+            self.writer.skip(self.roots[file.root], file.path, reason, file.size, file.mtime_ns)
             self.report.new_skipped += 1
 
     def _changed_while_read(self, file: FoundFile, state: tuple, last: bool) -> list[FoundFile]:

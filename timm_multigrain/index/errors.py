@@ -1,7 +1,8 @@
 """What can be wrong with an index folder, each with a sentence for the user."""
+import sqlite3
 from contextlib import contextmanager
 
-__all__ = ['DamagedIndex', 'IndexInUse', 'NotWritten', 'OtherModel', 'writing']
+__all__ = ['DamagedIndex', 'IndexInUse', 'NewerFormat', 'NotWritten', 'OtherModel', 'writing']
 
 
 class DamagedIndex(ValueError):
@@ -10,6 +11,10 @@ class DamagedIndex(ValueError):
     def __init__(self, path, what: str):
         super().__init__(f'{path} is damaged ({what}): put a backup of the folder back, or delete the folder and run '
                          'timm-multigrain index again.')
+
+
+class NewerFormat(ValueError):
+    """An index that another version of the package has written."""
 
 
 class IndexInUse(RuntimeError):
@@ -29,10 +34,13 @@ def writing(folder):
     """What the system says of a write becomes a sentence.
 
     Raises:
-        NotWritten: The block raises OSError.
+        NotWritten: What is inside raises an error of the system or of SQLite.
     """
     try:
         yield
-    except OSError as e:
-        raise NotWritten(f'{folder} could not be written to ({e.strerror or e}): what was committed to it before is '
-                         'whole; make room on that disk and run the same again.') from e
+    except NotWritten:
+        raise
+    except (OSError, sqlite3.Error) as e:
+        reason = getattr(e, 'strerror', None) or e
+        raise NotWritten(f'{folder} could not be written to ({reason}): what was committed to it before is whole; make '
+                         'room on that disk and run the same again.') from e

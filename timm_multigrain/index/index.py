@@ -1,4 +1,5 @@
 """An index of a photo collection: descriptors, classes, sizes and hashes of the images below some folders."""
+import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -6,14 +7,24 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from .model import check_same_model, open_described, options_of
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.search.exact import nearest
+
+from .ann import Structure
+from .build import build_index
+from .model import open_described, open_named, protocol_from_json
+from .queries import embed_queries
 from .records import Record, classes_of
 from .store import Store
 from .vectors import Vectors
 
 __all__ = ['Hit', 'Index']
+
+APPROXIMATE_UP_TO = 1000  # images asked for, with which a structure is of use
+CHUNK = 1 << 25  # bytes of descriptors that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -27,16 +38,15 @@ class Hit:
 class Index:
     """An index folder as of its last commit, for reading. `Index.build` makes or updates one.
 
-    Row i of everything here is the same image. Files are mapped, and checked when they are first touched, so opening
-    costs nothing and memory is the system's cache.
+    Row i of everything here is the same image. Descriptors are mapped, and checked when they are first touched.
 
     Args:
         path: The folder.
 
     Raises:
-        FileNotFoundError: It is not there or no index.
+        FileNotFoundError: It is not there or not an index.
         DamagedIndex: A file is not what was written; reading later may raise it too.
-        NewerFormat: A later version of the package wrote it.
+        NewerFormat: Another version of the package wrote it.
     """
 
     def __init__(self, path: str | os.PathLike):
@@ -52,12 +62,11 @@ class Index:
     @classmethod
     def build(cls, dirs: Iterable[str | os.PathLike], out: str | os.PathLike, model=None, protocol=None, **options):
         """Make or update an index and open it; arguments as for `build_index`."""
-        from .build import build_index
         build_index(dirs, out, model, protocol, **options)
         return cls(out)
 
     def __len__(self) -> int:
-        return len(self.store.rows)
+        return len(self.store.ids)
 
     def __repr__(self) -> str:
         return f'Index({str(self.path)!r}): {len(self):,} images, {self.vectors.shape[1]} dimensions'
@@ -65,7 +74,7 @@ class Index:
     @cached_property
     def vectors(self) -> Vectors:
         """Descriptors, (N, D) float32 or float16, L2-normalised, mapped from the disk."""
-        return Vectors(self.store)
+        return Vectors(self.store.file, self.store.vector_rows)
 
     @property
     def columns(self) -> np.ndarray:
@@ -75,12 +84,11 @@ class Index:
     @cached_property
     def paths(self) -> list[str]:
         """Absolute paths, as os.fsdecode gives them."""
-        return [os.fsdecode(path) for path in self.store.absolute_paths()]
+        return [os.fsdecode(path) for path in self.store.paths()]
 
     def path_of(self, row: int) -> str:
         """Absolute path of one image."""
-        record = self.columns[row]
-        return os.fsdecode(os.path.join(self.store.root(int(record['root'])), self.store.relative_path(record)))
+        return os.fsdecode(self.store.path(row))
 
     def records(self, row: int) -> Record:
         """What is known of one image."""
@@ -97,21 +105,21 @@ class Index:
     @property
     def skipped(self) -> dict[str, str]:
         """Files below the folders that are no images that can be read: path to reason."""
-        return {os.fsdecode(path): entry['reason'] for path, entry in self.store.skipped.items()}
+        return {os.fsdecode(os.path.join(self.store.roots[root], name)): reason
+                for (root, name), (reason, *_) in self.store.skipped.items()}
 
     @property
     def info(self) -> dict:
         """How it was made: model, protocol, versions; and what it holds."""
         roots = [os.fsdecode(root) for root in self.store.roots]
         return {**self.store.config, 'path': str(self.path), 'images': len(self), 'skipped': len(self.store.skipped),
-                'folders': roots, 'size': self.store.size, 'faiss': self.store.manifest.faiss}
+                'folders': roots, 'size': self.store.size, 'faiss': self.store.faiss}
 
-    def protocol(self):
+    def protocol(self) -> Protocol:
         """The preprocessing it was built with, which queries go through too."""
-        from .queries import protocol_from_json
         return protocol_from_json(self.store.config['protocol'])
 
-    def model(self, model=None, device: str | None = None):
+    def model(self, model: str | torch.nn.Module | None = None, device: str | None = None) -> torch.nn.Module:
         """The model it was built with, opened once.
 
         Args:
@@ -125,32 +133,24 @@ class Index:
         """
         described = self.store.config['model']
         if model is not None:
-            shown = model if isinstance(model, str) else 'This model'
-            if isinstance(model, str):
-                from timm_multigrain.models.open import open_model
-                model = open_model(model, **options_of(described))
-            check_same_model(described, model, self.path, shown)
-            self._model = model
+            self._model = open_named(described, model, self.path)
         elif self._model is None:
             self._model = open_described(described, self.path)
         return self._model.to(device) if device else self._model
 
     @cached_property
-    def structure(self):
-        """The index's `Structure` for approximate search; None without one, or without faiss."""
-        if self.store.manifest.faiss is None:
-            return None
-        from .faiss_index import Structure
+    def structure(self) -> Structure | None:
+        """What proposes images to an approximate search; None where all are compared, or without faiss."""
         try:
-            return Structure(self.store)
+            return Structure(self.store) if self.store.faiss else None
         except ImportError:
             return None
 
     @cached_property
     def row_of_vector(self) -> np.ndarray:
-        """Row of the image that each row of the vector file belongs to, -1 where none does any more."""
-        row_of = np.full(self.store.num_vectors, -1, dtype=np.int64)
-        row_of[self.columns['vector'].astype(np.int64)] = np.arange(len(self))
+        """Row of the image that each row of the file of vectors belongs to, -1 where none does any more."""
+        row_of = np.full(len(self.store.file), -1, dtype=np.int64)
+        row_of[self.store.vector_rows] = np.arange(len(self))
         return row_of
 
     def search(
@@ -171,8 +171,14 @@ class Index:
         Raises:
             ValueError: Wrong shape, values that are not finite, k below 1, or a class that the model does not know.
         """
-        from .search import search_index
-        return search_index(self, vectors, k, class_name, exact)
+        queries = check_queries(vectors, self.vectors.shape[1])
+        if k < 1:
+            raise ValueError(f'k is {k}: ask for at least one image.')
+        if class_name is not None:
+            return self._exact(queries, k, self._rows_of_class(class_name))
+        structure = None if exact or k > APPROXIMATE_UP_TO else self.structure
+        found = None if structure is None else self._approximate(structure, queries, k)
+        return self._exact(queries, k) if found is None else found
 
     def search_images(
             self,
@@ -195,8 +201,64 @@ class Index:
             UnreadableImage: A file is no image that can be read.
             ValueError: As `search`, or a crop outside of the picture.
         """
-        from .queries import embed_queries
         queries = embed_queries(self.model(), self.protocol(), images, crop).vectors
         scores, rows = self.search(queries, k, class_name, exact)
         return [[Hit(self.path_of(row), score, self.records(row)) for score, row in zip(s, r, strict=True)]
                 for s, r in zip(scores.tolist(), rows.tolist(), strict=True)]
+
+    def _exact(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """The k nearest of all rows or of these, ascending; among equals the first ones."""
+        if rows is None:
+            chunks, number = self.vectors.chunks(), len(self)
+        else:
+            step, number = max(1, CHUNK // (4 * self.vectors.shape[1])), len(rows)
+            chunks = (self.vectors[rows[start:start + step]] for start in range(0, number, step))
+        if not number:
+            return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
+        scores, found = (values.numpy() for values in nearest(queries, chunks, k))
+        return scores, found if rows is None else rows[found]
+
+    def _approximate(self, structure: Structure, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
+        """The nearest among what a structure proposes and all that was added later; None if it proposes too few."""
+        k, late = min(k, len(self)), self.row_of_vector[structure.rows:]
+        scores, found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
+        for i, proposed in enumerate(structure.candidates(queries, k)):
+            rows = np.union1d(self.row_of_vector[proposed[proposed >= 0]], late)
+            rows = rows[rows >= 0]
+            if len(rows) < k:
+                return None
+            scores[i], found[i] = (values[0] for values in self._exact(queries[i:i + 1], k, rows))
+        return scores, found
+
+    def _rows_of_class(self, class_name: str) -> np.ndarray:
+        """Rows of the images whose most probable class has this name, or this number where classes have no names."""
+        numbers = class_numbers(self.store.config['model'], class_name, self.path)
+        return np.flatnonzero(np.isin(self.columns['classes'][:, 0], numbers))
+
+
+def class_numbers(described: dict, class_name: str, path: str | os.PathLike) -> list[int]:
+    """Numbers of the classes of a name.
+
+    Raises:
+        ValueError: The model of the index does not know it.
+    """
+    names = described['label_names'] or [str(i) for i in range(described['num_classes'])]
+    numbers = [i for i, name in enumerate(names) if name == class_name]
+    if not numbers:
+        near = difflib.get_close_matches(class_name, names, n=3, cutoff=0.4) or names[:5]
+        hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'its model predicts no classes.'
+        raise ValueError(f'{path} does not know the class {class_name!r}: {hint}')
+    return numbers
+
+
+def check_queries(vectors: np.ndarray | torch.Tensor, dim: int) -> np.ndarray:
+    """(Q, dim) float32; ValueError for another shape, or numbers that are not finite."""
+    if isinstance(vectors, torch.Tensor):
+        vectors = vectors.detach().cpu().float().numpy()
+    vectors = np.asarray(vectors, dtype=np.float32)
+    if vectors.ndim != 2 or vectors.shape[1] != dim:
+        raise ValueError(f'descriptors must have shape (queries, {dim}), got {vectors.shape}: were they made by the '
+                         "index's model?")
+    if not np.isfinite(vectors).all():
+        raise ValueError(f'Row {int(np.argmax(~np.isfinite(vectors).all(axis=1)))} of the descriptors is not finite.')
+    return vectors

@@ -16,10 +16,9 @@ import numpy as np
 from PIL import Image
 
 from timm_multigrain.files import check_json, parse_json
-from timm_multigrain.images.sources import printable
 
 from .errors import OtherModel
-from .milvus_client import MilvusAddress, create_collection, milvus_errors, path_from_text, path_to_text
+from .milvus_client import PREFIX, MilvusAddress, create_collection, milvus_errors, path_from_text, path_to_text
 from .records import Record
 
 if TYPE_CHECKING:
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 
     from .index import Hit, Index
 
-__all__ = ['MilvusExport', 'MilvusIndex', 'export_milvus']
+__all__ = ['MilvusExport', 'MilvusIndex', 'export_milvus', 'open_collection']
 
 PROPERTY = 'multigrain'
 FLAT_UP_TO = 1_000_000  # rows for which comparing with every one, which is exact, is the default
@@ -231,21 +230,16 @@ class MilvusIndex:
 
     def protocol(self):
         """The preprocessing of the index, which queries go through too."""
-        from .queries import protocol_from_json
+        from .model import protocol_from_json
         return protocol_from_json(self.config['protocol'])
 
     def model(self, model=None, device: str | None = None):
         """As `Index.model`."""
-        from timm_multigrain.models.open import open_model
-
-        from .model import check_same_model, open_described, options_of
+        from .model import open_described, open_named
 
         described = self.config['model']
         if model is not None:
-            shown = model if isinstance(model, str) else 'This model'
-            model = open_model(model, **options_of(described)) if isinstance(model, str) else model
-            check_same_model(described, model, self.path, shown)
-            self._model = model
+            self._model = open_named(described, model, self.path)
         elif self._model is None:
             self._model = open_described(described, Path(self.path))
         return self._model.to(device) if device else self._model
@@ -253,8 +247,7 @@ class MilvusIndex:
     def search(
             self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> 'list[list[Hit]]':
         """The k nearest images of each descriptor, nearest first; arguments and errors as for `Index.search`."""
-        from .index import Hit
-        from .search import check_queries
+        from .index import Hit, check_queries, class_numbers
 
         queries = check_queries(vectors, self.config['model']['dim'])
         if not 1 <= k <= _MOST_HITS:
@@ -264,7 +257,7 @@ class MilvusIndex:
                 f'{self.path} has an index of type {self.index_type}, which is not exact: leave --exact out.')
         chosen = ''
         if class_name is not None:
-            self._check_class(class_name)
+            class_numbers(self.config['model'], class_name, self.path)
             chosen = f'class_name == {json.dumps(class_name, ensure_ascii=False)}'
         # a few more, so that the order among equals, which Milvus leaves open, does not decide who is among the k
         with milvus_errors(f'{self.address} could not be searched'):
@@ -292,12 +285,6 @@ class MilvusIndex:
         """Milvus's kind of index; FLAT compares with every row."""
         return self.client.describe_index(self.address.collection, 'vector')['index_type']
 
-    def _check_class(self, name: str) -> None:
-        known = self.label_names or [str(i) for i in range(self.config['model']['num_classes'])]
-        if name not in known:
-            some = ', '.join(map(printable, known[:10]))
-            raise ValueError(f'{self.path} knows no class {name!r}: give one of {some}.')
-
     def close(self) -> None:
         """Let go of the connection or file."""
         self.client.close()
@@ -311,3 +298,9 @@ def _record(found: dict[str, Any]) -> tuple[Record, float]:
     classes = tuple((str(name), float(probability)) for name, probability in fields['classes'])
     row = {**{name: fields[name] for name in _ROW}, 'path': path_from_text(fields['path']), 'classes': classes}
     return Record(**row), float(found['distance'])
+
+
+def open_collection(name: str | os.PathLike) -> 'Index | MilvusIndex':
+    """What a command searches in: an index folder, or with 'milvus:URI' a collection that an index was exported to."""
+    from .index import Index
+    return MilvusIndex(str(name)) if str(name).startswith(PREFIX) else Index(name)

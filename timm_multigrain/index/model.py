@@ -1,4 +1,4 @@
-"""The model an index was built with: described in config.json, told from any other by the hash of its weights."""
+"""What an index says of its model and preprocessing, and opening the model, told from any other by its weights."""
 import os
 import re
 from collections.abc import Mapping
@@ -7,15 +7,17 @@ from typing import Any
 
 import torch
 
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import check_json, printable
 from timm_multigrain.models.open import open_model, weights_sha256
 
 from .errors import DamagedIndex, OtherModel
 
-__all__ = ['check_same_model', 'describe_model', 'label_names_of', 'open_described', 'options_of']
+__all__ = ['SAVED', 'describe_model', 'label_names_of', 'open_described', 'open_named', 'protocol_from_json']
 
 _OPTIONS = {'pool': (str, None), 'p': (float, None), 'pretrained': bool, 'ema': bool}
 SAVED = 'model'  # folder inside the index for a model that is not a file or folder here
+LARGEST = 1 << 14  # pixels of a side
 
 
 def describe_model(model: torch.nn.Module, source: str | None, options: Mapping[str, Any] | None = None) -> dict:
@@ -54,20 +56,19 @@ def label_names_of(model: torch.nn.Module) -> list[str] | None:
     return [info.index_to_description(row) for row in range(model.num_classes)]
 
 
-def open_described(described: Mapping[str, Any], folder: Path, device: str | None = None) -> torch.nn.Module:
-    """The model of an index.
+def open_described(described: Mapping[str, Any], folder: Path) -> torch.nn.Module:
+    """The model of an index, from where it says that it is.
 
     Args:
         described: What `describe_model` has given.
         folder: The index.
-        device: Where to put it.
 
     Raises:
         OtherModel: Its file or folder has other weights now, or the index names something else than a file or folder.
         DamagedIndex: The model inside the index is a link, or has one in it.
         OSError, ValueError, RuntimeError: It cannot be opened.
     """
-    source, options = described['source'], options_of(described)
+    source, options = described['source'], _options_of(described)
     if source is None:
         source, options = _saved(folder), {}
     elif not os.path.isabs(source):
@@ -78,20 +79,35 @@ def open_described(described: Mapping[str, Any], folder: Path, device: str | Non
     except FileNotFoundError as e:
         raise FileNotFoundError(f'The model of {folder} is not where it was ({e}): name it with --model, wherever it '
                                 'is now.') from e
-    check_same_model(described, model, folder, source)
-    return model.to(device) if device else model
+    _check_same(described, model, folder, source)
+    return model
 
 
-def options_of(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `open_model` that the model of an index was opened with.
+def open_named(
+        described: Mapping[str, Any],
+        model: str | torch.nn.Module,
+        folder: Path | str,
+        options: Mapping[str, Any] | None = None,
+) -> torch.nn.Module:
+    """The model of an index, from where the user says that it is; arguments as of `open_described`.
 
     Raises:
-        ValueError: They are others than `timm-multigrain index` has: some could make the model another one.
+        OtherModel: It is another one.
+        OSError, ValueError, RuntimeError: It cannot be opened.
     """
+    shown = model if isinstance(model, str) else 'This model'
+    if isinstance(model, str):
+        model = open_model(model, **{**_options_of(described), **(options or {})})
+    _check_same(described, model, folder, shown)
+    return model
+
+
+def _options_of(described: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments of `open_model`; ValueError for others than `timm-multigrain index` has."""
     options = described['options']
     unknown = options.keys() - _OPTIONS.keys()
     if unknown:
-        raise ValueError(f'The model of the index has options that an index has not: {printable(min(unknown))}.')
+        raise ValueError(f'The model of the index has options that an index does not have: {printable(min(unknown))}.')
     check_json(options, {name: _OPTIONS[name] for name in options}, 'The options of its model')
     return dict(options)
 
@@ -104,15 +120,28 @@ def _saved(folder: Path) -> str:
     return str(path)
 
 
-def check_same_model(described: Mapping[str, Any], model: torch.nn.Module, folder: Path, shown: str) -> None:
-    """Whether this is the model of an index.
-
-    Raises:
-        OtherModel: It is not.
-    """
+def _check_same(described: Mapping[str, Any], model: torch.nn.Module, folder: Path | str, shown: str) -> None:
     found = weights_sha256(model)
     if (found, model.global_pool) != (described['weights_sha256'], described['pool']):
         raise OtherModel(
             f'{shown} is not the model that {folder} was built with ({described["source"] or described["name"]}, '
             f'{described["pool"]} pooling, weights {described["weights_sha256"][:12]}..., not {model.global_pool}, '
             f'{found[:12]}...): descriptors of two models cannot be compared; use that one, or make another index.')
+
+
+def protocol_from_json(value: Mapping) -> Protocol:
+    """The preprocessing that an index names.
+
+    Raises:
+        ValueError: It names none, or one that nobody means.
+    """
+    try:
+        protocol = Protocol(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
+        if not isinstance(protocol.flip, bool) or not isinstance(protocol.exif, bool):
+            raise ValueError(f'flip {protocol.flip!r:.50}, exif {protocol.exif!r:.50}')
+        if len(protocol.mean) != 3 or len(protocol.std) != 3 or protocol.size * max(protocol.scales) > LARGEST:
+            raise ValueError(str(protocol))
+        return protocol
+    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as e:
+        raise ValueError(f'The preprocessing of the index cannot be used ({printable(str(e))}): make the index '
+                         'anew.') from e

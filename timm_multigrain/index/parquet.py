@@ -81,7 +81,7 @@ def _schema(index: 'Index') -> 'pyarrow.Schema':
     import pyarrow as pa
 
     of_class = pa.struct([('name', pa.string()), ('probability', pa.float32())])
-    about = {'config': index.store.config, 'files': {n: f.to_json() for n, f in index.store.manifest.files.items()}}
+    about = {'config': index.store.config, 'totals': index.store.totals}
     return pa.schema([
         ('path', pa.string()), ('vector', pa.list_(pa.float32(), index.vectors.shape[1])), ('width', pa.int32()),
         ('height', pa.int32()), ('bytes', pa.int64()), ('mtime_ns', pa.int64()), ('sha256', pa.string()),
@@ -89,7 +89,7 @@ def _schema(index: 'Index') -> 'pyarrow.Schema':
 
 
 def _up_to_date(path: Path, schema: 'pyarrow.Schema', index: 'Index') -> bool:
-    """Whether the file was written from this state of the index: the metadata holds the checksums of its files."""
+    """Whether the file was written from this state of the index: the metadata holds the checksums of its rows."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,6 +1,6 @@
 """Descriptors of pictures that are searched for."""
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -8,12 +8,9 @@ from PIL import Image
 
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.stream import Embedded, embed_images
-from timm_multigrain.images.sources import ImageSource, decode, printable, read_image
+from timm_multigrain.images.sources import ImageSource, decode, read_image
 
-__all__ = ['Queries', 'embed_queries', 'protocol_from_json']
-
-
-LARGEST = 1 << 14  # pixels of a side
+__all__ = ['Queries', 'cut', 'embed_queries']
 
 
 class Queries(ImageSource):
@@ -88,21 +85,3 @@ def embed_queries(
     return Embedded(
         indices[order], torch.cat([part.vectors for part in parts])[order],
         torch.cat([part.logits for part in parts])[order] if model.num_classes else None, [sizes[i] for i in order])
-
-
-def protocol_from_json(value: Mapping) -> Protocol:
-    """The preprocessing that an index's config.json names.
-
-    Raises:
-        ValueError: It names none, or one that nobody means.
-    """
-    try:
-        protocol = Protocol(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
-        if not isinstance(protocol.flip, bool) or not isinstance(protocol.exif, bool):
-            raise ValueError(f'flip {protocol.flip!r:.50}, exif {protocol.exif!r:.50}')
-        if len(protocol.mean) != 3 or len(protocol.std) != 3 or protocol.size * max(protocol.scales) > LARGEST:
-            raise ValueError(str(protocol))
-        return protocol
-    except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as e:
-        raise ValueError(f'The preprocessing of the index cannot be used ({printable(str(e))}): make the index '
-                         'anew.') from e

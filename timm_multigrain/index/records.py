@@ -8,11 +8,10 @@ __all__ = ['RECORD', 'TOP', 'Record', 'classes_of', 'record_row', 'top_classes']
 
 TOP = 5  # classes kept of an image
 
-# vector is the row of vectors.bin: a file that was moved gets a new record and keeps its vector
+# root is the number of the indexed folder, vector the row of the file of vectors
 RECORD = np.dtype([
-    ('path_offset', '<u8'), ('path_length', '<u4'), ('root', '<u4'), ('vector', '<u8'), ('bytes', '<u8'),
-    ('mtime_ns', '<i8'), ('width', '<u4'), ('height', '<u4'), ('sha256', 'u1', 32),
-    ('classes', '<i4', TOP), ('probabilities', '<f4', TOP),
+    ('root', '<u4'), ('vector', '<u8'), ('bytes', '<u8'), ('mtime_ns', '<i8'), ('width', '<u4'), ('height', '<u4'),
+    ('sha256', 'u1', 32), ('classes', '<i4', TOP), ('probabilities', '<f4', TOP),
 ])
 
 
@@ -42,7 +41,7 @@ def record_row(
         *, root: int, size: tuple[int, int], bytes: int, mtime_ns: int, sha256: bytes,
         classes: Sequence[int] = (), probabilities: Sequence[float] = (), vector: int = 0,
 ) -> np.ndarray:
-    """One row of the record file, () of `RECORD`; the path is filled in when it is written."""
+    """The record of an image, () of `RECORD`."""
     row = np.zeros((), dtype=RECORD)
     row['root'] = root
     row['width'], row['height'] = size

@@ -14,11 +14,10 @@ from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.index import Index, OtherModel
 from timm_multigrain.index.export import export_index
 from timm_multigrain.index.milvus_client import MilvusAddress, path_from_text, path_to_text
-from timm_multigrain.index.queries import protocol_from_json
-from timm_multigrain.index.store import Store, StoreWriter
+from timm_multigrain.index.model import protocol_from_json
 
 from .copies_folder import make_index, make_pictures
-from .small_index import CLASSES, add_images, unit_vectors, write_index
+from .small_index import CLASSES, add_images, unit_vectors, write_index, writer_of
 
 pytest.importorskip('pymilvus')
 pytest.importorskip('milvus_lite')
@@ -75,7 +74,7 @@ def test_same_neighbours(index, address):
             assert [hit.record for hit in found] == [index.records(row) for row in own_rows]
             assert np.abs(np.array([hit.score for hit in found]) - own_scores).max() < 1e-6
     for bad, options in ((queries[:, :5], {}), (queries, {'k': 0}), (queries, {'class_name': 'ship'})):
-        with pytest.raises(ValueError, match=r"shape|k is 0|knows no class 'ship'"):
+        with pytest.raises(ValueError, match=r"shape|k is 0|does not know the class 'ship'"):
             there.search(bad, **options)
     there.close()
 
@@ -84,10 +83,9 @@ def test_exporting_again_sends_what_has_changed(index, address):
     export_milvus(index, address, progress=False)
     again = export_milvus(index, address, progress=False)
     assert (again.written, again.unchanged) == (0, 150)
-    writer = StoreWriter(Store(index.path))
-    writer.remove([0, 9])
-    add_images(writer, unit_vectors(3, seed=3), ['0.jpg.new', 'n1.jpg', 'n2.jpg'])
-    writer.close()
+    with writer_of(index.path) as writer:
+        writer.remove([0, 9])
+        add_images(writer, unit_vectors(3, seed=3), ['0.jpg.new', 'n1.jpg', 'n2.jpg'])
     changed = Index.open(index.path)
     third = export_milvus(changed, address, progress=False)
     assert (third.written, third.unchanged, third.others) == (3, 148, 2) and 'not in this index' in str(third)

@@ -5,19 +5,18 @@ and Yashunin, arXiv 1603.09320) over 8-bit codes; above `HNSW_UP_TO`, where its 
 2011). Either proposes candidates, which are compared exactly: scores are always true ones, only a candidate can be
 missed. How many are is measured when the structure is built, with images of the index as queries, and kept with it.
 """
-import dataclasses
 import os
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
 
-from timm_multigrain.files import fsync
+from timm_multigrain.files import fsync, open_regular
+from timm_multigrain.search.exact import nearest
 
-from .blocks import CheckedFile, Extent, extent_of
 from .errors import DamagedIndex, writing
-from .manifest import FAISS_FILE
-from .store import Store
+from .store import Store, Writer
 from .vectors import Vectors
 
 __all__ = ['EXACT_UP_TO', 'HNSW_UP_TO', 'KINDS', 'Structure', 'choose_kind', 'update_structure']
@@ -36,7 +35,7 @@ class Structure:
     """A structure on the disk, for searching.
 
     Args:
-        store: The index; its manifest names a structure.
+        store: An index with a structure.
 
     Raises:
         ImportError: faiss is not installed.
@@ -44,20 +43,23 @@ class Structure:
     """
 
     def __init__(self, store: Store):
-        described = store.manifest.faiss
-        path = store.folder / described['file']
+        described = store.faiss
+        path = store.folder / f'faiss.{described["number"]}.bin'
+        faiss = import_faiss()
         try:
-            CheckedFile(path, Extent.from_json(described['extent'])).view()
-            faiss = import_faiss()
+            if _size_and_crc32(path) != (described['size'], described['crc32']):
+                raise ValueError('its checksum differs')
             self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
             if (self._index.ntotal, self._index.d) != (described['rows'], store.dim):
                 raise ValueError('it is of another index')
-        except (LookupError, TypeError, ValueError, RuntimeError) as e:
-            raise e if isinstance(e, DamagedIndex) else DamagedIndex(path, 'it is not a structure of FAISS') from e
+        except (OSError, ValueError) as e:
+            raise DamagedIndex(path, str(e)) from e
+        except RuntimeError as e:
+            raise DamagedIndex(path, 'it is not a structure of FAISS') from e
         self.rows = described['rows']
         self._settings = described['settings']
         holds = np.zeros(self.rows, dtype=bool)
-        numbers = store.records['vector'].astype(np.int64)
+        numbers = store.vector_rows
         holds[numbers[numbers < self.rows]] = True
         self._selector = None if holds.all() else faiss.IDSelectorBitmap(np.packbits(holds, bitorder='little'))
         self._holds = holds  # the selector does not own what it points to
@@ -73,16 +75,16 @@ def choose_kind(images: int) -> str:
     return 'exact' if images <= EXACT_UP_TO else 'hnsw' if images <= HNSW_UP_TO else 'ivf-pq'
 
 
-def update_structure(folder: Path, kind: str = 'auto', progress: bool = True) -> dict | None:
-    """Bring the structure of an index up to date; it stays while it covers most images. The lock must be held.
+def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) -> dict | None:
+    """Bring the structure of an index up to date; it stays while it covers most images.
 
     Args:
-        folder: The index.
+        writer: The index, with nothing left to commit.
         kind: 'auto', or one of `KINDS`.
         progress: Say what is done, on stderr.
 
     Returns:
-        What the manifest keeps of it, None if images are compared with all.
+        What the index keeps of it, None if images are compared with all.
 
     Raises:
         ValueError: An unknown kind.
@@ -91,24 +93,25 @@ def update_structure(folder: Path, kind: str = 'auto', progress: bool = True) ->
     """
     if kind not in ('auto', *KINDS):
         raise ValueError(f'kind is {kind!r}: choose auto, {", ".join(KINDS)}.')
-    store = Store(folder)
-    old, wanted = store.manifest.faiss, choose_kind(len(store.rows)) if kind == 'auto' else kind
-    if wanted == 'exact' or len(store.rows) < 100:  # too few to train anything
-        if old:
-            _name(store, None)
+    store = Store(writer.folder)
+    images, rows, old = len(store.ids), len(store.file), store.faiss
+    wanted = choose_kind(images) if kind == 'auto' else kind
+    if wanted == 'exact' or images < 100:  # too few to train anything
+        writer.set_faiss(None)
         return None
-    if old and old['kind'] == wanted and store.num_vectors - old['rows'] <= UNCOVERED * store.num_vectors:
+    if old and old['kind'] == wanted and rows - old['rows'] <= UNCOVERED * rows:
         return old
     try:
         import_faiss()
     except ImportError as e:
         if kind != 'auto':
             raise
-        print(f'{len(store.rows):,} images are searched one by one: {e}', file=sys.stderr)
+        print(f'{images:,} images are searched one by one: {e}', file=sys.stderr)
         return None
     if progress:
-        print(f'building {wanted} for {len(store.rows):,} images', file=sys.stderr)
-    return _build(store, wanted)
+        print(f'building {wanted} for {images:,} images', file=sys.stderr)
+    writer.set_faiss(_build(store, wanted))
+    return writer.faiss
 
 
 def import_faiss():
@@ -127,41 +130,39 @@ def import_faiss():
 def _build(store: Store, kind: str) -> dict:
     faiss = import_faiss()
     index, settings = _create(faiss, store, kind)
-    rows = store.num_vectors
+    rows = len(store.file)
     for start in range(0, rows, 16384):
-        index.add(store.vectors(start, min(start + 16384, rows)).astype(np.float32))
+        index.add(store.file[start:start + 16384].astype(np.float32))
     settings, recall = _tune(index, store, settings)
-    number = 1 + max((int(path.name.split('.')[1]) for path in store.folder.iterdir()
-                      if FAISS_FILE.fullmatch(path.name)), default=0)
-    name = f'faiss.{number}.bin'
-    unfinished = store.folder / f'.{name}'
-    try:
-        with writing(store.folder):
-            try:
-                faiss.write_index(index, str(unfinished))
-            except RuntimeError as e:  # what faiss makes of a full disk
-                raise OSError(f'{name} is incomplete: {str(e).splitlines()[0]}') from e
-            fsync(unfinished)
-            os.replace(unfinished, store.folder / name)
-    finally:
-        unfinished.unlink(missing_ok=True)
-    described = {'file': name, 'kind': kind, 'rows': rows, 'settings': settings, 'recall_at_10': recall,
-                 'recall_queries': min(QUERIES, len(store.rows)),
-                 'faiss': faiss.__version__, 'extent': extent_of(store.folder / name).to_json()}
-    _name(store, described)
-    return described
-
-
-def _name(store: Store, described: dict | None) -> None:
+    number = 1 + (store.faiss['number'] if store.faiss else 0)
+    path = store.folder / f'faiss.{number}.bin'
+    unfinished = path.with_name(f'.{path.name}')
     with writing(store.folder):
-        dataclasses.replace(store.manifest, faiss=described).write(store.folder)
-        if store.manifest.faiss:
-            (store.folder / store.manifest.faiss['file']).unlink(missing_ok=True)
+        try:
+            unfinished.unlink(missing_ok=True)
+            faiss.write_index(index, str(unfinished))
+            fsync(unfinished)
+            os.replace(unfinished, path)
+        except RuntimeError as e:  # what faiss makes of a full disk
+            raise OSError(f'{path.name} is incomplete: {str(e).splitlines()[0]}') from e
+        finally:
+            unfinished.unlink(missing_ok=True)
+    size, crc32 = _size_and_crc32(path)
+    return {'number': number, 'kind': kind, 'rows': rows, 'settings': settings, 'recall_at_10': recall,
+            'recall_queries': min(QUERIES, len(store.ids)), 'faiss': faiss.__version__, 'size': size, 'crc32': crc32}
+
+
+def _size_and_crc32(path: Path) -> tuple[int, int]:
+    size = crc32 = 0
+    with open_regular(path) as file:
+        while chunk := file.read(1 << 20):
+            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
+    return size, crc32
 
 
 def _create(faiss, store: Store, kind: str) -> tuple:
     """An empty structure, trained, and its settings."""
-    dim, rows = store.dim, store.num_vectors
+    dim, rows = store.dim, len(store.file)
     if kind == 'hnsw':
         index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = 80
@@ -179,23 +180,19 @@ def _create(faiss, store: Store, kind: str) -> tuple:
 
 def _sample(store: Store, count: int) -> np.ndarray:
     """Descriptors to train with, (n, D) float32, images that hold only."""
-    vectors = Vectors(store)
+    vectors = Vectors(store.file, store.vector_rows)
     rows = np.random.default_rng(0).permutation(len(vectors))[:count]
     return vectors[np.sort(rows)].astype(np.float32)
 
 
 def _tune(index, store: Store, settings: dict) -> tuple[dict, float]:
-    """The cheapest settings that reach the recall, or the dearest ones, and the recall that they have.
-
-    An image is no match for itself here: it would be found by anything.
-    """
-    from .search import exact_search
-
-    vectors = Vectors(store)
+    """The cheapest settings that reach the recall, or the dearest ones, and the recall that they have."""
+    vectors = Vectors(store.file, store.vector_rows)
     queried = np.sort(np.random.default_rng(1).permutation(len(vectors))[:QUERIES])
     queries = vectors[queried].astype(np.float32)
-    truth = _without(exact_search(vectors, queries, 11)[1], queried)
-    numbers = store.records['vector'].astype(np.int64)
+    # an image is no match for itself here: it would be found by anything
+    truth = [store.vector_rows[found[found != own]][:10]
+             for found, own in zip(nearest(queries, vectors.chunks(), 11)[1].numpy(), queried, strict=True)]
     knob, values = ('probes', [2 ** i for i in range(11)]) if 'probes' in settings else ('ef', [128, 256, 512, 1024])
     best, best_recall = settings, -1.
     for candidates in CANDIDATES:
@@ -203,7 +200,7 @@ def _tune(index, store: Store, settings: dict) -> tuple[dict, float]:
         for value in values:
             tried = {**settings, 'candidates': candidates, knob: min(value, settings.get('lists', value))}
             found = _candidates(index, queries, min(candidates, index.ntotal), tried, None)
-            recall = float(np.mean([len(np.intersect1d(numbers[t], f)) / max(1, len(t))
+            recall = float(np.mean([len(np.intersect1d(t, f)) / max(1, len(t))
                                     for t, f in zip(truth, found, strict=True)]))
             if recall > best_recall:
                 best, best_recall = tried, recall
@@ -213,11 +210,6 @@ def _tune(index, store: Store, settings: dict) -> tuple[dict, float]:
         if best_recall >= TARGET_RECALL:
             break
     return best, best_recall
-
-
-def _without(rows: np.ndarray, itself: np.ndarray) -> list[np.ndarray]:
-    """The 10 first of each row of 11 without the number that is the query's own."""
-    return [row[row != number][:10] for row, number in zip(rows, itself, strict=True)]
 
 
 def _candidates(index, queries: np.ndarray, count: int, settings: dict, selector) -> np.ndarray:

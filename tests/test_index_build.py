@@ -19,7 +19,7 @@ from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.sources import ImageFiles, UnreadableImage, read_image
 from timm_multigrain.index import Index, IndexInUse, OtherModel, build, build_index
-from timm_multigrain.index.lock import index_lock
+from timm_multigrain.index.store import index_lock
 
 from .tiny import tiny_model
 
@@ -139,7 +139,7 @@ def test_many_updates_against_a_new_index(pictures, model_folder, tmp_path):
         index.store.check()
         assert sorted(index.paths) == sorted(str(p) for p in pictures.rglob('*.png'))
     check_against_the_slow_way(index)
-    assert index.store.manifest.generation > 1
+    assert index.store.generation > 1
 
 
 def png_of_size(width, height):
@@ -275,7 +275,7 @@ def test_a_model_without_a_name_is_kept_inside(pictures):
 
 
 def test_places_that_cannot_be(pictures, model_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match='is no folder'):
+    with pytest.raises(FileNotFoundError, match='is not a folder'):
         build_index([tmp_path / 'nothing'], tmp_path / 'i', model_folder)
     with pytest.raises(FileExistsError, match='holds other things'):
         build_index([pictures], pictures, model_folder)
@@ -285,7 +285,7 @@ def test_places_that_cannot_be(pictures, model_folder, tmp_path):
         build_index([pictures], tmp_path / 'i')
     with pytest.raises(ValueError, match='give the folders'):
         build_index([], tmp_path / 'i', model_folder)
-    assert not (tmp_path / 'i' / 'index.json').exists()
+    assert not (tmp_path / 'i').exists()
     build_index([pictures], pictures / 'index', model_folder, PROTOCOL, workers=0, progress=False)
     assert build_index([pictures], pictures / 'index', workers=0).unchanged == 8
 
@@ -323,7 +323,7 @@ def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tm
     # what has not moved with it stays until it is given up, by name or with all that is missing
     with pytest.raises(FileNotFoundError, match='with 1 images is not there'):
         build_index([], index, workers=0, progress=False)
-    with pytest.raises(FileNotFoundError, match='is no folder'):
+    with pytest.raises(FileNotFoundError, match='is not a folder'):
         build_index([tmp_path / 'typo'], index, remove_missing=True, workers=0, progress=False)
     assert build_index([moved], index, remove_missing=True, workers=0, progress=False).removed == 0
     assert main(['index', str(pictures), '-o', str(index), '--remove-missing', '--workers', '0']) == 0
@@ -360,7 +360,7 @@ def test_search_images(pictures, model_folder):
     rows = [i for i in range(8) if index.records(i).classes[0][0] == name]
     hits = index.search_images([picture(0)], 99, class_name=name)[0]
     assert sorted(hit.path for hit in hits) == sorted(index.paths[i] for i in rows)
-    with pytest.raises(ValueError, match=r"knows no class 'bot'.*'boat'"):
+    with pytest.raises(ValueError, match=r"does not know the class 'bot'.*'boat'"):
         index.search_images([picture(0)], class_name='bot')
     with pytest.raises(ValueError, match='has nothing of picture 1, which is 90 x 70'):
         index.search_images([picture(0)], crop=(90, 0, 5, 5))
@@ -397,8 +397,8 @@ def test_commands(pictures, model_folder, tmp_path, capsys):
     assert [line['rank'] for line in lines] == [1, 2] and {'query', 'path', 'score', 'classes'} <= lines[0].keys()
     for arguments, message in [
             ([index, 'nothing.png'], 'nothing.png: no such file'),
-            ([tmp_path / 'no', pictures / '2.png'], 'is not there'),
-            ([index, pictures / '2.png', '--class', 'x'], 'knows no class')]:
+            ([tmp_path / 'no', pictures / '2.png'], 'was not found'),
+            ([index, pictures / '2.png', '--class', 'x'], 'does not know the class')]:
         assert main(['search', *map(str, arguments)]) == 2 and message in capsys.readouterr().err
     with pytest.raises(SystemExit):
         main(['search', str(index), str(pictures / '2.png'), '--crop', '1,2,3'])

@@ -259,7 +259,7 @@ def test_command(index, pictures, tmp_path, capfd):
     assert out == '' and 'control characters in its name: take --list -0' in err
     assert main(['dedup', folder, '--threshold', '2']) == 2 and 'at most 1' in capfd.readouterr().err
     assert main(['dedup', str(tmp_path / 'nothing')]) == 2
-    assert 'is not there' in capfd.readouterr().err
+    assert 'was not found' in capfd.readouterr().err
     assert set(os.listdir(pictures)) == {Path(path).name for path in index.paths}
 
 

@@ -1,0 +1,163 @@
+"""The image files below some folders, for every command: by suffix, regular files, each once.
+
+Links are followed; a folder is entered once however many links lead to it, and a link to a file that is there anyway is
+left out. Hidden files and folders are skipped, and so are FIFOs and devices.
+"""
+import os
+import stat
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = ['EXTENSIONS', 'FoundFile', 'Scan', 'scan_folders']
+
+EXTENSIONS = frozenset({
+    '.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
+    '.pnm', '.jp2', '.j2k', '.avif', '.heic', '.heif', '.hif', '.jxl'})  # .jxl: found, and listed as not readable
+_SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n', b'GIF87a', b'GIF89a', b'II*\0', b'MM\0*', b'BM')
+_BRANDS = (b'heic', b'heix', b'mif1', b'msf1', b'avif')
+
+
+class FoundFile(NamedTuple):
+    """A file as it was seen.
+
+    Attributes:
+        root: Number of the folder it lies below.
+        path: Path below that folder, bytes as the system has them.
+        size: Bytes.
+        mtime_ns: When it was last changed, nanoseconds since 1970.
+    """
+    root: int
+    path: bytes
+    size: int
+    mtime_ns: int
+
+
+@dataclass
+class Scan:
+    """What was found.
+
+    Attributes:
+        files: The image files, folder by folder, sorted; those behind links last.
+        other: Files of other kinds, only counted.
+        unreadable: Folders and files that the system does not let us see, and links that lead nowhere, with the reason.
+    """
+    files: list[FoundFile] = field(default_factory=list)
+    other: int = 0
+    unreadable: dict[bytes, str] = field(default_factory=dict)
+
+
+def scan_folders(
+        folders: Iterable[str | bytes | os.PathLike],
+        leave_out: Iterable[bytes] = (),
+        skip: Callable[[bytes], bool] | None = None,
+        by_content: bool = False,
+) -> Scan:
+    """All image files below some folders.
+
+    Args:
+        folders: Folders; a file that lies below two of them is found below the first.
+        leave_out: Folders that are not entered.
+        skip: Told the path of each folder, whether not to look into it.
+        by_content: A file without a suffix is an image if its first bytes say so.
+
+    Raises:
+        FileNotFoundError, NotADirectoryError: One of the folders is not there or not a folder.
+    """
+    walk = _Walk(skip, by_content, {_identity(os.stat(path)) for path in leave_out if os.path.isdir(path)})
+    for root, folder in enumerate(map(os.fsencode, folders)):
+        if not os.path.isdir(folder):
+            kind = NotADirectoryError if os.path.lexists(folder) else FileNotFoundError
+            raise kind(f'{os.fsdecode(folder)!r} is not a folder: give folders with pictures in them.')
+        walk.enter(root, folder)
+    walk.follow_links()
+    return walk.scan
+
+
+class _Walk:
+
+    def __init__(self, skip: Callable[[bytes], bool] | None, by_content: bool, seen: set):
+        self.skip, self.by_content, self.seen = skip, by_content, seen
+        self.scan, self.links, self.files = Scan(), [], set()
+
+    def enter(self, root: int, folder: bytes, below: bytes = b'') -> None:
+        """Depth first with a list, not the stack: folders may be nested deeper than Python's calls."""
+        pending = [below]
+        while pending:
+            path = pending.pop()
+            full = os.path.join(folder, path)
+            try:
+                identity = _identity(os.stat(full))
+                if identity in self.seen:
+                    continue
+                self.seen.add(identity)
+                with os.scandir(full) as iterator:
+                    entries = sorted(iterator, key=lambda entry: entry.name)
+            except OSError as e:
+                self.scan.unreadable[full] = e.strerror or str(e)
+                continue
+            if self.skip is not None and self.skip(full):
+                continue
+            inside = []
+            for entry in entries:
+                name = os.path.join(path, entry.name)
+                if entry.name.startswith(b'.'):
+                    continue
+                if entry.is_symlink():
+                    self.links.append((root, folder, name))
+                elif entry.is_dir():
+                    inside.append(name)
+                else:
+                    self._file(root, folder, name, entry.stat)
+            pending += reversed(inside)
+
+    def follow_links(self) -> None:
+        """After all else, so that what is there without a link is found there; to folders before those to files."""
+        to_files = []
+        while self.links:
+            root, folder, path = self.links.pop(0)
+            full = os.path.join(folder, path)
+            try:
+                status = os.stat(full)
+            except OSError as e:
+                self.scan.unreadable[full] = f'a link that leads nowhere ({e.strerror})'
+                continue
+            if stat.S_ISDIR(status.st_mode):
+                self.enter(root, folder, path)
+            else:
+                to_files.append((root, folder, path, status))
+        for root, folder, path, status in to_files:
+            if _identity(status) not in self.files:
+                self._file(root, folder, path, lambda status=status: status)
+
+    def _file(self, root: int, folder: bytes, path: bytes, stat_of: Callable[[], os.stat_result]) -> None:
+        try:
+            status = stat_of()
+        except FileNotFoundError:  # removed since it was listed
+            return
+        except OSError as e:
+            self.scan.unreadable[os.path.join(folder, path)] = e.strerror or str(e)
+            return
+        if not stat.S_ISREG(status.st_mode):
+            return
+        suffix = os.path.splitext(os.fsdecode(path))[1].lower()
+        if suffix in EXTENSIONS or (not suffix and self.by_content and _looks_like_image(os.path.join(folder, path))):
+            self.files.add(_identity(status))
+            self.scan.files.append(FoundFile(root, path, status.st_size, status.st_mtime_ns))
+        else:
+            self.scan.other += 1
+
+
+def _looks_like_image(path: bytes) -> bool:
+    """By the first bytes, for files without a suffix, such as those of caches and of some cameras."""
+    try:
+        with open(path, 'rb') as file:
+            start = file.read(16)
+    except OSError:
+        return False
+    return start.startswith(_SIGNATURES) or (start[:4] == b'RIFF' and start[8:12] == b'WEBP') or (
+        start[4:8] == b'ftyp' and start[8:12] in _BRANDS)
+
+
+def _identity(status: os.stat_result) -> tuple[int, int]:
+    return status.st_dev, status.st_ino
