@@ -3,25 +3,28 @@
 Nothing is ever deleted here. Identical files are those of equal SHA-256. The others are found by descriptors whitened
 by the collection (whitened.py), thresholds that the collection sets (thresholds.py), and a look at the pictures where
 the descriptors leave it open (looks.py); stars.py says what a group is. Before anything is told, every file of a group
-is looked at as it is now (verify.py). Files of several pictures, such as scans of many pages and animations, are copies
+is looked at as it is now. Files of several pictures, such as scans of many pages and animations, are copies
 only if they are identical: descriptors know their first picture alone.
 """
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+from tqdm import tqdm
 
+from timm_multigrain.files import open_regular
 from timm_multigrain.images.sources import holds_several
 
 from .looks import Looks
 from .near import NearPairs, near_pairs
+from .plan import sha256_of
 from .records import Record
 from .stars import star_groups
 from .thresholds import Thresholds, find_thresholds
-from .verify import verify_groups
 from .whitened import CollectionWhitening, fit_collection
 
 if TYPE_CHECKING:
@@ -174,7 +177,7 @@ def find_copies(
         groups += sorted(near, key=lambda group: os.fsencode(group.keep))
         found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=several,
                         unreadable=search.looks.unreadable if look else 0)
-    verified, changed = verify_groups(groups)
+    verified, changed = _verify(groups)
     broken = set(changed)
     left_out = sum(any(file.record.path in broken for file in group.files) for group in groups)
     return replace(found, groups=verified, changed=tuple(changed), left_out=left_out)
@@ -284,3 +287,54 @@ class _Finder:
     def _files(self, rows, scores) -> Iterator[CopyFile]:
         for row, score in zip(rows, scores, strict=True):
             yield CopyFile(self.index.records(int(row)), float(score))
+
+
+def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], list[str]]:
+    """Groups whose files are all what was indexed, and the paths of the files that are not.
+
+    An index is as old as its last update, and nobody is to delete by what it remembers. A group stays only if every
+    file of it is there now with the size and time that were indexed, identical files with the same SHA-256, and no file
+    is surplus to itself under another name.
+    """
+    records = {file.record.path: file.record for group in groups for file in group.files}
+    identical = {file.record.path for group in groups if group.kind == 'exact' for file in group.files}
+    with ThreadPoolExecutor(4) as pool:
+        looks = pool.map(lambda record: _identity(record, record.path in identical), records.values())
+        seen = dict(zip(records, tqdm(
+            looks, 'Checking files', len(records), leave=False, disable=None), strict=True))
+    changed = [path for path, identity in seen.items() if identity is None]
+    groups = [group for group in groups if all(seen[file.record.path] for file in group.files)]
+    surplus = {path for group in groups for path in group.others}
+    kept = {seen[group.keep] for group in groups if group.keep not in surplus}
+    groups = (_without_other_names(group, seen, kept) for group in groups)
+    return tuple(group for group in groups if len(group.files) > 1), changed
+
+
+def _identity(record: Record, whole: bool) -> tuple[int, int] | None:
+    """What tells a file from any other, whatever it is called; None if it is not what was indexed.
+
+    Args:
+        record: What was indexed.
+        whole: Compare the SHA-256, too.
+    """
+    try:
+        with open_regular(record.path, follow_links=True) as file:
+            status = os.fstat(file.fileno())
+    except (OSError, ValueError):
+        return None
+    if (status.st_size, status.st_mtime_ns) != (record.bytes, record.mtime_ns):
+        return None
+    if whole and sha256_of(record.path) != bytes.fromhex(record.sha256):
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _without_other_names(group: CopyGroup, seen: dict, kept: set) -> CopyGroup:
+    """The group without names of a file that is in it already, or that is to be kept by another group."""
+    files, names = [group.files[0]], {seen[group.keep]} | kept
+    for file in group.files[1:]:
+        identity = seen[file.record.path]
+        if identity not in names:
+            names.add(identity)
+            files.append(file)
+    return replace(group, files=tuple(files))
