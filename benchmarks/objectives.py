@@ -16,10 +16,10 @@ from pathlib import Path
 import timm
 import torch
 
-from timm_multigrain.demo.evaluation import evaluate, make_copy_set
-from timm_multigrain.demo.folder import open_folder
-from timm_multigrain.demo.training import TrainSettings, train_model
+from timm_multigrain.demo.measuring import measure
+from timm_multigrain.demo.training import TrainSettings, open_pictures, protocol_of, train_model
 from timm_multigrain.files import write_text
+from timm_multigrain.loss import DistanceWeightedSampler
 
 OBJECTIVES = {
     'classification only': dict(classif_weight=1.0),
@@ -39,8 +39,7 @@ def main() -> None:
     parser.add_argument('--classif-weight', type=float, default=TrainSettings.classif_weight)
     parser.add_argument('--results', type=Path, default=Path('objectives.json'))
     args = parser.parse_args()
-    folder = open_folder(args.data_dir)
-    copies = make_copy_set(folder, args.img_size)
+    pictures = open_pictures(args.data_dir)
     results = json.loads(args.results.read_text()) if args.results.exists() else {}
     for seed in args.seeds:
         for name, options in OBJECTIVES.items():
@@ -51,19 +50,34 @@ def main() -> None:
                 'classif_weight': args.classif_weight, **options})
             key = json.dumps({'objective': name, **dataclasses.asdict(settings)}, sort_keys=True)
             if key not in results:
-                results[key] = _measure(f'{name}, seed {seed}', folder, copies, settings)
+                results[key] = _measure(f'{name}, seed {seed}', pictures, settings)
                 write_text(args.results, json.dumps(results, indent=1))
     _print(results, args)
 
 
-def _measure(name, folder, copies, settings) -> dict:
+class CountingSampler(DistanceWeightedSampler):
+    """Also counts the anchors whose negatives are drawn uniformly, as none has any weight."""
+    uniform = anchors = 0
+
+    def forward(self, embedding, target, **kwargs):
+        probabilities, is_uniform = self.probabilities(embedding, target)
+        self.uniform += int(is_uniform.sum())
+        self.anchors += int((probabilities.sum(1) > 0).sum())
+        return super().forward(embedding, target, **kwargs)
+
+
+def _measure(name, pictures, settings) -> dict:
     start = time.perf_counter()
-    trained = train_model(name, folder, settings)
+    sampler = None
+    if settings.classif_weight < 1 and settings.sampling != 'uniform':
+        sampler = CountingSampler(
+            settings.sampling, max_positives=settings.num_repeats - 1, generator=settings.seed)
+    model, history = train_model(name, pictures, settings, sampler)
     seconds = time.perf_counter() - start
-    scores = evaluate(trained.model, copies)
-    last = {key: statistics.mean(values[-50:]) for key, values in trained.history.items()}
+    scores = measure(model, pictures.val, protocol_of(model, settings), settings.workers)
+    last = {key: statistics.mean(values[-50:]) for key, values in history.items()}
     result = dict(top1=scores.top1, copy_map=scores.copy_map, copy_map_of=scores.copy_map_of, last_50_steps=last,
-                  uniform_share=trained.uniform_share, seconds=seconds)
+                  uniform_share=sampler and sampler.uniform / sampler.anchors, seconds=seconds)
     print(f'{name}: top-1 {scores.top1:.1f}, copy mAP {scores.copy_map:.1f}, {seconds:.0f} s', flush=True)
     return result
 

@@ -19,8 +19,9 @@ import torch
 from timm.models import load_checkpoint
 
 import timm_multigrain  # noqa: F401 - registers the models
-from timm_multigrain.demo.evaluation import evaluate, make_copy_set
-from timm_multigrain.demo.folder import open_folder
+from timm_multigrain.demo.measuring import measure
+from timm_multigrain.demo.training import open_pictures
+from timm_multigrain.embed.protocol import Protocol
 
 ARMS = {
     'classes': ['--mg-repeats', '1', '--mg-classif-weight', '1'],
@@ -42,18 +43,17 @@ def main() -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--plot', type=Path)
     args = parser.parse_args()
-    folder = open_folder(args.data_dir)
-    copies = make_copy_set(folder, SIZE)
+    pictures = open_pictures(args.data_dir)
     rows = {}
     for name, flags in ARMS.items():
         summary = args.output / name / 'summary.csv'
         if not summary.exists() or len(_read(summary)) < args.epochs:
-            _run(_train_command(args, name, len(folder.class_names)) + flags)
+            _run(_train_command(args, name, len(pictures.class_names)) + flags)
         rows[name] = _read(summary)
     print('| objective | top-1 % | top-5 % | copy mAP % | crop | rotate | mirror | beta |')
     print('|---|---|---|---|---|---|---|---|')
     for name in ARMS:
-        print('|', ' | '.join([LABELS[name], *_measure(args, name, len(folder.class_names), copies)]), '|', flush=True)
+        print('|', ' | '.join([LABELS[name], *_measure(args, name, pictures)]), '|', flush=True)
     if args.plot:
         _draw(rows, args.plot)
 
@@ -71,7 +71,8 @@ def _run(command: list[str]) -> None:
     subprocess.run([sys.executable, '-m', 'timm_multigrain', *command], check=True)
 
 
-def _measure(args, name: str, num_classes: int, copies) -> list[str]:
+def _measure(args, name: str, pictures) -> list[str]:
+    num_classes = len(pictures.class_names)
     checkpoint = args.output / name / 'last.pth.tar'
     results = args.output / name / 'validate.json'
     if not results.exists():
@@ -82,7 +83,8 @@ def _measure(args, name: str, num_classes: int, copies) -> list[str]:
     found = found[0] if isinstance(found, list) else found
     model = timm.create_model(MODEL, num_classes=num_classes).eval()
     load_checkpoint(model, str(checkpoint))
-    scores = evaluate(model, copies)
+    scores = measure(model, pictures.val, Protocol.for_model(
+        model, 'crop', size=SIZE, crop_pct=0.875, interpolation='bilinear'))
     kinds = [f'{scores.copy_map_of[kind]:.1f}' for kind in ('crop', 'rotate', 'mirror')]
     torch.serialization.add_safe_globals([argparse.Namespace])
     state = torch.load(checkpoint, weights_only=True).get('task_state')

@@ -420,7 +420,7 @@ def test_it_listens_on_this_computer_only_or_warns(index, capsys, monkeypatch, o
         def block_thread(self):
             pass
 
-    monkeypatch.setattr('timm_multigrain.app.app.build_app', lambda *a, **k: Recorder())
+    monkeypatch.setattr('timm_multigrain.app.app._build', lambda *a, **k: Recorder())
     monkeypatch.setattr('timm_multigrain.app.app.os.umask', lambda mask: None)
     assert main(['app', str(index.path), *options]) == 0
     assert asked['server_name'] == host and asked['share'] is False and asked['allowed_paths'] is None

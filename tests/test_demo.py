@@ -1,4 +1,4 @@
-"""The demo, end to end on a small scale, and what it says about folders it cannot use."""
+"""The demo: its pictures, both trainings, measurements against plain loops, and what it says about bad input."""
 import json
 import re
 
@@ -7,178 +7,203 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import create_dataset
 
 from timm_multigrain.cli.main import main
-from timm_multigrain.demo.evaluation import CopySet, _copy_map, evaluate
-from timm_multigrain.demo.folder import open_folder
-from timm_multigrain.demo.training import TrainSettings, _CountingSampler, train_model
+from timm_multigrain.demo import pictures as drawing
+from timm_multigrain.demo.measuring import KINDS, _copy_map, measure
+from timm_multigrain.demo.pictures import CLASSES, draw_picture, make_collection
+from timm_multigrain.demo.training import TrainSettings, open_pictures, protocol_of, train_model
+from timm_multigrain.images.copies import make_copies
 from timm_multigrain.task import MultiGrainTask
 
+SMALL = {'train_per_class': 3, 'val_per_class': 2, 'size': 32}
 
-def _folder(root, classes=('cat', 'dog'), splits=('train', 'val'), count=4, size=40):
+
+def contents(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes() for path in root.rglob('*') if path.is_file()}
+
+
+def test_collection_is_an_image_folder_that_its_settings_decide(tmp_path, monkeypatch):
+    root = make_collection(tmp_path / 'deep' / 'a', **SMALL)
+    found = contents(root)
+    assert len(found) == 6 * (3 + 2) + 1 and len(set(found.values())) == len(found)
+    for name in CLASSES:
+        assert {f'train/{name}/{name}_0002.jpg', f'val/{name}/{name}_0001.jpg'} <= found.keys()
+    dataset = create_dataset('', str(root), split='train')
+    assert len(dataset) == 18 and {label for _, label in dataset} == set(range(6)) and dataset[0][0].size == (32, 32)
+    assert contents(make_collection(tmp_path / 'b', **SMALL)) == found
+    other = contents(make_collection(tmp_path / 'c', **SMALL, seed=1))
+    assert found.keys() == other.keys() and not set(found.values()) & set(other.values())
+    monkeypatch.setattr(drawing, 'draw_picture', lambda *args: pytest.fail('drawn again'))
+    assert make_collection(root, **SMALL) == root
+
+
+def test_collection_replaces_nothing_and_leaves_no_part_of_it(tmp_path, monkeypatch):
+    root = make_collection(tmp_path / 'pictures', **SMALL)
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'letter.txt').write_text('dear')
+    before = contents(tmp_path)
+    for place in (root, tmp_path / 'mine', tmp_path / 'mine' / 'letter.txt'):
+        with pytest.raises(ValueError, match='holds other things than the pictures to draw'):
+            make_collection(place, **{**SMALL, 'size': 48})
+    count = iter(range(4))
+    monkeypatch.setattr(drawing, 'draw_picture', lambda *args: next(count, None) is not None and draw_picture(*args))
+    with pytest.raises(AttributeError):
+        make_collection(tmp_path / 'new', **SMALL)
+    assert contents(tmp_path) == before and not (tmp_path / 'new').exists()
+
+
+def test_colour_does_not_give_the_class_away():
+    """The nearest neighbours by mean colour or colour histogram guess hardly better than chance, 1 of 6."""
+    def draw(split, count):
+        arrays = [np.asarray(draw_picture(kind, 48, np.random.default_rng([0, split, label, i])), dtype=np.int64)
+                  for label, kind in enumerate(CLASSES) for i in range(count)]
+        return np.stack(arrays), np.repeat(np.arange(6), count)
+
+    def histogram(images):
+        return np.stack([np.bincount(bins.ravel(), minlength=64) for bins in (images // 64) @ [16, 4, 1]])
+
+    (train, labels), (val, val_labels) = draw(0, 50), draw(1, 25)
+    for part in (slice(None), slice(12, 36)):
+        for feature in (lambda images: images.mean((1, 2)), histogram):
+            x, y = feature(train[:, part, part]), feature(val[:, part, part])
+            nearest = np.abs(y[:, None] - x[None]).sum(-1).argsort(1)
+            for k in (1, 5, 15):
+                guesses = [np.bincount(labels[row[:k]], minlength=6).argmax() for row in nearest]
+                assert np.mean(guesses == val_labels) < 2 / 6
+
+
+def make_folder(root, classes=('cat', 'dog'), splits=('train', 'val'), count=4):
     rng = np.random.default_rng(0)
     for split in splits:
         for name in classes:
             (root / split / name).mkdir(parents=True)
             for i in range(count):
                 pixels = rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)
-                Image.fromarray(pixels).resize((size, size + 10)).save(root / split / name / f'{i}.jpg')
+                Image.fromarray(pixels).resize((40, 50)).save(root / split / name / f'{i}.jpg')
     return root
 
 
-def _demo(*args):
+def demo(*args):
     return main(['demo', '--workers', '0', *map(str, args)])
 
 
 @pytest.mark.slow
 def test_end_to_end(tmp_path, capsys):
     pytest.importorskip('matplotlib')
-    data = _folder(tmp_path / 'my pictures', count=12)
     out = tmp_path / 'out'
-    args = ('--data-dir', data, '-o', out, '--epochs', 2, '--img-size', 32, '--batch-size', 12)
-    assert _demo(*args) == 0
+    args = ('--data-dir', make_folder(tmp_path / 'my pictures', count=12), '-o', out, '--epochs', 2, '--img-size', 32,
+            '--batch-size', 12)
+    assert demo(*args) == 0
     shown = capsys.readouterr().out
-    assert 'classification only' in shown and 'joint (MultiGrain)' in shown and 'copy mAP' in shown
     results = json.loads((out / 'results.json').read_text())
     assert results['train_pictures'] == results['val_pictures'] == 24
+    for name, scores in results['scores'].items():
+        assert re.search(rf'^{re.escape(name)} +{scores["top1"]:.1f} +{scores["copy_map"]:.1f}$', shown, re.MULTILINE)
     page = (out / 'index.html').read_text()
-    assert page.count('<svg') > 3 and 'src="data:image/jpeg' in page
-    assert not re.search(r'(src|href)="(?!data:|#)', page)  # self-contained
+    assert page.count('<svg') > 3 and page.count('<article') == 6
     model = timm.create_model(f'local-dir:{out / "model"}', pretrained=True).eval()
     assert model.num_classes == 2 and model.pretrained_cfg['label_names'] == ['cat', 'dog']
-    assert model.pretrained_cfg['input_size'] == (3, 32, 32)
-    first = {p.name: p.read_bytes() for p in (out / 'model').iterdir()}
-    assert _demo(*args) == 0  # the same seed gives the same weights
-    assert json.loads((out / 'results.json').read_text()) == results
-    assert {p.name: p.read_bytes() for p in (out / 'model').iterdir()} == first
+    pictures = open_pictures(tmp_path / 'my pictures')  # the saved model measures the same, by its own configuration
+    protocol = protocol_of(model, TrainSettings(img_size=model.pretrained_cfg['input_size'][1]))
+    again = measure(model, pictures.val, protocol, workers=0)
+    joint = results['scores']['joint (MultiGrain)']
+    assert (again.top1, again.copy_map) == pytest.approx((joint['top1'], joint['copy_map']))
+    first = contents(out / 'model')
+    assert demo(*args) == 0  # the same seed gives the same weights
+    assert json.loads((out / 'results.json').read_text()) == results and contents(out / 'model') == first
 
 
-def test_objectives_see_the_same_and_the_schedule_runs_without_a_terminal(tmp_path):
-    folder = open_folder(_folder(tmp_path / 'data', count=6))
-    seen = {}
+def test_objectives_see_the_same_and_the_schedule_runs_without_a_terminal(tmp_path, monkeypatch):
+    pictures = open_pictures(make_folder(tmp_path / 'data', count=6))
+    seen, histories, forward = {}, {}, MultiGrainTask.forward
     for weight in (1.0, 0.5):
-        settings = TrainSettings(img_size=32, epochs=4, batch_size=6, classif_weight=weight, workers=0)
         batches = seen[weight] = []
-        original = MultiGrainTask.forward
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(MultiGrainTask, 'forward', lambda task, x, target, batches=batches, original=original: (
-                batches.append((x.clone(), target)), original(task, x, target))[1])
-            history = train_model('run', folder, settings).history
-        assert max(history['learning rate']) == pytest.approx(settings.lr, rel=0.2)
-        assert history['learning rate'][-1] < 0.2 * settings.lr
-        seen[weight, 'start'] = history['cross-entropy'][0]
-    assert seen[1.0, 'start'] == seen[0.5, 'start']
+        monkeypatch.setattr(MultiGrainTask, 'forward', lambda task, x, target, batches=batches: (
+            batches.append((x.clone(), target)), forward(task, x, target))[1])
+        settings = TrainSettings(img_size=32, epochs=4, batch_size=6, classif_weight=weight, workers=0)
+        _, histories[weight] = train_model('run', pictures, settings)
+        rates = histories[weight]['learning rate']
+        assert max(rates) == pytest.approx(settings.lr, rel=0.2) and rates[-1] < 0.2 * settings.lr
+    assert histories[1.0]['cross-entropy'][0] == histories[0.5]['cross-entropy'][0]
+    assert 'beta' not in histories[1.0] and histories[0.5]['beta'][0] == pytest.approx(1.2)
     assert len(seen[1.0]) == 8
     for (x, target), (other_x, other_target) in zip(seen[1.0], seen[0.5], strict=True):
         assert torch.equal(x, other_x) and torch.equal(target, other_target)
 
 
-@pytest.mark.slow
-def test_draws_its_own_pictures(tmp_path):
-    pytest.importorskip('matplotlib')
-    assert _demo('-o', tmp_path / 'out', '--epochs', 1, '--img-size', 32, '--batch-size', 192) == 0
-    pictures = list((tmp_path / 'out' / 'pictures').glob('*/*/*.jpg'))
-    assert len(pictures) > 500 and len({p.parent.name for p in pictures}) >= 5
+def test_measure_against_plain_loops(tmp_path):
+    torch.manual_seed(0)
+    model = timm.create_model('multigrain', trunk='resnet10t', num_classes=3).eval()
+    val = open_pictures(make_folder(tmp_path, classes=('10', '9', 'a'), count=2)).val
+    assert val.class_names == ['9', '10', 'a']  # numbers by value, as timm counts them
+    protocol = protocol_of(model, TrainSettings(img_size=32))
+    scores = measure(model, val, protocol, workers=0)
+    vectors, right = [], 0
+    for number in range(6):
+        picture = val.load(number)
+        views = [picture, *make_copies(picture).values()]
+        x = torch.stack([protocol.normalize(protocol.pixels(view)) for view in views])
+        with torch.no_grad():
+            vectors.append(model.embed(x).double())
+            right += int(model(x[:1]).argmax()) == val.labels[number]
+    ap = {kinds: [] for kinds in (range(1, 9), (2,))}
+    for q in range(6):
+        for kinds, values in ap.items():
+            items = [(i, j) for i in range(6) for j in range(9) if i != q or j in kinds]
+            items.sort(key=lambda item: -float(vectors[q][0] @ vectors[item[0]][item[1]]))
+            hits, precision = 0, 0.
+            for rank, (i, _) in enumerate(items):
+                if i == q:
+                    precision += ((hits / rank if rank else 1.) + (hits + 1) / (rank + 1)) / 2 / len(kinds)
+                    hits += 1
+            values.append(precision)
+    assert scores.top1 == pytest.approx(100 * right / 6)
+    assert scores.copy_map == pytest.approx(100 * np.mean(ap[range(1, 9)]))
+    assert scores.copy_map_of[KINDS[2]] == pytest.approx(100 * np.mean(ap[2,]))
 
 
-def _broken(root):
-    _folder(root)
-    path = root / 'val' / 'dog' / '2.jpg'
+def test_copy_map_by_hand():
+    """All copies of three pictures found; then one copy of the first behind the 18 images of the others."""
+    similarity = torch.zeros(3, 27)
+    for q in range(3):
+        similarity[q, 9 * q:9 * q + 9] = 1
+    assert _copy_map(similarity, range(1, 9)) == 100
+    similarity[0, 8] = -1
+    assert _copy_map(similarity, [8]) == pytest.approx(100 * ((0 / 18 + 1 / 19) / 2 + 2) / 3)
+
+
+def break_one(root):
+    path = make_folder(root) / 'val' / 'dog' / '2.jpg'
     path.write_bytes(path.read_bytes()[:300])
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda root: None, 'There is no folder'),
-    (lambda root: root.mkdir(), 'has no folder train/'),
-    (lambda root: _folder(root, splits=('train',)), 'has no folder val/'),
-    (lambda root: _folder(root, count=0), 'holds 0 class folders'),
-    (lambda root: _folder(root, classes=('cat',)), r'holds 1 class folders .*\(cat\), at least 2'),
-    (lambda root: (_folder(root), _folder(root, classes=('cow',), splits=('val',))), 'differ between .* cow'),
-    (_broken, r'dog.2\.jpg: .*replace this picture or take it out'),
+    (lambda root: None, 'train is no folder'),
+    (lambda root: make_folder(root, splits=('train',)), 'val is no folder'),
+    (lambda root: make_folder(root, count=0), 'holds no'),
+    (lambda root: make_folder(root, classes=('cat',)), 'same classes, at least 2: cat and cat'),
+    (lambda root: (make_folder(root), make_folder(root, classes=('cow',), splits=('val',))), 'dog and cat, cow'),
+    (break_one, r'dog.2\.jpg: '),
 ])
 def test_folders_it_cannot_use(tmp_path, capsys, make, message):
     make(tmp_path / 'data')
-    assert _demo('--data-dir', tmp_path / 'data', '-o', tmp_path / 'out') == 2
-    err = capsys.readouterr().err
-    assert re.search(message, err) and 'Traceback' not in err and len(err.strip().splitlines()) == 1
+    assert demo('--data-dir', tmp_path / 'data', '-o', tmp_path / 'out') == 2
+    error = capsys.readouterr().err
+    assert re.search(message, error) and 'Traceback' not in error and len(error.strip().splitlines()) == 1
 
 
 @pytest.mark.parametrize('args, message', [
     (('--num-repeats', 1), 'num_repeats=1 with classif_weight=0.5'),
-    (('--classif-weight', 2), r'\(lambda\) = 2.0 is outside'),
     (('--batch-size', 2), 'batch_size is 2, less than num_repeats=3'),
-    (('--batch-size', 3), 'copies of one instance'),
     (('--batch-size', 480), 'no full batch of 480'),
     (('--img-size', 0), 'img_size is 0: give at least 32'),
-    (('--epochs', 0), 'epochs is 0'),
     (('--lr', 'nan'), 'lr is nan'),
     (('--model', 'resnet18'), "'resnet18' is not a MultiGrain model"),
-    (('--model', 'multigrain_resnet81'), 'multigrain_resnet81'),
 ])
 def test_settings_it_cannot_use(tmp_path, capsys, args, message):
-    data = _folder(tmp_path / 'data')
+    data = make_folder(tmp_path / 'data')
     base = ('--data-dir', data, '-o', tmp_path / 'out', '--epochs', 1, '--img-size', 32, '--batch-size', 6)
-    try:
-        code = _demo(*base, *args)
-    except SystemExit as e:
-        code = e.code
-    assert code == 2
+    assert demo(*base, *args) == 2
     assert re.search(message, capsys.readouterr().err)
-
-
-def test_class_numbers_and_copy_map(tmp_path):
-    data = _folder(tmp_path / 'data', classes=('10', '9'))
-    (data / 'train' / '9' / '3.jpg').rename(data / 'train' / '9' / '3.jfif')
-    folder = open_folder(data)
-    assert folder.class_names == ('9', '10')  # numbers by value, as timm counts them
-    assert [folder.train[i][1] for i in range(8)] == [0] * 4 + [1] * 4
-    assert folder.path(5).parent.name == '10'
-    # three pictures with eight copies each; all found, then one copy of the first lost behind every stranger
-    kinds = 9
-    similarity = torch.zeros(3, 3 * kinds)
-    for q in range(3):
-        similarity[q, q * kinds:(q + 1) * kinds] = 1
-    assert _copy_map(similarity, range(1, kinds)) == 100
-    similarity[0, 0 * kinds + 8] = -1  # behind all 18 strangers
-    ap = (0 / 18 + 1 / 19) / 2  # kind 8 alone: its rank is 18 for the first query
-    assert _copy_map(similarity, [8]) == pytest.approx(100 * (ap + 2) / 3)
-
-
-def test_evaluate_against_plain_loops():
-    torch.manual_seed(0)
-    model = timm.create_model('multigrain', trunk='resnet10t', num_classes=3).eval()
-    copies = CopySet(torch.randint(0, 256, (4, 9, 3, 32, 32), dtype=torch.uint8), torch.tensor([0, 1, 2, 0]))
-    scores = evaluate(model, copies, batch_size=7)
-    mean, std = (torch.tensor(model.pretrained_cfg[k]).view(3, 1, 1) for k in ('mean', 'std'))
-    with torch.no_grad():
-        def embed(i, j):
-            return model.embed(((copies.images[i, j] / 255 - mean) / std)[None])[0].double()
-        vectors = [[embed(i, j) for j in range(9)] for i in range(4)]
-        aps = []
-        for q in range(4):
-            ranked = sorted(
-                ((i, j) for i in range(4) for j in range(9) if (i, j) != (q, 0)),
-                key=lambda ij: -float(vectors[q][0] @ vectors[ij[0]][ij[1]]))
-            hits, ap = 0, 0.
-            for rank, (i, _) in enumerate(ranked):
-                if i == q:
-                    ap += ((hits / rank if rank else 1.) + (hits + 1) / (rank + 1)) / 2 / 8
-                    hits += 1
-            aps.append(ap)
-    assert scores.copy_map == pytest.approx(100 * np.mean(aps), rel=1e-6)
-    assert 0 <= scores.top1 <= 100 and scores.predictions.shape == (36,)
-
-
-@pytest.mark.parametrize('name', ['batch', 'row'])
-def test_share_of_uniform_rows(name):
-    """Rows of nothing but images beyond the cutoff are uniform; one that is not finite has no negatives at all."""
-    embedding = torch.nn.functional.normalize(torch.randn(9, 64, generator=torch.Generator().manual_seed(0)), dim=1)
-    embedding[:4] = torch.eye(64)[0] * torch.tensor([1, 1, -1, -1])[:, None]
-    embedding[8] = torch.nan
-    sampler, alone = (_CountingSampler(name, nonzero_loss_cutoff=1.0, max_positives=1) for _ in range(2))
-    assert sampler.uniform_share is None
-    target = torch.arange(9) // 2
-    sampler(embedding, target)
-    prob, uniform = alone.probabilities(embedding, target)
-    assert uniform.sum() > 0 and (prob.sum(1) > 0).sum() == 8
-    assert sampler.uniform_share == uniform.sum() / 8

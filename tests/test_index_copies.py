@@ -162,7 +162,7 @@ def test_real_copies_do_not_raise_the_threshold():
 
 
 def test_likeness():
-    picture = draw_picture('house', 96, np.random.default_rng(3)).convert('RGB')
+    picture = draw_picture('tree', 96, np.random.default_rng(3)).convert('RGB')
     other = draw_picture('fish', 96, np.random.default_rng(4)).convert('RGB')
     hard = ('crop 50 %', 'rotate 5')  # between two sizes or angles that are tried
     for name, edit in EDITS.items():

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from timm_multigrain.index.index import Index
 
-__all__ = ['build_app', 'launch_app']
+__all__ = ['launch_app']
 
 LOOPBACK = '127.0.0.1'
 MAX_UPLOAD = 32 << 20  # bytes
@@ -66,18 +66,7 @@ def _temporary_folder() -> str:
     return folder
 
 
-def build_app(index: 'Index', title: str | None = None, max_pixels: int = MAX_PIXELS) -> 'gradio.Blocks':
-    """The app as gradio's Blocks, not running yet.
-
-    Args:
-        index: The index.
-        title: Its heading.
-        max_pixels: Larger pictures are refused.
-
-    Raises:
-        ImportError: gradio is not installed.
-        OtherModel, OSError, ValueError: The model of the index cannot be opened.
-    """
+def _build(index: 'Index', title: str | None, max_pixels: int) -> 'gradio.Blocks':
     gr = _gradio()
     os.environ['GRADIO_TEMP_DIR'] = _temporary_folder()  # its own is one for all users of the computer
     index.model()  # what is wrong with it is said now
@@ -255,7 +244,7 @@ def launch_app(
 
     from .guard import Guard
 
-    app = build_app(index, title, max_pixels)
+    app = _build(index, title, max_pixels)
     if block:
         os.umask(0o077)  # of the pictures that gradio writes
     guard = Middleware(

@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
         'workers')
     settings = TrainSettings(**{name: getattr(args, name) for name in names})
     command = shlex.join(['timm-multigrain', *sys.argv[1:]])
-    result = run_demo(args.output, settings, args.data_dir, command)
-    print(result)
-    print(f'\nPage:  {Path(result.page).resolve()}\nModel: {Path(result.model_dir).resolve()}')
+    print(run_demo(args.output, settings, args.data_dir, command))
+    output = Path(args.output).resolve()
+    print(f'\nPage:  {output / "index.html"}\nModel: {output / "model"}')
     return 0

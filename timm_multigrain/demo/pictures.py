@@ -1,244 +1,203 @@
-"""Drawn pictures for the demo: ten kinds of object told apart by their structure, never by their colour.
+"""The demo's picture collection: six kinds of object told apart by their shape, never by their colour.
 
-Colours, pattern, pose, light and background come from one distribution whatever the class, so that a classifier has
-to look at shape; number, size and place of the parts are drawn for each picture, so that each shows an object of its
-own. Objects are drawn in their own coordinates: x to the right, y down, within about [-1, 1].
+Colours, cloth, pose, light and background come from one distribution whatever the class, so that a classifier has to
+look at shape; number, size and place of the parts are drawn for each picture, so that each shows an object of its own.
+Objects are drawn in their own coordinates: x to the right, y down, within about [-1, 1].
 """
+import colorsys
+import json
 import math
-from collections.abc import Callable
+import os
+import shutil
+import uuid
+from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
 
-from .drawing import Palette, Pen, Rng, background, box, curve, ellipse, expose
+from timm_multigrain.files import write_text
 
-__all__ = ['CLASSES', 'draw_picture']
+__all__ = ['CLASSES', 'draw_picture', 'make_collection']
 
-OVERSAMPLING = 2
+Color = tuple[int, int, int]
+Rng = np.random.Generator
 
-
-def fish(pen: Pen, c: Palette, rng: Rng) -> None:
-    height, tail, length = rng.uniform(0.3, 0.6), rng.uniform(0.25, 0.5), rng.uniform(0.6, 0.75)
-    pen.shape([(-length + 0.1, 0), (-1.05, -tail), (-rng.uniform(0.75, 0.95), 0), (-1.05, tail)], c.second)
-    fin, root = rng.uniform(0.15, 0.4), 0.6 * height
-    pen.shape(curve((-0.4, -root), (-0.3, -height - 2 * fin), (0.1, -height - fin), (0.35, -root)), c.second)
-    if rng.random() < 0.7:
-        pen.shape([(-0.2, root), (-0.35, height + fin), (0.1, root + 0.2 * height)], c.second)
-    pen.shape(np.concatenate([
-        curve((-length, 0), (-0.4, -1.4 * height), (0.5, -1.4 * height), (0.95, 0.05)),
-        curve((0.95, 0.05), (0.5, 1.4 * height), (-0.4, 1.4 * height), (-length, 0)),
-    ]))
-    pen.stroke(ellipse(0.3, 0, 0.12, height * 0.6, 0, -0.2, 0.2), 0.04, c.line)
-    pen.shape([(0, 0.05), (-0.25, -0.08), (-0.3, 0.25)], c.second)
-    eye = rng.uniform(0.07, 0.12)
-    pen.disc(0.62, -0.12, eye, fill=(245, 245, 240))
-    pen.disc(0.64, -0.12, eye * 0.55, fill=c.line)
+MANIFEST = 'collection.json'
 
 
-def flower(pen: Pen, c: Palette, rng: Rng) -> None:
-    petals, head, lean = rng.integers(5, 13), rng.uniform(0.5, 0.65), rng.uniform(-0.3, 0.3)
-    pen.stroke(curve((0, -0.35), (lean, 0.4), (lean * 0.6, 1.05)), rng.uniform(0.06, 0.1), c.second)
-    for side in (-1, 1)[: rng.integers(1, 3)]:
-        y = rng.uniform(0.4, 0.8)
-        pen.shape(np.concatenate([
-            curve((lean * 0.7, y + 0.1), (side * 0.3, y - 0.35), (side * 0.7, y - 0.25)),
-            curve((side * 0.7, y - 0.25), (side * 0.5, y + 0.15), (lean * 0.7, y + 0.1)),
-        ]), c.second)
-    turn, width = rng.uniform(0, 1), head * math.pi / petals * rng.uniform(0.6, 0.8)
-    for angle in 2 * math.pi * (np.arange(petals) / petals + turn):
-        x, y = 0.6 * head * math.cos(angle), 0.6 * head * math.sin(angle) - 0.4
-        pen.disc(x, y, head * 0.45, width, None, angle)
-    core = head * rng.uniform(0.25, 0.4)
-    pen.disc(0, -0.4, core, fill=c.accent)
-    for radius in (0.35, 0.75):
-        for angle in np.linspace(0, 2 * math.pi, 9)[:-1] + radius:
-            pen.disc(radius * core * math.cos(angle), radius * core * math.sin(angle) - 0.4, 0.03, fill=c.line)
+class Pen:
+    """Colours, cloth and pose of one picture's object, and the transparent layer that it is drawn on."""
+
+    def __init__(self, side: int, light: bool, rng: Rng):
+        low, high = (0.6, 0.8) if light else (0.2, 0.4)
+        self.main, self.second = _color(rng, low, high), _color(rng, low, high)
+        self.accent, self.line = _color(rng, 0.85, 0.95), _color(rng, 0.05, 0.12)
+        self.layer, self.cloth = Image.new('RGBA', (side, side)), _cloth(side, self.main, self.accent, rng)
+        self.scale, self.centre = side * rng.uniform(0.3, 0.44), side * (0.5 + rng.uniform(-0.1, 0.1, 2))
+        turn = rng.uniform(-0.4, 0.4)
+        self.pose = self.scale * np.array([[math.cos(turn), -math.sin(turn)], [math.sin(turn), math.cos(turn)]])
+        self.pose[:, 0] *= rng.choice([-1, 1]) * rng.uniform(0.85, 1)
+
+    def shape(self, points, fill: Color | None = None) -> None:
+        """Filled polygon; without a colour it is cut from the picture's cloth."""
+        mask = Image.new('L', self.layer.size)
+        ImageDraw.Draw(mask).polygon(self._place(points), fill=255)
+        self.layer.paste(self.cloth if fill is None else fill, (0, 0), mask)
+
+    def disc(self, x: float, y: float, rx: float, ry: float | None = None, fill: Color | None = None,
+             turn: float = 0., arc: float = 1.) -> None:
+        """Ellipse with its axes turned by `turn` radians, or the upper `arc` of it."""
+        t = math.pi * (np.linspace(-arc, arc, 40) - 0.5)
+        u, v = rx * np.cos(t), (ry or rx) * np.sin(t)
+        self.shape(np.stack([x + u * math.cos(turn) - v * math.sin(turn),
+                             y + u * math.sin(turn) + v * math.cos(turn)], 1), fill)
+
+    def stroke(self, points, width: float, fill: Color) -> None:
+        ImageDraw.Draw(self.layer).line(self._place(points), fill, max(2, round(width * self.scale)), joint='curve')
+
+    def _place(self, points) -> list[tuple[float, float]]:
+        return [tuple(point) for point in (np.asarray(points) @ self.pose.T + self.centre).tolist()]
 
 
-def house(pen: Pen, c: Palette, rng: Rng) -> None:
-    width, top, roof = rng.uniform(0.5, 0.85), rng.uniform(-0.35, 0.0), rng.uniform(0.35, 0.7)
-    if rng.random() < 0.7:
-        x = rng.uniform(0.15, 0.5) * width
-        pen.shape(box(x, top - roof * 0.9, x + 0.18, top), c.line)
-    pen.shape(box(-width, top, width, 0.85))
-    ridge = rng.uniform(0, 0.5) * width
-    eave = width + 0.14
-    pen.shape([(-eave, top + 0.02), (-ridge, top - roof), (ridge, top - roof), (eave, top + 0.02)], c.second)
-    columns, rows = rng.integers(2, 4), rng.integers(1, 3)
-    door = rng.integers(columns)
-    step, height = 2 * width / columns, (0.85 - top) / (rows + 0.2)
-    for row in range(rows):
-        for column in range(columns):
-            x, y = -width + (column + 0.5) * step, top + 0.2 * height + row * height
-            if row == rows - 1 and column == door:
-                pen.shape(box(x - 0.3 * step, y, x + 0.3 * step, 0.85), c.line)
-                pen.disc(x + 0.18 * step, 0.5 * (y + 0.85), 0.03, fill=c.accent)
-            else:
-                pen.shape(box(x - 0.28 * step, y, x + 0.28 * step, y + 0.55 * height), c.accent)
-                pen.stroke([(x, y), (x, y + 0.55 * height)], 0.03, c.line)
-                pen.stroke([(x - 0.28 * step, y + 0.27 * height), (x + 0.28 * step, y + 0.27 * height)], 0.03, c.line)
+def _color(rng: Rng, low: float, high: float) -> Color:
+    """Any hue, a lightness between two limits."""
+    rgb = colorsys.hls_to_rgb(rng.random(), rng.uniform(low, high), rng.uniform(0.2, 0.7))
+    return tuple(round(255 * value) for value in rgb)
 
 
-def car(pen: Pen, c: Palette, rng: Rng) -> None:
-    roof, front, rear = rng.uniform(-0.6, -0.35), rng.uniform(0.25, 0.6), rng.uniform(0.35, 0.85)
-    belt, wheel = rng.uniform(-0.1, 0.02), rng.uniform(0.2, 0.27)
-    pen.shape([(-rear, belt), (-rear + 0.2, roof), (front - 0.25, roof), (front + 0.1, belt)], c.second)
-    middle, pane = rng.uniform(-0.25, 0.05), roof + 0.08
-    pen.shape([(-rear + 0.1, belt), (-rear + 0.25, pane), (middle - 0.04, pane), (middle - 0.04, belt)], c.accent)
-    pen.shape([(middle + 0.04, belt), (middle + 0.04, pane), (front - 0.28, pane), (front, belt)], c.accent)
-    nose = rng.uniform(0.02, 0.2)
-    pen.shape([(-1, belt + 0.05), (-0.9, belt), (front + 0.1, belt), (0.95, belt + nose), (1.02, 0.42), (-1.02, 0.42)])
-    pen.disc(0.92, belt + nose + 0.1, 0.07, fill=c.accent)
-    pen.shape(box(-1.0, belt + 0.1, -0.9, belt + 0.22), c.accent)
-    pen.stroke([(middle + 0.1, belt + 0.1), (middle + 0.22, belt + 0.1)], 0.04, c.line)
-    for x in (-rng.uniform(0.5, 0.65), rng.uniform(0.5, 0.65)):
-        pen.disc(x, 0.42, wheel, fill=c.line)
-        pen.disc(x, 0.42, wheel * 0.55, fill=c.accent)
-        pen.disc(x, 0.42, wheel * 0.2, fill=c.line)
+def _cloth(side: int, first: Color, second: Color, rng: Rng) -> Image.Image:
+    """Two colours in stripes, waves, dots or checks by chance."""
+    angle, period, share = rng.uniform(0, math.pi), side * rng.uniform(0.05, 0.12), rng.uniform(0.1, 0.7)
+    y, x = np.mgrid[:side, :side] * (2 * math.pi / period)
+    u, v = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
+    height = [np.sin(u), np.sin(u + 1.4 * np.sin(0.6 * v)), np.cos(u) + np.cos(v) - 0.4, 2 * np.sin(u) * np.sin(v)]
+    image = Image.new('RGB', (side, side), first)
+    image.paste(second, mask=Image.fromarray(height[rng.integers(4)] > share))
+    return image
 
 
-def butterfly(pen: Pen, c: Palette, rng: Rng) -> None:
-    top, low, reach = rng.uniform(0.6, 1.0), rng.uniform(0.5, 0.9), rng.uniform(0.8, 1.05)
-    spots = rng.uniform([0.3, -0.45], [0.75, 0.0], (rng.integers(1, 4), 2))
-    radii = rng.uniform(0.06, 0.14, len(spots))
-    hind = curve((0.02, 0), (0.5, 0.2), (1.3 * reach, 0.3 * low), (0.6, 1.9 * low), (0.1, 0.6), (0.02, 0.1))
-    root = (0.02, 0.15)
-    fore = curve(root, (0.1, -0.7 * top), (0.8 * reach, -1.8 * top), (1.6 * reach, -0.6), (0.9, 0.4), root)
-    for side in (-1, 1):
-        def flip(points: np.ndarray, side: int = side) -> np.ndarray:
-            return points * (side, 1)
-        pen.shape(flip(hind), c.second)
-        pen.shape(flip(fore))
-        for (x, y), radius in zip(spots, radii, strict=True):
-            pen.disc(side * x * reach, y, radius, fill=c.accent)
-        pen.disc(side * 0.42, 0.42 * low, 0.1, fill=c.accent)
-        pen.stroke(flip(curve((0.02, -0.35), (0.1, -0.7), (0.35, -0.85))), 0.035, c.line)
-    pen.disc(0, 0.1, 0.08, 0.5, fill=c.line)
-    pen.disc(0, -0.4, 0.1, fill=c.line)
+def fish(pen: Pen, rng: Rng) -> None:
+    height, tail = rng.uniform(0.3, 0.6), rng.uniform(0.25, 0.5)
+    pen.shape([(-0.6, 0), (-1.05, -tail), (-rng.uniform(0.75, 0.95), 0), (-1.05, tail)], pen.second)
+    pen.shape([(-0.4, 0), (-0.2, -height - rng.uniform(0.15, 0.4)), (0.1, -height - 0.15), (0.5, 0)], pen.second)
+    pen.disc(0.1, 0, 0.8, height)
+    pen.stroke([(0.3, -0.5 * height), (0.42, 0), (0.3, 0.5 * height)], 0.05, pen.line)
+    pen.disc(0.62, -0.12, 0.1, fill=pen.accent)
+    pen.disc(0.64, -0.12, 0.055, fill=pen.line)
 
 
-def mushroom(pen: Pen, c: Palette, rng: Rng) -> None:
-    width, height, rim = rng.uniform(0.65, 1.0), rng.uniform(0.5, 1.0), rng.uniform(-0.2, 0.05)
+def flower(pen: Pen, rng: Rng) -> None:
+    petals, size, lean = rng.integers(5, 13), rng.uniform(0.5, 0.65), rng.uniform(-0.3, 0.3)
+    pen.stroke([(0, -0.35), (0.6 * lean, 0.3), (lean, 1.05)], 0.09, pen.second)
+    for side in (-1, 1)[:rng.integers(1, 3)]:
+        pen.disc(0.6 * lean + 0.3 * side, rng.uniform(0.3, 0.7), 0.32, 0.12, pen.second, -0.5 * side)
+    for angle in 2 * math.pi * (np.arange(petals) / petals + rng.random()):
+        x, y = 0.6 * size * math.cos(angle), 0.6 * size * math.sin(angle) - 0.4
+        pen.disc(x, y, 0.45 * size, 2.2 * size / petals, turn=angle)
+    pen.disc(0, -0.4, size * rng.uniform(0.25, 0.4), fill=pen.accent)
+
+
+def mushroom(pen: Pen, rng: Rng) -> None:
+    width, height, rim = rng.uniform(0.65, 1), rng.uniform(0.5, 1), rng.uniform(-0.2, 0.05)
     stalk, foot = rng.uniform(0.12, 0.22), rng.uniform(0.2, 0.36)
-    pen.shape(np.concatenate([
-        curve((-stalk, rim), (-stalk, 0.5), (-foot, 0.95)), curve((-foot, 0.95), (0, 1.1), (foot, 0.95)),
-        curve((foot, 0.95), (stalk, 0.5), (stalk, rim)),
-    ]), c.accent)
-    pen.disc(0, rim, width * 0.94, rng.uniform(0.1, 0.18), fill=c.second)
-    for x in np.linspace(-0.7, 0.7, 9) * width:
-        pen.stroke([(x * 0.3, rim), (x, rim + 0.08)], 0.02, c.line)
-    pen.shape(np.concatenate([
-        ellipse(0, rim, width, height, 0, 0.5, 1.0), curve((width, rim), (0, rim + 0.1), (-width, rim)),
-    ]))
+    pen.shape([(-stalk, rim), (stalk, rim), (foot, 0.95), (-foot, 0.95)], pen.accent)
+    pen.disc(0, rim, 0.94 * width, rng.uniform(0.1, 0.18), pen.second)
+    pen.disc(0, rim, width, height, arc=0.5)
     for _ in range(rng.integers(2, 6)):
         angle, reach = rng.uniform(1.1, 1.9) * math.pi, rng.uniform(0.3, 0.75)
         x, y = reach * width * math.cos(angle), rim + reach * height * math.sin(angle)
-        pen.disc(x, y, rng.uniform(0.07, 0.13), fill=c.accent)
-    if rng.random() < 0.5:
-        ring, hang = rim + 0.3, foot + 0.1
-        pen.shape(curve((-stalk, ring), (-hang, ring + 0.15), (hang, ring + 0.15), (stalk, ring)), c.second)
+        pen.disc(x, y, rng.uniform(0.07, 0.13), fill=pen.accent)
 
 
-def sailboat(pen: Pen, c: Palette, rng: Rng) -> None:
+def sailboat(pen: Pen, rng: Rng) -> None:
     deck, mast, tip = rng.uniform(0.4, 0.55), rng.uniform(-0.15, 0.15), rng.uniform(-1.05, -0.85)
-    pen.stroke([(mast, tip), (mast, deck)], 0.06, c.line)
-    boom = deck - rng.uniform(0.12, 0.25)
-    belly = rng.uniform(0, 0.25)
-    pen.shape(np.concatenate([
-        curve((mast + 0.06, tip + 0.05), (mast + 0.4 + belly, -0.2), (rng.uniform(0.65, 0.95), boom)),
-        [(mast + 0.06, boom)],
-    ]))
-    if rng.random() < 0.8:
-        start = tip + rng.uniform(0.1, 0.6)
-        pen.shape([(mast - 0.06, start), (mast - 0.06, boom), (-rng.uniform(0.6, 0.9), boom + 0.05)], c.accent)
-    flag = rng.uniform(0.12, 0.22)
-    pen.shape([(mast, tip - 0.02), (mast - 2 * flag, tip + 0.06), (mast, tip + flag)], c.second)
-    bow, depth = rng.uniform(0.75, 1.0), rng.uniform(0.28, 0.42)
-    pen.shape(np.concatenate([
-        [(-bow, deck)],
-        curve((bow + 0.1, deck - 0.06), (0.7 * bow, deck + depth), (0.3, deck + depth)),
-        [(-0.7 * bow, deck + depth)],
-    ]), c.second)
+    boom, bow, depth = deck - rng.uniform(0.12, 0.25), rng.uniform(0.75, 1), rng.uniform(0.28, 0.42)
+    left, right = mast - 0.06, mast + 0.06
+    pen.stroke([(mast, tip), (mast, deck)], 0.06, pen.line)
+    pen.shape([(right, tip), (right + rng.uniform(0.2, 0.5), -0.2), (rng.uniform(0.65, 0.95), boom), (right, boom)])
+    pen.shape([(left, tip + rng.uniform(0.1, 0.6)), (left, boom), (-rng.uniform(0.6, 0.9), boom)], pen.accent)
+    pen.shape([(-bow, deck), (bow, deck), (0.6 * bow, deck + depth), (-0.7 * bow, deck + depth)], pen.second)
     for x in np.linspace(-0.5, 0.5, rng.integers(2, 5)) * bow:
-        pen.disc(x, deck + 0.4 * depth, 0.055, fill=c.accent)
+        pen.disc(x, deck + 0.4 * depth, 0.055, fill=pen.accent)
 
 
-def tree(pen: Pen, c: Palette, rng: Rng) -> None:
-    trunk, fork = rng.uniform(0.08, 0.15), rng.uniform(0.1, 0.4)
-    pen.shape([(-trunk * 0.6, fork - 0.4), (trunk * 0.6, fork - 0.4), (trunk * 1.5, 1), (-trunk * 1.5, 1)], c.line)
-    crowns = rng.uniform([-0.6, -0.75], [0.6, 0.0], (rng.integers(4, 8), 2))
-    crowns[:2] = [(-0.45, -0.15), (0.45, -0.2)]
-    for x, y in crowns:
-        pen.stroke(curve((0, fork + 0.15), (x * 0.2, fork - 0.2), (x, y)), 0.09, c.line)
-    for i, (x, y) in enumerate(sorted(crowns.tolist(), key=lambda point: point[1])):
-        pen.disc(x, y, rng.uniform(0.28, 0.44), rng.uniform(0.25, 0.38), c.second if i == 0 else None)
-    for _ in range(rng.integers(0, 7)):
-        x, y = crowns[rng.integers(len(crowns))] + rng.uniform(-0.2, 0.2, 2)
-        pen.disc(x, y, 0.06, fill=c.accent)
+def tree(pen: Pen, rng: Rng) -> None:
+    trunk = rng.uniform(0.08, 0.15)
+    pen.shape([(-0.6 * trunk, -0.3), (0.6 * trunk, -0.3), (1.5 * trunk, 1), (-1.5 * trunk, 1)], pen.line)
+    for x, y in rng.uniform([-0.6, -0.75], [0.6, 0], (rng.integers(4, 8), 2)).tolist():
+        pen.stroke([(0, 0.4), (x, y)], 0.09, pen.line)
+        pen.disc(x, y, rng.uniform(0.28, 0.44), rng.uniform(0.25, 0.38))
+        pen.disc(x + 0.1, y + 0.1, 0.06, fill=pen.accent)
 
 
-def balloon(pen: Pen, c: Palette, rng: Rng) -> None:
-    width, neck = rng.uniform(0.6, 0.8), rng.uniform(0.35, 0.5)
-    basket, drop = rng.uniform(0.14, 0.22), rng.uniform(0.7, 0.8)
+def balloon(pen: Pen, rng: Rng) -> None:
+    width, basket, drop = rng.uniform(0.6, 0.8), rng.uniform(0.14, 0.22), rng.uniform(0.7, 0.8)
     for x in (-1, -0.35, 0.35, 1):
-        pen.stroke([(x * 0.25, neck), (x * basket, drop)], 0.03, c.line)
-    def gore(share: float) -> np.ndarray:
-        return np.concatenate([
-            curve((0, -1), (share * width * 1.3, -1), (share * width * 1.5, 0), (share * 0.22, neck)),
-            curve((-share * 0.22, neck), (-share * width * 1.5, 0), (-share * width * 1.3, -1), (0, -1)),
-        ])
-    pen.shape(gore(1))
+        pen.stroke([(0.7 * width * x, 0.1), (basket * x, drop)], 0.03, pen.line)
+    pen.disc(0, -0.3, width, 0.7)
     for i, share in enumerate(np.linspace(0.7, 0.25, rng.integers(2, 4))):
-        pen.shape(gore(share), None if i % 2 else c.second)
-    pen.shape([(-basket, drop), (basket, drop), (basket * 0.8, 1.05), (-basket * 0.8, 1.05)], c.line)
-    pen.stroke([(-basket, drop), (basket, drop)], 0.06, c.accent)
+        pen.disc(0, -0.3, share * width, 0.7, None if i % 2 else pen.second)
+    pen.shape([(-basket, drop), (basket, drop), (0.8 * basket, 1.05), (-0.8 * basket, 1.05)], pen.line)
 
 
-def bicycle(pen: Pen, c: Palette, rng: Rng) -> None:
-    radius, width = rng.uniform(0.36, 0.46), rng.uniform(0.06, 0.09)
-    spokes = rng.integers(4, 9)
-    hubs = [(-0.58, 0.4), (0.58, 0.4)]
-    for x, y in hubs:
-        for angle in np.linspace(0, math.pi, spokes + 1)[:-1]:
-            dx, dy = radius * math.cos(angle), radius * math.sin(angle)
-            pen.stroke([(x - dx, y - dy), (x + dx, y + dy)], 0.02, c.accent)
-        pen.stroke(ellipse(x, y, radius, radius), width, c.line)
-        pen.disc(x, y, 0.07, fill=c.accent)
-    saddle, head, pedal = (-0.3, rng.uniform(-0.4, -0.25)), (0.4, rng.uniform(-0.45, -0.25)), (-0.08, 0.42)
-    for frame in ([hubs[0], saddle, head, pedal, hubs[0]], [saddle, pedal], [hubs[1], head]):
-        pen.stroke(frame, width, c.main)
-    grip = head[0] + rng.uniform(-0.3, 0.2)
-    pen.stroke([head, (head[0] - 0.06, head[1] - 0.22), (grip, head[1] - 0.25)], width, c.second)
-    pen.stroke([saddle, (saddle[0] - 0.03, saddle[1] - 0.12)], width, c.main)
-    pen.disc(saddle[0] - 0.03, saddle[1] - 0.15, 0.2, 0.07, c.second)
-    pen.disc(*pedal, 0.1, fill=c.second)
-    if rng.random() < 0.5:
-        pen.shape(box(head[0] + 0.02, head[1] - 0.1, head[0] + 0.36, head[1] + 0.15))
+CLASSES = {draw.__name__: draw for draw in (fish, flower, mushroom, sailboat, tree, balloon)}
 
 
-CLASSES: dict[str, Callable[[Pen, Palette, Rng], None]] = {
-    f.__name__: f for f in (fish, flower, house, car, butterfly, mushroom, sailboat, tree, balloon, bicycle)
-}
+def _background(side: int, light: bool, rng: Rng) -> Image.Image:
+    """A gradient with blurred clutter: discs, bars, triangles and squares, as parts of every class."""
+    colors = [_color(rng, *((0.7, 0.9) if light else (0.15, 0.4))) for _ in range(5)]
+    ramp = Image.linear_gradient('L').rotate(rng.uniform(0, 360), Image.BILINEAR).crop((38, 38, 218, 218))
+    scene = Image.composite(*(Image.new('RGB', (side, side), c) for c in colors[:2]), ramp.resize((side, side)))
+    draw = ImageDraw.Draw(scene, 'RGBA')
+    for _ in range(rng.integers(6, 16)):
+        (x, y), r, (dx, dy) = rng.uniform(0, side, 2), side * rng.uniform(0.03, 0.16), rng.uniform(-side, side, 2) / 2
+        fill, corners = (*colors[rng.integers(2, 5)], int(rng.integers(90, 220))), int(rng.integers(1, 5))
+        if corners > 2:
+            draw.regular_polygon((x, y, r), corners, rng.uniform(0, 360), fill)
+        else:
+            draw.line((x, y, x + dx, y + dy), fill, int(r / 4) + 1)
+            draw.ellipse((x - r, y - r, x + r, y + r), fill)
+    return scene.filter(ImageFilter.GaussianBlur(side * rng.uniform(0.002, 0.016)))
 
 
 def draw_picture(name: str, size: int, rng: Rng) -> Image.Image:
-    """Draw one picture.
-
-    Args:
-        name: Class, a key of `CLASSES`.
-        size: Side in pixels.
-        rng: The only source of chance: an equal state gives an equal picture.
-
-    Returns:
-        RGB image of `size` x `size`.
-    """
-    side = OVERSAMPLING * size
-    palette = Palette(rng)
-    scene, pen = background(side, palette, rng), Pen(side, palette, rng)
-    CLASSES[name](pen, palette, rng)
-    alpha = pen.layer.getchannel('A')
-    shadow = alpha.filter(ImageFilter.GaussianBlur(0.02 * side)).point(lambda v: v * 0.45)
+    """Picture of `size` x `size` pixels of a class of `CLASSES`; an equal state of `rng` gives an equal picture."""
+    side, light = 2 * size, rng.random() < 0.5  # drawn larger, for smooth edges
+    scene, pen = _background(side, not light, rng), Pen(side, light, rng)
+    CLASSES[name](pen, rng)
+    shadow = pen.layer.getchannel('A').filter(ImageFilter.GaussianBlur(0.02 * side)).point(lambda v: v * 0.45)
     scene.paste((0, 0, 0), tuple((side * rng.uniform(-0.04, 0.04, 2)).astype(int).tolist()), shadow)
-    scene.paste(pen.layer, mask=alpha)
-    scene = scene.resize((size, size), Image.LANCZOS)
-    return expose(scene, rng)
+    scene.paste(pen.layer, mask=pen.layer)
+    values = np.asarray(scene.resize((size, size), Image.LANCZOS)) * rng.uniform(0.8, 1.1)
+    values = values + rng.normal(0, rng.uniform(1, 5), values.shape)  # as of a sensor
+    return Image.fromarray(values.clip(0, 255).astype(np.uint8))
+
+
+def make_collection(
+        root: str | os.PathLike, train_per_class: int = 130, val_per_class: int = 34, size: int = 112, seed: int = 0,
+) -> Path:
+    """Draw {train,val}/<class>/<name>.jpg, or reuse them; the folder appears when it is complete.
+
+    Raises:
+        ValueError: The folder holds something else than the pictures of these settings.
+    """
+    root, counts = Path(root).absolute(), {'train': train_per_class, 'val': val_per_class}
+    settings = {'classes': list(CLASSES), **counts, 'size': size, 'seed': seed}
+    if root.exists():
+        manifest = root / MANIFEST
+        if manifest.is_file() and json.loads(manifest.read_bytes()) == settings:
+            return root
+        raise ValueError(f'{root} holds other things than the pictures to draw: delete it, or name another folder.')
+    unfinished = root.parent / f'.{root.name}-{uuid.uuid4().hex[:8]}'
+    todo = [(split, name, i) for split in counts for name in CLASSES for i in range(counts[split])]
+    try:
+        for split, name, i in tqdm(todo, desc='Drawing pictures', unit='picture', disable=None):
+            (unfinished / split / name).mkdir(parents=True, exist_ok=True)
+            rng = np.random.default_rng([seed, split == 'val', list(CLASSES).index(name), i])
+            draw_picture(name, size, rng).save(unfinished / split / name / f'{name}_{i:04d}.jpg', quality=90)
+        write_text(unfinished / MANIFEST, json.dumps(settings))
+        os.rename(unfinished, root)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return root

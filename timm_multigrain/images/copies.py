@@ -74,33 +74,16 @@ def _crop(image: Image.Image, width: float, height: float, across: float = 0.5, 
 
 
 COPY_TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    'crop': crop,
-    'jpeg': jpeg,
-    'rotate': rotate,
-    'blur': blur,
-    'colour': colour,
-    'mirror': ImageOps.mirror,
-    'text': text,
-    'strong': strong,
-}
+    'crop': crop, 'jpeg': jpeg, 'rotate': rotate, 'blur': blur, 'colour': colour, 'mirror': ImageOps.mirror,
+    'text': text, 'strong': strong}
 
 
-def make_copies(image: Image.Image, names: Iterable[str] | None = None) -> dict[str, Image.Image]:
-    """Edited copies of an image, always the same for the same image.
+def make_copies(image: Image.Image, names: Iterable[str] = COPY_TRANSFORMS) -> dict[str, Image.Image]:
+    """Edited RGB copies of a picture of any mode and size, always the same for the same picture.
 
     Args:
-        image: Picture of any mode and size; it is not changed.
-        names: Keys of `COPY_TRANSFORMS`, in the order wanted; all of them by default.
-
-    Returns:
-        Name to edited RGB copy.
-
-    Raises:
-        ValueError: If a name is unknown.
+        image: The picture; it is not changed.
+        names: Keys of `COPY_TRANSFORMS`.
     """
-    names = list(COPY_TRANSFORMS) if names is None else list(names)
-    unknown = [name for name in names if name not in COPY_TRANSFORMS]
-    if unknown:
-        raise ValueError(f'Unknown copy transformations {unknown}; choose from {list(COPY_TRANSFORMS)}.')
     image = decode(image)
     return {name: COPY_TRANSFORMS[name](image) for name in names}
