@@ -23,8 +23,7 @@ from timm_multigrain.measure.classify import classify
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model, weights_sha256
 from timm_multigrain.models.weights import UnreadableWeightsError
-from timm_multigrain.train.options import TrainOptions
-from timm_multigrain.train.resume import resume_problem
+from timm_multigrain.train.options import TrainOptions, resume_problem
 
 from . import original
 from .original_files import container, refused, write

@@ -6,7 +6,6 @@ import argparse
 import configparser
 import math
 import os
-import subprocess
 import sys
 from dataclasses import fields
 from importlib.resources import files
@@ -30,8 +29,8 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.data.transforms import Lighting, insert_lighting
 from timm_multigrain.task import MultiGrainTask
 from timm_multigrain.train import launcher
-from timm_multigrain.train.optimizer import split_off
 from timm_multigrain.train.options import PREFIX, TrainOptions, add_options, conflict
+from timm_multigrain.train.plugin import split_off
 
 ROOT = Path(__file__).resolve().parents[1]
 NAMES = ['finetune', 'resnet50_autoaugment', 'resnet50_modern', 'resnet50_paper']
@@ -276,10 +275,9 @@ def test_text(name):
 
 # --- command and package
 
-def test_command_prints_the_file():
-    command = [sys.executable, '-m', 'timm_multigrain', 'recipe', 'resnet50_paper']
-    printed = subprocess.run(command, capture_output=True, check=True).stdout
-    assert printed == (ROOT / 'timm_multigrain' / 'recipes' / 'resnet50_paper.yaml').read_bytes()
+def test_command_prints_the_file(capfdbinary):
+    assert main(['recipe', 'resnet50_paper']) == 0
+    assert capfdbinary.readouterr().out == _path('resnet50_paper').read_bytes()
 
 
 @pytest.mark.parametrize('arguments', [[], ['--list'], ['finetune', '--list']])

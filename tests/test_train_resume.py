@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -13,8 +12,7 @@ import torch
 
 import timm_multigrain  # noqa: F401 - registers the models
 from timm_multigrain.task import MultiGrainTask
-from timm_multigrain.train.options import TrainOptions
-from timm_multigrain.train.resume import resume_problem
+from timm_multigrain.train.options import TrainOptions, resume_problem
 
 ROOT = Path(__file__).resolve().parents[1]
 STANDIN = Path(__file__).with_name('standin_train.py')
@@ -48,11 +46,11 @@ def test_what_cannot_be_resumed(tmp_path):
     truncated = tmp_path / 'truncated.pth'
     truncated.write_bytes(Path(joint).read_bytes()[:5000])
     cases = [
-        (str(tmp_path / 'none.pth'), {}, 'no such file'),
+        (str(tmp_path / 'none.pth'), {}, 'file not found'),
         (str(tmp_path / 'text.pth'), {}, 'cannot be read as weights'),
         (str(truncated), {}, 'cannot be read as weights'),
         (str(tmp_path / 'code.pth'), {}, 'cannot be read as weights'),
-        (str(tmp_path / 'weights.pth'), {}, 'weights but no state of a training'),
+        (str(tmp_path / 'weights.pth'), {}, 'weights but not the state of a training'),
         (classes, {}, 'without an instance loss'),
         (joint, {'classif_weight': 1}, 'with an instance loss'),
         (joint, {'model': 'resnet50'}, 'checkpoint of multigrain, and --model is resnet50'),
@@ -63,17 +61,36 @@ def test_what_cannot_be_resumed(tmp_path):
         assert message in text and '\n' not in text, (path, text)
 
 
+_SPAWN = '''
+import multiprocessing
+
+multiprocessing.set_start_method('spawn')
+'''
+
+_KILL = '''
+import os, signal
+from timm.utils import CheckpointSaver
+
+save = CheckpointSaver.save_checkpoint
+
+
+def save_or_die(saver, epoch, *args, **kwargs):
+    if epoch == 2:
+        os.killpg(0, signal.SIGKILL)
+    return save(saver, epoch, *args, **kwargs)
+
+
+CheckpointSaver.save_checkpoint = save_or_die
+'''
+
+
 def _command(script, noise_folder, output, *flags):
     return [
         sys.executable, '-m', 'timm_multigrain', str(script), '--data-dir', str(noise_folder), '--model', 'multigrain',
-        '--model-kwargs', 'trunk=resnet10t', '--num-classes', '3', '--input-size', '3', '32', '32', '-b', '12',
-        '--epochs', '9', '--opt', 'adamw', '--lr', '0.003', '--warmup-epochs', '1', '--no-aug',
-        '--device-modules', 'tests.same_copies', '--model-ema', '--model-ema-decay', '0.9',
+        '--model-kwargs', 'trunk=test_resnet', '--num-classes', '3', '--input-size', '3', '32', '32', '-b', '12',
+        '--epochs', '3', '--opt', 'adamw', '--lr', '0.003', '--warmup-epochs', '1', '--no-aug',
+        '--model-ema', '--model-ema-decay', '0.9',
         '--device', 'cpu', '-j', '1', '--output', str(output), *flags]
-
-
-def _environment():
-    return {**os.environ, 'PYTHONPATH': str(ROOT), 'OMP_NUM_THREADS': '1'}
 
 
 def _load(path):
@@ -84,22 +101,21 @@ def _load(path):
 @pytest.mark.slow
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda p: f'{p.parent.name}/{p.name}')
 def test_killed_and_resumed_equals_uninterrupted(script, noise_folder, tmp_path):
-    command = _command(script, noise_folder, tmp_path, '--experiment', 'whole')
-    subprocess.run(command, check=True, env=_environment(), capture_output=True)
-    process = subprocess.Popen(_command(script, noise_folder, tmp_path, '--experiment', 'killed'), env=_environment(),
-                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    saved = tmp_path / 'killed' / 'checkpoint-1.pth.tar'
-    deadline = time.time() + 240
-    while not saved.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert saved.exists() and not (tmp_path / 'killed' / 'checkpoint-8.pth.tar').exists()
-    command = _command(script, noise_folder, tmp_path, '--experiment', 'resumed',
-                       '--resume', str(tmp_path / 'killed' / 'last.pth.tar'))
-    subprocess.run(command, check=True, env=_environment(), capture_output=True)
+    """The workers of the last run are spawned, which import the launcher anew; those of the others are forked."""
+    (tmp_path / 'spawned.py').write_text(_SPAWN)
+    (tmp_path / 'killed.py').write_text(_KILL)
+    environment = {**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{tmp_path}', 'OMP_NUM_THREADS': '1'}
+    last = tmp_path / 'killed' / 'last.pth.tar'
+    for name, module, flags in (
+            ('whole', [], []), ('killed', ['killed'], []), ('resumed', ['spawned'], ['--resume', str(last)])):
+        command = _command(script, noise_folder, tmp_path, '--experiment', name, *flags)
+        done = subprocess.run(
+            [*command, '--device-modules', 'tests.same_copies', *module], env=environment, capture_output=True,
+            text=True, start_new_session=True)
+        assert done.returncode == (-signal.SIGKILL if name == 'killed' else 0), done.stderr
+    assert _load(last)['epoch'] == 1
     whole, resumed = (_load(tmp_path / name / 'last.pth.tar') for name in ('whole', 'resumed'))
-    assert whole['epoch'] == resumed['epoch'] == 8
+    assert whole['epoch'] == resumed['epoch'] == 2
     assert whole['task_state']['instance_loss']['beta'] != 1.2
     for key in ('state_dict', 'state_dict_ema'):
         assert whole[key].keys() == resumed[key].keys()

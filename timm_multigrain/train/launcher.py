@@ -3,15 +3,32 @@
 timm's wheel holds no scripts: take them from https://github.com/huggingface/pytorch-image-models. A training script
 gets the options of `timm_multigrain.train.options` and trains MultiGrain's objective; every other script (validate.py,
 inference.py, benchmark.py, onnx_export.py, ...) runs as it is, with the models and poolings of this package registered.
+
+`main()` of a training script looks up the names in SEAMS when it calls them: they are rebound. What is private to timm
+here is only that it does so; `check` refuses a script where it would not.
 """
 import argparse
 import importlib.util
+import inspect
 import runpy
 import sys
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
+from types import CodeType, FunctionType, ModuleType
+from typing import Any
 
-__all__ = ['launch']
+import timm
+import yaml
+
+from timm_multigrain import register_multigrain
+
+from .options import PREFIX, TrainOptions, add_options, stop
+from .plugin import EPOCH_ARGUMENTS, TrainPlugin
+
+__all__ = ['bind', 'check', 'launch']
+
+SEAMS = ('ClassificationTask', 'create_loader', 'create_optimizer_v2', 'train_one_epoch')
+_REMEDY = 'take train.py of timm 1.0.27 or newer (https://github.com/huggingface/pytorch-image-models)'
 
 # Tells timm_multigrain.auto, which a YAML file may name as a device module, that its work is done.
 running = False
@@ -23,25 +40,21 @@ def launch(script: str, argv: list[str]) -> None:
     Raises:
         SystemExit: As the script; 2 after one sentence on stderr for what the user can mend.
     """
-    import timm
-
-    from .script import register_named, stop
-
     global running
     path = Path(script)
     if not path.is_file():
-        stop(f'{script}: there is no such file; timm installs no scripts, get them with '
+        stop(f'{script}: file not found; timm installs no scripts, get them with '
              'git clone https://github.com/huggingface/pytorch-image-models')
     sys.argv = [script, *argv]
     # Appended: a checkout's own timm/ must not hide the installed one.
     folder = str(path.resolve().parent)
     if folder not in sys.path:
         sys.path.append(folder)
-    if is_training_script(path):
-        script_module = load_script(path)
-        prepare(script_module)
+    if 'def train_one_epoch(' in path.read_text(encoding='utf-8', errors='replace'):
+        module = load_script(path)
+        prepare(module)
         running = True
-        script_module.main()
+        module.main()
     else:
         for word in argv:
             name = word.removeprefix('--model=')
@@ -50,15 +63,8 @@ def launch(script: str, argv: list[str]) -> None:
         runpy.run_path(script, run_name='__main__')
 
 
-def is_training_script(path: Path) -> bool:
-    """Whether a script is a train.py of whatever version, by what it defines."""
-    return 'def train_one_epoch(' in path.read_text(encoding='utf-8', errors='replace')
-
-
 def load_script(path: Path) -> ModuleType:
     """Import a script without running its main()."""
-    from .script import import_failed
-
     # Not runpy: it returns a copy of the globals, and the script's functions would not see what is rebound there.
     spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
@@ -66,16 +72,13 @@ def load_script(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     except ImportError as e:
-        import_failed(str(path), e)
+        stop(f'{path} cannot be imported beside timm {timm.__version__} ({e}): take the script of that version, '
+             f'git clone --branch v{timm.__version__} https://github.com/huggingface/pytorch-image-models')
     return module
 
 
 def prepare(script: ModuleType) -> None:
     """Give a training script the plug-in's options, and bind it once they are parsed."""
-    from .options import PREFIX, TrainOptions, add_options
-    from .plugin import TrainPlugin
-    from .script import check, check_config, register_named, stop
-
     check(script)
     check_config(script)
     add_options(script.parser)
@@ -90,12 +93,82 @@ def prepare(script: ModuleType) -> None:
         if moved:
             flag = f'--{moved[0]}'.replace('_', '-')
             stop(f'{moved[0]} in --model-kwargs is for --device-modules timm_multigrain.auto: give {flag} here')
-        try:
-            options = TrainOptions.from_mapping(vars(namespace))
-        except (ValueError, ImportError) as e:
-            stop(e)
-        register_named(namespace.model)
-        TrainPlugin(script, options, namespace).bind(script)
+        bind(script, vars(namespace), namespace)
         return namespace
 
     script.parser.parse_args = parse_and_bind
+
+
+def bind(script: ModuleType, settings: Mapping[str, Any], args: argparse.Namespace) -> None:
+    """Rebind the seams of a training script for the plug-in's settings and the script's own arguments."""
+    try:
+        options = TrainOptions.from_mapping(settings)
+    except (ValueError, ImportError) as e:
+        stop(e)
+    register_named(args.model)
+    TrainPlugin(script, options, args).bind(script)
+
+
+def check(script: ModuleType) -> None:
+    """Stop unless `script` is a train.py whose seams are known."""
+    where = getattr(script, '__file__', script.__name__)
+    used = set()
+    for value in vars(script).values():
+        if isinstance(value, FunctionType) and value.__module__ == script.__name__:
+            used |= _names(value.__code__)
+    missing = [name for name in SEAMS if not hasattr(script, name) or name not in used]
+    missing += [name for name in ('main', 'parser') if not hasattr(script, name)]
+    if missing:
+        stop(f'{where} is not a train.py that this plug-in works with, it does not use {", ".join(missing)}: {_REMEDY}')
+    if 'get_trainable_module' not in used:
+        stop(f'{where} is older than timm 1.0.27 and would leave the parameters of the instance loss untrained: '
+             f'{_REMEDY}')
+    parameters = inspect.signature(script.train_one_epoch).parameters
+    lacking = [name for name in EPOCH_ARGUMENTS if name not in parameters]
+    if lacking:
+        stop(f'train_one_epoch of {where} does not take {", ".join(lacking)}: {_REMEDY}')
+    if not isinstance(script.parser, argparse.ArgumentParser):
+        stop(f'{where} has no argparse parser named parser: {_REMEDY}')
+
+
+def _names(code: CodeType) -> set[str]:
+    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    return set(code.co_names).union(*inner)
+
+
+def check_config(script: ModuleType) -> None:
+    """Stop with a --config that is not YAML of arguments, which the script would end at with a traceback."""
+    parser = getattr(script, 'config_parser', None)
+    path = getattr(parser.parse_known_args()[0], 'config', '') if parser is not None else ''
+    if not path:
+        return
+    try:
+        with open(path, encoding='utf-8') as file:
+            values = yaml.safe_load(file)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        stop(f'--config {path} cannot be read: {e}')
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        stop(f'--config {path} does not map names of arguments to values, as in "lr: 0.1"')
+    for action in script.parser._actions:  # argparse has no public list of them
+        value = values.get(action.dest, action.default)
+        kind, words = object, ''
+        if isinstance(action.default, dict):
+            kind, words = dict, 'names with values'
+        elif action.nargs not in (None, 0, '?'):
+            kind, words = list, 'a list'
+        elif action.type in (int, float):
+            kind, words = int | float | str, 'a number'
+        if value is not action.default and not isinstance(value, kind):
+            stop(f'--config {path}: {action.dest} is {value!r}, not {words}')
+
+
+def register_named(model: str) -> None:
+    """Register the model multigrain_TRUNK if it is not registered yet; stop if TRUNK is not a model of timm."""
+    if model.startswith('multigrain_') and not timm.is_model(model):
+        trunk = model.removeprefix('multigrain_')
+        if '.' in trunk:
+            stop(f'--model {model}: give --model multigrain --model-kwargs trunk={trunk}')
+        try:
+            register_multigrain(trunk)
+        except ValueError as e:
+            stop(f'--model {model}: {e}')

@@ -11,9 +11,8 @@ __all__ = ['Monitor']
 
 _logger = logging.getLogger(__name__)
 
-# Two unit vectors are at most 2 apart. A spread of 1e-4 is a root mean square distance of 0.014, far below the 0.5
-# under which the sampler no longer tells distances apart.
-BETA_RANGE = 0., 2.
+# A spread of 1e-4 is a root mean square distance of 0.014, far below the 0.5 under which the sampler no longer tells
+# distances apart.
 MIN_SPREAD = 1e-4
 
 
@@ -34,8 +33,9 @@ class Monitor(logging.Filter):
 
     def start(self) -> None:
         """Begin an epoch."""
-        self.names, self.last, self.total, self.window = [], None, None, None
-        self.samples, self.fresh = 0, 0  # in the total and in the window
+        self.names, self.last = [], None
+        self.total, self.samples = 0., 0  # of the epoch
+        self.window, self.fresh = 0., 0  # since the last log line
         self.warned = set()
 
     def update(self, result: dict[str, torch.Tensor]) -> None:
@@ -46,14 +46,14 @@ class Monitor(logging.Filter):
         size = len(result['output'])  # train.py weighs its average loss by the size of a batch, too
         self.names = list(values)
         self.last = torch.stack([v.detach().float().reshape(()) for v in values.values()])
-        self.total = size * self.last if self.total is None else self.total + size * self.last
-        self.window = size * self.last if self.window is None else self.window + size * self.last
+        self.total = self.total + size * self.last
+        self.window = self.window + size * self.last
         self.samples += size
         self.fresh += size
 
     def averages(self) -> dict[str, float]:
         """Averages over the epoch so far and over all processes, which have to call this together; the last beta."""
-        if self.total is None:
+        if not self.samples:
             return {}
         sums = torch.cat([self.total, self.total.new_tensor([self.samples])])
         if dist.is_available() and dist.is_initialized():
@@ -66,20 +66,20 @@ class Monitor(logging.Filter):
     def filter(self, record: logging.LogRecord) -> bool:
         """Append to a log record of train.py; no record is held back."""
         if self.fresh and str(record.msg).startswith('Train: '):
-            now = dict(zip(self.names, self.last.tolist(), strict=True))
-            mean = dict(zip(self.names, (self.total / self.samples).tolist(), strict=True))
-            window = dict(zip(self.names, (self.window / self.fresh).tolist(), strict=True))
+            now, mean, window = (
+                dict(zip(self.names, values.tolist(), strict=True))
+                for values in (self.last, self.total / self.samples, self.window / self.fresh))
             message = record.getMessage()
             if self.network_lr is not None:
                 message = re.sub(r'LR: [-+.e\d]+', f'LR: {self.network_lr():.3e}', message)
             record.msg, record.args = f'{message}  {format_values(now, mean)}', ()
             self.warn(window)
-            self.window, self.fresh = None, 0
+            self.window, self.fresh = 0., 0
         return True
 
     def warn(self, values: dict[str, float]) -> None:
         """Say once an epoch what has gone wrong with the objective, from averages over some batches."""
-        for kind, message in _failures(values):
+        for kind, message in _failures(values).items():
             if kind not in self.warned:
                 self.warned.add(kind)
                 _logger.warning(message)
@@ -87,33 +87,32 @@ class Monitor(logging.Filter):
 
 def format_values(now: dict[str, float], mean: dict[str, float]) -> str:
     """The parts as text, in the style of train.py: the last value (the average)."""
-    parts = []
+    words = []
     for name, label in (('classification_loss', 'CE'), ('instance_loss', 'Instance')):
         if name in now:
-            parts.append(f'{label}: {now[name]:#.3g} ({mean[name]:#.3g})')
+            words.append(f'{label}: {now[name]:#.3g} ({mean[name]:#.3g})')
     if 'beta' in now:
-        parts.append(f'Beta: {now["beta"]:.4f}')
+        words.append(f'Beta: {now["beta"]:.4f}')
     if 'active_positives' in now:
-        parts.append(f'Active: {now["active_positives"]:.0%} pos, {now["active_negatives"]:.0%} neg')
+        words.append(f'Active: {now["active_positives"]:.0%} pos, {now["active_negatives"]:.0%} neg')
     if 'effective_negatives' in now:
-        parts.append(f'Negatives: {now["effective_negatives"]:.1f}')
-    return '  '.join(parts)
+        words.append(f'Negatives: {now["effective_negatives"]:.1f}')
+    return '  '.join(words)
 
 
-def _failures(values: dict[str, float]) -> list[tuple[str, str]]:
-    found = []
+def _failures(values: dict[str, float]) -> dict[str, str]:
     broken = [name for name, value in values.items() if not math.isfinite(value)]
     if broken:
-        return [('finite', f'{", ".join(broken)} not finite: the training has diverged, lower --lr or --mg-beta-lr, or '
-                           'clip the gradients')]
+        return {'finite': f'{", ".join(broken)} not finite: the training has diverged, lower --lr or --mg-beta-lr, or '
+                          'clip the gradients'}
+    found = {}
     if values.get('active_positives', 1) + values.get('active_negatives', 1) == 0:
-        found.append(('active', 'No pair costs anything: the margin loss does not train the embedding any more. Raise '
-                                '--mg-margin, or give stronger augmentation'))
-    low, high = BETA_RANGE
-    if not low < values.get('beta', 1.) < high:
-        found.append(('beta', f'beta is {values["beta"]:.3g}, outside the distances {low:g} to {high:g} of unit '
-                              'vectors: lower --mg-beta-lr'))
+        found['active'] = ('No pair costs anything: the margin loss does not train the embedding any more. Raise '
+                           '--mg-margin, or give stronger augmentation')
+    if not 0 < values.get('beta', 1.) < 2:
+        found['beta'] = (f'beta is {values["beta"]:.3g}, outside the distances 0 to 2 of unit vectors: '
+                         'lower --mg-beta-lr')
     if values.get('spread', 1.) < MIN_SPREAD:
-        found.append(('spread', f'The embeddings of a batch are nearly equal (spread {values["spread"]:.1e}): they '
-                                'have collapsed, raise --mg-classif-weight or lower --lr'))
+        found['spread'] = (f'The embeddings of a batch are nearly equal (spread {values["spread"]:.1e}): they have '
+                           'collapsed, raise --mg-classif-weight or lower --lr')
     return found

@@ -2,17 +2,32 @@
 import argparse
 import difflib
 import math
+import os
+import sys
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, field, fields
-from typing import Any
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, NoReturn
 
 import torch
 from timm.utils import ParseKwargs
 from torch import nn
 
 from timm_multigrain.data.instances import WAYS
+from timm_multigrain.files import printable
+from timm_multigrain.loss import UniformSampler, create_instance_loss
+from timm_multigrain.models.weights import UnreadableWeightsError, read_checkpoint
+
+__all__ = ['TrainOptions', 'add_options', 'conflict', 'resume_problem', 'stop']
 
 PREFIX = 'mg_'
+MAX_MESSAGE = 800  # torch lists all keys of a checkpoint that do not fit
+
+
+def stop(message: object) -> NoReturn:
+    """End the program with one sentence on one line, as argparse does, without its page of usage."""
+    text = printable(' '.join(str(message).split()))
+    print(f'timm_multigrain: error: {text[:MAX_MESSAGE]}{"..." * (len(text) > MAX_MESSAGE)}', file=sys.stderr)
+    raise SystemExit(2)
 
 
 def _option(default: Any, help: str, type: type = str, metavar: str | None = None) -> Any:
@@ -81,8 +96,6 @@ class TrainOptions:
 
     def create_loss(self) -> nn.Module:
         """The instance loss, tried once on six unit vectors if it has no parameters whose shape that could break."""
-        from timm_multigrain.loss import UniformSampler, create_instance_loss
-
         try:
             loss = create_instance_loss(self.instance_loss, **self.loss_kwargs())
         except TypeError as e:
@@ -97,7 +110,7 @@ class TrainOptions:
         """Options from names with the prefix 'mg_'; other names are passed over.
 
         Raises:
-            ValueError: A name with the prefix that is no option, or a value of the wrong type.
+            ValueError: An unknown name with the prefix, or a value of the wrong type.
         """
         known = {PREFIX + f.name: f for f in fields(cls)}
         given = {}
@@ -106,7 +119,7 @@ class TrainOptions:
                 given[known[name].name] = _convert(name, value, known[name].metadata['type'], known[name].default)
             elif name.startswith(PREFIX):
                 near = difflib.get_close_matches(name, known, n=1) or list(known)
-                raise ValueError(f'{name} is no option: did you mean {" or ".join(near)}?')
+                raise ValueError(f'{name} is not an option: did you mean {" or ".join(near)}?')
         return cls(**given)
 
     def __str__(self) -> str:
@@ -158,6 +171,38 @@ def conflict(args: argparse.Namespace, options: TrainOptions) -> str | None:
     return None
 
 
+def resume_problem(args: argparse.Namespace, options: TrainOptions) -> str | None:
+    """Why --resume cannot work, in one sentence, or None if it can; found before any data is read."""
+    path = getattr(args, 'resume', '')
+    if not path:
+        return None
+    if not os.path.isfile(path):  # of names of any length
+        return f'--resume {path}: file not found'
+    try:
+        checkpoint = read_checkpoint(path)
+    except UnreadableWeightsError as e:
+        return f'--resume {e}'.rstrip('.')
+    if not isinstance(checkpoint, dict) or 'state_dict' not in checkpoint:
+        return (f'--resume {path} holds weights but not the state of a training: give it as --initial-checkpoint, '
+                'and start a new training')
+    model = getattr(checkpoint.get('args'), 'model', checkpoint.get('arch'))
+    if model not in (None, args.model):
+        return f'--resume {path} is a checkpoint of {model}, and --model is {args.model}'
+    state = checkpoint.get('task_state')
+    loss = state.get('instance_loss') if isinstance(state, dict) else None
+    if options.joint and loss is None:
+        return (f'--resume {path} is a checkpoint of a training without an instance loss: start a new training from it '
+                'with --initial-checkpoint, or go on without the loss: --mg-classif-weight 1')
+    if not options.joint and loss is not None:
+        return (f'--resume {path} is a checkpoint of a training with an instance loss: go on with it, '
+                '--mg-classif-weight below 1, or start a new training with --initial-checkpoint')
+    if options.joint and (not isinstance(loss, dict) or set(loss) != set(options.create_loss().state_dict())):
+        before = getattr(checkpoint.get('args'), 'mg_instance_loss', 'another one')
+        return (f'--resume {path} was trained with the instance loss {before}, and --mg-instance-loss is '
+                f'{options.instance_loss}')
+    return None
+
+
 def _positive(value: float) -> bool:
     return value > 0
 
@@ -205,13 +250,13 @@ def _convert(name: str, value: Any, kind: type, default: Any) -> Any:
     """The value of a YAML file or of --model-kwargs, where argparse has not converted it."""
     if value is None and default is None:
         return value
-    good = {
-        int: isinstance(value, int) and not isinstance(value, bool),
-        float: isinstance(value, float) or (
-            isinstance(value, int) and not isinstance(value, bool) and abs(value) < 2**63),
-    }.get(kind, isinstance(value, kind))
+    if isinstance(value, bool):
+        good = kind is bool
+    elif kind is float:
+        good = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2 ** 63)
+    else:
+        good = isinstance(value, kind)
     if not good:
-        if default is MISSING or kind is dict:
-            raise ValueError(f'{name} is {value!r}: give a mapping of names to values')
-        raise ValueError(f'{name} is {value!r}: give {"true or false" if kind is bool else f"one {kind.__name__}"}')
+        form = {bool: 'true or false', dict: 'a mapping of names to values'}.get(kind, f'one {kind.__name__}')
+        raise ValueError(f'{name} is {value!r}: give {form}')
     return kind(value)

@@ -1,5 +1,6 @@
-"""One run of timm's train.py with MultiGrain's objective: what its four rebound names do."""
+"""One run of timm's train.py with MultiGrain's objective: what its rebound names do."""
 import argparse
+import inspect
 import logging
 import re
 from types import ModuleType, SimpleNamespace
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from timm.data import add_img_extensions
 from timm.utils import unwrap_model
 from torch import nn
+from torch.optim import Optimizer
 
 from timm_multigrain.data import InstanceDataset, Lighting, create_loader
 from timm_multigrain.data.transforms import insert_lighting
@@ -19,21 +21,20 @@ from timm_multigrain.models.weights import new_classifier
 from timm_multigrain.task import MultiGrainTask, MultiGrainTrainableModule
 
 from .monitor import Monitor
-from .optimizer import split_off
-from .options import PREFIX, TrainOptions, conflict
-from .resume import resume_problem
-from .script import epoch_arguments, stop
+from .options import PREFIX, TrainOptions, conflict, resume_problem, stop
 
 __all__ = ['TrainPlugin']
 
 _logger = logging.getLogger(__name__)
+
+EPOCH_ARGUMENTS = ('epoch', 'loader', 'task')  # of the script's train_one_epoch
 
 
 class TrainPlugin:
     """Rebinds the seams of a train.py.
 
     Args:
-        script: The module, see `timm_multigrain.train.script.check`.
+        script: The module, see `timm_multigrain.train.launcher.check`.
         options: MultiGrain's side.
         args: The script's own arguments.
     """
@@ -45,8 +46,7 @@ class TrainPlugin:
         self.original = {name: getattr(script, name, None) for name in names}
         self.train_one_epoch_of_script = script.train_one_epoch
         self.monitor = Monitor(self.network_lr)
-        self.optimizer = None
-        self.own_groups = 0
+        self.optimizer, self.own_groups = None, 0
         self.class_numbers = None
 
     def bind(self, script: ModuleType) -> None:
@@ -157,13 +157,13 @@ class TrainPlugin:
         """The script's epoch, with an order and negatives that depend on seed and epoch alone, so a resumed run
         repeats an uninterrupted one; gives also the averages of the objective's parts."""
         function = self.train_one_epoch_of_script
-        known = epoch_arguments(function, args, kwargs)
+        known = inspect.signature(function).bind(*args, **kwargs).arguments
         sampler = known['loader'].sampler
         if hasattr(known['loader'].batch_sampler, 'set_epoch'):
             known['loader'].batch_sampler.set_epoch(known['epoch'])
         elif hasattr(sampler, 'set_epoch'):  # scripts before 1.0.29 do this for distributed runs only
             sampler.set_epoch(known['epoch'])
-        if getattr(known['task'], 'joint', False):
+        if known['task'].joint:
             # all ranks draw the same triplets of a gathered batch, and each its own otherwise
             rank = 0 if self.options.gather else _rank()
             known['task'].sampler.generator = _seed(self.args.seed, known['epoch'], rank)
@@ -195,6 +195,24 @@ class TrainPlugin:
         if skipped:
             names = ', '.join(map(instances.name, skipped[:5])) + ', ...' * (len(skipped) > 5)
             _logger.warning(f'{len(skipped)} of {len(instances)} training images cannot be read: {names}')
+
+
+def split_off(optimizer: Optimizer, parameters: list[nn.Parameter], lr: float | None = None) -> None:
+    """Move `parameters` into a new last group: no weight decay, no layer decay, and a learning rate of their own.
+
+    A `param_group_fn` would do the same, but turns timm's layer decay off and is stored in checkpoints.
+
+    Args:
+        optimizer: One of timm's, before its first step.
+        parameters: Members of its groups.
+        lr: Learning rate; None takes the optimizer's.
+    """
+    own = {id(p) for p in parameters}
+    for group in optimizer.param_groups:
+        group['params'] = [p for p in group['params'] if id(p) not in own]
+    optimizer.param_groups[:] = [group for group in optimizer.param_groups if group['params']]
+    lr = optimizer.defaults['lr'] if lr is None else lr
+    optimizer.add_param_group({'params': list(parameters), 'weight_decay': 0., 'lr': lr})
 
 
 def _last_line(error: Exception) -> str:
