@@ -12,6 +12,7 @@ import argparse
 import json
 import shutil
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from timm_multigrain.files import write_text
 from timm_multigrain.images.sources import read_image
 from timm_multigrain.index import Index
 from timm_multigrain.index.dedup import find_copies
-from timm_multigrain.index.edits import EDITS
+from timm_multigrain.index.dedup_recall import EDITS
 
 FOLDERS = ('classes', 'photos', 'instances')
 
@@ -99,7 +100,7 @@ def measure(index, base, folder):
         queries = members[edit_of[members] >= 0]
         results[name] = {
             'copies': len(queries), **judge(copies, prefix), 'seconds': seconds,
-            'thresholds': copies.thresholds.to_json(), 'map': search_map(index, base, queries)}
+            'thresholds': asdict(copies.thresholds), 'map': search_map(index, base, queries)}
         print(name, {key: value for key, value in results[name].items() if key != 'thresholds'}, flush=True)
     return results
 

@@ -15,8 +15,7 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.images.sources import holds_several
 from timm_multigrain.index import Index
 from timm_multigrain.index.dedup import find_copies
-from timm_multigrain.index.dedup_recall import measure_recall
-from timm_multigrain.index.edits import EDITS
+from timm_multigrain.index.dedup_recall import EDITS, measure_recall
 
 from .copies_folder import make_index, make_pictures
 from .small_index import unit_vectors, write_files, write_index
@@ -78,11 +77,11 @@ def test_keep_is_largest_then_least_compressed_then_shortest_name(tmp_path):
 def test_only_exact(index):
     copies = find_copies(index, exact_only=True)
     assert {group.kind for group in copies.groups} == {'exact'} and copies.thresholds is None
-    json.dumps(copies.to_json())
+    json.dumps(copies.to_dict())
 
 
 def test_without_looking_no_picture_is_read(index, monkeypatch):
-    monkeypatch.setattr('timm_multigrain.images.sources.read_image', lambda *a, **k: pytest.fail('it was read'))
+    monkeypatch.setattr('timm_multigrain.index.dedup.read_image', lambda *a, **k: pytest.fail('it was read'))
     copies = find_copies(index, look=False)
     assert copies.unreadable == 0 and copies.of_kind('exact')
 
@@ -249,7 +248,7 @@ def test_command(index, pictures, tmp_path, capfd):
     assert 'surplus files' in capfd.readouterr().out and (tmp_path / 'copies.html').stat().st_size > 10_000
     assert main(['dedup', folder, '--json']) == 0
     told = json.loads(capfd.readouterr().out)
-    assert told == json.loads(json.dumps(find_copies(index).to_json()))
+    assert told == json.loads(json.dumps(find_copies(index).to_dict()))
     assert {file['path'] for group in told['groups'] for file in group['files']} >= {str(pictures / NASTY)}
     done = subprocess.run([sys.executable, '-m', 'timm_multigrain', 'dedup', folder, '--list', '-0', '--exact'],
                           capture_output=True, check=True)
@@ -268,7 +267,7 @@ def test_recall_of_edits(index, capfd):
     recall = measure_recall(index, 6, false_positives=0.01, edits=edits)
     assert recall.images == 6 and set(recall.recall) == set(edits)
     assert recall.recall['mirror'] >= 0.5 and all(0 <= share <= 1 for share in recall.recall.values())
-    everything = measure_recall(index, 6, threshold=-0.99, false_positives=0.01, edits=edits)
+    everything = measure_recall(index, 6, -0.99, false_positives=0.01, edits=edits)
     assert set(everything.recall.values()) == {1} and 'mean' in str(everything)
     with pytest.raises(ValueError, match='nothing to measure'):
         measure_recall(index, 0, false_positives=0.01)

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
         page = write_copies_page(args.html, copies, f'Copies in {args.index}', index.protocol().exif)
         print(f'Page: {page}', file=sys.stderr)
     if args.json:
-        print(json.dumps(copies.to_json(), indent=1))
+        print(json.dumps(copies.to_dict(), indent=1))
     elif args.list:
         _print_list(copies.surplus, args.null)
     else:

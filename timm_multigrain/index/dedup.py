@@ -1,14 +1,14 @@
 """Copies in a photo collection: identical files, near-duplicates and edited copies, and which file to keep.
 
 Nothing is ever deleted here. Identical files are those of equal SHA-256. The others are found by descriptors whitened
-by the collection (whitened.py), thresholds that the collection sets (thresholds.py), and a look at the pictures where
-the descriptors leave it open (looks.py); stars.py says what a group is. Before anything is told, every file of a group
-is looked at as it is now. Files of several pictures, such as scans of many pages and animations, are copies
-only if they are identical: descriptors know their first picture alone.
+by the collection and thresholds that the collection sets (thresholds.py), and a look at the pictures where the
+descriptors leave it open (looks.py); pairs.py says what a group is. Every file of a group is looked at as it is now
+before the group counts. Files of several pictures, such as scans of many pages and animations, are copies only if they
+are identical: descriptors know their first picture alone.
 """
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING
@@ -16,21 +16,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from tqdm import tqdm
 
-from timm_multigrain.files import open_regular
-from timm_multigrain.images.sources import holds_several
+from timm_multigrain.files import open_regular, write_text
+from timm_multigrain.images.sources import holds_several, read_image
 
 from .looks import Looks
-from .near import NearPairs, near_pairs
+from .pairs import NearPairs, near_pairs, star_groups
 from .plan import sha256_of
 from .records import Record
-from .stars import star_groups
-from .thresholds import Thresholds, find_thresholds
-from .whitened import CollectionWhitening, fit_collection
+from .thresholds import Thresholds, find_thresholds, fit_collection
 
 if TYPE_CHECKING:
     from .index import Index
 
-__all__ = ['FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'find_copies', 'thresholds_of']
+__all__ = ['FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'CopySearch', 'find_copies']
 
 FALSE_POSITIVES = 0.002
 KINDS = {'exact': 'identical files', 'near': 'copies and near-duplicates'}
@@ -104,8 +102,8 @@ class Copies:
         sizes = {file.record.path: file.record.bytes for group in self.groups for file in group.files[1:]}
         return sum(sizes.values())
 
-    def to_json(self) -> dict:
-        """As JSON's kinds of values; paths as os.fsdecode gives them."""
+    def to_dict(self) -> dict:
+        """In JSON's kinds of values; paths as os.fsdecode gives them."""
         groups = [{'kind': group.kind, 'keep': group.keep, 'files': [
             {'path': file.record.path, 'score': round(file.score, 4), 'width': file.record.width,
              'height': file.record.height, 'bytes': file.record.bytes, 'sha256': file.record.sha256}
@@ -116,8 +114,7 @@ class Copies:
 
     def save(self, path: str | os.PathLike) -> None:
         """Write the JSON to a file."""
-        from timm_multigrain.files import write_text
-        write_text(path, json.dumps(self.to_json(), indent=1) + '\n')
+        write_text(path, json.dumps(self.to_dict(), indent=1) + '\n')
 
     def __str__(self) -> str:
         lines = [f'{self.images:,} images']
@@ -165,128 +162,91 @@ def find_copies(
         ValueError: A threshold or share out of range, or so many pairs that the threshold cannot be meant.
         DamagedIndex: The index cannot be read.
     """
-    finder = _Finder(index)
-    exact = finder.exact()
-    groups = [finder.group('exact', rows, np.ones(len(rows))) for rows in exact]
+    exact = [_ranked(index, rows) for rows in _identical(index)]
+    groups = [_group(index, 'exact', rows, np.ones(len(rows))) for rows in exact]
+    groups.sort(key=lambda group: os.fsencode(group.keep))
     found = Copies((), None, len(index))
     if not exact_only:
-        rows = finder.representatives(exact)
-        search = _Search.of(index, rows, threshold, false_positives, look)
-        pairs, several = finder.without_several(search.pairs(rows))
-        near = [finder.near(rows, search.vectors) for rows, _ in star_groups(pairs, finder.order(pairs))]
+        search = CopySearch(index, threshold, false_positives, look)
+        pairs = search.pairs()
+        rows = pairs.rows()
+        several = [row for row in rows.tolist() if holds_several(index.path_of(row))]
+        pairs = pairs.where(~(np.isin(pairs.first, several) | np.isin(pairs.second, several)))
+        order = np.zeros(len(index), dtype=np.int64)  # by path, so that the order of indexing decides nothing
+        order[sorted(rows.tolist(), key=lambda row: os.fsencode(index.path_of(row)))] = np.arange(len(rows))
+        near = [_near_group(index, search.vectors, rows) for rows in star_groups(pairs, order)]
         groups += sorted(near, key=lambda group: os.fsencode(group.keep))
-        found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=several,
-                        unreadable=search.looks.unreadable if look else 0)
+        found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=len(several),
+                        unreadable=search.looks.unreadable)
     verified, changed = _verify(groups)
     broken = set(changed)
     left_out = sum(any(file.record.path in broken for file in group.files) for group in groups)
     return replace(found, groups=verified, changed=tuple(changed), left_out=left_out)
 
 
-def thresholds_of(
-        index: 'Index', threshold: float | None, false_positives: float, look: bool,
-) -> tuple[Thresholds, CollectionWhitening]:
-    """What `find_copies` with these arguments decides by."""
-    finder = _Finder(index)
-    search = _Search.of(index, finder.representatives(finder.exact()), threshold, false_positives, look)
-    return search.thresholds, search.whitening
+class CopySearch:
+    """Whitened descriptors of an index, and the thresholds that decide; arguments as of `find_copies`.
 
+    Attributes:
+        whitening: Of the index's descriptors.
+        vectors: (N, k) whitened descriptors.
+        thresholds: Similarities that decide.
+        looks: The pictures that were looked at.
+    """
 
-@dataclass(frozen=True, eq=False)
-class _Search:
-    """Whitened descriptors of an index and what is needed to tell copies by them."""
-    whitening: CollectionWhitening
-    vectors: np.ndarray
-    thresholds: Thresholds
-    looks: Looks
-    look: bool
-
-    @classmethod
-    def of(cls, index: 'Index', rows: np.ndarray, threshold: float | None, false_positives: float, look: bool):
-        from timm_multigrain.images.sources import read_image
-
+    def __init__(self, index: 'Index', threshold: float | None, false_positives: float, look: bool):
         if threshold is not None and not -1 < threshold <= 1:
             raise ValueError(f'The threshold is a similarity above -1 and at most 1, got {threshold}.')
-        exif = index.protocol().exif
-        looks = Looks((lambda i: read_image(index.path_of(i), exif=exif)) if look else _no_look)
-        whitening = fit_collection(index.vectors)
-        vectors = whitening.all(index.vectors)
-        thresholds = find_thresholds(vectors, rows, looks, false_positives) if threshold is None else (
-            Thresholds(threshold, threshold))
-        return cls(whitening, vectors, thresholds, looks, look)
+        kept = np.ones(len(index), bool)  # of identical files the one to keep
+        for rows in _identical(index):
+            kept[_ranked(index, rows)[1:]] = False
+        self.rows, self.look, exif = np.flatnonzero(kept), look, index.protocol().exif
+        self.looks = Looks(lambda i: read_image(index.path_of(i), exif=exif))
+        self.whitening = fit_collection(index.vectors)
+        self.vectors = self.whitening.all(index.vectors)
+        self.thresholds = Thresholds(threshold, threshold) if threshold is not None else find_thresholds(
+            self.vectors, self.rows, self._alike, false_positives)
 
-    def pairs(self, rows: np.ndarray) -> NearPairs:
+    def _alike(self, i: int, j: int) -> bool:
+        return self.look and self.looks.alike(i, j)
+
+    def pairs(self) -> NearPairs:
         """The pairs above the threshold, and of those that are possible the ones that look the same."""
         limits = self.thresholds
-        pairs = near_pairs(self.vectors, limits.possible if self.look else limits.certain, rows)
+        pairs = near_pairs(self.vectors, limits.possible if self.look else limits.certain, self.rows)
         good = pairs.scores >= limits.certain
         for i in np.flatnonzero(~good):
-            good[i] = self.looks.alike(int(pairs.first[i]), int(pairs.second[i]))
-        return NearPairs(pairs.first[good], pairs.second[good], pairs.scores[good], pairs.complete)
+            good[i] = self._alike(int(pairs.first[i]), int(pairs.second[i]))
+        return pairs.where(good)
 
 
-def _no_look(i: int):
-    raise ValueError('Pictures are not to be looked at.')
+def _identical(index: 'Index') -> list[np.ndarray]:
+    """Rows of each set of identical files."""
+    hashes = np.ascontiguousarray(index.columns['sha256']).view('>u8').reshape(len(index), 4)
+    order = np.lexsort(hashes.T)
+    same = (hashes[order][1:] == hashes[order][:-1]).all(1)
+    return [rows for rows in np.split(order, np.flatnonzero(~same) + 1) if len(rows) > 1]
 
 
-class _Finder:
-    """Groups of an index by row numbers."""
+def _ranked(index: 'Index', rows: np.ndarray) -> list[int]:
+    """Rows, the one that is best kept first."""
+    def key(row: int) -> tuple:
+        record, path = index.columns[row], os.fsencode(index.path_of(row))
+        return (-int(record['width']) * int(record['height']), -int(record['bytes']),
+                len(os.path.basename(path)), path)
+    return sorted(rows.tolist(), key=key)
 
-    def __init__(self, index: 'Index'):
-        self.index = index
-        self.columns = index.columns
 
-    def exact(self) -> list[np.ndarray]:
-        """Rows of identical files, the one to keep first, sets in the order of their paths."""
-        hashes = np.ascontiguousarray(self.columns['sha256']).view('>u8').reshape(len(self.columns), 4)
-        order = np.lexsort(hashes.T)
-        same = (hashes[order][1:] == hashes[order][:-1]).all(1)
-        sets = [rows for rows in np.split(order, np.flatnonzero(~same) + 1) if len(rows) > 1]
-        return sorted(map(self.ranked, sets), key=lambda rows: os.fsencode(self.index.path_of(int(rows[0]))))
+def _near_group(index: 'Index', vectors: np.ndarray, rows: np.ndarray) -> CopyGroup:
+    keep, *others = _ranked(index, rows)
+    scores = np.asarray(vectors[others], dtype=np.float64) @ np.asarray(vectors[keep], dtype=np.float64)
+    order = np.argsort(-scores, kind='stable')
+    return _group(index, 'near', [keep, *np.array(others)[order]], [1., *scores[order]])
 
-    def representatives(self, exact: list[np.ndarray]) -> np.ndarray:
-        """All rows but the surplus ones of identical files."""
-        kept = np.ones(len(self.columns), bool)
-        for rows in exact:
-            kept[rows[1:]] = False
-        return np.flatnonzero(kept)
 
-    def ranked(self, rows: np.ndarray) -> np.ndarray:
-        """Rows, the one that is best kept first."""
-        def key(row: int) -> tuple:
-            record, path = self.columns[row], os.fsencode(self.index.path_of(int(row)))
-            return (-int(record['width']) * int(record['height']), -int(record['bytes']),
-                    len(os.path.basename(path)), path)
-        return np.array(sorted(rows.tolist(), key=key))
-
-    def without_several(self, pairs: NearPairs) -> tuple[NearPairs, int]:
-        """The pairs of files that hold one picture, and how many of the files hold more."""
-        rows = np.unique(np.concatenate([pairs.first, pairs.second]))
-        several = [row for row in rows.tolist() if holds_several(self.index.path_of(row))]
-        good = ~(np.isin(pairs.first, several) | np.isin(pairs.second, several))
-        return NearPairs(pairs.first[good], pairs.second[good], pairs.scores[good], pairs.complete), len(several)
-
-    def order(self, pairs: NearPairs) -> np.ndarray:
-        """Place of each row of the pairs by path, so that the order of indexing decides nothing."""
-        rows = np.unique(np.concatenate([pairs.first, pairs.second]))
-        order = np.zeros(len(self.columns), dtype=np.int64)
-        by_path = sorted(rows.tolist(), key=lambda row: os.fsencode(self.index.path_of(row)))
-        order[by_path] = np.arange(len(by_path))
-        return order
-
-    def near(self, rows: np.ndarray, vectors: np.ndarray) -> CopyGroup:
-        """Group of near-duplicates."""
-        keep, *others = self.ranked(rows)
-        scores = np.asarray(vectors[others], dtype=np.float64) @ np.asarray(vectors[keep], dtype=np.float64)
-        order = np.argsort(-scores, kind='stable')
-        return self.group('near', [keep, *np.array(others)[order]], [1., *scores[order]])
-
-    def group(self, kind: str, rows, scores) -> CopyGroup:
-        return CopyGroup(kind, tuple(self._files(rows, scores)))
-
-    def _files(self, rows, scores) -> Iterator[CopyFile]:
-        for row, score in zip(rows, scores, strict=True):
-            yield CopyFile(self.index.records(int(row)), float(score))
+def _group(index: 'Index', kind: str, rows: Sequence[int], scores: Sequence[float]) -> CopyGroup:
+    return CopyGroup(kind, tuple(
+        CopyFile(index.records(int(row)), float(score)) for row, score in zip(rows, scores, strict=True)))
 
 
 def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], list[str]]:

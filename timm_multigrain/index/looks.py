@@ -1,15 +1,52 @@
-"""Whether two pictures look the same: the correlation of small grey versions, mirrored, turned, cut and written on."""
+"""Whether two pictures look the same: the correlation of small grey versions, mirrored, turned, cut and written on.
+
+For a part of a picture, the one is laid over the other at a number of sizes, angles and all places, and correlated
+there. Everything is tried on 16 x 16 pixels; what fits best there is tried again on 32 x 32.
+"""
+import math
 from collections.abc import Callable
 
 import numpy as np
 from PIL import Image
 
-from .alignment import part_likeness
-
 __all__ = ['ALIKE', 'Looks', 'likeness', 'small_grey']
 
 STORED, SIDE = 64, 32
 ALIKE = 0.95  # correlation from which pictures look the same, see benchmarks/README.md
+COARSE, FINE = 16, 32
+SHARES = (0.97, 0.92, 0.87, 0.82, 0.77, 0.72, 0.68)  # side of the part over side of the whole
+ANGLES = (-16, -12, -8, -4, 4, 8, 12, 16)
+REFINED = 6
+
+
+class Looks:
+    """Compares images of an index by number, reading each file once.
+
+    Args:
+        load: Reads image i; an error of kind ValueError or OSError leaves it without looks.
+    """
+
+    def __init__(self, load: Callable[[int], Image.Image]):
+        self.load = load
+        self.unreadable = 0
+        self._small: dict[int, np.ndarray | None] = {}
+        self._known: dict[tuple[int, int], bool] = {}
+
+    def alike(self, i: int, j: int) -> bool:
+        """Whether both can be read and look the same."""
+        pair = (min(i, j), max(i, j))
+        if pair not in self._known:
+            self._known[pair] = likeness(*map(self._grey, pair)) >= ALIKE
+        return self._known[pair]
+
+    def _grey(self, i: int) -> np.ndarray | None:
+        if i not in self._small:
+            try:
+                self._small[i] = small_grey(self.load(i))
+            except (ValueError, OSError):
+                self.unreadable += 1
+                self._small[i] = None
+        return self._small[i]
 
 
 def small_grey(image: Image.Image) -> np.ndarray | None:
@@ -23,7 +60,7 @@ def likeness(a: np.ndarray | None, b: np.ndarray | None) -> float:
     """Highest correlation of two `small_grey` found, at most 1; 0 where one of them is None.
 
     Compared are the whole pictures, mirrored and by quarter turns; three quarters of them, for a band of text at an
-    edge; and, where neither is enough, the one with parts of the other, see `part_likeness`.
+    edge; and, where neither is enough, the one with parts of the other.
     """
     if a is None or b is None:
         return 0.
@@ -34,7 +71,7 @@ def likeness(a: np.ndarray | None, b: np.ndarray | None) -> float:
         cut = SIDE // 4
         bands = (np.s_[cut:], np.s_[:-cut], np.s_[:, cut:], np.s_[:, :-cut])
         best = max(best, *(_correlation(own[band], c[band]) for c in (other, mirrored) for band in bands))
-    return best if best >= ALIKE else max(best, part_likeness(a, b))
+    return best if best >= ALIKE else max(best, _part_likeness(a, b))
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
@@ -42,31 +79,40 @@ def _correlation(a: np.ndarray, b: np.ndarray) -> float:
     return float((a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-6))
 
 
-class Looks:
-    """Compares images of an index by number, reading each file once.
+def _part_likeness(a: np.ndarray, b: np.ndarray) -> float:
+    """Highest correlation of one picture with a part of the other or of its mirror image, -1 to 1."""
+    ways = [(whole, part, angle, share) for whole, part in ((a, b), (b, a)) for angle in (0, *ANGLES)
+            for share in _shares(angle)]
+    cache = {}
+    coarse = [_fit(cache, way, COARSE, 0) for way in ways]
+    best = sorted(range(len(ways)), key=lambda i: -coarse[i])[:REFINED]
+    return max(_fit(cache, ways[i], FINE, change) for i in best for change in (-1, 0, 1))
 
-    Args:
-        load: Reads image i; an error of kind ValueError or OSError leaves it without looks.
-    """
 
-    def __init__(self, load: Callable[[int], Image.Image]):
-        self.load = load
-        self.unreadable = 0
-        self._seen: dict[int, np.ndarray | None] = {}
-        self._told: dict[tuple[int, int], bool] = {}
+def _shares(angle: int) -> tuple[float, ...]:
+    """Of a picture that was turned, the largest upright part; of one that was not, parts of many sizes."""
+    if not angle:
+        return SHARES
+    turn = math.radians(abs(angle))
+    return (1 / (math.cos(turn) + math.sin(turn)),)
 
-    def alike(self, i: int, j: int) -> bool:
-        """Whether both can be read and look the same."""
-        pair = (min(i, j), max(i, j))
-        if pair not in self._told:
-            self._told[pair] = likeness(self._small(pair[0]), self._small(pair[1])) >= ALIKE
-        return self._told[pair]
 
-    def _small(self, i: int) -> np.ndarray | None:
-        if i not in self._seen:
-            try:
-                self._seen[i] = small_grey(self.load(i))
-            except (ValueError, OSError):
-                self.unreadable += 1
-                self._seen[i] = None
-        return self._seen[i]
+def _fit(cache: dict, way: tuple, size: int, change: int) -> float:
+    """Highest correlation over all places; `change` pixels are added to the side of the part."""
+    whole, part, angle, share = way
+    side = min(size - 1, max(size // 2, round(size * share) + change))
+    over, under = (id(part), side), (id(whole), size, angle)
+    if over not in cache:
+        small = np.asarray(Image.fromarray(part).resize((side, side), Image.BOX))
+        cache[over] = _normalize(np.stack([small, small[:, ::-1]]).reshape(2, -1))
+    if under not in cache:
+        image = Image.fromarray(whole)
+        image = image.rotate(angle, Image.BILINEAR) if angle else image
+        cache[under] = np.asarray(image.resize((size, size), Image.BOX))
+    places = np.lib.stride_tricks.sliding_window_view(cache[under], (side, side))
+    return float((_normalize(places.reshape(-1, side * side)) @ cache[over].T).max())
+
+
+def _normalize(rows: np.ndarray) -> np.ndarray:
+    rows = rows - rows.mean(1, keepdims=True)
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-6)
