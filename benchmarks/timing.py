@@ -46,6 +46,8 @@ def start(parser: argparse.ArgumentParser, argv: list[str] | None = None, packag
     """Parsed arguments, after setting the threads and printing where this runs; `packages` are the peers."""
     global _clock
     args = parser.parse_args(argv)
+    if args.device.startswith('cuda') and not torch.cuda.is_available():
+        parser.error(f'--device {args.device}: no GPU was found')
     _clock = time.process_time if args.cpu_time else time.perf_counter
     torch.set_num_threads(args.threads)
     _set_pages(args.pages)

@@ -683,7 +683,10 @@ def test_auto_refuses(train, capsys):
     ('--model-kwargs trunk=test_resnet colour=red', "unexpected keyword argument 'colour'"),
     ('--model-kwargs trunk', '--model-kwargs or the like is not NAME=VALUE'),
     ('--mg-instance-loss-kwargs alpha', 'or the like is not NAME=VALUE'),
-    ('--initial-checkpoint missing.pth', '--model multigrain cannot be created'),
+    ('--initial-checkpoint missing.pth', 'multigrain cannot be created: --initial-checkpoint missing.pth not found'),
+    ('--data-dir nowhere', 'the images cannot be opened: nowhere not found'),
+    ('--opt nope', '--opt nope cannot be created: Optimizer nope not found'),
+    ('--model multigrain_test_vit --model-kwargs img_size=33', 'divisible by patch size'),
     ('--no-aug', 'All copies of an image in the first batch are the same, pixel for pixel')])
 def test_refuses(train, capsys, tmp_path, flags, message):
     with pytest.raises(SystemExit) as stopped:

@@ -2,7 +2,10 @@
 import argparse
 import inspect
 import logging
+import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
@@ -42,7 +45,7 @@ class TrainPlugin:
     def __init__(self, script: ModuleType, options: TrainOptions, args: argparse.Namespace):
         self.options = options
         self.args = args
-        names = 'create_model', 'create_optimizer_v2', 'create_loader', 'utils'
+        names = 'create_model', 'create_dataset', 'create_optimizer_v2', 'create_loader', 'utils'
         self.original = {name: getattr(script, name, None) for name in names}
         self.train_one_epoch_of_script = script.train_one_epoch
         self.monitor = Monitor(self.network_lr)
@@ -50,9 +53,10 @@ class TrainPlugin:
         self.class_numbers = None
 
     def bind(self, script: ModuleType) -> None:
-        """Rebind the names in `script`; with one repeat and lambda = 1 its create_model only."""
-        if self.original['create_model'] is not None:
-            script.create_model = self.create_model
+        """Rebind the names in `script`; with one repeat and lambda = 1 those only that tell errors in a sentence."""
+        for name in ('create_model', 'create_dataset'):
+            if self.original[name] is not None:
+                setattr(script, name, getattr(self, name))
         if self.options.plain:
             return
         problem = conflict(self.args, self.options) or resume_problem(self.args, self.options)
@@ -72,11 +76,17 @@ class TrainPlugin:
     def create_model(self, *args: Any, **kwargs: Any) -> nn.Module:
         """timm's model, without the plug-in's settings among its arguments; --initial-checkpoint of other classes."""
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith(PREFIX)}
-        try:
-            with new_classifier():
-                return self.original['create_model'](*args, **kwargs)
-        except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-            stop(f'--model {self.args.model} cannot be created: {str(e) or type(e).__name__}')
+        start = getattr(self.args, 'initial_checkpoint', '')
+        reason = f'--initial-checkpoint {start} not found' * bool(start and not os.path.exists(start))
+        with _stopping(f'--model {self.args.model} cannot be created', reason), new_classifier():
+            return self.original['create_model'](*args, **kwargs)
+
+    def create_dataset(self, *args: Any, **kwargs: Any) -> Any:
+        """timm's dataset."""
+        folder = kwargs.get('root')
+        reason = f'{folder} not found' * bool(folder and not os.path.exists(folder))
+        with _stopping('the images cannot be opened', reason):
+            return self.original['create_dataset'](*args, **kwargs)
 
     def create_loader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """timm's loader, with our decoding; for training with repeated augmentation."""
@@ -94,7 +104,7 @@ class TrainPlugin:
                 seed=self.args.seed, fast=options.fast_loader, **decoding, **kwargs)
             if options.lighting:
                 insert_lighting(loader.dataset, Lighting(options.lighting))
-        except (ValueError, TypeError, RuntimeError) as e:
+        except (AssertionError, ValueError, TypeError, RuntimeError) as e:
             stop(e)
         return loader
 
@@ -132,7 +142,8 @@ class TrainPlugin:
 
     def create_optimizer(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """timm's optimizer, the parameters of the instance loss in a group of their own."""
-        self.optimizer = optimizer = self.original['create_optimizer_v2'](model, *args, **kwargs)
+        with _stopping(f'--opt {self.args.opt} cannot be created'):
+            self.optimizer = optimizer = self.original['create_optimizer_v2'](model, *args, **kwargs)
         trainable = unwrap_model(model)
         if isinstance(trainable, MultiGrainTrainableModule):
             own = [p for p in trainable.instance_loss.parameters() if p.requires_grad]
@@ -173,10 +184,10 @@ class TrainPlugin:
             metrics = function(*args, **kwargs)
         except UnreadableImage as e:
             stop(_last_line(e))
-        except ValueError as e:
-            if self.monitor.samples:
+        except (AssertionError, ValueError) as e:
+            if self.monitor.samples or not str(e):
                 raise
-            stop(_last_line(e))  # of the first batch: what is wrong with the data
+            stop(_last_line(e))  # of the first batch: what is wrong with the data, or with their size
         averages = self.monitor.averages()
         if _rank() == 0:
             self.monitor.warn(averages)
@@ -213,6 +224,15 @@ def split_off(optimizer: Optimizer, parameters: list[nn.Parameter], lr: float | 
     optimizer.param_groups[:] = [group for group in optimizer.param_groups if group['params']]
     lr = optimizer.defaults['lr'] if lr is None else lr
     optimizer.add_param_group({'params': list(parameters), 'weight_decay': 0., 'lr': lr})
+
+
+@contextmanager
+def _stopping(what: str, reason: str = '') -> Iterator[None]:
+    """Stop with a sentence where timm raises an error that the user can mend."""
+    try:
+        yield
+    except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
+        stop(f'{what}: {reason or str(e) or type(e).__name__}')
 
 
 def _last_line(error: Exception) -> str:
