@@ -21,14 +21,17 @@ import pytest
 from PIL import Image
 
 from timm_multigrain.app.answers import Answers
-from timm_multigrain.app.guard import Guard, keep_newest
 from timm_multigrain.cli.main import main
 from timm_multigrain.images.sources import UnreadableImage
 
 from .copies_folder import make_index, make_pictures
 
 gradio = pytest.importorskip('gradio')
+from starlette.responses import Response  # noqa: E402
+from starlette.testclient import TestClient  # noqa: E402
+
 from timm_multigrain.app.app import _box, launch_app  # noqa: E402
+from timm_multigrain.app.guard import Guard, keep_newest  # noqa: E402
 
 MAX_UPLOAD = 400_000
 MAX_TEMPORARY = 1_500_000
@@ -126,9 +129,10 @@ def test_pages_allow_nothing_from_elsewhere(url):
 
 def test_no_other_file_is_served(url, index, tmp_path):
     (tmp_path / 'secret.txt').write_text('secret')
-    paths = ['/etc/passwd', str(tmp_path / 'secret.txt'), index.path_of(0), str(index.path / 'config.json'),
-             f'{index.path}/../index/config.json', 'setup.cfg', '../../etc/passwd', '%2e%2e/%2e%2e/etc/passwd',
+    paths = ['/etc/passwd', str(tmp_path / 'secret.txt'), index.path_of(0), str(index.path / 'index.sqlite'),
+             f'{index.path}/../index/vectors.1.bin', 'setup.cfg', '../../etc/passwd', '%2e%2e/%2e%2e/etc/passwd',
              __file__, str(Path(gradio.__file__).parent / 'package.json')]
+    assert all(Path(path).is_file() for path in paths[:5])
     for path in paths:
         for route in ('/gradio_api/file=', '/file=', '/gradio_api/file/', '/static/', '/assets/', '/theme.css/'):
             status, body, _ = ask(f'{url}{route}{urllib.request.quote(path, safe="/%")}')
@@ -208,7 +212,7 @@ def test_large_uploads_are_refused(url):
     noise = png(Image.effect_noise((900, 900), 80))
     assert len(noise) > MAX_UPLOAD
     assert upload(url, noise)[0] >= 400
-    status, body, _ = ask(f'{url}/gradio_api/upload', b'x' * (MAX_UPLOAD + (2 << 20)))
+    status, body, _ = ask(f'{url}/gradio_api/upload', b'x' * (MAX_UPLOAD + (20 << 20)))
     assert status == 413 and b'larger than this app takes' in body
     host, port = url.removeprefix('http://').split(':')
     with socket.create_connection((host, int(port)), timeout=30) as raw:  # a body that does not say how long it is
@@ -274,14 +278,9 @@ def test_answers(index):
     assert answers.thumbnail('/elsewhere/x.jpg').getpixel((5, 5)) == (128, 128, 128)
 
 
-def guarded(app, folder, **options):
-    options = dict(hosts=['a'], uploads=str(folder), max_bytes=100, max_total=1000, max_files=3) | options
+def guarded(folder, app, **options):
+    options = dict(hosts=['a'], uploads=str(folder), max_bytes=8 << 20, max_total=1000, max_files=3) | options
     return Guard(app, **options)
-
-
-def scope(path='/', method='GET', **headers):
-    return {'type': 'http', 'method': method, 'path': path,
-            'headers': [(name.encode(), value.encode()) for name, value in {'host': 'a', **headers}.items()]}
 
 
 def test_guard_counts_bodies_without_length(tmp_path):
@@ -294,7 +293,8 @@ def test_guard_counts_bodies_without_length(tmp_path):
     async def receive():
         return messages.pop()
 
-    asyncio.run(guarded(app, tmp_path)(scope(), receive, None))
+    scope = {'type': 'http', 'method': 'GET', 'path': '/', 'headers': [(b'host', b'a')]}
+    asyncio.run(guarded(tmp_path, app, max_bytes=100)(scope, receive, None))
     assert [message['type'] for message in received] == ['http.request', 'http.disconnect']
 
 
@@ -308,25 +308,13 @@ def test_guard_looks_at_the_files_a_request_names(tmp_path, body, status):
     (tmp_path / 'UP').mkdir()
     (tmp_path / 'UP' / 'link').symlink_to('/etc/passwd')
     body = body.replace(b'UP', str(tmp_path / 'UP').encode())
-    sent, received = [], []
 
-    async def app(scope, receive, send):
-        received.append(await receive())
-        await send({'type': 'http.response.start', 'status': 200, 'headers': []})
+    async def echo(scope, receive, send):
+        await Response((await receive())['body'])(scope, receive, send)
 
-    messages = [{'type': 'http.request', 'body': body[i:i + 65536], 'more_body': i + 65536 < len(body)}
-                for i in range(0, max(1, len(body)), 65536)]
-
-    async def receive():
-        return messages.pop(0)
-
-    async def send(message):
-        sent.append(message)
-
-    guard = guarded(app, tmp_path / 'UP', max_bytes=8 << 20)
-    asyncio.run(guard(scope('/gradio_api/call/search', 'POST'), receive, send))
-    assert sent[0]['status'] == status
-    assert [message['body'] for message in received] == ([body] if status == 200 else [])
+    client = TestClient(guarded(tmp_path / 'UP', echo), base_url='http://a')
+    answer = client.post('/gradio_api/call/search', content=body)
+    assert answer.status_code == status and (answer.content == body) == (status == 200)
 
 
 def test_the_oldest_files_go(tmp_path):
@@ -382,7 +370,7 @@ def test_a_password_private_files_and_sigterm(index, tmp_path):
             assert 'event: complete' in text
             folder = path.parents[1]
             files = [file for file in folder.rglob('*') if file.is_file()]
-            assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) == 0o700 and len(files) > 4
+            assert folder.parent == tmp_path and stat.S_IMODE(folder.stat().st_mode) == 0o700 and len(files) > 3
             assert {stat.S_IMODE(file.stat().st_mode) for file in files} == {0o600}
             process.send_signal(signal.SIGTERM)
             process.wait(timeout=60)

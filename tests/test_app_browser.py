@@ -1,4 +1,4 @@
-"""The web app in a headless browser: a real upload, real clicks, wide and phone width; nothing comes from elsewhere."""
+"""The web app and a report in a headless browser, wide and of a phone's width; nothing comes from elsewhere."""
 import base64
 import contextlib
 import json
@@ -7,6 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
+
+from timm_multigrain.report.report import Table, write_report
 
 from .copies_folder import make_index, make_pictures
 from .test_app import running
@@ -47,7 +49,7 @@ def page(request, url, tmp_path):
     driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
     try:
         driver.get(url)
-        yield Page(driver, f'app-{request.param}')
+        yield Page(driver, request.param)
     finally:
         driver.quit()
 
@@ -55,8 +57,8 @@ def page(request, url, tmp_path):
 class Page:
     """What the tests do with the page; APP_SCREENSHOTS names a folder for pictures of it."""
 
-    def __init__(self, driver, name):
-        self.driver, self.name = driver, name
+    def __init__(self, driver, width):
+        self.driver, self.width = driver, width
 
     def find(self, selector, number=0):
         return self.wait(lambda driver: driver.find_elements(By.CSS_SELECTOR, selector)[number:])[0]
@@ -87,7 +89,7 @@ class Page:
             clip = {'x': 0, 'y': 0, 'scale': 1, 'width': run('return document.documentElement.clientWidth'),
                     'height': run('return document.documentElement.scrollHeight')}
             shot = self.driver.execute_cdp_cmd('Page.captureScreenshot', {'captureBeyondViewport': True, 'clip': clip})
-            path = Path(os.environ['APP_SCREENSHOTS']) / f'{self.name}-{what}.png'
+            path = Path(os.environ['APP_SCREENSHOTS']) / f'app-{self.width}-{what}.png'
             path.write_bytes(base64.b64decode(shot['data']))
 
 
@@ -117,9 +119,24 @@ def test_search_part_and_copies(page, pictures, url):
     page.find('#members .thumbnail-item', 1)
     assert page.text('#members .caption-label').startswith('KEEP')
     page.screenshot('copies')
-    width = page.driver.execute_script('return [document.documentElement.scrollWidth, innerWidth]')
-    assert width[0] <= width[1]
+    check_width(page.driver, page.width)
     check_requests(page.driver, url)
+
+
+def test_a_report_fits_and_needs_no_server(page, tmp_path):
+    columns = [f'column {i}' for i in range(12)]
+    table = Table(['Model', *columns], [['a', *range(12)], ['b', *range(12)]], dict.fromkeys(columns, 'max'))
+    path = write_report(tmp_path / 'report.html', 'A title', 'Text.', [table], {'a': {'loss': ([0, 1], [1, 0])}})
+    page.driver.get_log('performance')
+    page.driver.get(path.as_uri())
+    assert page.text('h1') == 'A title' and len(page.driver.find_elements(By.CSS_SELECTOR, 'td.best')) == 24
+    page.screenshot('report')
+    check_width(page.driver, page.width)
+    check_requests(page.driver, path.as_uri())
+
+
+def check_width(driver, width):
+    assert driver.execute_script('return document.documentElement.scrollWidth') <= width
 
 
 def check_requests(driver, url):
