@@ -1,5 +1,6 @@
-"""Formats and precision of the maps that go into a pooling."""
+"""What the poolings have in common: formats and precision of the maps, and who looks at their operations."""
 import torch
+from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 _SPATIAL_DIMS = {'NCHW': [-2, -1], 'NHWC': [-3, -2], 'NLC': [-2]}
@@ -12,6 +13,12 @@ def spatial_dims(input_fmt: str, num_prefix_tokens: int = 0) -> list[int]:
     if num_prefix_tokens and input_fmt != 'NLC':
         raise ValueError(f"num_prefix_tokens={num_prefix_tokens} needs input_fmt='NLC', got {input_fmt!r}.")
     return _SPATIAL_DIMS[input_fmt]
+
+
+def is_traced() -> bool:
+    """Whether a compiler, tracer, exporter or function transform looks at what is called now."""
+    return (torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+            or forward_ad._current_level >= 0)
 
 
 # Branches on dtype and size cannot be traced symbolically. Dispatching as torch.nn.functional does keeps each of these

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from timm.layers import get_device_dtype
 from timm.models import get_model_traits
 
-from timm_multigrain.eager import is_traced
 from timm_multigrain.layers import GeM, Whitening, l2_normalize
+from timm_multigrain.layers.format import is_traced
 
 from .config import model_cfg
 from .head import MultiGrainHead
