@@ -27,7 +27,7 @@ import torch.nn.functional as F
 import yaml
 from PIL import Image
 from timm.data import get_img_extensions, set_img_extensions
-from timm.data.loader import MultiEpochsDataLoader, PrefetchLoader
+from timm.data.loader import PrefetchLoader
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.data import RepeatedAugSampler
@@ -385,13 +385,6 @@ def test_prefetcher_and_lighting(train):
         torch.testing.assert_close(batch.images, same.images)
 
 
-def test_multi_epochs_loader(train):
-    run = train('--use-multi-epochs-loader', '--epochs', '2')
-    assert_joint(run)
-    assert isinstance(run.loader.loader, MultiEpochsDataLoader)
-    assert ids(run) == order(0) + order(1) and order(0) != order(1)
-
-
 def test_scheduled_sizes(script, train):
     if 'train_img_sizes' not in script.read_text().replace('-', '_'):
         pytest.skip('this train.py has no scheduled sizes')
@@ -462,13 +455,6 @@ def test_own_learning_rate_moves_the_boundary(train):
     moved = [(train(*one, *flags).beta - START).item() for flags in ((), ('--mg-beta-lr', '0.02'))]
     assert moved[1] == pytest.approx(0.2 * moved[0], rel=1e-3) and moved[0] != 0
     assert torch.equal(train('--mg-beta-lr', '0').beta, START)
-
-
-def test_gradient_checkpointing(train, default):
-    run, same = train('--grad-checkpointing'), default
-    assert_joint(run)
-    assert [r.task.get_eval_model().trunk.grad_checkpointing for r in (run, same)] == [True, False]
-    assert_same(weights(run), weights(same), rtol=1e-4, atol=1e-6)
 
 
 def _binary(output, label):

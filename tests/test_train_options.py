@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from timm_multigrain.train.launcher import launch, load_script, prepare
+from timm_multigrain.train.launcher import launch
 from timm_multigrain.train.options import TrainOptions, add_options, conflict
 
 STANDIN = Path(__file__).with_name('standin_train.py')
@@ -164,12 +164,3 @@ def test_scripts_that_are_refused(capsys, clean, tmp_path):
 def test_train_one_epoch_without_the_arguments_needed(capsys, clean, tmp_path):
     (tmp_path / 'train.py').write_text(STANDIN.read_text() + '\n\ndef train_one_epoch(epoch, loader): ...\n')
     assert f'train_one_epoch of {tmp_path / "train.py"} does not take task' in _fails(capsys, tmp_path / 'train.py')
-
-
-def test_a_prepared_parser_shows_the_options_once(clean):
-    script = load_script(STANDIN)
-    prepare(script)
-    text = script.parser.format_help()
-    for option in fields(TrainOptions):
-        assert text.count(f'  --mg-{option.name} '.replace('_', '-')) == 1 or option.name == 'gather'
-    assert 'arXiv 1902.05509' in text and '--mg-gather' in text
