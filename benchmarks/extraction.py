@@ -14,11 +14,9 @@ from pathlib import Path
 
 import timing
 import torch
-from tqdm import tqdm
 
-from timm_multigrain.embed.embedder import Embedder
+from timm_multigrain.embed.embedder import Embedder, in_order
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.stream import Batches, decode, in_order
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.images.transforms import create_eval_transform
 from timm_multigrain.models.open import open_model
@@ -45,14 +43,15 @@ def main() -> None:
             model.embed(transform(source.load(i))[None].to(args.device)).cpu() for i in range(len(source))])
 
     with contextlib.ExitStack() as stack:
-        ways, batches = {'one by one': one_by_one}, Batches(args.batch_size, 'raise')
+        ways = {'one by one': one_by_one}
         for name, fast in (('buckets', False), ('fast', True)):
-            embedder = Embedder(model, protocol, device=args.device, fast=fast)
+            embedder = Embedder(
+                model, protocol, batch_size=args.batch_size, workers=0, device=args.device, fast=fast)
             begin = time.perf_counter()
             stack.enter_context(embedder.evaluating())
             print(f'{name}: {time.perf_counter() - begin:.2f} s before the first image')
-            ways[name] = lambda embedder=embedder: in_order(list(embedder.run(
-                batches(decode(source, protocol, range(len(source)), 0), tqdm(disable=True)), batches.skip)))[1]
+            ways[name] = lambda embedder=embedder: in_order(list(embedder.embed(
+                embedder.decode(source, range(len(source))), skip=print)))[1]
         vectors = {name: way() for name, way in ways.items()}
         wall, cpu = _interleave(ways, args.rounds)
     shapes = len({protocol.pixels(source.load(i)).shape for i in range(len(source))})

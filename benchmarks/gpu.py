@@ -37,8 +37,8 @@ import torch.distributed as dist
 from timm.data import ImageDataset, create_loader
 
 import timm_multigrain
+from timm_multigrain.embed.embedder import embed_images
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.stream import embed_images
 from timm_multigrain.files import write_text
 from timm_multigrain.images.sources import find_images
 

@@ -12,13 +12,13 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from timm_multigrain.cli.main import main
+from timm_multigrain.embed.poolings import System, Systems, choose_systems
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.systems import System, Systems, choose_systems
 from timm_multigrain.hub import read_metrics, save_pretrained
 from timm_multigrain.layers import create_pool, gem, l2_normalize
-from timm_multigrain.measure.benchmark_result import BenchmarkResult, Comparison
 from timm_multigrain.measure.benchmarks import Figure, load_benchmark
 from timm_multigrain.measure.evaluate import AfterRanking, compare, evaluate
+from timm_multigrain.measure.results import BenchmarkResult, Comparison
 
 from .test_datasets import small_truth, trapezoid
 from .tiny import tiny_model
@@ -108,7 +108,7 @@ def test_whitening_beside_without(model, pictures, noise_folder):
     assert [(r.system, r.whitening) for r in results] == [
         ('tiny, GeM p=3', None), ('tiny, CroW', None), ('tiny, GeM p=3, whitened 8', 8), ('tiny, CroW, whitened 8', 8)]
     from timm_multigrain.images.sources import find_images
-    from timm_multigrain.whiten.whiten import fit_whitening
+    from timm_multigrain.whiten.fit import fit_whitening
     images = replace_database(benchmark, find_images(noise_folder))
     for result, pool in zip(results[2:], [
             lambda x: gem(x, 3), lambda x: l2_normalize(create_pool('crow')(x))], strict=True):
@@ -125,9 +125,9 @@ def test_whitened_sums_do_not_depend_on_their_number(model, pictures, noise_fold
     """SPoC is GeM with p = 1 times the number of positions, so that both are the same L2-normalised and whitened."""
     from timm_multigrain.images.sources import find_images
     from timm_multigrain.measure.evaluate import add_whitened
-    systems = Systems(model, choose_systems(model, ['spoc']))
+    systems = Systems.of(model, choose_systems(model, ['spoc']))
     with tempfile.TemporaryDirectory() as folder:
-        add_whitened(systems, find_images(noise_folder), PROTOCOL, None, Path(folder))
+        systems = add_whitened(systems, find_images(noise_folder), PROTOCOL, None, Path(folder))
     maps = torch.rand(1, model.num_features, 3, 4)
     wide = torch.cat([maps, maps], 3)  # twice the positions, the same mean
     one, two = (l2_normalize(systems.models[1].forward_head(x, pre_logits=True)) for x in (maps, wide))
@@ -327,8 +327,8 @@ def test_choose_systems(model):
     assert choose_systems(model, [], [1, 4, 1]) == [System('gem', 1), System('gem', 4)]
     assert choose_systems(model, ['mac', 'gem', 'mac'], [math.inf])[1].exponent == 'inf'
     for poolings, exponents, message in (
-            (['max'], [], "'max' is no pooling"), (['mac'], [2], 'add gem'), ([], [0], 'p = 0 is no'),
-            ([], [math.nan], 'p = nan is no')):
+            (['max'], [], "Unknown pooling 'max'"), (['mac'], [2], 'add gem'), ([], [0], 'p = 0 cannot'),
+            ([], [math.nan], 'p = nan cannot')):
         with pytest.raises(ValueError, match=message):
             choose_systems(model, poolings, exponents)
     with pytest.raises(ValueError, match='2 systems are asked for, GeM p=1, GeM p=2'):
@@ -341,8 +341,8 @@ def test_a_models_own_exponents_stay(pictures):
     before = {name: value.clone() for name, value in model.state_dict().items()}
     compare({'tiny': model}, 'folder', pictures, [PROTOCOL], poolings=['gem', 'mac'], exponents=[2])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert Systems(model, choose_systems(model)).systems[0].exponent is None
-    assert str(choose_systems(model)[0]) == 'GeM'
+    own, = choose_systems(model)
+    assert own.exponent is None and str(own) == 'GeM'
 
 
 def result(system='m, GeM p=3', value=50.123, **kwargs):
@@ -400,7 +400,7 @@ def test_the_command_publishes(pictures, tmp_path, hub):
     (['--benchmark', 'holidays', '--queries', 'x'], 'holidays has no option queries'),
     (['--benchmark', 'disc21', '--download'], 'cannot be downloaded by a program'),
     (['--benchmark', 'folder', '--qe', '2', 'x'], '--qe 2 x: give a number'),
-    (['--benchmark', 'folder', '--pool', 'gim'], "'gim' is no pooling"),
+    (['--benchmark', 'folder', '--pool', 'gim'], "Unknown pooling 'gim'"),
     (['--benchmark', 'folder', '--download-distractors'], 'is for roxford5k and rparis6k'),
     (['--benchmark', 'folder', '--whiten', 'nowhere'], 'nowhere is no folder'),
 ])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.layers import GeM
 from timm_multigrain.loss import DistanceWeightedSampler, effective_negatives, margin_loss
-from timm_multigrain.whiten.whiten import WhiteningFit, fit_whitening, fold_whitening, with_constant
+from timm_multigrain.whiten.fit import WhiteningFit, fit_whitening, fold_whitening, with_constant
 
 from .tiny import image_for, tiny_model
 

@@ -22,7 +22,7 @@ from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.layers import gem, l2_normalize
 from timm_multigrain.loss import MarginLoss, Triplets, create_sampler
 from timm_multigrain.task import MultiGrainTask, all_gather_with_grad
-from timm_multigrain.whiten.whiten import fit_whitening, fold_whitening
+from timm_multigrain.whiten.fit import fit_whitening, fold_whitening
 
 from .tiny import tiny_model
 

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_multigrain.whiten.learned_whitening import fit_learned_whitening, matching_pairs
-from timm_multigrain.whiten.whiten import fold_whitening, with_constant
+from timm_multigrain.whiten.fit import fit_learned_whitening, fold_whitening, matching_pairs, with_constant
 
 from .tiny import tiny_model
 

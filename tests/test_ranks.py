@@ -7,9 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from timm_multigrain.measure import ranks as module
 from timm_multigrain.measure.ranks import best_pairs, outranking, ranks
-from timm_multigrain.search.exact import similarity_chunks
 
 
 def slow(scores, lists):
@@ -41,11 +39,9 @@ def test_equals_comparing_all(problem):
     scores, lists, cuts = problem
     expected = slow(scores, lists)
     chunks = np.split(scores, cuts, axis=1)
-    for given_scores in (scores, torch.from_numpy(scores), chunks, iter(chunks), np.asfortranarray(scores)):
+    for given_scores in (scores, torch.from_numpy(scores), chunks, np.asfortranarray(scores)):
         assert as_lists(outranking(given_scores, wanted=lists)) == expected
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, 'HELD_BYTES', 0)
-        assert as_lists(outranking(chunks, wanted=[i[:1] for i in lists], other=[i[1:] for i in lists])) == expected
+    assert as_lists(outranking(chunks, wanted=[i[:1] for i in lists], other=[i[1:] for i in lists])) == expected
 
 
 @pytest.mark.parametrize('dtype', [
@@ -67,7 +63,7 @@ def test_on_a_gpu():
     scores = torch.randn(4, 3000).half()
     expected = as_lists(outranking(scores, wanted=[np.arange(40)] * 4))
     assert as_lists(outranking(scores.cuda(), wanted=[np.arange(40)] * 4)) == expected
-    assert as_lists(outranking(iter(scores.cuda().split(999, dim=1)), wanted=[np.arange(40)] * 4)) == expected
+    assert as_lists(outranking(scores.cuda().split(999, dim=1), wanted=[np.arange(40)] * 4)) == expected
 
 
 def test_ranks():
@@ -77,50 +73,34 @@ def test_ranks():
 
 
 def test_memory_of_a_chunk():
-    def chunks():
-        buffer, rng = np.empty((10, 100_000), np.float32), np.random.default_rng(0)
-        for _ in range(20):
-            yield rng.random(out=buffer, dtype=np.float32)  # used again: what is kept of it has to be copied
+    class Chunks:
+        read = 0
+
+        def __iter__(self):
+            buffer, rng = np.empty((10, 100_000), np.float32), np.random.default_rng(0)
+            for _ in range(20):
+                self.read += 1
+                yield rng.random(out=buffer, dtype=np.float32)  # used again: what is kept of it has to be copied
 
     lists = [[q, 99_000, 150_000] for q in range(10)]
     tracemalloc.start()
-    counts = outranking(chunks(), wanted=lists)  # 76 MiB of scores in chunks of 3.8 MiB
+    chunks = Chunks()
+    counts = outranking(chunks, wanted=lists)  # 76 MiB of scores in chunks of 3.8 MiB
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 16 << 20
-    scores = np.concatenate([chunk.copy() for chunk in chunks()], axis=1)
+    assert chunks.read == 2 + 20  # up to the last labelled item, and all of them
+    scores = np.concatenate([chunk.copy() for chunk in chunks], axis=1)
     for row, items, own in zip(scores, lists, counts, strict=True):
         assert own.tolist() == [(np.delete(row, items) >= row[item]).sum() for item in items]
 
 
-def test_chunks_are_read_twice_only_if_needed(monkeypatch):
-    queries, database = torch.randn(3, 8), torch.randn(50, 8)
-    expected = as_lists(outranking(queries @ database.T, wanted=[[3, 49], [5], [0]]))
-    chunks = similarity_chunks(queries, database, chunk_size=50)
-    assert as_lists(outranking(chunks, wanted=[[3, 49], [5], [0]])) == expected
-    monkeypatch.setattr(module, 'HELD_BYTES', 100)
-    with pytest.raises(ValueError, match='Item 19 is labelled, too far into the scores'):
-        outranking((np.zeros((1, 2)) for _ in range(30)), wanted=[[19]])
-    assert as_lists(outranking((np.zeros((1, 2)) for _ in range(30)), wanted=[[1]])) == [[59]]
-
-    class Once:
-        chunks = iter([np.zeros((1, 10))] * 3)
-
-        def __iter__(self):
-            return self.chunks
-
-    with pytest.raises(ValueError, match='at least 30 items when read first and 0 when read again'):
-        outranking(Once(), wanted=[[25]])
-
-
 @pytest.mark.parametrize('scores, message', [
-    (np.zeros(3), r'shape .* got \(3,\)'),
-    ([np.zeros((1, 3)), np.zeros((2, 3))], 'There are 2 rows of scores for 1 queries'),
-    ([np.zeros((1, 3)), np.zeros((1, 3), np.float32)], 'float64 and float32: they must have one dtype'),
-    ([[0., 1.]], 'got list'),
+    (np.zeros(3), r'shape \(3,\)'),
+    ([np.zeros((1, 3)), np.zeros((2, 3))], r'shape \(2, 3\) .* \(1, items\)'),
+    (iter([np.zeros((1, 3))]), 'scores are a generator, and are read twice'),
     ([], 'Query 0: index 1 is out of range for 0 items'),
     (np.zeros((1, 4), complex), 'real numbers'),
-    (np.full((1, 4), None), 'real numbers'),
     (np.array([[0., 1., 0., np.nan]]), r'scores\[0\] contains NaN'),
     (torch.tensor([[0., torch.nan, 0., 0.]], dtype=torch.bfloat16), r'scores\[0\] contains NaN'),
 ])
@@ -132,22 +112,19 @@ def test_bad_scores(scores, message):
 @pytest.mark.parametrize('lists, message', [
     (dict(wanted=[[3]]), 'index 3 is out of range for 3'),
     (dict(wanted=[[0]], junk=[[5]]), 'index 5 is out of range'),
-    (dict(wanted=[[-1]]), r'wanted\[0\] contains the negative value -1'),
+    (dict(wanted=[[-1]]), r'wanted\[0\] must be a list of integers from 0'),
     (dict(wanted=[[0, 0]]), 'Query 0: item 0 is more than once in wanted'),
     (dict(wanted=[[0, 1]], junk=[[2, 1]]), 'item 1 is more than once in wanted, junk'),
-    (dict(wanted=[[True, False, True]]), 'list of integers'),
     (dict(wanted=[[0.]]), 'list of integers'),
-    (dict(wanted=[[[0]]]), 'list of integers'),
-    (dict(wanted=[[0], [1]]), '1 rows of scores for 2 queries'),
+    (dict(wanted=[[0], [1]]), r'\(2, items\)'),
     (dict(wanted=[[0]], junk=[[1], [2]]), '1 lists of wanted items, 2 lists of junk items'),
-    (dict(wanted=[]), '1 rows of scores for 0 queries'),
 ])
 def test_bad_lists(lists, message):
     with pytest.raises(ValueError, match=message):
         outranking(np.zeros((1, 3)), **lists)
 
 
-@pytest.mark.parametrize('limit', [1, 7, 50, 60, 100])
+@pytest.mark.parametrize('limit', [1, 7, 100])
 def test_best_pairs(limit):
     scores = np.random.default_rng(limit).permutation(60).reshape(5, 12).astype(np.float32)
     rows, columns, values = best_pairs(torch.from_numpy(scores).split(4, dim=1), limit)

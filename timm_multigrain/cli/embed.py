@@ -5,7 +5,7 @@
 
 IMAGES is a folder, a list file (.txt, a path a line; .json) or a data set of timm such as torch/cifar10:DIR. A run that
 was stopped goes on where it was when the same command is given again. Read the result with
-timm_multigrain.embed.descriptors.Descriptors.load.
+timm_multigrain.embed.shards.Descriptors.load.
 """
 import argparse
 import os

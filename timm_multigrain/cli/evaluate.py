@@ -109,7 +109,7 @@ def _protocols(args: argparse.Namespace, model, benchmark) -> list:
 
 
 def _after(args: argparse.Namespace):
-    from timm_multigrain.measure.rankings import AfterRanking
+    from timm_multigrain.measure.evaluate import AfterRanking
 
     pairs = {}
     for name in ('qe', 'dba'):

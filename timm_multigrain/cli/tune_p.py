@@ -91,8 +91,7 @@ def _tune(args: argparse.Namespace, model, protocol):
 
 def _scan_groups(args: argparse.Namespace, model, protocol):
     from timm_multigrain.measure.benchmarks.folder import load_folder
-    from timm_multigrain.measure.p_groups import scan_p_groups
-    from timm_multigrain.measure.tune_p import GRID
+    from timm_multigrain.measure.tune_p import GRID, scan_p_groups
 
     if args.choose == 'tuned':
         raise ValueError('--choose tuned: p is fine-tuned on classes, and mAP is scanned only.')
@@ -124,7 +123,7 @@ def _save(args: argparse.Namespace, model, protocol, result) -> None:
     import shutil
 
     from timm_multigrain.models.config import json_p, note_fitted
-    from timm_multigrain.whiten.whitened_model import save_fitted
+    from timm_multigrain.whiten.fit import save_fitted
 
     model.set_gem_p(result.p)
     note_fitted(model, 'p', {

@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from timm_multigrain.embed.extract import extract_shards
     from timm_multigrain.models.save import check_model_folder
-    from timm_multigrain.whiten.whitened_model import save_fitted, whiten_model
+    from timm_multigrain.whiten.fit import save_fitted, whiten_model
 
     shrinkage = _shrinkage(args.shrinkage)
     check_model_folder(args.out_dir)

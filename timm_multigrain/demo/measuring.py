@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from timm_multigrain.embed.embedder import embed_images
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.stream import embed_images
 from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
 from timm_multigrain.images.sources import ImageFiles, ImageSource
 from timm_multigrain.measure.metrics import mean_average_precision

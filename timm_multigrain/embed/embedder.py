@@ -1,27 +1,41 @@
-"""A model under a test protocol: batches of decoded images to descriptors.
-
-On the CPU a batch is run image by image: convolutions and matrix products choose other orders of summation for other
-numbers of rows, and a batch is no faster there. So an image has the same descriptor, bit for bit, in whatever company
-it is embedded.
-"""
+"""Images through a model under a test protocol: read by worker processes, embedded in batches of one shape."""
 import contextlib
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+import math
+import multiprocessing
+import os
+import threading
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
 
-from timm_multigrain.images.sources import printable
+from timm_multigrain.images.sources import ImageSource, UnreadableImage, printable
 from timm_multigrain.layers import GeM, l2_normalize
 from timm_multigrain.layers import gem as power_mean
 from timm_multigrain.models.folding import fold_batch_norm
+from timm_multigrain.models.trunk import InputSizes
 
 from .protocol import Protocol
 
-__all__ = ['Decoded', 'Embedded', 'Embedder']
+__all__ = ['Decoded', 'Embedded', 'Embedder', 'decode', 'embed_images', 'in_order', 'none_readable', 'progress_bar']
 
 _NARROW = 32  # pixels, the stride of most trunks
+_CHUNK = 4  # images a worker hands over at once
+_PENDING = 8  # batches of images that may wait for others of their shape
+
+
+class Decoded(NamedTuple):
+    """An image before normalisation, (3, H, W) uint8, or why it could not be read."""
+    index: int
+    name: str
+    pixels: np.ndarray | None = None
+    size: tuple[int, int] = (0, 0)
+    message: str = ''
 
 
 class Embedded(NamedTuple):
@@ -39,38 +53,90 @@ class Embedded(NamedTuple):
     sizes: list[tuple[int, int]]
 
 
-class Decoded(NamedTuple):
-    """An image before normalisation, (3, H, W) uint8, or why it could not be read."""
-    index: int
-    name: str
-    pixels: np.ndarray | None = None
-    size: tuple[int, int] = (0, 0)
-    message: str = ''
-
-
 class _TooNarrow(ValueError):
     """An input that has no pixels left somewhere in the trunk."""
 
 
+def embed_images(
+        model: torch.nn.Module,
+        source: ImageSource,
+        protocol: Protocol,
+        *,
+        errors: str = 'skip',
+        on_error: Callable[[int, str], None] = lambda number, reason: None,
+        progress: bool = True,
+        **extraction,
+) -> Iterator[Embedded]:
+    """Embed images, a batch of equal shape at a time, in no particular order; every readable one exactly once.
+
+    Args:
+        model: Model, moved to the device; in eval mode while this runs.
+        source: Images.
+        protocol: Size, crop, scales, flip.
+        errors: 'skip' unreadable images or 'raise' the first one.
+        on_error: Called with the number of each skipped image, and why.
+        progress: Show a bar if stderr is a terminal.
+        **extraction: batch_size, workers, device, dtype, descriptor, logits, dim and fast of `Embedder`.
+
+    Raises:
+        UnreadableImage: With errors='raise'.
+        ValueError: Impossible arguments, or an embedding that is not finite.
+    """
+    if errors not in ('skip', 'raise'):
+        raise ValueError(f"errors={errors!r}: give 'skip' or 'raise'.")
+    embedder = Embedder(model, protocol, **extraction)
+    stream = embedder.decode(source, range(len(source)))
+    return _embed(embedder, stream, len(source), errors == 'raise', on_error, progress)
+
+
+def _embed(embedder, stream, total, strict, on_error, progress) -> Iterator[Embedded]:
+    def skip(item: Decoded) -> None:
+        if strict:
+            raise UnreadableImage(item.message)
+        on_error(item.index, item.message)
+        bar.update()
+
+    with progress_bar(total, progress) as bar, embedder.evaluating(), contextlib.closing(stream):
+        for out in embedder.embed(stream, skip):
+            bar.update(len(out.indices))
+            yield out
+
+
 class Embedder:
-    """A model under a protocol.
+    """A model under a protocol: an image has the same embedding, up to rounding, in whatever company it is embedded.
 
     Args:
         model: A MultiGrain, or a module with its ``forward_features`` and ``forward_head``; moved to the device.
         protocol: Preprocessing and views.
+        batch_size: Most images of a batch.
+        workers: Processes that read images, 0 for none. None: one a core, at most 8, less the one that embeds.
         device: Where the model runs; where it is by default.
         dtype: torch.bfloat16 or torch.float16 to run under autocast.
         descriptor: Give L2-normalised descriptors, else the pooled embedding as it is.
-        logits: Give logits, too.
+        logits: Give the logits, too, averaged over the views.
         dim: Keep the first components of a whitened descriptor and normalise again.
-        fast: Fold batch norms into convolutions and lay images out channels last: equal up to rounding only.
+        fast: Fold batch norms into convolutions and lay images out channels last.
 
     Raises:
         ValueError: What the model does not allow.
     """
 
-    def __init__(self, model: torch.nn.Module, protocol: Protocol, *, device=None, dtype=None, descriptor: bool = True,
-                 logits: bool = False, dim: int | None = None, fast: bool = False):
+    def __init__(
+            self,
+            model: torch.nn.Module,
+            protocol: Protocol,
+            *,
+            batch_size: int = 32,
+            workers: int | None = None,
+            device: str | torch.device | None = None,
+            dtype: torch.dtype | None = None,
+            descriptor: bool = True,
+            logits: bool = False,
+            dim: int | None = None,
+            fast: bool = False,
+    ):
+        if batch_size < 1:
+            raise ValueError(f'batch_size={batch_size}: give at least 1.')
         if dim is not None and not (descriptor and model.whitened and 1 <= dim <= model.embed_dim):
             raise ValueError(f'dim={dim} needs descriptors of a whitened embedding of at least so many components; '
                              f'this one has {model.embed_dim}, {"" if model.whitened else "not "}whitened.')
@@ -80,13 +146,12 @@ class Embedder:
             raise ValueError(f'The model takes {model.in_chans} channels: only one of RGB images can embed them.')
         if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f'dtype={dtype}: give torch.bfloat16, torch.float16 or None.')
-        self.model, self.protocol = model, protocol
+        self.model, self.protocol, self.batch_size, self.workers = model, protocol, batch_size, workers
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         if self.device.type == 'cuda' and not torch.cuda.is_available():
             raise ValueError(f'device {self.device} is not there: torch finds no GPU, give cpu.')
         self.dtype = None if dtype == torch.float32 else dtype
         self.descriptor, self.logits, self.dim, self.fast = descriptor, logits, dim, fast
-        self.one_by_one = self.device.type == 'cpu'
         self.width = dim or model.embed_dim
 
     @contextlib.contextmanager
@@ -101,27 +166,50 @@ class Embedder:
         finally:
             self.model = original.train(training)
 
-    def run(self, batches: Iterable[list[Decoded]], refuse: Callable[[Decoded], None]) -> Iterator[Embedded]:
+    def decode(self, source: ImageSource, indices: Sequence[int]) -> Iterator[Decoded]:
+        """`decode` for this model and protocol."""
+        return decode(source, self.protocol, indices, self.workers, self.model.input_sizes)
+
+    def embed(self, stream: Iterable[Decoded], skip: Callable[[Decoded], None]) -> Iterator[Embedded]:
         """Results one batch late: a GPU works on the next batch while the last one's results are handed out.
 
         Args:
-            batches: Images of one shape each.
-            refuse: Told of images that are too narrow for the model, with the message.
+            stream: Decoded images.
+            skip: Called with each image that could not be read, or is too narrow for the model, and the message.
 
         Raises:
             ValueError: An embedding that is not finite, or images of a size that the model cannot take.
         """
         waiting = deque()
-        for items in batches:
+        for items in self._batches(stream, skip):
             try:
                 waiting.append(self._launch(items))
             except _TooNarrow as e:
                 for item in items:
-                    refuse(item._replace(pixels=None, message=f'{printable(item.name)}: {e}'))
+                    skip(item._replace(pixels=None, message=f'{printable(item.name)}: {e}'))
             if len(waiting) > 1:
                 yield self._collect(*waiting.popleft())
         while waiting:
             yield self._collect(*waiting.popleft())
+
+    def _batches(self, stream: Iterable[Decoded], skip: Callable[[Decoded], None]) -> Iterator[list[Decoded]]:
+        """Batches of one shape; how many images may wait for others of their shape is bounded."""
+        buckets, pending = defaultdict(list), 0
+        for item in stream:
+            if item.pixels is None:
+                skip(item)
+                continue
+            shape = item.pixels.shape
+            buckets[shape].append(item)
+            pending += 1
+            if len(buckets[shape]) < self.batch_size:
+                if pending < _PENDING * self.batch_size:
+                    continue
+                shape = max(buckets, key=lambda shape: len(buckets[shape]))
+            batch = buckets.pop(shape)
+            pending -= len(batch)
+            yield batch
+        yield from buckets.values()
 
     @torch.inference_mode()
     def _launch(self, items: list[Decoded]) -> tuple:
@@ -129,9 +217,10 @@ class Embedder:
         on_gpu = self.device.type == 'cuda'
         if on_gpu:
             pixels = pixels.pin_memory()
-        parts = pixels.split(1) if self.one_by_one else [pixels.to(self.device, non_blocking=True)]
+        # image by image on a CPU: a batch is no faster there, and takes more memory
+        chunks = pixels.split(1) if self.device.type == 'cpu' else [pixels.to(self.device, non_blocking=True)]
         with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
-            out = [self._forward_checked(part) for part in parts]
+            out = [self._forward(chunk) for chunk in chunks]
         vectors, logits = (torch.cat(o) if o[0] is not None else None for o in zip(*out, strict=True))
         event = None
         if on_gpu:
@@ -143,39 +232,35 @@ class Embedder:
     def _collect(self, items: list[Decoded], vectors, logits, event) -> Embedded:
         if event is not None:
             event.synchronize()
-        vectors = vectors.cpu()
-        if not torch.isfinite(vectors).all():
-            broken = [item.index for item, row in zip(items, vectors, strict=True) if not torch.isfinite(row).all()]
-            raise ValueError(f'The embedding of image number {broken[0]} and {len(broken) - 1} more is not finite: '
+        vectors, logits = (v if v is None else v.cpu().clone() for v in (vectors, logits))
+        broken = [item for item, row in zip(items, vectors, strict=True) if not torch.isfinite(row).all()]
+        if broken:
+            raise ValueError(f'The embedding of {printable(broken[0].name)} and {len(broken) - 1} more is not finite: '
                              f'{"take bfloat16 or float32" if self.dtype else "the weights are damaged"}.')
-        return Embedded(np.array([item.index for item in items]), vectors.clone(),
-                        None if logits is None else logits.cpu().clone(), [item.size for item in items])
+        return Embedded(np.array([item.index for item in items]), vectors, logits, [item.size for item in items])
 
-    def _forward_checked(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         height, width = pixels.shape[-2:]
+        x = self.protocol.normalize(pixels)
+        if self.fast:
+            x = x.contiguous(memory_format=torch.channels_last)
+        scales, logits = [], []
         try:
-            return self._forward(pixels)
+            for views in self.protocol.views(x, self.model.input_sizes):
+                vectors = []
+                for view in views:
+                    embedding = self.model.forward_head(self.model.forward_features(view), pre_logits=True)
+                    if self.logits:
+                        logits.append(self.model.head.classify(embedding).float())
+                    embedding = embedding.float()
+                    vectors.append(l2_normalize(embedding[:, :self.dim]) if self.descriptor else embedding)
+                scales.append(self._mean(vectors))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as e:
             if min(height, width) * min(self.protocol.scales) >= _NARROW:
                 raise
             raise _TooNarrow(f'its {width} x {height} pixels are too narrow for the model ({e})') from e
-
-    def _forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x = self.protocol.normalize(pixels)
-        if self.fast:
-            x = x.contiguous(memory_format=torch.channels_last)
-        scales, logits = [], []
-        for views in self.protocol.views(x, self.model.input_sizes):
-            vectors = []
-            for view in views:
-                embedding = self.model.forward_head(self.model.forward_features(view), pre_logits=True)
-                if self.logits:
-                    logits.append(self.model.head.classify(embedding).float())
-                embedding = embedding.float()
-                vectors.append(l2_normalize(embedding[:, :self.dim]) if self.descriptor else embedding)
-            scales.append(self._mean(vectors))
         return self._mean(scales, gem=True), torch.stack(logits).mean(0) if logits else None
 
     def _mean(self, vectors: list[torch.Tensor], gem: bool = False) -> torch.Tensor:
@@ -188,3 +273,69 @@ class Embedder:
         else:  # GeM's values are above 0
             mean = power_mean(stacked, pool.p, torch.finfo(stacked.dtype).tiny, dim=[0], fixed=pool.fixed)
         return l2_normalize(mean) if self.descriptor else mean
+
+
+def decode(
+        source: ImageSource,
+        protocol: Protocol,
+        indices: Sequence[int],
+        workers: int | None = None,
+        sizes: InputSizes | None = None,
+) -> Iterator[Decoded]:
+    """Images read and resized by worker processes, in the order of the indices; with `sizes` to one of those."""
+    if workers is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+        workers = min(8, max(0, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
+    if workers < 0:
+        raise ValueError(f'workers={workers} is negative: give 0 to read images in this process.')
+    workers = min(workers, math.ceil(len(indices) / _CHUNK))
+    loader = DataLoader(
+        _Images(source, protocol, indices, sizes), batch_size=_CHUNK, num_workers=workers, collate_fn=list,
+        worker_init_fn=_end_with_parent)
+    return (item for chunk in loader for item in chunk)
+
+
+class _Images(Dataset):
+
+    def __init__(self, source: ImageSource, protocol: Protocol, indices: Sequence[int], sizes: InputSizes | None):
+        self.source, self.protocol, self.indices, self.sizes = source, protocol, indices, sizes
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, i: int) -> Decoded:
+        index = int(self.indices[i])
+        try:
+            image, whole = self.source.load_part(index, exif=self.protocol.exif)
+            # numpy travels by value: tensors would each hold a file descriptor while they wait
+            pixels = self.protocol.pixels(image, whole, self.sizes)
+            return Decoded(index, self.source.names[index], pixels.numpy(), image.size)
+        except UnreadableImage as e:
+            return Decoded(index, self.source.names[index], message=str(e))
+
+
+def _end_with_parent(_: int) -> None:
+    """A worker of a process that was killed would wait for ever, for images it has read to be taken."""
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    parent = multiprocessing.parent_process().pid
+    threading.Thread(target=watch, daemon=True).start()
+
+
+def in_order(batches: Sequence[Embedded]) -> tuple[list[int], torch.Tensor]:
+    """Numbers of the images in ascending order, and their vectors."""
+    indices = np.concatenate([batch.indices for batch in batches])
+    order = np.argsort(indices)
+    return indices[order].tolist(), torch.cat([batch.vectors for batch in batches])[torch.from_numpy(order)]
+
+
+def none_readable(number: int, reasons: Iterable[str]) -> str:
+    """The sentence for images of which not one could be read."""
+    return f'None of {number} images could be read: {next(iter(reasons), "the list is empty")}.'
+
+
+def progress_bar(total: int, progress: bool = True, title: str = 'Embedding') -> tqdm:
+    return tqdm(total=total, desc=title, unit='image', disable=None if progress else True)

@@ -1,11 +1,11 @@
-"""Extraction into a folder that can be interrupted at any time, by any number of processes.
+"""Extraction in memory, or into a folder that can be interrupted at any time, by any number of processes.
 
-The list is cut into fixed shards, which are dealt to the processes of torchrun. What a shard holds depends on its
-images alone, so that any number of processes, interrupted or not, ends with the same bytes.
+The list is cut into fixed shards, which are dealt to the processes of torchrun. Shards that are there and whole, by
+their hash, are not made again.
 """
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -22,15 +22,15 @@ from timm_multigrain.models.config import json_p
 from timm_multigrain.models.open import weights_sha256
 from timm_multigrain.version import __version__
 
-from .descriptors import Descriptors
-from .embedder import Embedder
+from .embedder import Decoded, Embedder, embed_images, in_order, none_readable, progress_bar
 from .protocol import Protocol
-from .shards import DamagedShard, Shard, read_manifest, read_shard, write_manifest, write_shard
-from .stream import Batches, decode, embed_images, in_order, none_readable, progress_bar
+from .shards import DamagedShard, Descriptors, Shard, read_manifest, read_shard, write_manifest, write_shard
 
-__all__ = ['Extraction', 'extract', 'extract_shards']
+__all__ = ['Extraction', 'extract', 'extract_shards', 'skipped_lines']
 
 _WAIT = timedelta(days=30)  # processes wait for the slowest one
+_COMPARED = {'model': 'model', 'protocol': 'protocol', 'images': 'list of images', 'settings': 'settings',
+             'shard_size': 'shard size', 'versions': 'versions'}
 
 
 @dataclass(frozen=True)
@@ -49,12 +49,17 @@ class Extraction:
     skipped: dict[str, str]
 
     def __str__(self) -> str:
-        lines = [f'{self.number} descriptors of {self.width} components in {printable(self.folder)}']
-        if self.skipped:
-            lines.append(f'{len(self.skipped)} images could not be read and were skipped:')
-            lines += [f'  {reason}' for reason in islice(self.skipped.values(), 20)]
-            lines += [f'  and {len(self.skipped) - 20} more'] * (len(self.skipped) > 20)
-        return '\n'.join(lines)
+        return '\n'.join([f'{self.number} descriptors of {self.width} components in {printable(self.folder)}',
+                          *skipped_lines(self.skipped, 20)])
+
+
+def skipped_lines(skipped: Mapping[str, str], most: int = 1) -> list[str]:
+    """Lines that say how many images could not be read, and the reasons of the first."""
+    if not skipped:
+        return []
+    more = [f'  and {len(skipped) - most} more'] * (len(skipped) > most)
+    return [f'{len(skipped)} images could not be read and were skipped:',
+            *(f'  {reason}' for reason in islice(skipped.values(), most)), *more]
 
 
 def extract(
@@ -63,9 +68,9 @@ def extract(
         protocol: Protocol,
         out_dir: str | os.PathLike | None = None,
         *,
-        shard_size: int = 1024,
         strict: bool = False,
-        **kwargs,
+        shard_size: int = 1024,
+        **extraction,
 ) -> Descriptors:
     """Descriptors of all images, in the order of the source.
 
@@ -74,23 +79,23 @@ def extract(
         source: Images.
         protocol: Size, crop, scales, flip.
         out_dir: Folder to keep them in, see `extract_shards`; in memory only if None.
-        shard_size: Images of a file in the folder.
         strict: Stop at the first image that cannot be read instead of leaving it out.
-        **kwargs: As of `embed_images`: batch_size, workers, device, dtype, descriptor, dim, fast, progress.
+        shard_size: Images of a file in the folder.
+        **extraction: As of `embed_images`: batch_size, workers, device, dtype, descriptor, dim, fast, progress.
 
     Raises:
         UnreadableImage: With ``strict``.
         ValueError: No image could be read, or as `extract_shards`.
     """
     if out_dir is not None:
-        extract_shards(model, source, protocol, out_dir, shard_size=shard_size, strict=strict, **kwargs)
+        extract_shards(model, source, protocol, out_dir, strict=strict, shard_size=shard_size, **extraction)
         return Descriptors.load(out_dir)
     skipped = {}
-    parts = list(embed_images(
-        model, source, protocol, errors='raise' if strict else 'skip', on_error=skipped.__setitem__, **kwargs))
-    if not parts:
+    batches = list(embed_images(
+        model, source, protocol, errors='raise' if strict else 'skip', on_error=skipped.__setitem__, **extraction))
+    if not batches:
         raise ValueError(none_readable(len(source), skipped.values()))
-    indices, vectors = in_order(parts)
+    indices, vectors = in_order(batches)
     return Descriptors(
         tuple(source.names[i] for i in indices), vectors, {source.names[i]: skipped[i] for i in sorted(skipped)},
         {'protocol': protocol.to_dict()})
@@ -102,30 +107,27 @@ def extract_shards(
         protocol: Protocol,
         out_dir: str | os.PathLike,
         *,
-        shard_size: int = 1024,
         strict: bool = False,
-        batch_size: int = 32,
-        workers: int | None = None,
+        shard_size: int = 1024,
         progress: bool = True,
-        **kwargs,
+        device: str | torch.device | None = None,
+        **extraction,
 ) -> Extraction:
     """Embed images into a folder of shards; shards that are there and whole are not computed again.
 
     Under torchrun the shards are shared out among the processes, each on its GPU (device='cuda') or on the CPU; all
-    of them return when all shards are done. The bytes are the same for any number of processes if each has as many
-    threads (OMP_NUM_THREADS; torchrun gives each one) and, on GPUs, for equal ones.
+    of them return when all shards are done.
 
     Args:
         model: Model.
         source: Images.
         protocol: Size, crop, scales, flip.
         out_dir: Folder, made if missing.
-        shard_size: Images of a shard: what a killed process loses at most.
         strict: Stop at the first image that cannot be read instead of leaving it out.
-        batch_size: As of `embed_images`.
-        workers: As of `embed_images`.
-        progress: As of `embed_images`.
-        **kwargs: device, dtype, descriptor, dim and fast of `embed_images`.
+        shard_size: Images of a shard: what a killed process loses at most.
+        progress: Show a bar if stderr is a terminal.
+        device: Where the model runs; where it is by default.
+        **extraction: batch_size, workers, dtype, descriptor, dim and fast of `embed_images`.
 
     Raises:
         UnreadableImage: With ``strict``.
@@ -136,33 +138,39 @@ def extract_shards(
         raise ValueError(f'shard_size={shard_size}: give at least 1.')
     if not len(source):
         raise ValueError(none_readable(0, ()))
-    folder, skipping = Path(out_dir), 'raise' if strict else 'skip'
-    batches = Batches(batch_size, skipping)
-    with _processes(kwargs.get('device')) as (rank, world, agree, device):
-        embedder = Embedder(model, protocol, **{**kwargs, 'device': device})
-        manifest = _manifest(embedder, source, shard_size, batch_size)
+    folder = Path(out_dir)
+    with _processes(device) as (rank, world, agree, device):
+        embedder = Embedder(model, protocol, device=device, **extraction)
+        manifest = _manifest(embedder, source, shard_size)
         todo = agree(lambda: _prepare(folder, manifest))[rank::world]
-        with progress_bar(sum(len(_stretch(manifest, number)) for number in todo), progress and rank == 0,
-                          'Embedding' if world == 1 else f'Embedding (process 1 of {world})') as bar:
-            _make(embedder, source, batches, folder, manifest, todo, workers, bar)
+        title = 'Embedding' if world == 1 else f'Embedding (process 1 of {world})'
+        with progress_bar(sum(len(_stretch(manifest, n)) for n in todo), progress and rank == 0, title) as bar:
+            for number, shard in _make(embedder, source, manifest, todo, strict, bar):
+                write_shard(folder, number, manifest, shard)
         return agree(lambda: _finish(folder, manifest, strict))
 
 
-def _make(embedder, source, batches, folder, manifest, todo, workers, bar) -> None:
-    indices = [i for number in todo for i in _stretch(manifest, number)]
-    if not indices:
+def _make(embedder: Embedder, source: ImageSource, manifest: dict, todo: Sequence[int], strict: bool,
+          bar) -> Iterator[tuple[int, Shard]]:
+    """The shards of these numbers, all read by the same workers."""
+    def skip(item: Decoded) -> None:
+        if strict:
+            raise UnreadableImage(item.message)
+        skipped[item.index] = item.message
+        bar.update()
+
+    if not todo:
         return
-    stream = decode(source, embedder.protocol, indices, workers, embedder.model.input_sizes)
+    stream = embedder.decode(source, [i for number in todo for i in _stretch(manifest, number)])
     with embedder.evaluating(), contextlib.closing(stream):
         for number in todo:
-            parts, skipped = [], {}
-            batches.on_error = skipped.__setitem__
-            for part in embedder.run(batches(islice(stream, len(_stretch(manifest, number))), bar), batches.skip):
-                parts.append(part)
-                bar.update(len(part.indices))
-            rows, vectors = in_order(parts) if parts else ([], torch.empty(0, embedder.width))
-            write_shard(folder, number, manifest, Shard(
-                tuple(source.names[i] for i in rows), vectors, {source.names[i]: skipped[i] for i in sorted(skipped)}))
+            batches, skipped = [], {}
+            for batch in embedder.embed(islice(stream, len(_stretch(manifest, number))), skip):
+                batches.append(batch)
+                bar.update(len(batch.indices))
+            rows, vectors = in_order(batches) if batches else ([], torch.empty(0, embedder.width))
+            yield number, Shard(
+                tuple(source.names[i] for i in rows), vectors, {source.names[i]: skipped[i] for i in sorted(skipped)})
 
 
 def _stretch(manifest: dict, number: int) -> range:
@@ -171,7 +179,7 @@ def _stretch(manifest: dict, number: int) -> range:
     return range(number * size, min((number + 1) * size, manifest['images']['number']))
 
 
-def _manifest(embedder: Embedder, source: ImageSource, shard_size: int, batch_size: int) -> dict:
+def _manifest(embedder: Embedder, source: ImageSource, shard_size: int) -> dict:
     model = embedder.model
     return {
         'model': {
@@ -182,8 +190,7 @@ def _manifest(embedder: Embedder, source: ImageSource, shard_size: int, batch_si
         'images': {'number': len(source), 'sha256': source.fingerprint()},
         'settings': {
             'descriptor': embedder.descriptor, 'components': embedder.width, 'fast': embedder.fast,
-            'dtype': str(embedder.dtype or torch.float32).removeprefix('torch.'), 'device': embedder.device.type,
-            'batch_size': None if embedder.one_by_one else batch_size},
+            'dtype': str(embedder.dtype or torch.float32).removeprefix('torch.'), 'device': embedder.device.type},
         'shard_size': shard_size, 'shards': -(-len(source) // shard_size),
         'versions': {'timm_multigrain': __version__, 'torch': str(torch.__version__), 'timm': timm.__version__,
                      'pillow': PIL.__version__},
@@ -197,8 +204,7 @@ def _prepare(folder: Path, manifest: dict) -> list[int]:
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, manifest)
         return list(range(manifest['shards']))
-    for part, title in (('model', 'model'), ('protocol', 'protocol'), ('images', 'list of images'),
-                        ('settings', 'settings'), ('shard_size', 'shard size'), ('versions', 'versions')):
+    for part, title in _COMPARED.items():
         if found.get(part) != manifest[part]:
             raise ValueError(f'{printable(folder)} holds descriptors of other {title} '
                              f'({_difference(found.get(part), manifest[part])}): name another folder, or delete it.')

@@ -12,8 +12,8 @@ import numpy as np
 import timm
 import torch
 
+from timm_multigrain.embed.embedder import embed_images
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.stream import embed_images
 from timm_multigrain.files import printable
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.images.walk import FoundFile, Scan, scan_folders

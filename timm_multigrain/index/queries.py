@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from timm_multigrain.embed.embedder import Embedded, embed_images
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.stream import Embedded, embed_images
 from timm_multigrain.images.sources import ImageSource, decode, read_image
 
 __all__ = ['Queries', 'cut', 'embed_queries']

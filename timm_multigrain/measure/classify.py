@@ -6,14 +6,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from timm_multigrain.embed.embedder import embed_images, none_readable
+from timm_multigrain.embed.extract import skipped_lines
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.stream import embed_images, none_readable
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.config import json_p
 from timm_multigrain.models.multigrain import MultiGrain
 
 from .figures import Metric
-from .result import Result
+from .results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -74,7 +75,12 @@ class ClassificationResult(Result):
         return {int(label): float((self.ranks[self.labels == label] < 1).mean()) for label in np.unique(self.labels)}
 
     def metrics(self, dataset: str, command: str | None = None) -> list[dict[str, Any]]:
-        """The figures in percent, as `timm-multigrain publish --metrics` takes them."""
+        """The figures as `timm-multigrain publish --metrics` takes them.
+
+        Args:
+            dataset: Name of the data set.
+            command: What repeats the measurement.
+        """
         p = json_p(self.p)
         common = dict(
             task='classification', dataset=dataset, size=self.protocol.size, p=None if isinstance(p, list) else p,
@@ -93,9 +99,7 @@ class ClassificationResult(Result):
         classes = len(np.unique(self.labels))
         among = f' of {classes} classes among {self.num_classes}' if classes != self.num_classes else ''
         text = f'top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} % over {self.num_images} images{among}'
-        if self.skipped:
-            text += f'\n{len(self.skipped)} images could not be read, such as {next(iter(self.skipped.values()))}'
-        return text
+        return '\n'.join([text, *skipped_lines(self.skipped)])
 
 
 def ranks_of_truth(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -134,20 +138,18 @@ def classify(
     if len(truth) and (truth.min() < 0 or truth.max() >= model.num_classes):
         raise ValueError(f'The labels are {int(truth.min())} to {int(truth.max())}, and the model has '
                          f'{model.num_classes} classes.')
-    indices, ranks, losses, skipped = [], [], [], {}
+    rows, skipped = [], {}
     for out in embed_images(
             model, source, protocol, descriptor=False, logits=True, errors='raise' if strict else 'skip',
             on_error=lambda i, reason: skipped.update({source.names[i]: reason}), **extraction):
         wanted = truth[torch.from_numpy(out.indices)]
         if not torch.isfinite(out.logits).all():
             raise ValueError('The logits are not finite: the weights are damaged, or bfloat16 or float32 is needed.')
-        indices.append(out.indices)
-        ranks.append(ranks_of_truth(out.logits, wanted).numpy())
-        losses.append(torch.nn.functional.cross_entropy(out.logits.double(), wanted, reduction='none').numpy())
-    if not indices:
+        losses = torch.nn.functional.cross_entropy(out.logits.double(), wanted, reduction='none')
+        rows += zip(out.indices, ranks_of_truth(out.logits, wanted).tolist(), losses.tolist(), strict=True)
+    if not rows:
         raise ValueError(none_readable(len(source), skipped.values()))
-    order = np.argsort(np.concatenate(indices))
+    indices, ranks, losses = map(np.array, zip(*sorted(rows), strict=True))
     return ClassificationResult(
-        np.concatenate(ranks)[order], np.concatenate(losses)[order],
-        truth.numpy()[np.concatenate(indices)[order]], protocol, model.gem_p, model.num_classes,
+        ranks, losses, truth.numpy()[indices], protocol, model.gem_p, model.num_classes,
         model.embed_dim if model.whitened else None, skipped)

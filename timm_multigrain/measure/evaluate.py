@@ -7,29 +7,57 @@
 
 The database is streamed, distractors after it: neither their descriptors nor the scores are ever in memory together.
 """
+import hashlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from timm_multigrain.embed.descriptors import iter_shards
+import numpy as np
+import torch
+
+from timm_multigrain.embed.extract import extract
+from timm_multigrain.embed.poolings import SUMS, System, Systems, UnitPool, choose_systems, with_own_head
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.systems import SUMS, Systems, UnitPool, choose_systems, with_own_head
+from timm_multigrain.embed.shards import Descriptors, iter_shards
 from timm_multigrain.images.sources import ImageSource, open_images
 from timm_multigrain.models.multigrain import MultiGrain
+from timm_multigrain.models.open import weights_sha256
+from timm_multigrain.search.exact import SimilarityChunks
+from timm_multigrain.search.rerank import alpha_query_expansion, database_augmentation, score_offsets
+from timm_multigrain.whiten.fit import fit_whitening, fold_whitening
 
-from .benchmark_result import BenchmarkResult, Comparison
-from .benchmark_vectors import BenchmarkVectors, describe, describe_benchmark, one_pass
-from .benchmarks import Benchmark, Figure, load_benchmark
-from .rankings import AfterRanking, normalize, rank
+from .benchmarks import Benchmark, load_benchmark
+from .results import BenchmarkResult, Comparison, Figure
 
-__all__ = ['AfterRanking', 'compare', 'evaluate']
+__all__ = ['AfterRanking', 'add_whitened', 'compare', 'evaluate']
 
 Images = ImageSource | str | os.PathLike
 SCORE_METRICS = ('uAP', 'recall@P90')  # those that compare scores of different queries
+NORM_NEIGHBOR, NORM_WEIGHT = 10, 2.0  # of the organisers of DISC21
+
+
+@dataclass(frozen=True)
+class AfterRanking:
+    """What is done with the descriptors after the first ranking; see `timm_multigrain.search.rerank`.
+
+    Attributes:
+        qe: Neighbours k and alpha of the query expansion, None without.
+        dba: Neighbours k and alpha of the database-side augmentation, None without.
+        score_norm: Images whose similarity to a query is taken off its scores, True for the training images that the
+            benchmark has, None without. The figures of copy detection are then given both ways.
+    """
+    qe: tuple[int, float] | None = None
+    dba: tuple[int, float] | None = None
+    score_norm: Images | bool | None = None
+
+    def __str__(self) -> str:
+        both = ('query expansion', self.qe), ('database augmentation', self.dba)
+        return ', '.join(f'{name} k={value[0]} alpha={value[1]:g}' for name, value in both if value)
 
 
 def evaluate(
@@ -58,8 +86,7 @@ def evaluate(
     if len(systems) > 1:
         raise ValueError(f'{len(systems)} systems are asked for, {", ".join(map(str, systems))}: compare() measures '
                          'several.')
-    protocols = None if protocol is None else [protocol]
-    return compare({name: model}, benchmark, data, protocols, **kwargs).results[-1]
+    return compare({name: model}, benchmark, data, None if protocol is None else [protocol], **kwargs).results[-1]
 
 
 def compare(
@@ -97,7 +124,7 @@ def compare(
         cache_dir: Folder that keeps the descriptors, so that a run that was cut off goes on; temporary by default.
         command: What repeats the measurement, for the results.
         options: The benchmark's own, see `load_benchmark`.
-        **extraction: As `timm_multigrain.embed.extract.extract` takes them: batch_size, workers, device, dtype.
+        **extraction: As of `extract`: batch_size, workers, device, dtype, fast, progress.
 
     Raises:
         FileNotFoundError: Images or ground truth are missing.
@@ -107,61 +134,162 @@ def compare(
         benchmark = load_benchmark(benchmark, data, **(options or {}))
     after = after or AfterRanking()
     distractors, whiten, training = _open(distractors), _open(whiten), _training(benchmark, after)
+    if not callable(protocols):
+        given = protocols
+        protocols = lambda model: given or [Protocol.for_model(model, **benchmark.published)]  # noqa: E731
     results = []
     with _folder(cache_dir) as folder:
         for name, model in models.items():
-            for protocol in _protocols(protocols, model, benchmark):
-                systems = Systems(model, choose_systems(model, poolings, exponents))
+            for protocol in protocols(model):
+                systems = Systems.of(model, choose_systems(model, poolings, exponents))
                 if whiten is not None:
-                    add_whitened(systems, whiten, protocol, components, folder, **extraction)
-                alone = [systems] if one_pass(protocol) else map(systems.single, range(len(systems.systems)))
-                for part in alone:
-                    vectors = describe_benchmark(
-                        part, benchmark, protocol, folder, distractors, training, **extraction)
-                    results += [_result(benchmark, vectors, number, name, protocol, after, command)
-                                for number in range(len(part.systems))]
+                    systems = add_whitened(systems, whiten, protocol, components, folder, **extraction)
+                alone = zip(systems.systems, systems.models, strict=True)
+                for together in [systems] if _one_pass(protocol) else [Systems([s], [m]) for s, m in alone]:
+                    described = _describe_benchmark(
+                        together, benchmark, protocol, folder, distractors, training, **extraction)
+                    for number, system in enumerate(together.systems):
+                        figures = _figures(benchmark, described, number, after)
+                        results.append(_result(
+                            benchmark, described, system, figures, name, protocol, after, command))
     return Comparison(tuple(results))
 
 
-def _result(benchmark: Benchmark, vectors: BenchmarkVectors, number: int, name: str, protocol: Protocol,
-            after: AfterRanking, command: str | None) -> BenchmarkResult:
-    system = vectors.systems.systems[number]
-    device = next(vectors.systems.parameters()).device
-    scores = rank(vectors, number, after, benchmark.query_rows, device)
-    figures = benchmark.measure(scores)
-    if vectors.has_training:
-        normalized = benchmark.measure(normalize(scores, vectors, number))
+@dataclass(frozen=True, eq=False)
+class _Described:
+    """A described benchmark: the folders of the database and the distractors, and of the training images."""
+    systems: Systems
+    query_vectors: torch.Tensor
+    folders: tuple[Path, ...]
+    training: Path | None
+    num_database: int
+    skipped: Mapping[str, str]
+
+    def queries(self, number: int) -> torch.Tensor:
+        """Descriptors of the queries, one system's, (Q, d)."""
+        return self.systems.take(self.query_vectors, number)
+
+    def database(self, number: int) -> 'Shards':
+        """Descriptors of the database and then the distractors, one system's."""
+        return Shards(self.folders, self.systems, number)
+
+
+@dataclass(frozen=True, eq=False)
+class Shards:
+    """One system's descriptors in folders as (n, d) shards, read anew each time they are iterated."""
+    folders: Sequence[Path]
+    systems: Systems
+    number: int
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        for folder in self.folders:
+            for _, vectors in iter_shards(folder):
+                yield self.systems.take(vectors, self.number)
+
+
+def _describe_benchmark(systems: Systems, benchmark: Benchmark, protocol: Protocol, folder: Path,
+                        distractors: ImageSource | None, training: ImageSource | None, **extraction) -> _Described:
+    """Images of the benchmark itself have to be readable; distractors and training images that are not are listed."""
+    where, described = _describe(systems, benchmark.database, protocol, folder, **extraction)
+    folders, number, skipped = [where], len(described), {}
+    if benchmark.queries is None:
+        queries = described.vectors[torch.from_numpy(benchmark.query_rows)]
+    else:
+        queries = _describe(systems, benchmark.queries, protocol, folder, **extraction)[1].vectors
+    if distractors is not None:
+        where, described = _describe(systems, distractors, protocol, folder, strict=False, **extraction)
+        folders.append(where)
+        number += len(described)
+        skipped.update(described.skipped)
+    where = None
+    if training is not None:
+        where, described = _describe(systems, training, protocol, folder, strict=False, **extraction)
+        skipped.update(described.skipped)
+    return _Described(systems, queries, tuple(folders), where, number, skipped)
+
+
+def _describe(systems: Systems, source: ImageSource, protocol: Protocol, folder: Path, strict: bool = True,
+              raw: bool | None = None, **extraction) -> tuple[Path, Descriptors]:
+    """Embeddings of images, side by side if they are of several systems, in a folder of their own in `folder`.
+
+    They are raw where an image is seen once, and descriptors are the same but for the normalisation.
+    """
+    raw = _one_pass(protocol) if raw is None else raw
+    model = systems.models[0] if len(systems) == 1 else systems
+    content = [weights_sha256(systems), [str(system) for system in systems.systems], protocol.to_dict(),
+               source.fingerprint(), strict, raw]
+    where = folder / hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    return where, extract(model, source, protocol, where, strict=strict, descriptor=not raw, **extraction)
+
+
+def _one_pass(protocol: Protocol) -> bool:
+    """Whether an image is seen once. Averages over views are taken of descriptors, for each system by itself."""
+    return protocol.scales == (1.,) and not protocol.flip
+
+
+def add_whitened(systems: Systems, images: ImageSource, protocol: Protocol, components: int | None, folder: Path,
+                 **extraction: Any) -> Systems:
+    """The systems, and each of them whitened; all of them are fitted on one pass over the images.
+
+    Of poolings that are sums the embedding is L2-normalised before, as their papers do: how long it is depends on the
+    shape of the image, and the whitening would take that from its constant channel and enlarge it.
+
+    Raises:
+        ValueError: The model is whitened already, or there are too few images.
+    """
+    if any(system.whitening for system in systems.systems):
+        raise ValueError('The model is whitened already: evaluate it as it is, or take the one without whitening.')
+    where, _ = _describe(systems, images, protocol, folder, strict=False, raw=True, **extraction)
+    whitened, models = [], []
+    for number, (system, model) in enumerate(zip(systems.systems, systems.models, strict=True)):
+        unit = system.pooling in SUMS
+        model = with_own_head(model)
+        if unit:
+            model.head.pool = UnitPool(model.head.pool)
+        pooled = (systems.take(vectors, number, normalize=unit) for _, vectors in iter_shards(where))
+        fold_whitening(model, fit_whitening(pooled, components))
+        models.append(model)
+        whitened.append(replace(system, whitening=model.embed_dim))
+    return Systems(systems.systems + whitened, systems.models + models)
+
+
+def _figures(benchmark: Benchmark, described: _Described, number: int, after: AfterRanking) -> list[Figure]:
+    """What the benchmark measures of one system, after what may be done before a ranking is judged."""
+    device = next(described.systems.parameters()).device
+    queries, database = described.queries(number).to(device), described.database(number)
+    rows = None if benchmark.query_rows is None else torch.from_numpy(np.asarray(benchmark.query_rows))
+    if after.dba:  # reads the whole database into memory
+        database = database_augmentation(torch.cat(list(database)).to(device), *after.dba)
+        queries = queries if rows is None else database[rows]
+    if after.qe:
+        queries = alpha_query_expansion(queries, database, *after.qe, query_rows=rows)
+    figures = benchmark.measure(SimilarityChunks(queries, database))
+    if described.training is not None:
+        background, place = Shards([described.training], described.systems, number), NORM_NEIGHBOR - 1
+        offsets = score_offsets(queries, background, NORM_WEIGHT, place, place)
         figures += [Figure(f.metric, f.value, f'{f.split}, normalised' if f.split else 'normalised')
-                    for f in normalized if f.metric in SCORE_METRICS]
-    added = vectors.num_database - len(benchmark.database)
-    words = ', '.join(filter(None, (str(protocol), _query_crop(benchmark, protocol), str(after))))
-    notes = [*_deviations(benchmark, protocol), *(f'Left out, not readable: {r}' for r in vectors.skipped.values())]
+                    for f in benchmark.measure(SimilarityChunks(queries, database, offsets=offsets))
+                    if f.metric in SCORE_METRICS]
+    return figures
+
+
+def _result(benchmark: Benchmark, described: _Described, system: System, figures: list[Figure], name: str,
+            protocol: Protocol, after: AfterRanking, command: str | None) -> BenchmarkResult:
+    title, added = benchmark.title, described.num_database - len(benchmark.database)
+    if added:
+        title += ' + R1M' if added == 1_001_001 else f' + {added} distractors'
+    words = [str(protocol), str(after)]
+    if getattr(benchmark.queries, 'boxes', None):
+        words.insert(1, 'queries cut out, then ' + (
+            'reduced as the whole image' if protocol.kind == 'thumbnail' else 'resized as an image of their own'))
+    differing = [f'{key} {value}' for key, value in benchmark.published.items() if getattr(protocol, key) != value]
+    notes = [f'Not comparable with published figures, which have {", ".join(differing)}.'] * bool(differing)
     return BenchmarkResult(
-        benchmark=benchmark.title + (f' + {_count(added)}' if added else ''), task=benchmark.task,
-        system=f'{name}, {system}', figures=tuple(figures), size=protocol.size, p=system.exponent,
-        pooling=system.name, protocol=words, whitening=system.whitening,
-        num_queries=benchmark.num_queries, num_database=vectors.num_database,
-        notes=tuple(notes), command=command)
-
-
-def _query_crop(benchmark: Benchmark, protocol: Protocol) -> str:
-    """What is done with the part of an image that is the query."""
-    if not getattr(benchmark.queries, 'boxes', None):
-        return ''
-    return 'queries cut out, then ' + (
-        'reduced as the whole image' if protocol.kind == 'thumbnail' else 'resized as an image of their own')
-
-
-def _deviations(benchmark: Benchmark, protocol: Protocol) -> list[str]:
-    differing = [f'{name} {value}' for name, value in benchmark.published.items() if getattr(protocol, name) != value]
-    return [f'Not comparable with published figures, which have {", ".join(differing)}.'] if differing else []
-
-
-def _protocols(protocols: Sequence[Protocol] | Callable | None, model: MultiGrain,
-               benchmark: Benchmark) -> Sequence[Protocol]:
-    if callable(protocols):
-        return protocols(model)
-    return [Protocol.for_model(model, **benchmark.published)] if protocols is None else protocols
+        benchmark=title, task=benchmark.task, system=f'{name}, {system}', figures=tuple(figures), size=protocol.size,
+        p=system.exponent, pooling=system.name, protocol=', '.join(filter(None, words)), whitening=system.whitening,
+        num_queries=benchmark.num_queries, num_database=described.num_database,
+        notes=(*notes, *(f'Left out, not readable: {reason}' for reason in described.skipped.values())),
+        command=command)
 
 
 def _training(benchmark: Benchmark, after: AfterRanking) -> ImageSource | None:
@@ -173,38 +301,8 @@ def _training(benchmark: Benchmark, after: AfterRanking) -> ImageSource | None:
     return training
 
 
-def _count(number: int) -> str:
-    return 'R1M' if number == 1_001_001 else f'{number} distractors'
-
-
 def _open(images: Images | None) -> ImageSource | None:
     return images if images is None or isinstance(images, ImageSource) else open_images(images)
-
-
-def add_whitened(systems: Systems, images: ImageSource, protocol: Protocol, components: int | None, folder: Path,
-                 **extraction: Any) -> None:
-    """For each system one more, whitened; all of them are fitted on one pass over the images.
-
-    Of poolings that are sums the embedding is L2-normalised before, as their papers do: how long it is depends on the
-    shape of the image, and the whitening would take that from its constant channel and enlarge it.
-
-    Raises:
-        ValueError: The model is whitened already, or there are too few images.
-    """
-    from timm_multigrain.whiten.whiten import fit_whitening, fold_whitening
-
-    if any(system.whitening for system in systems.systems):
-        raise ValueError('The model is whitened already: evaluate it as it is, or take the one without whitening.')
-    where, _ = describe(systems, images, protocol, folder, strict=False, raw=True, **extraction)
-    for number, system in enumerate(list(systems.systems)):
-        unit = system.pooling in SUMS
-        pooled = (systems.take(vectors, number, normalize=unit) for _, vectors in iter_shards(where))
-        fit = fit_whitening(pooled, components)
-        model = with_own_head(systems.models[number])
-        if unit:
-            model.head.pool = UnitPool(model.head.pool)
-        fold_whitening(model, fit)
-        systems.add(replace(system, whitening=model.embed_dim), model)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Measures of retrieval: of INRIA Holidays, of revisited Oxford and Paris, of UKBench, and of copy detection.
 
 Ties count against the system: among equal scores every wrong item comes before every right one, so that constant scores
-earn the worst value rather than a lucky one. Scores are a matrix (Q, N), or (Q, n) chunks of it in database order
-(`ranks.outranking` says when they are read twice); higher is nearer; any real dtype, infinities allowed.
+earn the worst value rather than a lucky one. Scores are a matrix (Q, N), or (Q, n) chunks of it in database order, from
+an object that can be iterated twice; higher is nearer; any real dtype, infinities allowed.
 """
 from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ import numpy as np
 from timm_multigrain.search.exact import Array, Scores
 
 from .ranks import Indices, outranking, ranks, to_indices
-from .result import Result
+from .results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,14 +81,12 @@ def average_precision(ranks_of_relevant: Indices, num_relevant: int) -> float:
     Args:
         ranks_of_relevant: 0-based ranks of the relevant items found, in any order, after ignored items (such as the
             query itself) are taken out of the list.
-        num_relevant: Number of relevant items, found or not.
+        num_relevant: Number of relevant items, found or not; with none the result is NaN.
     """
     places = np.sort(to_indices(ranks_of_relevant, 'ranks_of_relevant'))
-    if (places[1:] == places[:-1]).any():
-        raise ValueError('ranks_of_relevant contains a rank more than once.')
-    if num_relevant < max(1, len(places)):
-        raise ValueError(f'num_relevant is {num_relevant} with {len(places)} relevant ranks.')
-    return _average_precision(places, num_relevant)
+    found = np.arange(len(places))
+    before = np.where(places == 0, 1., found / np.maximum(places, 1))
+    return float((before + (found + 1) / (places + 1)).sum() / 2 / num_relevant) if num_relevant else np.nan
 
 
 def mean_average_precision(
@@ -108,7 +106,7 @@ def mean_average_precision(
             raise ValueError(f'relevant[{query}] is empty: leave queries without a relevant item out.')
     above = outranking(scores, relevant=relevant, ignore=[()] * len(relevant) if ignore is None else ignore)
     return RetrievalResult(np.array([
-        _average_precision(ranks(own[:len(items)]), len(items)) for own, items in zip(above, relevant, strict=True)]))
+        average_precision(ranks(own[:len(items)]), len(items)) for own, items in zip(above, relevant, strict=True)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,8 +160,6 @@ def revisited_scores(
     """
     if not any(len(query.easy) or len(query.hard) for query in queries):
         raise ValueError('No query has an easy or a hard image: there is nothing to find.')
-    if min(kappas, default=1) < 1:
-        raise ValueError(f'kappas are {list(kappas)}, and have to be 1 or more.')
     # Each protocol takes out the images that are labelled otherwise, so that what is wrong is unlabelled in all three.
     above = outranking(scores, **{name: [getattr(query, name) for query in queries]
                                   for name in ('easy', 'hard', 'junk')})
@@ -173,6 +169,20 @@ def revisited_scores(
         _protocol('Easy', [own[:hard] for own, hard, _ in split], kappas),
         _protocol('Medium', [own[:junk] for own, _, junk in split], kappas),
         _protocol('Hard', [own[hard:junk] for own, hard, junk in split], kappas))
+
+
+def _protocol(name: str, above: Sequence[np.ndarray], kappas: Sequence[int]) -> RetrievalResult | None:
+    if not any(map(len, above)):
+        return None
+    places = [ranks(own) for own in above]
+    ap = np.array([average_precision(own, len(own)) for own in places])
+    return RetrievalResult(ap, {k: np.array([_precision_at(own, k) for own in places]) for k in kappas}, name)
+
+
+def _precision_at(places: np.ndarray, k: int) -> float:
+    """Precision at k, or at the last relevant image if that comes earlier; NaN without images."""
+    depth = min(k, places[-1] + 1) if len(places) else np.nan
+    return np.count_nonzero(places < depth) / depth
 
 
 @dataclass(frozen=True, eq=False)
@@ -215,14 +225,11 @@ def ukb_score(scores: Scores, groups: Indices) -> UKBScore:
         scores: Similarities of N images to each other, (N, N) or chunks.
         groups: Object of each image, (N,) integers, each four times.
     """
-    groups = np.asarray(groups)
-    if groups.ndim != 1 or groups.dtype.kind not in 'iu' or not groups.size:
-        raise ValueError(f'groups must be a list of integers, got shape {groups.shape} of {groups.dtype}.')
-    names, places, counts = np.unique(groups, return_inverse=True, return_counts=True)
-    if (counts != UKB_GROUP).any():
-        odd = names[counts != UKB_GROUP][0]
-        raise ValueError(f'Group {odd} has {counts[counts != UKB_GROUP][0]} images, not {UKB_GROUP}: leave it out, or '
-                         'the score is not comparable.')
+    names, places, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    if not len(names) or (counts != UKB_GROUP).any():
+        odd = dict(zip(names[counts != UKB_GROUP].tolist(), counts[counts != UKB_GROUP].tolist(), strict=True))
+        raise ValueError(f'groups need {UKB_GROUP} images each; other numbers are {odd or 0!r:.60}: leave those out, '
+                         'or the score is not comparable.')
     members = np.argsort(places, kind='stable').reshape(-1, UKB_GROUP)[places]
     above = outranking(scores, group=members)
     return UKBScore(np.array([(ranks(own) < UKB_GROUP).sum() for own in above]))
@@ -298,47 +305,21 @@ def micro_average_precision(
         query_ids: Query of each predicted pair, (P,) names or numbers.
         reference_ids: Reference of each.
         scores: Score of each, higher is more certain.
-        true_pairs: (query, reference) of every true pair; those that were not predicted count as missed.
+        true_pairs: (query, reference) of every true pair, each once; those that were not predicted count as missed.
     """
     scores = np.array(_to_list(scores), dtype=np.float64)
-    queries, references = _to_list(query_ids), _to_list(reference_ids)
-    if scores.ndim != 1 or not len(scores) == len(queries) == len(references):
-        raise ValueError(f'{len(queries)} query_ids, {len(reference_ids)} reference_ids and scores of shape '
-                         f'{scores.shape}: one of each is needed per pair.')
-    if np.isnan(scores).any():
-        raise ValueError(f'scores[{np.flatnonzero(np.isnan(scores))[0]}] is NaN.')
-    truth = [(query, reference) for query, reference in _to_list(true_pairs)]
+    predicted = list(zip(_to_list(query_ids), _to_list(reference_ids), strict=True))
+    if scores.shape != (len(predicted),) or np.isnan(scores).any():
+        raise ValueError(f'scores of shape {scores.shape} for {len(predicted)} pairs: one number is needed per pair.')
+    truth = {(query, reference) for query, reference in _to_list(true_pairs)}
     if not truth:
         raise ValueError('true_pairs is empty: there is nothing to find.')
-    if len(distinct := set(truth)) < len(truth):
-        raise ValueError('true_pairs contains a pair more than once.')
-    predicted = list(zip(queries, references, strict=True))
     if repeated := [pair for pair, count in Counter(predicted).items() if count > 1]:
         raise ValueError(f'The pair {repeated[0]} is predicted more than once.')
-    correct = np.array([pair in distinct for pair in predicted], dtype=bool)
+    correct = np.array([pair in truth for pair in predicted], dtype=bool)
     order = np.lexsort((correct, -scores))  # false ones first among equal scores
     places = np.flatnonzero(correct[order])
     return CopyResult(places, scores[order][places], len(truth))
-
-
-def _average_precision(places: np.ndarray, num_relevant: int) -> float:
-    found = np.arange(len(places))
-    before = np.where(places == 0, 1., found / np.maximum(places, 1))
-    return float((before + (found + 1) / (places + 1)).sum() / 2 / num_relevant) if num_relevant else np.nan
-
-
-def _protocol(name: str, above: Sequence[np.ndarray], kappas: Sequence[int]) -> RetrievalResult | None:
-    if not any(map(len, above)):
-        return None
-    places = [ranks(own) for own in above]
-    ap = np.array([_average_precision(own, len(own)) for own in places])
-    return RetrievalResult(ap, {k: np.array([_precision_at(own, k) for own in places]) for k in kappas}, name)
-
-
-def _precision_at(places: np.ndarray, k: int) -> float:
-    """Precision at k, or at the last relevant image if that comes earlier; NaN without images."""
-    depth = min(k, places[-1] + 1) if len(places) else np.nan
-    return np.count_nonzero(places < depth) / depth
 
 
 def _to_list(values: Iterable | Array) -> list:

@@ -8,10 +8,11 @@ import math
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from timm_multigrain.embed.extract import skipped_lines
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.models.config import json_p
 
-from .result import Result
+from .results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -20,6 +21,7 @@ __all__ = ['PResult']
 
 FEW_STEPS = 2000
 SURE = 2  # times the noise
+_WORDS = {'tuned': 'fine-tuned', 'best': 'best of the grid', 'kept': 'as it was: no other is surely better'}
 
 
 @dataclass(frozen=True, eq=False)
@@ -31,12 +33,12 @@ class PResult(Result):
         grid: Exponents, the model's among them.
         values: The criterion at each, in [0, 1].
         noise: Noise of the difference of each value to that at the model's p, in the same unit.
-        losses: Mean cross-entropy at each; None for 'mAP'.
         start: The model's p.
-        tuned: Fine-tuned p, if it was fine-tuned.
-        trace: p after each step.
         num_images: Images that count.
         protocol: Test protocol.
+        losses: Mean cross-entropy at each; None for 'mAP'.
+        tuned: Fine-tuned p, if it was fine-tuned.
+        trace: p after each step.
         skipped: Images that could not be read, and why.
         choose: What `p` is: 'tuned', 'best', or None: the best where it is worth it, the fine-tuned without a grid.
     """
@@ -44,12 +46,12 @@ class PResult(Result):
     grid: tuple[float, ...]
     values: tuple[float, ...] = field(repr=False)
     noise: tuple[float, ...] = field(repr=False)
-    losses: tuple[float, ...] | None = field(repr=False)
     start: float
-    tuned: float | None
-    trace: tuple[float, ...] = field(repr=False)
     num_images: int
     protocol: Protocol
+    losses: tuple[float, ...] | None = field(default=None, repr=False)
+    tuned: float | None = None
+    trace: tuple[float, ...] = field(default=(), repr=False)
     skipped: dict[str, str] = field(default_factory=dict)
     choose: str | None = None
 
@@ -91,9 +93,9 @@ class PResult(Result):
 
     def plot(self, axes: 'Axes') -> None:
         """The criterion over p, and where the model's p, the best and the fine-tuned one are."""
-        finite = [(p, value) for p, value in zip(self.grid, self.values, strict=True) if p < math.inf]
+        finite = [(p, 100 * value) for p, value in zip(self.grid, self.values, strict=True) if p < math.inf]
         if finite:
-            axes.plot(*zip(*[(p, 100 * value) for p, value in finite], strict=True), marker='o', color='tab:blue')
+            axes.plot(*zip(*finite, strict=True), marker='o', color='tab:blue')
         lines = [('start', self.start, 'gray', ':'), ('best of the grid', self.best, 'tab:blue', '--'),
                  ('fine-tuned', self.tuned, 'tab:red', '-')]
         for name, p, color, style in lines:
@@ -113,11 +115,9 @@ class PResult(Result):
             steps = len(self.trace) - 1
             few = ', few: the recipe is made for 12,500' * (steps < FEW_STEPS)
             lines.append(f'Fine-tuned from p = {self.start:.4g} to p = {self.tuned:.4g} in {steps} steps{few}.')
-        if self.skipped:
-            lines.append(f'{len(self.skipped)} images could not be read, such as {next(iter(self.skipped.values()))}')
+        lines += skipped_lines(self.skipped)
         if self.grid and self.best != self.start:
             gain, noise = (100 * value for value in self.gain)
             lines.append(f"p = {self.best:.4g} has {gain:.2f} more than the model's p = {self.start:.4g}; {SURE} times "
                          f'the noise of that is {SURE * noise:.2f}.')
-        words = {'tuned': 'fine-tuned', 'best': 'best of the grid', 'kept': 'as it was: no other is surely better'}
-        return '\n'.join([*lines, f'p* = {self.p:.4g}, {words[self.how]}'])
+        return '\n'.join([*lines, f'p* = {self.p:.4g}, {_WORDS[self.how]}'])

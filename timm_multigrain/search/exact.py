@@ -1,6 +1,6 @@
-"""Exact nearest neighbours by inner product, a piece of the database at a time.
+"""Exact nearest neighbours by inner product, a chunk of the database at a time.
 
-Memory holds the queries, one piece of the database and its scores, whatever the size of the database.
+Memory holds the queries, one chunk of the database and its scores, whatever the size of the database.
 """
 import warnings
 from collections.abc import Iterable, Iterator
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-__all__ = ['Array', 'Scores', 'SimilarityChunks', 'nearest', 'similarity_chunks']
+__all__ = ['Array', 'Scores', 'SimilarityChunks', 'as_vectors', 'nearest', 'shards_of']
 
 Array = np.ndarray | torch.Tensor
 Scores = Array | Iterable[Array]
@@ -17,14 +17,25 @@ LEAST_CHUNK = 256
 
 
 class SimilarityChunks:
-    """Similarities of Q queries to a database as (Q, n) float32 pieces in its order.
+    """Similarities (inner products) of Q queries to a database as (Q, n) float32 chunks, in its order.
 
     It can be iterated again if the database can: a tensor, a list or an object with `__iter__`, not a generator.
+
+    Args:
+        queries: (Q, D) vectors; their device is where the work is done.
+        database: (N, D) vectors, or shards (n, D) of them in order.
+        chunk_size: Database vectors at a time, by default as many as fit 32 MiB (256 at least).
+        offsets: (Q,) to add to the scores of each query, see `rerank.score_offsets`.
+
+    Raises:
+        ValueError: If shapes disagree.
     """
 
-    def __init__(self, queries: Array, database: Array | Iterable[Array], chunk_size: int | None = None) -> None:
-        self.queries = as_vectors(queries, 'queries')
-        self.database = database
+    def __init__(self, queries: Array, database: Array | Iterable[Array], chunk_size: int | None = None,
+                 offsets: torch.Tensor | None = None) -> None:
+        self.queries, self.database, self.offsets = as_vectors(queries, 'queries'), database, offsets
+        if offsets is not None and offsets.shape != self.queries.shape[:1]:
+            raise ValueError(f'offsets have shape {tuple(offsets.shape)} for {len(self.queries)} queries.')
         fitting = max(LEAST_CHUNK, CHUNK_BYTES // (4 * max(1, *self.queries.shape)))
         self.chunk_size = fitting if chunk_size is None else chunk_size
         if self.chunk_size < 1:
@@ -37,43 +48,22 @@ class SimilarityChunks:
                              'again, such as a list of shards.')
         self._used = True
         for shard in shards_of(self.database):
-            shard = as_vectors(shard, 'database', self.queries.shape[1], convert=False)
+            shard = as_vectors(shard, 'database', self.queries.shape[1])
             for start in range(0, len(shard), self.chunk_size):
-                piece = shard[start:start + self.chunk_size]
-                yield self.queries @ piece.to(self.queries.device, torch.float32).T
+                chunk = shard[start:start + self.chunk_size]
+                scores = self.queries @ chunk.to(self.queries.device, torch.float32).T
+                yield scores if self.offsets is None else scores + self.offsets[:, None]
 
 
-def similarity_chunks(queries: Array, database: Array | Iterable[Array],
-                      chunk_size: int | None = None) -> SimilarityChunks:
-    """Similarities (inner products) of queries to a database, piece by piece.
-
-    Args:
-        queries: (Q, D) vectors; their device is where the work is done.
-        database: (N, D) vectors, or shards (n, D) of them in order.
-        chunk_size: Database vectors at a time, by default as many as fit 32 MiB (256 at least).
-
-    Returns:
-        An iterable of (Q, n) float32 tensors; see `SimilarityChunks` on reading it twice.
-
-    Raises:
-        ValueError: If shapes disagree.
-    """
-    return SimilarityChunks(queries, database, chunk_size)
-
-
-def nearest(
-        queries: Array,
-        database: Array | Iterable[Array],
-        k: int,
-        chunk_size: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
+def nearest(queries: Array, database: Array | Iterable[Array], k: int,
+            chunk_size: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """The k database vectors with the largest inner products, exactly.
 
     Args:
-        queries: (Q, D) vectors; their device is where the work is done.
+        queries: As of `SimilarityChunks`, as are `database` and `chunk_size`.
         database: (N, D) vectors, or shards (n, D) of them in order.
         k: How many; all N if there are fewer.
-        chunk_size: Database vectors at a time, by default as many as fit 32 MiB (256 at least).
+        chunk_size: Database vectors at a time.
 
     Returns:
         Scores (Q, k) float32, highest first, and database indices (Q, k) int64; equal scores by index.
@@ -81,9 +71,10 @@ def nearest(
     Raises:
         ValueError: If shapes disagree, k is below 1, the database is empty, or a score is NaN.
     """
-    check_rank(k)
+    if k < 1:
+        raise ValueError(f'k is {k}, and has to be 1 or more.')
     best, start = None, 0
-    for chunk in similarity_chunks(queries, database, chunk_size):
+    for chunk in SimilarityChunks(queries, database, chunk_size):
         if chunk.isnan().any():
             raise ValueError('A similarity is NaN: the vectors hold NaN or infinity.')
         values, indices = _top(chunk, k)
@@ -116,18 +107,12 @@ def shards_of(database: Array | Iterable[Array]) -> Iterable[Array]:
     return [database] if isinstance(database, Array) else database
 
 
-def check_rank(k: int) -> None:
-    """Raises ValueError for a number of neighbours below 1."""
-    if k < 1:
-        raise ValueError(f'k is {k}, and has to be 1 or more.')
-
-
-def as_vectors(vectors: Array, name: str, dim: int | None = None, convert: bool = True) -> torch.Tensor:
-    """(n, dim) tensor, float32 if `convert`; ValueError for another shape."""
+def as_vectors(vectors: Array, name: str, dim: int | None = None) -> torch.Tensor:
+    """(n, dim) tensor, float32 if it is of queries (`dim` None); ValueError for another shape."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore', UserWarning)  # of arrays that are read-only, such as mapped files
         vectors = torch.as_tensor(vectors).detach()
     if vectors.ndim != 2 or dim not in (None, vectors.shape[1]):
         wanted = '(vectors, dimensions)' if dim is None else f'(vectors, {dim}), the dimensions of the queries'
         raise ValueError(f'{name} must have shape {wanted}, got {tuple(vectors.shape)}.')
-    return vectors.float() if convert else vectors
+    return vectors.float() if dim is None else vectors

@@ -9,9 +9,9 @@ import torch
 
 from timm_multigrain.layers.normalize import l2_normalize
 
-from .exact import Array, Scores, as_vectors, check_rank, nearest, shards_of
+from .exact import Array, as_vectors, nearest, shards_of
 
-__all__ = ['alpha_query_expansion', 'database_augmentation', 'normalize_scores', 'score_offsets']
+__all__ = ['alpha_query_expansion', 'database_augmentation', 'score_offsets']
 
 
 def alpha_query_expansion(
@@ -33,8 +33,8 @@ def alpha_query_expansion(
         database: (N, D) or shards of it, L2-normalised; read twice.
         k: Neighbours, besides the query.
         alpha: Power, 0 or more.
-        query_rows: Where queries are images of the database: their indices, (Q,). They are no neighbours of themselves.
-        chunk_size: Database vectors at a time, as `search.nearest` has it.
+        query_rows: Where queries are images of the database: their indices, (Q,). A query is not its own neighbour.
+        chunk_size: Database vectors at a time, as of `SimilarityChunks`.
 
     Returns:
         (Q, D) float32, L2-normalised.
@@ -44,7 +44,20 @@ def alpha_query_expansion(
             similarity is NaN.
     """
     queries = as_vectors(queries, 'queries')
-    scores, indices = _neighbors(queries, database, k, alpha, query_rows, chunk_size)
+    if isinstance(database, Iterator):
+        raise ValueError('The database is read twice: pass an object that can be iterated again, not a generator.')
+    if not alpha >= 0:
+        raise ValueError(f'alpha is {alpha}, and has to be 0 or more.')
+    if query_rows is None:
+        scores, indices = nearest(queries, database, k, chunk_size)
+    else:
+        rows = torch.as_tensor(query_rows, device=queries.device)
+        if rows.shape != queries.shape[:1]:
+            raise ValueError(f'query_rows must have shape ({len(queries)},), got {tuple(rows.shape)}.')
+        scores, indices = nearest(queries, database, k + 1, chunk_size)
+        own = indices == rows[:, None]
+        others = own.long().argsort(dim=1, stable=True)[:, :k]  # the row itself last, and it, or the farthest, is out
+        scores, indices = scores.masked_fill(own, 0).gather(1, others), indices.gather(1, others)
     weights = scores.clamp(min=0) ** alpha * (scores > 0)
     return l2_normalize(queries + _weighted_sum(weights, indices, database))
 
@@ -66,7 +79,7 @@ def database_augmentation(
         database: (N, D), L2-normalised.
         k: Neighbours, besides the vector itself.
         alpha: Power, 0 or more.
-        chunk_size: Database vectors at a time, as `search.nearest` has it.
+        chunk_size: Database vectors at a time, as of `SimilarityChunks`.
         batch_size: Vectors augmented at a time.
 
     Returns:
@@ -104,10 +117,10 @@ def score_offsets(
         weight: Factor.
         first: First neighbour.
         last: Last neighbour.
-        chunk_size: Background vectors at a time, as `search.nearest` has it.
+        chunk_size: Background vectors at a time, as of `SimilarityChunks`.
 
     Returns:
-        (Q,) float32.
+        (Q,) float32, as `SimilarityChunks` takes them.
 
     Raises:
         ValueError: If shapes disagree, first and last are out of range, or a similarity is NaN.
@@ -120,60 +133,6 @@ def score_offsets(
     return -weight * scores[:, first:].mean(1)
 
 
-def normalize_scores(scores: Scores, offsets: torch.Tensor) -> torch.Tensor | Iterable[torch.Tensor]:
-    """Scores with the offsets of `score_offsets` added.
-
-    Args:
-        scores: Similarities (Q, N), or (Q, n) chunks, such as `search.similarity_chunks` gives them.
-        offsets: (Q,).
-
-    Returns:
-        A new matrix; or an iterable of chunks, each made as it is asked for, as often as `scores` can be iterated.
-
-    Raises:
-        ValueError: If there is not one offset for a query.
-    """
-    if isinstance(scores, Array):
-        return _shift(scores, offsets)
-    return _Shifted(scores, offsets)
-
-
-class _Shifted:
-    """Pieces of scores with offsets added."""
-
-    def __init__(self, scores: Iterable[Array], offsets: torch.Tensor) -> None:
-        self.scores = scores
-        self.offsets = offsets
-
-    def __iter__(self) -> Iterator[torch.Tensor]:
-        return (_shift(chunk, self.offsets) for chunk in self.scores)
-
-
-def _shift(scores: Array, offsets: torch.Tensor) -> torch.Tensor:
-    if offsets.shape != scores.shape[:1]:
-        raise ValueError(f'offsets have shape {tuple(offsets.shape)} for {len(scores)} rows of scores.')
-    return torch.as_tensor(scores) + offsets[:, None]
-
-
-def _neighbors(queries, database, k, alpha, query_rows, chunk_size) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scores and indices of the k nearest, a query's own row not among them."""
-    check_rank(k)
-    if isinstance(database, Iterator):
-        raise ValueError('The database is read twice: pass an object that can be iterated again, not a generator.')
-    if not alpha >= 0:
-        raise ValueError(f'alpha is {alpha}, and has to be 0 or more.')
-    if query_rows is None:
-        return nearest(queries, database, k, chunk_size)
-    rows = torch.as_tensor(query_rows, device=queries.device)
-    if rows.shape != queries.shape[:1]:
-        raise ValueError(f'query_rows must have shape ({len(queries)},), got {tuple(rows.shape)}.')
-    scores, indices = nearest(queries, database, k + 1, chunk_size)
-    own = indices == rows[:, None]
-    others = own.long().argsort(dim=1, stable=True)[:, :k]  # the row itself last, and so, or else the farthest, out
-    scores = scores.masked_fill(own, 0)
-    return scores.gather(1, others), indices.gather(1, others)
-
-
 def _weighted_sum(weights: torch.Tensor, indices: torch.Tensor, database: Array | Iterable[Array]) -> torch.Tensor:
     """Sum over the neighbours, (Q, D)."""
     start, total = 0, 0
@@ -182,7 +141,7 @@ def _weighted_sum(weights: torch.Tensor, indices: torch.Tensor, database: Array 
         inside = (indices >= start) & (indices < start + len(shard))
         queries, places = inside.nonzero(as_tuple=True)
         found = shard[(indices[queries, places] - start).to(shard.device)].to(weights.device, torch.float32)
-        part = weights.new_zeros(len(weights), shard.shape[1])
-        total = total + part.index_add_(0, queries, found * weights[queries, places, None])
+        added = weights.new_zeros(len(weights), shard.shape[1])
+        total = total + added.index_add_(0, queries, found * weights[queries, places, None])
         start += len(shard)
     return total

@@ -75,5 +75,5 @@ def download_benchmark(name: str, data: str | os.PathLike, report: Callable[[str
 def _known(name: str) -> str:
     if name not in BENCHMARKS:
         near = ', '.join(difflib.get_close_matches(name, BENCHMARKS, n=1) or BENCHMARKS)
-        raise ValueError(f'{name!r} is no benchmark: take {near}.')
+        raise ValueError(f'{name!r} is not a benchmark: take {near}.')
     return name

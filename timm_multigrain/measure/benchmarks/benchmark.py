@@ -1,31 +1,20 @@
-"""What a benchmark is: the images to search among, the images to search with, and how the ranking is judged."""
+"""What a benchmark is (images to search among, images to search with, how the ranking is judged), and its files."""
+import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
 import torch
 
-from timm_multigrain.images.sources import ImageSource
+from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names, printable
+from timm_multigrain.measure.results import Figure
 
-__all__ = ['Benchmark', 'Figure', 'Scores']
+__all__ = ['Benchmark', 'Figure', 'Scores', 'SetFolder', 'read_lines', 'some']
 
 Scores = Iterable[torch.Tensor]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """One measured value.
-
-    Attributes:
-        metric: 'mAP', 'mP@10', 'N-S', 'uAP', 'recall@P90'.
-        value: In the unit it is quoted in: percent, or of 4 for N-S.
-        split: Part of the set, such as 'Medium'.
-    """
-    metric: str
-    value: float
-    split: str | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,3 +48,76 @@ class Benchmark(ABC):
             scores: Similarities as (Q, n) chunks of columns, in the order of the database and then of the
                 distractors. It can be iterated more than once.
         """
+
+
+class SetFolder:
+    """The folder of a set, whose images are found by name wherever an archive put them.
+
+    Args:
+        folder: The folder.
+        title: Name of the set, for errors.
+        source: Where it is to be had, for errors.
+
+    Raises:
+        FileNotFoundError: It is not there, or is a file.
+    """
+
+    def __init__(self, folder: str | os.PathLike, title: str, source: str):
+        self.path, self.title, self.source = Path(folder), title, source
+        if not self.path.is_dir():
+            raise FileNotFoundError(f'{folder} is not a folder, so {title} is not there; {source}.')
+        self.names = image_names(self.path)
+
+    def files(self, names: Iterable[str]) -> ImageFiles:
+        """Images by path relative to the folder."""
+        names = list(names)
+        return ImageFiles([self.path / name for name in names], names=names)
+
+    def locate(self, names: Sequence[str], prefer: str | None = None) -> list[Path]:
+        """Files of these names, in their order, wherever they are below the folder.
+
+        Args:
+            names: File names, without a suffix if it does not matter.
+            prefer: Name of a folder whose file wins over files of the same name elsewhere.
+
+        Raises:
+            FileNotFoundError: Some are not there.
+            ValueError: A name is there more than once.
+        """
+        wanted, found = set(names), {}
+        for path in self.names:
+            base = path.rpartition('/')[2]
+            for key in wanted.intersection((base, os.path.splitext(base)[0])):
+                found.setdefault(key, []).append(path)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise FileNotFoundError(f'{self.path} lacks {len(missing)} of the {len(names)} images of {self.title}: '
+                                    f'{some(missing)}; {self.source}.')
+        for name, paths in found.items():
+            inside = [path for path in paths if prefer in path.split('/')[:-1]]
+            found[name] = inside if len(inside) == 1 else paths
+            if len(found[name]) > 1:
+                raise ValueError(f'{self.path} has the image {name} more than once ({some(paths)}): leave one.')
+        return [self.path / found[name][0] for name in names]
+
+
+def read_lines(path: str | os.PathLike, what: str) -> list[str]:
+    """Lines of a UTF-8 text without blank ones and comments (#).
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is not text.
+    """
+    try:
+        lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{path}: {what} not found.') from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{path} is not text: {e}.') from e
+    return [line.strip() for line in lines if line.strip() and not line.startswith('#')]
+
+
+def some(names: Sequence[str], number: int = 3) -> str:
+    """The first names, and how many more there are."""
+    more = f' and {len(names) - number} more' if len(names) > number else ''
+    return ', '.join(map(printable, names[:number])) + more

@@ -14,12 +14,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from timm_multigrain.images.sources import ImageFiles, image_names
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import average_precision, mean_average_precision
 
-from .benchmark import Benchmark, Figure, Scores
-from .files import require_folder, some
+from .benchmark import Benchmark, Figure, Scores, SetFolder, some
 
 __all__ = ['DOWNLOADS', 'Copydays', 'load_copydays']
 
@@ -87,37 +85,32 @@ def load_copydays(data: str | os.PathLike, subset: bool = False) -> Copydays:
         FileNotFoundError: The originals, the strong copies, or some of them are missing.
         ValueError: A copy of an original that is not there, or an image twice.
     """
-    data = require_folder(data, TITLE, SOURCE)
+    data = SetFolder(data, TITLE, SOURCE)
     found: dict[str, dict[int, str]] = {}
-    for path in image_names(data):
+    for path in data.names:
         family, number = _place(path)
         if family is None:
             continue
         if number in found.setdefault(family, {}):
-            raise ValueError(f'{data} has the {family} image {number} twice ({found[family][number]}, {path}): '
+            raise ValueError(f'{data.path} has the {family} image {number} twice ({found[family][number]}, {path}): '
                              'leave one.')
         found[family][number] = path
-    _check_counts(data, found, subset)
+    _check_counts(data.path, found, subset)
     originals = found['original']
     places = {number // 100: place for place, number in enumerate(originals)}
     copies = [(family, number, path) for family in sorted(found) for number, path in found[family].items()]
     orphans = [path for _, number, path in copies if number // 100 not in places]
     if orphans:
-        raise ValueError(f'{data} has {len(orphans)} copies without their original: {some(orphans)}; {SOURCE}.')
+        raise ValueError(f'{data.path} has {len(orphans)} copies without their original: {some(orphans)}; {SOURCE}.')
     return Copydays(
         title=TITLE if not subset else f'{TITLE} ({len(copies) - len(originals)} copies of {len(originals)} originals)',
-        database=_files(data, originals.values()), queries=_files(data, [path for *_, path in copies]),
+        database=data.files(originals.values()), queries=data.files(path for *_, path in copies),
         families=np.array([family for family, *_ in copies]),
         truth=np.array([places[number // 100] for _, number, _ in copies]))
 
 
-def _files(data: Path, names) -> ImageFiles:
-    names = list(names)
-    return ImageFiles([data / name for name in names], names=names)
-
-
 def _place(path: str) -> tuple[str | None, int]:
-    """Family, with its strength, and number of an image; None for a file that is no part of the set."""
+    """Family, with its strength, and number of an image; None for a file that is not of the set."""
     *folders, base = path.split('/')
     match = re.fullmatch(r'(\d{5,7})\.jpe?g', base.lower())
     family = next((_FAMILIES[name.lower()] for name in folders if name.lower() in _FAMILIES), None)

@@ -6,16 +6,16 @@ system gives those low scores. The training images serve to normalise scores.
 """
 import csv
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
+from timm_multigrain.images.sources import ImageFiles, ImageSource
 from timm_multigrain.measure.metrics import micro_average_precision
 from timm_multigrain.measure.ranks import best_pairs
 
-from .benchmark import Benchmark, Figure, Scores
-from .files import locate, require_folder, some
+from .benchmark import Benchmark, Figure, Scores, SetFolder, read_lines, some
 
 __all__ = ['Disc21', 'load_disc21', 'read_pairs']
 
@@ -46,7 +46,7 @@ def load_disc21(data: str | os.PathLike, ground_truth: str | os.PathLike | None 
     Args:
         data: The folder.
         ground_truth: The CSV file; None for the only one in the folder.
-        queries: Text file with the name of a query a line. None: those that the ground truth has a row for, which is
+        queries: Text file with the name of a query per line. None: those that the ground truth has a row for, which is
             right only if it has rows without a reference for the queries that have none.
         subset: Search only the queries and references that the ground truth names, as the organisers' "subset 1".
 
@@ -54,11 +54,13 @@ def load_disc21(data: str | os.PathLike, ground_truth: str | os.PathLike | None 
         FileNotFoundError: Ground truth or images are missing.
         ValueError: The ground truth is not of this form, or does not say which queries there are.
     """
-    data = require_folder(data, TITLE, SOURCE)
-    path = Path(ground_truth) if ground_truth else _only_csv(data)
+    data = SetFolder(data, TITLE, SOURCE)
+    path = Path(ground_truth) if ground_truth else _only_csv(data.path)
     named, pairs = read_pairs(path)
     if queries is not None:
-        named = _read_names(Path(queries))
+        named = [Path(line).stem for line in read_lines(queries, 'list of queries')]
+        if len(set(named)) < len(named):
+            raise ValueError(f'{queries} names a query twice.')
         unknown = sorted({query for query, _ in pairs}.difference(named))
         if unknown:
             raise ValueError(f'{queries} lacks {len(unknown)} queries that {path} has a reference for: '
@@ -77,10 +79,12 @@ def load_disc21(data: str | os.PathLike, ground_truth: str | os.PathLike | None 
     absent = sorted({reference for _, reference in pairs}.difference(places))
     if absent:
         raise ValueError(f'{path} names {len(absent)} references that {TITLE} does not have: {some(absent)}.')
-    located = locate(data, [*named, *references], TITLE, SOURCE)
+    training = [name for name in data.names if re.match(r'T\d{6}', name.rpartition('/')[2])]
+    located = data.locate([*named, *references])
     return Disc21(
         title=title, queries=ImageFiles(located[:len(named)], names=named),
-        database=ImageFiles(located[len(named):], names=references), training=_training(data),
+        database=ImageFiles(located[len(named):], names=references),
+        training=data.files(training) if training else None,
         pairs=[(rows[query], places[reference]) for query, reference in pairs])
 
 
@@ -96,14 +100,14 @@ def read_pairs(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]
         with open(path, encoding='utf-8', newline='') as file:
             rows = [row for row in csv.reader(file) if row]
     except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: there is no such ground truth; {SOURCE}.') from None
+        raise FileNotFoundError(f'{path}: ground truth not found; {SOURCE}.') from None
     except (csv.Error, UnicodeDecodeError) as e:
-        raise ValueError(f'{path} is no CSV file: {e}.') from e
+        raise ValueError(f'{path} is not a CSV file: {e}.') from e
     if rows and rows[0][:2] == ['query_id', 'reference_id']:
         del rows[0]
     wrong = next((row for row in rows if len(row) != 2 or not row[0].strip()), None)
     if wrong is not None:
-        raise ValueError(f'{path}: {",".join(wrong)!r} is no query and a reference or nothing.')
+        raise ValueError(f'{path}: {",".join(wrong)!r} is not a query and a reference or nothing.')
     rows = [(query.strip(), reference.strip()) for query, reference in rows]
     if len(set(rows)) < len(rows):
         twice = [','.join(row) for row, count in Counter(rows).items() if count > 1]
@@ -119,26 +123,9 @@ def read_pairs(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]
     return list(dict.fromkeys(query for query, _ in rows)), pairs
 
 
-def _read_names(path: Path) -> list[str]:
-    try:
-        names = [Path(line.strip()).stem for line in path.read_text(encoding='utf-8').splitlines() if line.strip()]
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: there is no such list of queries.') from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{path} is no text: {e}.') from e
-    if len(set(names)) < len(names):
-        raise ValueError(f'{path} names a query twice.')
-    return names
-
-
 def _only_csv(data: Path) -> Path:
     found = sorted(data.rglob('*ground*truth*.csv'))
     if len(found) != 1:
         there = f'several files of ground truth ({some([str(path.relative_to(data)) for path in found])}): name one.'
         raise FileNotFoundError(f'{data} has ' + (there if found else f'no ground truth of {TITLE} (.csv); {SOURCE}.'))
     return found[0]
-
-
-def _training(data: Path) -> ImageFiles | None:
-    names = [name for name in image_names(data) if (base := name.rpartition('/')[2])[0] == 'T' and base[1:7].isdigit()]
-    return ImageFiles([data / name for name in names], names=names) if names else None

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 
 from timm_multigrain.files import check_json, read_json
-from timm_multigrain.images.sources import ImageFiles, image_names, printable
+from timm_multigrain.images.sources import printable
 from timm_multigrain.measure.metrics import mean_average_precision
 
-from .benchmark import Benchmark, Figure, Scores
-from .files import require_folder, some
+from .benchmark import Benchmark, Figure, Scores, SetFolder, some
 
 __all__ = ['Groups', 'load_folder']
 
@@ -53,20 +52,21 @@ def load_folder(data: str | os.PathLike, ground_truth: str | os.PathLike | None 
         FileNotFoundError: The folder, the ground truth, or images that it names are missing.
         ValueError: It is not of this form, or no image has another one to find.
     """
-    data = require_folder(data, 'an image set', SOURCE)
+    images = SetFolder(data, 'an image set', SOURCE)
+    data = images.path
     if ground_truth is None and (data / TRUTH).is_file():
         ground_truth = data / TRUTH
-    names, groups = _from_folders(data) if ground_truth is None else _from_file(data, Path(ground_truth))
+    names, groups = _from_folders(images) if ground_truth is None else _from_file(data, Path(ground_truth))
     found, counts = np.unique(groups[groups != DISTRACTOR], return_counts=True)
     rows = np.flatnonzero(np.isin(groups, found[counts > 1]))
     if not len(rows):
         raise ValueError(f'{data} has {len(names)} images in groups, but no two of a group: nothing is to be found.')
-    source = ImageFiles([data / name for name in names], names=names)
-    return Groups(title=data.resolve().name or str(data), database=source, query_rows=rows, groups=groups)
+    title = data.resolve().name or str(data)
+    return Groups(title=title, database=images.files(names), query_rows=rows, groups=groups)
 
 
-def _from_folders(data: Path) -> tuple[list[str], np.ndarray]:
-    names = image_names(data)
+def _from_folders(images: SetFolder) -> tuple[list[str], np.ndarray]:
+    names, data = images.names, images.path
     loose = [name for name in names if '/' not in name]
     if loose:
         raise ValueError(f'{data} holds images outside of groups ({some(loose)}): put each into {data}/<group>/, or '

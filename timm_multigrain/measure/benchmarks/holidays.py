@@ -7,19 +7,18 @@ turned files.
 """
 import hashlib
 import os
+import re
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from timm_multigrain.files import check_json, read_json
-from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names, printable
+from timm_multigrain.images.sources import ImageFiles, ImageSource, printable
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import mean_average_precision
 
-from .benchmark import Benchmark, Figure, Scores
-from .files import locate, require_folder, some
+from .benchmark import Benchmark, Figure, Scores, SetFolder, read_lines, some
 
 __all__ = ['DOWNLOADS', 'Holidays', 'TurnedImages', 'load_holidays', 'read_turns']
 
@@ -57,10 +56,6 @@ class TurnedImages(ImageSource):
         self.source = source
         self.degrees = degrees
         self.names = source.names
-        self.labels = source.labels
-
-    def __len__(self) -> int:
-        return len(self.source)
 
     def load(self, i: int, exif: bool = True) -> Image.Image:
         image = self.source.load(i, exif=exif)
@@ -85,18 +80,18 @@ def load_holidays(data: str | os.PathLike, upright: str | os.PathLike | None = N
         FileNotFoundError: Images are missing.
         ValueError: The list of turns names other images, or no scene is whole.
     """
-    data = require_folder(data, TITLE, SOURCE)
+    data = SetFolder(data, TITLE, SOURCE)
     scenes = [[f'{FIRST_SCENE + scene}{number:02}.jpg' for number in range(int(count, 36))]
               for scene, count in enumerate(_COUNTS)]
     title = TITLE
     if subset:
-        there = {name.rpartition('/')[2] for name in image_names(data)}
+        there = {name.rpartition('/')[2] for name in data.names}
         scenes = [scene for scene in scenes if there.issuperset(scene)]
         if not scenes:
-            raise ValueError(f'{data} has no whole scene of {TITLE}; {SOURCE}.')
+            raise ValueError(f'{data.path} has no whole scene of {TITLE}; {SOURCE}.')
         title += f' ({len(scenes)} of its scenes)'
     names = [name for scene in scenes for name in scene]
-    source = ImageFiles(locate(data, names, TITLE, SOURCE, prefer=('jpg',)), names=names)
+    source = ImageFiles(data.locate(names, prefer='jpg'), names=names)
     if upright is not None:
         turns = read_turns(upright)
         unknown = sorted(set(turns).difference(names))
@@ -109,36 +104,24 @@ def load_holidays(data: str | os.PathLike, upright: str | os.PathLike | None = N
 
 
 def read_turns(path: str | os.PathLike) -> dict[str, int]:
-    """Degrees to turn images clockwise by: a JSON object of names, or a text with a name and a number a line.
+    """Degrees to turn images clockwise by: a JSON object of names, or a text with a name and a number per line.
 
     Raises:
         FileNotFoundError: There is no such file.
-        ValueError: A line of another form, a name twice, or a turn that is no multiple of 90.
+        ValueError: A line of another form, a name twice, or a turn that is not a multiple of 90.
     """
-    path = Path(path)
-    if path.suffix == '.json':
+    if os.fspath(path).endswith('.json'):
         entries = read_json(path)
         check_json(entries, {str: int}, str(path))
-        entries = list(entries.items())
+        entries = [(name, str(degrees)) for name, degrees in entries.items()]
     else:
-        try:
-            lines = path.read_text(encoding='utf-8').splitlines()
-        except FileNotFoundError:
-            raise FileNotFoundError(f'{path}: there is no such list of turns.') from None
-        except UnicodeDecodeError as e:
-            raise ValueError(f'{path} is no text: {e}.') from e
-        entries = [line.split() for line in lines if line.strip() and not line.startswith('#')]
+        entries = [line.split() for line in read_lines(path, 'list of turns')]
     turns = {}
     for entry in entries:
-        name, degrees = (*entry, None, None)[:2]
-        try:
-            turn = int(degrees)
-        except (TypeError, ValueError):
-            turn = None
-        if len(entry) != 2 or turn is None or turn % 90 or turn != float(degrees) or isinstance(degrees, bool):
-            raise ValueError(f'{path}: {" ".join(map(str, entry))!r} is no name and a multiple of 90 degrees.')
-        name = name.rpartition('/')[2]
+        if len(entry) != 2 or not re.fullmatch(r'-?\d{1,9}', entry[1]) or int(entry[1]) % 90:
+            raise ValueError(f'{path}: {printable(" ".join(entry))} is not a name and a multiple of 90 degrees.')
+        name = entry[0].rpartition('/')[2]
         if name in turns:
             raise ValueError(f'{path} names {printable(name)} twice.')
-        turns[name] = turn
+        turns[name] = int(entry[1])
     return turns

@@ -18,8 +18,7 @@ from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import RevisitedQuery, revisited_scores
 from timm_multigrain.measure.unpickle import load_plain_pickle
 
-from .benchmark import Benchmark, Figure, Scores
-from .files import locate, require_folder, some
+from .benchmark import Benchmark, Figure, Scores, SetFolder, some
 
 __all__ = ['DISTRACTORS', 'DOWNLOADS', 'Revisited', 'load_revisited', 'read_ground_truth']
 
@@ -70,10 +69,10 @@ def load_revisited(data: str | os.PathLike, name: str, ground_truth: str | os.Pa
         ValueError: The ground truth is not of this form, or has other counts.
     """
     title = TITLES[name]
-    data = require_folder(data, title, SOURCE)
-    path = Path(ground_truth) if ground_truth else data / f'gnd_{name}.pkl'
+    data = SetFolder(data, title, SOURCE)
+    path = Path(ground_truth) if ground_truth else data.path / f'gnd_{name}.pkl'
     if not path.is_file():
-        raise FileNotFoundError(f'{path}: there is no ground truth of {title}; {SOURCE}.')
+        raise FileNotFoundError(f'{path}: ground truth of {title} not found; {SOURCE}.')
     images, queries, entries = read_ground_truth(path)
     counts = f'{len(images)} images and {len(queries)} queries'
     if (len(images), len(queries)) != (NUM_IMAGES[name], NUM_QUERIES):
@@ -81,7 +80,7 @@ def load_revisited(data: str | os.PathLike, name: str, ground_truth: str | os.Pa
             raise ValueError(f'{path} has {counts}, where {title} has {NUM_IMAGES[name]} and {NUM_QUERIES}: ask for a '
                              'subset if that is meant.')
         title += f' ({counts})'
-    located = locate(data, [*queries, *images], TITLES[name], SOURCE, prefer=('jpg',))
+    located = data.locate([*queries, *images], prefer='jpg')
     return Revisited(
         title=title, database=ImageFiles(located[len(queries):], names=images),
         queries=ImageFiles(located[:len(queries)], names=queries, boxes=[entry['bbx'] for entry in entries]),

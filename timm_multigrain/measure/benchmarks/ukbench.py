@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from timm_multigrain.images.sources import ImageFiles, image_names
+from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import ukb_score
 
-from .benchmark import Benchmark, Figure, Scores
-from .files import locate, require_folder, some
+from .benchmark import Benchmark, Figure, Scores, SetFolder, some
 
 __all__ = ['DOWNLOADS', 'UKBench', 'load_ukbench']
 
@@ -42,20 +41,20 @@ def load_ukbench(data: str | os.PathLike, subset: bool = False) -> UKBench:
 
     Raises:
         FileNotFoundError: Images are missing.
-        ValueError: A subset has no image, or part of a group.
+        ValueError: A subset has no image, or not all four of a group.
     """
-    data = require_folder(data, TITLE, SOURCE)
+    data = SetFolder(data, TITLE, SOURCE)
     numbers = list(range(NUM_IMAGES))
     if subset:
-        there = (re.fullmatch(r'(?:.*/)?ukbench(\d{5})\.jpg', name) for name in image_names(data))
+        there = (re.fullmatch(r'(?:.*/)?ukbench(\d{5})\.jpg', name) for name in data.names)
         numbers = sorted({int(match[1]) for match in there if match})
         groups, counts = np.unique(np.array(numbers, dtype=int) // 4, return_counts=True)
         if not numbers:
-            raise ValueError(f'{data} has no image of {TITLE} (ukbench00000.jpg and so on); {SOURCE}.')
+            raise ValueError(f'{data.path} has no image of {TITLE} (ukbench00000.jpg and so on); {SOURCE}.')
         if (counts != 4).any():
             partial = [f'ukbench{4 * group:05} to {4 * group + 3:05}' for group in groups[counts != 4]]
-            raise ValueError(f'{data} has a part only of {len(partial)} groups of {TITLE}: {some(partial)}.')
+            raise ValueError(f'{data.path} lacks images of {len(partial)} groups of {TITLE}: {some(partial)}.')
     names = [f'ukbench{number:05}.jpg' for number in numbers]
-    source = ImageFiles(locate(data, names, TITLE, SOURCE, prefer=('full',)), names=names)
     title = TITLE if len(names) == NUM_IMAGES else f'{TITLE} ({len(names)} of its images)'
-    return UKBench(title=title, database=source, query_rows=np.arange(len(names)), groups=np.array(numbers) // 4)
+    return UKBench(title=title, database=ImageFiles(data.locate(names, prefer='full'), names=names),
+                   query_rows=np.arange(len(names)), groups=np.array(numbers) // 4)

@@ -1,20 +1,91 @@
-"""What a benchmark says of a model: figures with the settings they were measured at, one table for several systems."""
+"""What every measured result can do (print itself, be saved as JSON, be drawn), and the results of benchmarks."""
 import json
-from collections.abc import Sequence
+import math
+import os
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .benchmarks.benchmark import Figure
+import numpy as np
+
+from timm_multigrain.files import write_text
+
 from .figures import Metric
-from .result import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['BenchmarkResult', 'Comparison']
+__all__ = ['BenchmarkResult', 'Comparison', 'Figure', 'Result']
 
 _UNITS = {'N-S': 'of 4'}
 _SAVED_ONLY = ('mP@1', 'mP@5')  # papers print mP@10
+
+
+class Result(ABC):
+    """Base of the results of a measure; `str` is the text to print."""
+
+    @abstractmethod
+    def to_dict(self) -> dict[str, Any]:
+        """Figures by name, plain numbers and lists; NaN stands for what was not measured."""
+
+    @abstractmethod
+    def plot(self, axes: 'Axes') -> None:
+        """Draw into axes of matplotlib."""
+
+    def to_json(self) -> str:
+        """`to_dict` as JSON text, null where a figure is NaN."""
+        return json.dumps(_plain(self.to_dict()), indent=1) + '\n'
+
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write `to_json`, whole or not at all."""
+        return write_text(path, self.to_json())
+
+    def draw(self, path: str | os.PathLike) -> Path:
+        """Draw into a picture; the ending of its name says which kind (.png, .svg, .pdf).
+
+        Raises:
+            ImportError: If matplotlib is not installed.
+        """
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as e:
+            raise ImportError("Drawing needs matplotlib: pip install 'timm_multigrain[report]'.") from e
+        figure = Figure(figsize=(6, 3.5), layout='constrained')
+        self.plot(figure.subplots())
+        path = Path(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        return path
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple, np.ndarray)):
+        return [_plain(item) for item in value]
+    value = value.item() if isinstance(value, np.generic) else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One measured value.
+
+    Attributes:
+        metric: 'mAP', 'mP@10', 'N-S', 'uAP', 'recall@P90'.
+        value: In the unit it is quoted in: percent, or of 4 for N-S.
+        split: Part of the set, such as 'Medium'.
+    """
+    metric: str
+    value: float
+    split: str | None = None
+
+    @property
+    def column(self) -> str:
+        """Head of its column in a table."""
+        name = f'{self.metric} {self.split}' if self.split else self.metric
+        return f'{name} ({_UNITS[self.metric]})' if self.metric in _UNITS else name
 
 
 @dataclass(frozen=True)
@@ -67,17 +138,15 @@ class BenchmarkResult(Result):
         for figure in self.figures:
             if (figure.metric, figure.split) == (metric, split):
                 return figure.value
-        raise KeyError(f'{self.benchmark} has no {metric} of {split}: {", ".join(map(_column, self.figures))}')
+        raise KeyError(f'{self.benchmark} has no {metric} of {split}: {", ".join(f.column for f in self.figures)}')
 
     def to_dict(self) -> dict[str, Any]:
         return Comparison((self,)).to_dict()
 
     def to_json(self) -> str:
-        """`metrics` as a JSON list."""
         return Comparison((self,)).to_json()
 
     def plot(self, axes: 'Axes') -> None:
-        """A bar for each split."""
         Comparison((self,)).plot(axes)
 
     def __str__(self) -> str:
@@ -101,7 +170,7 @@ class Comparison(Result):
         return json.dumps(self.to_dict()['figures'], indent=2) + '\n'
 
     def plot(self, axes: 'Axes') -> None:
-        """The first metric of every split: a group of bars a split, a bar a system."""
+        """The first metric of every split: a group of bars per split, a bar per system."""
         first = self.results[0]
         shown = [figure for figure in first.figures if figure.metric == first.figures[0].metric]
         width = 0.8 / len(self.results)
@@ -114,43 +183,24 @@ class Comparison(Result):
         axes.legend(fontsize=7)
 
     def __str__(self) -> str:
-        return '\n'.join([*_heads(self.results), '', *self._rows(), '', *_notes(self.results)]).rstrip()
-
-    def _rows(self) -> list[str]:
-        """A Markdown table: a line a system, a column a figure, the best of each column in bold."""
+        """A Markdown table: a row per system, a column per figure, the best of each column in bold."""
+        heads = [f'{r.benchmark}: {r.num_queries} queries, {r.num_database} images searched; {r.protocol}'
+                 for r in self.results]
+        notes = [note for result in self.results for note in result.notes]
         columns = list(dict.fromkeys(
-            (f.metric, f.split) for result in self.results for f in result.figures if f.metric not in _SAVED_ONLY))
-        values = [{(f.metric, f.split): f.value for f in result.figures} for result in self.results]
-        cells = [[_column(Figure(metric, 0, split)) for metric, split in columns]]
-        best = {column: max(row[column] for row in values if column in row) for column in columns}
-        for row in values:
-            shown = [_show(row.get(column)) for column in columns]
-            cells.append([f'**{text}**' if len(values) > 1 and text == _show(best[column]) else text
-                          for text, column in zip(shown, columns, strict=True)])
-        names = [['system', 'size'], *[[result.system, str(result.size)] for result in self.results]]
-        return _markdown([name + row for name, row in zip(names, cells, strict=True)])
+            figure.column for r in self.results for figure in r.figures if figure.metric not in _SAVED_ONLY))
+        values = [{figure.column: figure.value for figure in r.figures} for r in self.results]
+        best = {column: f'{max(row[column] for row in values if column in row):.2f}' for column in columns}
+        rows = [['system', 'size', *columns]]
+        for result, row in zip(self.results, values, strict=True):
+            shown = {column: f'{row[column]:.2f}' if column in row else '–' for column in columns}
+            bold = [f'**{text}**' if len(values) > 1 and text == best[column] else text
+                    for column, text in shown.items()]
+            rows.append([result.system, str(result.size), *bold])
+        return '\n'.join([*dict.fromkeys(heads), '', *_markdown(rows), '', *dict.fromkeys(notes)]).rstrip()
 
 
-def _heads(results: Sequence[BenchmarkResult]) -> list[str]:
-    """A line for each benchmark and protocol that occurs."""
-    return list(dict.fromkeys(
-        f'{r.benchmark}: {r.num_queries} queries, {r.num_database} images searched; {r.protocol}' for r in results))
-
-
-def _notes(results: Sequence[BenchmarkResult]) -> list[str]:
-    return list(dict.fromkeys(note for result in results for note in result.notes))
-
-
-def _column(figure: Figure) -> str:
-    name = f'{figure.metric} {figure.split}' if figure.split else figure.metric
-    return f'{name} ({_UNITS[figure.metric]})' if figure.metric in _UNITS else name
-
-
-def _show(value: float | None) -> str:
-    return '–' if value is None else f'{value:.2f}'
-
-
-def _markdown(rows: Sequence[Sequence[str]]) -> list[str]:
+def _markdown(rows: list[list[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ['| ' + ' | '.join([row[0].ljust(widths[0])] + [
         cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]) + ' |' for row in rows]

@@ -1,7 +1,7 @@
 """Several descriptors from one pass of a trunk: each pooling of the literature, as it is and whitened.
 
 SPoC, MAC, R-MAC, CroW and GeM differ in how they pool the map that the trunk gives, and nothing else, so that comparing
-them costs one trunk: `Systems` runs it once an image and puts the embeddings side by side, `take` takes one out.
+them costs one trunk: `Systems` runs it once per image and puts the embeddings side by side, `take` takes one out.
 """
 import copy
 import math
@@ -14,9 +14,8 @@ from torch import nn
 
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.multigrain import MultiGrain
-from timm_multigrain.models.trunk import InputSizes
 
-__all__ = ['POOLINGS', 'SUMS', 'System', 'Systems', 'UnitPool', 'choose_systems', 'with_own_head']
+__all__ = ['POOLINGS', 'SUMS', 'System', 'Systems', 'UnitPool', 'choose_systems', 'pooled_by', 'with_own_head']
 
 POOLINGS = ('gem', 'mac', 'spoc', 'rmac', 'crow', 'avg')
 SUMS = ('spoc', 'rmac', 'crow')  # over positions or regions, of which there are more in a larger image
@@ -30,7 +29,7 @@ class System:
 
     Attributes:
         pooling: One of `POOLINGS`.
-        p: Exponent of 'gem', None for the other poolings, and for one exponent a channel.
+        p: Exponent of 'gem'; None for the other poolings, and for an exponent per channel.
         whitening: Components of the whitened descriptor, None without.
         own: Whether it is the model's own pooling, with the whitening it was saved with.
     """
@@ -68,12 +67,12 @@ def choose_systems(model: MultiGrain, poolings: Sequence[str] = (), exponents: S
     own = _own(model)
     if not poolings and not exponents:
         return [own]
-    unknown = next((name for name in poolings if name not in POOLINGS), None)
-    if unknown is not None:
-        raise ValueError(f'{unknown!r} is no pooling: take {", ".join(POOLINGS)}.')
-    wrong = next((p for p in exponents if not p > 0), None)
-    if wrong is not None:
-        raise ValueError(f'p = {wrong} is no exponent: it has to be above 0.')
+    for name in poolings:
+        if name not in POOLINGS:
+            raise ValueError(f'Unknown pooling {name!r}: take {", ".join(POOLINGS)}.')
+    for p in exponents:
+        if not p > 0:
+            raise ValueError(f'p = {p} cannot be an exponent: it has to be above 0.')
     poolings = list(dict.fromkeys(poolings)) or ['gem']
     if exponents and 'gem' not in poolings:
         raise ValueError(f'p is the exponent of gem, and the poolings are {", ".join(poolings)}: add gem.')
@@ -89,57 +88,30 @@ def _own(model: MultiGrain) -> System:
 
 
 class Systems(nn.Module):
-    """A model's trunk with several heads, whose raw embeddings ``forward_head`` gives side by side.
+    """Several heads on one trunk, whose raw embeddings ``forward_head`` gives side by side.
 
     Args:
-        model: The model, whose trunk is shared.
-        systems: What to compute, see `choose_systems`.
-
-    Raises:
-        ValueError: Another system than its own for a model with a whitening, which was fitted for its own only.
+        systems: What each head computes.
+        models: A model for each, all with the same trunk, see `pooled_by`.
     """
+    num_classes, whitened = 0, False
 
-    def __init__(self, model: MultiGrain, systems: Sequence[System]):
+    def __init__(self, systems: Sequence[System], models: Sequence[MultiGrain]):
         super().__init__()
-        self.systems = list(systems)
-        self.models = [_with_pooling(model, system) for system in systems]
-        self._collect()
-        self.train(model.training)
-
-    def _collect(self) -> None:
-        self.trunk = self.models[0].trunk
+        self.systems, self.models = list(systems), list(models)  # a list: the trunk is registered once
+        first = self.models[0]
+        self.trunk, self.in_chans, self.input_sizes = first.trunk, first.in_chans, first.input_sizes
         self.heads = nn.ModuleList(model.head for model in self.models)
-        self.in_chans, self.num_classes, self.whitened = self.models[0].in_chans, 0, False
         self.embed_dim = sum(model.embed_dim for model in self.models)
+        self.train(first.training)
 
-    def add(self, system: System, model: MultiGrain) -> None:
-        """One more system: a model with the trunk of the others."""
-        self.systems.append(system)
-        self.models.append(model)
-        self._collect()
+    @classmethod
+    def of(cls, model: MultiGrain, systems: Sequence[System]) -> 'Systems':
+        """A model pooled in several ways; errors as of `pooled_by`."""
+        return cls(systems, [pooled_by(model, system) for system in systems])
 
-    def single(self, number: int) -> 'Systems':
-        """The one system alone."""
-        other = copy.copy(self)
-        other._modules = {}
-        other.systems, other.models = [self.systems[number]], [self.models[number]]
-        other._collect()
-        return other
-
-    @property
-    def head(self) -> nn.Module:
-        """The first head."""
-        return self.heads[0]
-
-    @property
-    def input_sizes(self) -> InputSizes:
-        """As the model's."""
-        return self.models[0].input_sizes
-
-    @property
-    def gem_p(self) -> list:
-        """Exponents of the heads."""
-        return [model.gem_p for model in self.models]
+    def __len__(self) -> int:
+        return len(self.systems)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """As the model's."""
@@ -153,10 +125,10 @@ class Systems(nn.Module):
         return self.forward_head(self.forward_features(x))
 
     def take(self, embeddings: torch.Tensor, number: int, normalize: bool = True) -> torch.Tensor:
-        """One system's part of embeddings side by side, L2-normalised or as it is."""
+        """One system's columns of embeddings side by side, L2-normalised or as they are."""
         start = sum(model.embed_dim for model in self.models[:number])
-        part = embeddings[:, start:start + self.models[number].embed_dim].float()
-        return l2_normalize(part) if normalize else part
+        own = embeddings[:, start:start + self.models[number].embed_dim].float()
+        return l2_normalize(own) if normalize else own
 
 
 class UnitPool(nn.Module):
@@ -177,8 +149,12 @@ def with_own_head(model: MultiGrain) -> MultiGrain:
     return other
 
 
-def _with_pooling(model: MultiGrain, system: System) -> MultiGrain:
-    """A model with the same trunk and a head that pools as the system does."""
+def pooled_by(model: MultiGrain, system: System) -> MultiGrain:
+    """A model with the same trunk and a head that pools as the system does.
+
+    Raises:
+        ValueError: The model has a whitening, which was fitted for its own pooling, and the system is another.
+    """
     other = with_own_head(model)
     if system.own:
         return other

@@ -1,0 +1,381 @@
+"""Whitening of the pooled embedding: fitted on images, and folded into the network with its classifier.
+
+Berman et al., arXiv 1902.05509, section 3.5: L2, PCA whitening (Jégou and Chum, "Negative evidences and co-occurences
+in image retrieval", ECCV 2012), L2. The pooled embedding e gets a constant channel, z = [e; 1] / |[e; 1]|, and
+y = (z - mean) proj. The classifier W e + b becomes [W | b] (mean + proj^-T y): its logits are divided by |[e; 1]|, so
+the order of the classes stays and the confidence does not.
+
+A whitening belongs to one size, one exponent p and one protocol: fit it on images as the searched ones are made. Any
+unlabelled images of that kind will do, but not the test images; the paper takes 20,000. At least C + 2 are needed for
+the covariance to be invertible, a few times that for it to be good.
+
+Learned whitening takes matching images: Mikolajczyk and Matas, "Improving descriptors for fast tree matching by optimal
+linear projection", ICCV 2007, as Radenović et al., arXiv 1711.02512, section 3.4, apply it to descriptors of images.
+What differs between matching images is whitened, C_S^-1/2, then what varies over all images is sorted, strongest first.
+"""
+import os
+import tempfile
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from timm_multigrain.embed.extract import extract_shards, skipped_lines
+from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.embed.shards import Descriptors, iter_shards
+from timm_multigrain.images.sources import ImageSource
+from timm_multigrain.layers import l2_normalize
+from timm_multigrain.models.config import json_p, note_fitted
+from timm_multigrain.models.multigrain import MultiGrain
+from timm_multigrain.models.save import save_pretrained
+
+from .pca import ROWS, StreamingPCA, oas_shrinkage
+
+__all__ = [
+    'WhitenedModel', 'WhiteningFit', 'fit_learned_whitening', 'fit_whitening', 'fold_whitening', 'matching_pairs',
+    'save_fitted', 'whiten_model', 'with_constant', 'work_folder']
+
+CONSTANT = 1e-10  # of the largest variance: below it, directions hold the rounding of float32 embeddings
+NOTHING = 1e-20  # of |z| = 1
+CHECKED = 4096  # images that classification before and after is compared on
+
+
+@dataclass(frozen=True, eq=False)
+class WhiteningFit:
+    """A fitted whitening of C channels and the constant one.
+
+    Attributes:
+        mean: (C + 1,) float64.
+        proj: (C + 1, k) float64, a column per component, strongest first.
+        eigenvalues: (k,) float64, variances along the components before whitening; of a learned whitening, ratios of
+            all variance to that between matching images.
+        num_images: Images it was fitted on.
+        num_constant: Directions without variance, scaled as the strongest one.
+        shrinkage: Share of the identity in the covariance.
+        kind: 'pca' or 'learned'.
+    """
+    mean: torch.Tensor = field(repr=False)
+    proj: torch.Tensor = field(repr=False)
+    eigenvalues: torch.Tensor = field(repr=False)
+    num_images: int
+    num_constant: int = 0
+    shrinkage: float = 0.
+    kind: str = 'pca'
+
+    @property
+    def components(self) -> int:
+        """Size k of the whitened embedding."""
+        return self.proj.shape[1]
+
+    def to_dict(self) -> dict:
+        """What it is, without the matrices, for JSON."""
+        return {'kind': self.kind, 'components': self.components, 'images': self.num_images,
+                'shrinkage': self.shrinkage, 'constant': self.num_constant}
+
+    def __str__(self) -> str:
+        notes = [f'shrinkage {self.shrinkage:.3g}'] * bool(self.shrinkage)
+        notes += [f'{self.num_constant} directions constant'] * bool(self.num_constant)
+        return (f'{"PCA" if self.kind == "pca" else "Learned"} whitening, {self.components} of {len(self.mean)} '
+                f'components, {self.num_images} images' + (f' ({", ".join(notes)})' if notes else ''))
+
+
+def fit_whitening(
+        embeddings: torch.Tensor | Iterable[torch.Tensor],
+        components: int | None = None,
+        shrinkage: float | str | None = None,
+) -> WhiteningFit:
+    """Fit PCA whitening, in memory independent of the number of images.
+
+    Args:
+        embeddings: Pooled embeddings, not normalised: (n, C), or batches of them.
+        components: Number k of components kept, strongest first; C + 1 by default. With fewer, the classifier that is
+            folded in sees the embedding without the others, and its logits become approximate.
+        shrinkage: Share s in [0, 1] of (1 - s) covariance + s (mean variance) identity, or 'oas' to estimate it (Chen
+            et al. 2010). None: 0 with C + 2 images or more, as the original; 'oas', with a warning, with fewer.
+
+    Raises:
+        ValueError: No images, images that are all alike, too few for a shrinkage of 0, or impossible arguments.
+    """
+    pca = _accumulate(embeddings)
+    components = _check(components, shrinkage, pca.dim)
+    if pca.count < 2:
+        raise ValueError(f'{pca.count} image cannot tell what varies: whitening needs many, {pca.dim + 1} or more.')
+    if shrinkage is None and pca.count <= pca.dim:  # the covariance of n images has rank n - 1
+        warnings.warn(f'{pca.count} images are fewer than the {pca.dim + 1} that a whitening of {pca.dim} channels '
+                      'needs: its covariance is shrunk towards the identity. Give more images.', stacklevel=2)
+    if shrinkage == 0 and components > pca.count - 1:
+        raise ValueError(
+            f'{pca.count} images have {pca.count - 1} components, and {components} are asked for: give at least '
+            f'{components + 1} images, components={pca.count - 1}, or leave shrinkage out.')
+    values, proj = pca.eigh()
+    if not values[0] > NOTHING:
+        raise ValueError(f'The {pca.count} images all have the same embedding: there is nothing to whiten.')
+    values, scale, constant, shrinkage = _scale(values, pca.count, shrinkage)
+    return WhiteningFit(pca.mean, (proj / scale)[:, :components], values[:components], pca.count,
+                        int(constant[:components].sum()), shrinkage)
+
+
+def fit_learned_whitening(
+        embeddings: torch.Tensor,
+        pairs: np.ndarray | Sequence[tuple[int, int]],
+        components: int | None = None,
+        shrinkage: float | str | None = None,
+) -> WhiteningFit:
+    """Fit a learned whitening.
+
+    Args:
+        embeddings: (n, C) pooled embeddings, not normalised.
+        pairs: (m, 2) numbers of matching images, see `matching_pairs`.
+        components: Number of components kept, all C + 1 by default.
+        shrinkage: Share of the identity in the covariance of the differences. 'oas' estimates it (Chen et al.
+            2010). None: 0 with C + 2 pairs or more, 'oas' with fewer.
+
+    Raises:
+        ValueError: No pairs, pairs of images that are not there, or pairs that do not differ.
+    """
+    pairs = torch.as_tensor(np.asarray(pairs))
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
+        raise ValueError(f'pairs have the shape {tuple(pairs.shape)}: give (m, 2) numbers of matching images.')
+    if pairs.min() < 0 or pairs.max() >= len(embeddings):
+        raise ValueError(f'pairs name images {int(pairs.min())} to {int(pairs.max())} of {len(embeddings)}.')
+    every = _accumulate(embeddings)
+    components = _check(components, shrinkage, every.dim)
+    within = StreamingPCA(every.dim, centered=False)
+    for some in pairs.split(ROWS):
+        within.update(with_constant(embeddings[some[:, 0]]) - with_constant(embeddings[some[:, 1]]))
+    values, vectors = within.eigh()
+    if not values[0] > NOTHING:
+        raise ValueError(f'The {len(pairs)} matching pairs are of identical images: there is nothing to learn.')
+    _, scale, constant, shrinkage = _scale(values, len(pairs), shrinkage)
+    vectors = vectors / scale
+    ratios, turn = torch.linalg.eigh(vectors.T @ every.covariance() @ vectors)
+    return WhiteningFit(
+        every.mean, (vectors @ turn.flip(1))[:, :components], ratios.flip(0)[:components].clamp(min=0), every.count,
+        int(constant.sum()), shrinkage, 'learned')
+
+
+def matching_pairs(groups: Sequence[int], most: int = 1000, seed: int = 0) -> np.ndarray:
+    """Pairs of images of the same group.
+
+    Args:
+        groups: Group of each image; images of negative groups match none.
+        most: Pairs of a group; of a larger one, as many are drawn.
+        seed: Of the draw.
+
+    Returns:
+        (m, 2) int64.
+
+    Raises:
+        ValueError: No two images are of one group.
+    """
+    groups = np.asarray(groups)
+    rng = np.random.default_rng(seed)
+    pairs = [np.empty((0, 2), dtype=np.int64)]
+    for group in np.unique(groups[groups >= 0]):
+        members = np.flatnonzero(groups == group)
+        size = len(members)
+        if size * (size - 1) // 2 <= most:
+            first, second = np.triu_indices(size, 1)
+        else:
+            first = rng.integers(0, size, most)
+            second = (first + rng.integers(1, size, most)) % size
+        pairs.append(np.stack([members[first], members[second]], 1))
+    pairs = np.concatenate(pairs)
+    if not len(pairs):
+        raise ValueError(f'No two of {len(groups)} images are of one group: learned whitening needs matching images.')
+    return pairs
+
+
+def with_constant(embeddings: torch.Tensor) -> torch.Tensor:
+    """(n, C) pooled embeddings e to (n, C + 1) float64 z = [e; 1] / |[e; 1]|, as the network computes them."""
+    return l2_normalize(F.pad(embeddings.cpu().double(), (0, 1), value=1.))
+
+
+def _accumulate(embeddings: torch.Tensor | Iterable[torch.Tensor]) -> StreamingPCA:
+    """Mean and covariance of z over all embeddings."""
+    pca = None
+    for batch in [embeddings] if isinstance(embeddings, torch.Tensor) else embeddings:
+        if batch.ndim != 2:
+            raise ValueError(f'A batch of embeddings has the shape {tuple(batch.shape)}: give (n, C).')
+        pca = pca or StreamingPCA(batch.shape[1] + 1)
+        for rows in batch.split(ROWS):
+            pca.update(with_constant(rows))
+    if pca is None or not pca.count:
+        raise ValueError('There are no images to fit a whitening on.')
+    return pca
+
+
+def _check(components: int | None, shrinkage: float | str | None, dim: int) -> int:
+    """The number of components, all by default."""
+    if components is not None and not 1 <= components <= dim:
+        raise ValueError(f'components={components}: an embedding of {dim - 1} channels and the constant one has '
+                         f'1 to {dim}.')
+    number = isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1
+    if shrinkage is not None and shrinkage != 'oas' and not number:
+        raise ValueError(f"shrinkage={shrinkage!r}: give a share from 0 to 1, or 'oas'.")
+    return components or dim
+
+
+def _scale(values: torch.Tensor, count: int, shrinkage: float | str | None) -> tuple:
+    """Shrunk eigenvalues, what to divide each direction by, which of them are constant, and the shrinkage."""
+    if shrinkage is None:
+        shrinkage = 'oas' if count <= len(values) else 0.
+    if shrinkage == 'oas':
+        shrinkage = oas_shrinkage(values, count)
+    values = (1 - shrinkage) * values + shrinkage * values.mean()
+    constant = values <= CONSTANT * values[0]
+    # What never varied tells images apart no better for being enlarged; invertible it has to stay.
+    return values, torch.where(constant, values[0], values).sqrt(), constant, float(shrinkage)
+
+
+@torch.no_grad()
+def fold_whitening(model: MultiGrain, fit: WhiteningFit) -> None:
+    """Give a model the whitening, in place, and fold its inverse into the classifier.
+
+    The logits of an image are those of before divided by |[e; 1]|; with fewer than C + 1 components they are those of
+    the embedding projected onto the ones that are kept. The arithmetic is float64, what is stored has the model's
+    dtype.
+
+    Raises:
+        ValueError: The model is whitened already, has no pooling, or has another number of channels.
+    """
+    if model.whitened:
+        raise ValueError('The model is whitened already: fit a whitening to the model without one.')
+    if not model.head.pooled or model.num_features + 1 != len(fit.mean):
+        raise ValueError(f'A whitening of {len(fit.mean) - 1} channels does not fit a model of {model.num_features} '
+                         f'with global_pool={model.global_pool!r}.')
+    head, old = model.head, model.head.fc
+    training = model.training
+    model.set_whitening(fit.components)
+    stored = head.whitening.mean.dtype  # made on the CPU: not every device has float64
+    head.whitening.mean.copy_(fit.mean.to(stored))
+    head.whitening.proj.copy_(fit.proj.to(stored))
+    if model.num_classes:
+        bias = torch.zeros(model.num_classes) if old.bias is None else old.bias
+        classifier = torch.cat([old.weight, bias[:, None].to(old.weight)], dim=1).cpu().double()
+        # what is inverted is what was stored, so that the rounding cancels
+        mean, proj = (t.cpu().double() for t in (head.whitening.mean, head.whitening.proj))
+        head.fc.weight.copy_(_times_inverse(classifier, proj).to(head.fc.weight.dtype))
+        head.fc.bias.copy_((classifier @ mean).to(head.fc.bias.dtype))
+        head.fc.requires_grad_(old.weight.requires_grad)
+    model.train(training)
+
+
+def _times_inverse(classifier: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:
+    """classifier times the (pseudo-)inverse of proj^T: (K, C + 1), (C + 1, k) to (K, k)."""
+    if proj.shape[0] == proj.shape[1]:
+        return torch.linalg.solve(proj, classifier.T).T
+    return torch.linalg.solve(proj.T @ proj, proj.T @ classifier.T).T
+
+
+@dataclass(frozen=True, eq=False)
+class WhitenedModel:
+    """What whitening a model came to.
+
+    Attributes:
+        fit: The whitening.
+        protocol: What it was fitted for.
+        p: Exponent of the pooling.
+        agreement: Share of images whose first class is the same as without whitening, None without a classifier.
+        skipped: Images that could not be read, and why.
+    """
+    fit: WhiteningFit
+    protocol: Protocol
+    p: float | list[float] | None
+    agreement: float | None = None
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What the whitening belongs to, for JSON."""
+        return {**self.fit.to_dict(), 'p': json_p(self.p), 'protocol': self.protocol.to_dict()}
+
+    def __str__(self) -> str:
+        p = f', p = {self.p:g}' if isinstance(self.p, float) else ''
+        lines = [str(self.fit), f'Fitted for {self.protocol}{p}: another size or p needs another whitening.']
+        if self.agreement is not None:
+            lines.append(f'First class the same as before for {100 * self.agreement:.2f} % of the images.')
+        return '\n'.join(lines + skipped_lines(self.skipped))
+
+
+def whiten_model(
+        model: MultiGrain,
+        source: ImageSource,
+        protocol: Protocol,
+        *,
+        components: int | None = None,
+        shrinkage: float | str | None = None,
+        groups: Sequence[int] | None = None,
+        work_dir: str | os.PathLike | None = None,
+        strict: bool = False,
+        **extraction: Any,
+) -> WhitenedModel:
+    """Fit a whitening on images and fold it into a model, in place.
+
+    Args:
+        model: Model without whitening.
+        source: Images, of the kind that will be searched, but not the test images. 20,000 in the paper; at least C + 2
+            for a whitening of C channels and the constant one.
+        protocol: How they are prepared, as the searched images will be; single scale, no flip.
+        components: As of `fit_whitening`.
+        shrinkage: As of `fit_whitening`.
+        groups: Learn the whitening from matching images instead: the group of each image, -1 for none. All embeddings
+            are in memory then.
+        work_dir: Folder that keeps the embeddings, so that a run that was cut off goes on.
+        strict: Stop at the first image that cannot be read instead of leaving it out.
+        **extraction: As of `extract`: batch_size, workers, device, dtype, progress.
+
+    Raises:
+        ValueError: The model is whitened already, several views of an image, or too few images.
+    """
+    if model.whitened:
+        raise ValueError('The model is whitened already: whiten the one without whitening.')
+    if protocol.scales != (1.,) or protocol.flip:
+        raise ValueError(f'{protocol}: the whitening is inside the network, which sees one view at a time; fit it at '
+                         'one scale without flip, and use several views afterwards.')
+    with work_folder(work_dir) as folder:
+        extracted = extract_shards(model, source, protocol, folder, strict=strict, descriptor=False, **extraction)
+        if groups is None:
+            fit = fit_whitening((vectors for _, vectors in iter_shards(folder)), components, shrinkage)
+        else:
+            described, group = Descriptors.load(folder), dict(zip(source.names, groups, strict=True))
+            pairs = matching_pairs([group[name] for name in described.names])
+            fit = fit_learned_whitening(described.vectors, pairs, components, shrinkage)
+        sample = next(iter_shards(folder))[1][:CHECKED].to(next(model.parameters()).device)
+    before = _first_classes(model, sample)
+    fold_whitening(model, fit)
+    agreement = None if before is None else float((before == _first_classes(model, sample)).float().mean())
+    result = WhitenedModel(fit, protocol, model.gem_p, agreement, extracted.skipped)
+    note_fitted(model, 'whitening', result.to_dict())
+    return result
+
+
+def save_fitted(model: MultiGrain, directory: str | os.PathLike, protocol: Protocol) -> Path:
+    """Save a model that was fitted for a protocol, see `save_pretrained`; its size becomes the model's test size."""
+    side = (model.in_chans, protocol.size, protocol.size)
+    return save_pretrained(model, directory, data_config={'test_input_size': side})
+
+
+@contextmanager
+def work_folder(work_dir: str | os.PathLike | None) -> Iterator[Path]:
+    """The folder, or a temporary one."""
+    if work_dir is not None:
+        yield Path(work_dir)
+        return
+    with tempfile.TemporaryDirectory(prefix='timm-multigrain-') as folder:
+        yield Path(folder) / 'embeddings'
+
+
+@torch.no_grad()
+def _first_classes(model: MultiGrain, pooled: torch.Tensor) -> torch.Tensor | None:
+    if not model.num_classes:
+        return None
+    training = model.training
+    out = model.eval().head.classify(model.head.whitening(pooled)).argmax(1)
+    model.train(training)
+    return out
