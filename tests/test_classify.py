@@ -137,7 +137,7 @@ def test_folders(model, noise_folder, tmp_path):
         open_classes(tmp_path / 'data', model)
     with pytest.raises(FileNotFoundError, match='no subfolder fold7'):
         open_classes(noise_folder, model, 'fold7')
-    with pytest.raises(FileNotFoundError, match='is no folder'):
+    with pytest.raises(FileNotFoundError, match='is not a folder'):
         open_classes(tmp_path / 'nowhere', model, 'validation')
 
 
