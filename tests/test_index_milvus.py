@@ -13,15 +13,15 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.index import Index, OtherModel
 from timm_multigrain.index.export import export_index
-from timm_multigrain.index.milvus_client import MilvusAddress, path_from_text, path_to_text
 from timm_multigrain.index.model import protocol_from_json
+from timm_multigrain.index.records import path_from_text, path_to_text
 
 from .copies_folder import make_index, make_pictures
 from .small_index import CLASSES, add_images, unit_vectors, write_index, writer_of
 
 pytest.importorskip('pymilvus')
 pytest.importorskip('milvus_lite')
-from timm_multigrain.index.milvus import MilvusIndex, export_milvus
+from timm_multigrain.index.milvus import MilvusIndex, export_milvus, parse_address
 
 NAMES = ['a\nb.jpg', 'é/日本.jpg', 'not \udcff utf-8.jpg', 'bytes:%20.jpg', '"quotes\'.jpg']
 
@@ -42,15 +42,13 @@ def address(tmp_path):
     ('milvus:http://host:19530', 'http://host:19530', 'multigrain'),
     ('milvus:https://host:19530/base#c', 'https://host:19530/base', 'c')])
 def test_addresses(text, uri, collection):
-    address = MilvusAddress.parse(text)
-    assert (address.uri, address.collection) == (uri, collection)
-    assert MilvusAddress.parse(str(address)) == address
+    assert parse_address(text) == (uri, collection)
 
 
 @pytest.mark.parametrize('text', ['milvus:', 'milvus:folder', 'a.db', 'milvus:a.db#1x', 'milvus:a.db#a b'])
 def test_wrong_addresses(text):
     with pytest.raises(ValueError, match=r'give milvus:|take letters'):
-        MilvusAddress.parse(text)
+        parse_address(text)
 
 
 @pytest.mark.parametrize('path', [*NAMES, '', 'bytes:', '\udc80\udcff', '/a/b c%41.jpg'])
@@ -64,8 +62,8 @@ def test_paths_as_text(path):
 def test_same_neighbours(index, address):
     done = export_milvus(index, address, batch_size=64, progress=False)
     assert (done.written, done.unchanged, done.removed, done.others) == (150, 0, 0, 0) and '150' in str(done)
-    there = MilvusIndex.open(address)
-    assert len(there) == 150 and there.label_names == CLASSES and there.index_type == 'FLAT'
+    there = MilvusIndex(address)
+    assert len(there) == 150 and there.config['model']['label_names'] == CLASSES and there.index_type == 'FLAT'
     queries = np.concatenate([unit_vectors(20, seed=5), index.vectors[:len(NAMES)]])
     for class_name in (None, 'car'):
         scores, rows = index.search(queries, 7, class_name)
@@ -76,7 +74,7 @@ def test_same_neighbours(index, address):
     for bad, options in ((queries[:, :5], {}), (queries, {'k': 0}), (queries, {'class_name': 'ship'})):
         with pytest.raises(ValueError, match=r"shape|k is 0|does not know the class 'ship'"):
             there.search(bad, **options)
-    there.close()
+    there.client.close()
 
 
 def test_exporting_again_sends_what_has_changed(index, address):
@@ -95,7 +93,7 @@ def test_exporting_again_sends_what_has_changed(index, address):
     assert len(there) == len(changed)
     found = there.search(index.vectors[:1], 1)[0]
     assert found[0].path != index.path_of(0)
-    there.close()
+    there.client.close()
 
 
 def test_other_models_and_collections_are_refused(index, address, tmp_path):
@@ -106,16 +104,16 @@ def test_other_models_and_collections_are_refused(index, address, tmp_path):
     with pytest.raises(OtherModel, match='dimension: 16, here 8'):
         export_milvus(narrower, address, progress=False)
     export_milvus(narrower, f'{address}#other', progress=False)
-    assert len(MilvusIndex.open(f'{address}#other')) == 5
-    with pytest.raises(FileNotFoundError, match=r'has no collection third \(it has: multigrain, other\)'):
-        MilvusIndex.open(f'{address}#third')
+    assert len(MilvusIndex(f'{address}#other')) == 5
+    with pytest.raises(FileNotFoundError, match=r'does not have a collection third \(it has: multigrain, other\)'):
+        MilvusIndex(f'{address}#third')
     client = MilvusClient(address.removeprefix('milvus:'))
     client.create_collection('foreign', dimension=16)
     client.close()
-    for use in (MilvusIndex.open, lambda a: export_milvus(index, a, progress=False)):
+    for use in (MilvusIndex, lambda a: export_milvus(index, a, progress=False)):
         with pytest.raises(ValueError, match='was not made by timm-multigrain export'):
             use(f'{address}#foreign')
-    assert len(MilvusIndex.open(address)) == 150
+    assert len(MilvusIndex(address)) == 150
 
 
 @pytest.mark.parametrize('odd', [
@@ -128,12 +126,12 @@ def test_a_preprocessing_that_nobody_means(odd):
 
 
 def test_what_cannot_be_reached(index, tmp_path):
-    with pytest.raises(FileNotFoundError, match='is not there'):
-        MilvusIndex.open(f'milvus:{tmp_path}/none.db')
-    with pytest.raises(FileNotFoundError, match='is not there'):
+    with pytest.raises(FileNotFoundError, match='was not found'):
+        MilvusIndex(f'milvus:{tmp_path}/none.db')
+    with pytest.raises(FileNotFoundError, match='was not found'):
         export_milvus(index, f'milvus:{tmp_path}/none/a.db', progress=False)
     with pytest.raises(RuntimeError, match=r'127\.0\.0\.1:9 could not be opened .*check the address'):
-        MilvusIndex.open('milvus:http://127.0.0.1:9')
+        MilvusIndex('milvus:http://127.0.0.1:9')
     with pytest.raises(ValueError, match=r'ends in \.parquet'):
         export_index(index.path, 'photos.csv')
 
@@ -153,7 +151,7 @@ def test_a_killed_export_goes_on(tmp_path, address):
     process.wait()
     done = export_index(folder, address, progress=False)
     assert done.written + done.unchanged == 20_000 and done.others == 0
-    there = MilvusIndex.open(address)
+    there = MilvusIndex(address)
     assert len(there) == 20_000
     queries = unit_vectors(5, dim=64, seed=8)
     _, rows = Index.open(folder).search(queries, 5)
@@ -173,4 +171,4 @@ def test_commands(tmp_path, address, capfd):
     own, theirs = answers
     assert [line['path'] for line in own] == [line['path'] for line in theirs] and len(own) == 4
     assert main(['search', f'{address}#none', str(pictures / '3.png')]) == 2
-    assert 'has no collection none' in capfd.readouterr().err
+    assert 'does not have a collection none' in capfd.readouterr().err

@@ -5,11 +5,9 @@ import os
 import numpy as np
 import pytest
 
-from timm_multigrain.index import Index
-from timm_multigrain.index import parquet as parquet_module
-from timm_multigrain.index.export import export_index
-from timm_multigrain.index.milvus_client import path_from_text
-from timm_multigrain.index.parquet import METADATA, export_parquet
+from timm_multigrain.index import Index, export
+from timm_multigrain.index.export import METADATA, export_index, export_parquet
+from timm_multigrain.index.records import path_from_text
 
 from .small_index import unit_vectors, write_index
 
@@ -18,7 +16,7 @@ pq = pytest.importorskip('pyarrow.parquet')
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16'])
 def test_everything_comes_back(tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr(parquet_module, 'ROWS', 16)
+    monkeypatch.setattr(export, 'ROWS', 16)
     names = ['a\nb.jpg', 'not \udcff utf-8.jpg', *(f'{i}.jpg' for i in range(48))]
     index = Index.open(write_index(tmp_path / 'index', unit_vectors(50), names, dtype=dtype))
     done = export_parquet(index, tmp_path / 'new' / 'photos.parquet', progress=False)

@@ -1,46 +1,134 @@
-"""Export of an index, to Milvus or to a Parquet file, by the form of the target."""
+"""Export of an index: to Milvus, or to a Parquet file, one row per image, for pandas, DuckDB, Spark and the like."""
+import json
 import os
-from typing import TYPE_CHECKING
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from timm_multigrain.files import fsync
+
+from .index import Index
+from .milvus import PREFIX, MilvusExport, export_milvus
+from .records import path_to_text
 
 if TYPE_CHECKING:
-    from .milvus import MilvusExport
-    from .parquet import ParquetExport
+    import pyarrow
 
-__all__ = ['export_index']
+__all__ = ['ParquetExport', 'export_index', 'export_parquet']
+
+METADATA = b'timm_multigrain'
+ROWS = 8192  # of a row group
 
 
-def export_index(
-        index: str | os.PathLike,
-        target: str,
-        *,
-        mirror: bool = False,
-        index_type: str | None = None,
-        batch_size: int = 1000,
-        progress: bool = True,
-) -> 'MilvusExport | ParquetExport':
+def export_index(index: str | os.PathLike, target: str, progress: bool = True,
+                 **options: Any) -> 'MilvusExport | ParquetExport':
     """Export an index folder.
 
     Args:
         index: The folder.
         target: 'milvus:URI#COLLECTION', or a file that ends in '.parquet'.
-        mirror: See `export_milvus`.
-        index_type: See `export_milvus`.
-        batch_size: See `export_milvus`.
         progress: Show a bar.
+        options: See `export_milvus`; of no use to a Parquet file.
 
     Raises:
         ValueError: The target is neither, or as `export_milvus`.
         OSError, RuntimeError, ImportError: As `export_milvus` and `export_parquet`.
     """
-    from .index import Index
-    from .milvus_client import PREFIX, MilvusAddress
-
     if target.startswith(PREFIX):
-        from .milvus import export_milvus
-        address = MilvusAddress.parse(target)
-        return export_milvus(Index.open(index), address, mirror=mirror, index_type=index_type, batch_size=batch_size,
-                             progress=progress)
+        return export_milvus(Index(index), target, progress=progress, **options)
     if target.endswith('.parquet'):
-        from .parquet import export_parquet
-        return export_parquet(Index.open(index), target, progress)
-    raise ValueError(f'{target!r} is no target: give milvus:URI or a file that ends in .parquet.')
+        return export_parquet(Index(index), target, progress)
+    raise ValueError(f'{target!r} is not a target: give milvus:URI or a file that ends in .parquet.')
+
+
+@dataclass(frozen=True)
+class ParquetExport:
+    """What an export has done."""
+    path: Path
+    images: int
+    bytes: int
+    unchanged: bool
+
+    def __str__(self) -> str:
+        what = 'has them already' if self.unchanged else 'written'
+        return f'{self.path}: {self.images:,} images {what}, {self.bytes / 1e6:,.1f} MB'
+
+
+def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True) -> ParquetExport:
+    """Write an index to a Parquet file, which appears whole or not at all; one that is up to date is left alone.
+
+    The columns are path, vector (a list of D float32), width, height, bytes, mtime_ns, sha256, and classes (a list of
+    name and probability). A path whose bytes are not UTF-8 is 'bytes:' and percent encoding. The metadata of the schema
+    has under 'timm_multigrain' the model, the preprocessing and the versions as JSON.
+
+    Args:
+        index: The index.
+        path: The file; an earlier one is replaced.
+        progress: Show a bar.
+
+    Raises:
+        ImportError: pyarrow is not installed.
+        OSError: The file cannot be written.
+    """
+    try:
+        import pyarrow.parquet as pq
+    except ImportError as e:
+        raise ImportError("Parquet needs pyarrow: pip install 'timm_multigrain[parquet]'") from e
+
+    path, schema = Path(path), _schema(index)
+    if _up_to_date(path, schema, index):
+        return ParquetExport(path, len(index), path.stat().st_size, True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
+    try:
+        with pq.ParquetWriter(unfinished, schema, compression='zstd', use_dictionary=False) as writer:
+            for start in tqdm(range(0, len(index), ROWS), unit='group', desc='export', disable=not progress or None):
+                writer.write_table(_table(index, start, min(start + ROWS, len(index)), schema))
+        fsync(unfinished)
+        os.replace(unfinished, path)
+    except OSError as e:
+        raise OSError(f'{path} could not be written ({e}): free space there, or name another file.') from e
+    finally:
+        unfinished.unlink(missing_ok=True)
+    return ParquetExport(path, len(index), path.stat().st_size, False)
+
+
+def _schema(index: Index) -> 'pyarrow.Schema':
+    """The metadata has the sums of the checksums of the index, so that it tells one state of it from another."""
+    import pyarrow as pa
+
+    of_class = pa.struct([('name', pa.string()), ('probability', pa.float32())])
+    about = {'config': index.store.config, 'totals': index.store.totals}
+    return pa.schema([
+        ('path', pa.string()), ('vector', pa.list_(pa.float32(), index.vectors.shape[1])), ('width', pa.int32()),
+        ('height', pa.int32()), ('bytes', pa.int64()), ('mtime_ns', pa.int64()), ('sha256', pa.string()),
+        ('classes', pa.list_(of_class))], metadata={METADATA: json.dumps(about, sort_keys=True).encode()})
+
+
+def _up_to_date(path: Path, schema: 'pyarrow.Schema', index: Index) -> bool:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        there = pq.read_metadata(path)
+    except (OSError, pa.ArrowException):
+        return False
+    return there.num_rows == len(index) and (there.metadata or {}).get(METADATA) == schema.metadata[METADATA]
+
+
+def _table(index: Index, start: int, stop: int, schema: 'pyarrow.Schema') -> 'pyarrow.Table':
+    import pyarrow as pa
+
+    records = [index.records(row) for row in range(start, stop)]
+    vectors = np.ascontiguousarray(index.vectors[start:stop], dtype=np.float32)
+    columns: dict[str, Any] = {
+        name: [getattr(record, name) for record in records]
+        for name in ('width', 'height', 'bytes', 'mtime_ns', 'sha256')}
+    columns['path'] = [path_to_text(record.path) for record in records]
+    columns['vector'] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    columns['classes'] = [[{'name': n, 'probability': p} for n, p in record.classes] for record in records]
+    return pa.table(columns, schema=schema)

@@ -1,36 +1,42 @@
 """An index in Milvus, the distributed vector engine: export of descriptors and records, and search there.
 
-The same code talks to a cluster and to milvus-lite, which keeps a collection in a local file. Every image has one row,
+One client talks to a cluster and to milvus-lite, which keeps collections in a local file. Every image has one row,
 whose key is the hash of its path, so exporting again changes what has changed and goes on where it stopped.
 """
 import hashlib
 import json
+import logging
 import os
+import re
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 from PIL import Image
+from tqdm import tqdm
 
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import check_json, parse_json
 
 from .errors import OtherModel
-from .milvus_client import PREFIX, MilvusAddress, create_collection, milvus_errors, path_from_text, path_to_text
-from .records import Record
+from .index import Hit, Index, check_queries, class_numbers
+from .model import open_described, open_named, protocol_from_json
+from .queries import embed_queries
+from .records import Record, path_from_text, path_to_text
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
-    from .index import Hit, Index
+__all__ = ['PREFIX', 'MilvusExport', 'MilvusIndex', 'export_milvus', 'open_collection']
 
-__all__ = ['MilvusExport', 'MilvusIndex', 'export_milvus', 'open_collection']
-
-PROPERTY = 'multigrain'
+PREFIX = 'milvus:'
+PROPERTY = 'multigrain'  # of a collection: the model and the preprocessing as JSON
 FLAT_UP_TO = 1_000_000  # rows for which comparing with every one, which is exact, is the default
-_FIELDS = ['path', 'width', 'height', 'bytes', 'mtime_ns', 'sha256', 'classes']
 _MOST_HITS = 16_384
 _CONFIG = {
     'model': {'source': str, 'options': {}, 'weights_sha256': str, 'pool': (str, None), 'dim': int, 'num_classes': int,
@@ -40,10 +46,55 @@ _ROW = {'path': str, 'width': int, 'height': int, 'bytes': int, 'mtime_ns': int,
         'classes': [[(str, float)]]}
 
 
+def parse_address(text: str) -> tuple[str, str]:
+    """URI and collection of 'milvus:URI' or 'milvus:URI#COLLECTION'.
+
+    Raises:
+        ValueError: Not an address.
+    """
+    uri, _, collection = text.removeprefix(PREFIX).partition('#')
+    collection = collection or 'multigrain'
+    if not text.startswith(PREFIX) or not uri or ('://' not in uri and not uri.endswith('.db')):
+        raise ValueError(f'{text!r} is not an address of Milvus: give milvus:http://HOST:19530, or milvus:FILE.db for '
+                         'a local file, and #COLLECTION behind it if its name is not multigrain.')
+    if not re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]{0,254}', collection):
+        raise ValueError(f'{collection!r} is not a name of a collection: take letters, digits and _, a letter first.')
+    return uri, collection
+
+
+def _connect(uri: str, create: bool) -> 'MilvusClient':
+    """A client of the server, with the token in MILVUS_TOKEN, or of the local file."""
+    why = 'check the address, the network and the token (MILVUS_TOKEN)'
+    if '://' not in uri:
+        why, path = 'is it open in another process, or not a database of milvus-lite?', Path(uri).absolute()
+        uri, needed = str(path), path.parent if create else path
+        if not needed.exists():
+            raise FileNotFoundError(f'{needed} was not found: check the address.')
+    try:
+        from pymilvus import MilvusClient
+    except ImportError as e:
+        raise ImportError("Milvus needs its client: pip install 'timm_multigrain[milvus]'") from e
+    logging.getLogger('pymilvus').setLevel(logging.CRITICAL)  # it logs each error that it raises, with a traceback
+    with _errors(f'{uri} could not be opened', why):
+        return MilvusClient(uri, token=os.environ.get('MILVUS_TOKEN', ''))
+
+
+@contextmanager
+def _errors(what: str, remedy: str = 'run the same again') -> Iterator[None]:
+    """The client's errors as a RuntimeError of one sentence."""
+    from pymilvus.exceptions import MilvusException
+
+    try:
+        yield
+    except MilvusException as e:
+        said = ' '.join(str(e.message).split()).rstrip('. ')
+        raise RuntimeError(f'{what} ({said or type(e).__name__}): {remedy}.') from e
+
+
 @dataclass(frozen=True)
 class MilvusExport:
     """What an export has done: rows written, found unchanged, removed, and left there of other images."""
-    address: MilvusAddress
+    address: str
     written: int
     unchanged: int
     removed: int
@@ -51,28 +102,20 @@ class MilvusExport:
     seconds: float
 
     def __str__(self) -> str:
-        rate = f', {self.written / self.seconds:,.0f} a second' if self.written and self.seconds else ''
+        rate = f', {self.written / self.seconds:,.0f} per second' if self.written and self.seconds else ''
         text = (f'{self.address}: {self.written:,} images written{rate}, {self.unchanged:,} already there, '
                 f'{self.removed:,} removed')
         return text if not self.others else f'{text}; it also holds {self.others:,} that are not in this index'
 
 
 def export_milvus(
-        index: 'Index',
-        address: str | MilvusAddress,
-        *,
-        token: str | None = None,
-        mirror: bool = False,
-        index_type: str | None = None,
-        batch_size: int = 1000,
-        progress: bool = True,
-) -> MilvusExport:
+        index: Index, address: str, *, mirror: bool = False, index_type: str | None = None, batch_size: int = 1000,
+        progress: bool = True) -> MilvusExport:
     """Send an index to a collection of Milvus, which is made if it is not there.
 
     Args:
         index: What to send.
         address: 'milvus:URI#COLLECTION'.
-        token: See `MilvusAddress.connect`.
         mirror: Remove the rows of images that are not in this index.
         index_type: Milvus's kind of index of a new collection; None: FLAT, which is exact, and above a million rows
             AUTOINDEX.
@@ -81,84 +124,85 @@ def export_milvus(
 
     Raises:
         OtherModel: The collection holds descriptors of another model or another preprocessing.
-        ValueError: The address is none, or the collection was not made by this function.
         RuntimeError: What Milvus reports. What was sent stays, and the next run goes on from there.
-        FileNotFoundError, ImportError: See `MilvusAddress.connect`.
+        FileNotFoundError, ImportError, ValueError: As `MilvusIndex`.
     """
-    from tqdm import tqdm
-
-    address = MilvusAddress.parse(address) if isinstance(address, str) else address
-    client = address.connect(token, create=True)
-    start, written, unchanged, removed = time.perf_counter(), 0, 0, 0
-    try:
-        with milvus_errors(f'{address} could not be written to'):
-            _prepare(client, address, index, index_type)
-            client.load_collection(address.collection)  # a killed process may have left it released
-            batches = tqdm(
-                range(0, len(index), batch_size), unit='batch', desc='export', disable=not progress or None)
-            for first in batches:
-                rows = list(_rows(index, first, min(first + batch_size, len(index))))
-                changed = _changed(client, address.collection, rows)
-                if changed:
-                    client.upsert(address.collection, changed)
-                written, unchanged = written + len(changed), unchanged + len(rows) - len(changed)
-            if mirror:
-                removed = _remove_others(client, address.collection, index)
-            client.flush(address.collection)
-            others = _count(client, address.collection) - len(index)
-    finally:
-        client.close()
-    return MilvusExport(address, written, unchanged, removed, others, time.perf_counter() - start)
+    uri, name = parse_address(address)
+    client, start, written = _connect(uri, create=True), time.perf_counter(), 0
+    with closing(client), _errors(f'{address} could not be written to'):
+        if client.has_collection(name):
+            _check_same(_read_config(client, uri, name), _config(index), address)
+        else:
+            _create(client, name, index, index_type)
+        client.load_collection(name)  # a killed process may have left it released
+        for first in tqdm(range(0, len(index), batch_size), 'export', unit='batch', disable=not progress or None):
+            rows = list(_rows(index, first, min(first + batch_size, len(index))))
+            there = client.get(name, ids=[row['id'] for row in rows], output_fields=['version'])
+            versions = {row['id']: row['version'] for row in there}
+            changed = [row for row in rows if versions.get(row['id']) != row['version']]
+            if changed:
+                client.upsert(name, changed)
+            written += len(changed)
+        removed = _remove_others(client, name, set(map(_key, index.paths)), batch_size) if mirror else 0
+        client.flush(name)
+        others = _count(client, name) - len(index)
+    return MilvusExport(address, written, len(index) - written, removed, others, time.perf_counter() - start)
 
 
-def _prepare(client: 'MilvusClient', address: MilvusAddress, index: 'Index', index_type: str | None) -> None:
-    """Make the collection, or see that its rows compare with those of the index."""
-    if client.has_collection(address.collection):
-        there, own = _read_config(client, address), _config(index)
-        for what, of in (('weights', lambda c: (c['model']['weights_sha256'], c['model']['pool'])),
-                         ('preprocessing', lambda c: c['protocol']), ('dimension', lambda c: c['model']['dim'])):
-            if of(there) != of(own):
-                raise OtherModel(f'{address} holds descriptors made with another model or preprocessing (its {what}: '
-                                 f'{of(there)}, here {of(own)}): name another collection with #NAME.')
-        return
-    index_type = index_type or ('FLAT' if len(index) <= FLAT_UP_TO else 'AUTOINDEX')
-    dim = index.vectors.shape[1]
-    create_collection(client, address.collection, dim, index_type, {PROPERTY: json.dumps(_config(index))})
-
-
-def _config(index: 'Index') -> dict[str, Any]:
-    """The index's config.json, as it is after a round trip through JSON."""
-    config = dict(index.store.config)
-    model = dict(config['model'])
+def _config(index: Index) -> dict[str, Any]:
+    """What a collection keeps of the index it was made from, as it is after a round trip through JSON."""
+    model = dict(index.store.config['model'])
     if model['source'] is None:
         model.update(source=os.path.abspath(index.path / 'model'), options={})
-    return json.loads(json.dumps({'model': model, 'protocol': config['protocol']}))
+    return json.loads(json.dumps({'model': model, 'protocol': index.store.config['protocol']}))
 
 
-def _read_config(client: 'MilvusClient', address: MilvusAddress) -> dict[str, Any]:
-    if not client.has_collection(address.collection):
+def _check_same(there: dict, own: dict, address: str) -> None:
+    for what, of in (('weights', lambda c: (c['model']['weights_sha256'], c['model']['pool'])),
+                     ('preprocessing', lambda c: c['protocol']), ('dimension', lambda c: c['model']['dim'])):
+        if of(there) != of(own):
+            raise OtherModel(f'{address} holds descriptors made with another model or preprocessing (its {what}: '
+                             f'{of(there)}, here {of(own)}): name another collection with #NAME.')
+
+
+def _create(client: 'MilvusClient', name: str, index: Index, index_type: str | None) -> None:
+    """An empty collection; similarity is the inner product of unit vectors."""
+    from pymilvus import DataType
+
+    schema = client.create_schema(auto_id=False, enable_dynamic_field=False)
+    schema.add_field('id', DataType.VARCHAR, is_primary=True, max_length=32)
+    schema.add_field('vector', DataType.FLOAT_VECTOR, dim=index.vectors.shape[1])
+    for field in ('width', 'height', 'bytes', 'mtime_ns'):
+        schema.add_field(field, DataType.INT64)
+    for field, length in (('path', 16384), ('sha256', 64), ('class_name', 1024), ('version', 32)):
+        schema.add_field(field, DataType.VARCHAR, max_length=length)
+    schema.add_field('classes', DataType.JSON)
+    params = client.prepare_index_params()
+    params.add_index('vector', index_type=index_type or ('FLAT' if len(index) <= FLAT_UP_TO else 'AUTOINDEX'),
+                     metric_type='IP')
+    client.create_collection(name, schema=schema, index_params=params, consistency_level='Strong',
+                             properties={PROPERTY: json.dumps(_config(index))})
+
+
+def _read_config(client: 'MilvusClient', uri: str, name: str) -> dict[str, Any]:
+    if not client.has_collection(name):
         known = ', '.join(sorted(client.list_collections())) or 'none'
-        raise FileNotFoundError(f'{address.uri} has no collection {address.collection} (it has: {known}): put one '
-                                f'there with timm-multigrain export INDEX --to {address}')
+        raise FileNotFoundError(f'{uri} does not have a collection {name} (it has: {known}): put one there with '
+                                f'timm-multigrain export INDEX --to {PREFIX}{uri}#{name}')
     try:
-        config = parse_json(client.describe_collection(address.collection)['properties'][PROPERTY])
+        config = parse_json(client.describe_collection(name)['properties'][PROPERTY])
         check_json(config, _CONFIG, PROPERTY)
         return config
     except (KeyError, ValueError) as e:
-        raise ValueError(
-            f'{address} was not made by timm-multigrain export: name another collection with #NAME.') from e
+        raise ValueError(f'{name} in {uri} was not made by timm-multigrain export: name another collection with '
+                         '#NAME.') from e
 
 
-def _rows(index: 'Index', start: int, stop: int) -> Iterator[dict[str, Any]]:
-    vectors = np.asarray(index.vectors[start:stop], dtype=np.float32)
-    for row, vector in zip(range(start, stop), vectors, strict=True):
-        record = index.records(row)
-        fields = {
-            'path': path_to_text(record.path), 'width': record.width, 'height': record.height, 'bytes': record.bytes,
-            'mtime_ns': record.mtime_ns, 'sha256': record.sha256,
-            'class_name': record.classes[0][0] if record.classes else '',
-            'classes': [[name, probability] for name, probability in record.classes],
-        }
+def _rows(index: Index, start: int, stop: int) -> Iterator[dict[str, Any]]:
+    for i, vector in enumerate(np.asarray(index.vectors[start:stop], dtype=np.float32), start):
+        record = index.records(i)
+        fields = {**{name: getattr(record, name) for name in _ROW}, 'path': path_to_text(record.path),
+                  'class_name': record.classes[0][0] if record.classes else '', 'classes': list(record.classes)}
         version = hashlib.sha256(json.dumps(fields).encode() + vector.tobytes()).hexdigest()[:32]
         yield {'id': _key(record.path), 'vector': vector, 'version': version, **fields}
 
@@ -167,17 +211,10 @@ def _key(path: str) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
 
-def _changed(client: 'MilvusClient', collection: str, rows: list[dict]) -> list[dict]:
-    there = client.get(collection, ids=[row['id'] for row in rows], output_fields=['version'])
-    versions = {entry['id']: entry['version'] for entry in there}
-    return [row for row in rows if versions.get(row['id']) != row['version']]
-
-
-def _remove_others(client: 'MilvusClient', collection: str, index: 'Index', batch_size: int = 1000) -> int:
-    own = {_key(index.path_of(row)) for row in range(len(index))}
+def _remove_others(client: 'MilvusClient', collection: str, own: set[str], batch_size: int) -> int:
     others, pages = [], client.query_iterator(collection, batch_size=batch_size, output_fields=['id'])
     while page := pages.next():
-        others += [entry['id'] for entry in page if entry['id'] not in own]
+        others += [row['id'] for row in page if row['id'] not in own]
     pages.close()
     for start in range(0, len(others), batch_size):
         client.delete(collection, ids=others[start:start + batch_size])
@@ -193,62 +230,43 @@ class MilvusIndex:
 
     Args:
         address: 'milvus:URI#COLLECTION'.
-        token: See `MilvusAddress.connect`.
 
     Raises:
-        FileNotFoundError: There is no such file or collection.
-        ValueError: The address is none, or the collection was not made by `export_milvus`.
-        ImportError, RuntimeError: See `MilvusAddress.connect`.
+        FileNotFoundError: The file or collection was not found.
+        ValueError: Not an address, or the collection was not made by `export_milvus`.
+        ImportError: The client is not installed.
+        RuntimeError: The server cannot be reached, or another process has the file open.
     """
 
-    def __init__(self, address: str | MilvusAddress, token: str | None = None):
-        self.address = MilvusAddress.parse(address) if isinstance(address, str) else address
-        self.client = self.address.connect(token)
-        with milvus_errors(f'{self.address} could not be read'):
-            self.config = _read_config(self.client, self.address)
-            self.client.load_collection(self.address.collection)
-        self._model = None
-
-    @classmethod
-    def open(cls, address: str | MilvusAddress, token: str | None = None) -> 'MilvusIndex':
-        """The collection, as the constructor gives it."""
-        return cls(address, token)
+    def __init__(self, address: str):
+        uri, self.collection = parse_address(address)
+        self.path, self.client, self._model = address, _connect(uri, create=False), None
+        with _errors(f'{address} could not be read'):
+            self.config = _read_config(self.client, uri, self.collection)
+            self.client.load_collection(self.collection)
 
     def __len__(self) -> int:
-        with milvus_errors(f'{self.address} could not be read'):
-            return _count(self.client, self.address.collection)
+        return _count(self.client, self.collection)
 
     @property
-    def path(self) -> str:
-        """The address."""
-        return str(self.address)
+    def index_type(self) -> str:
+        """Milvus's kind of index; FLAT compares with every row."""
+        return self.client.describe_index(self.collection, 'vector')['index_type']
 
-    @property
-    def label_names(self) -> list[str] | None:
-        """Names of the model's classes, None if it has no classes or they have no names."""
-        return self.config['model']['label_names']
-
-    def protocol(self):
+    def protocol(self) -> Protocol:
         """The preprocessing of the index, which queries go through too."""
-        from .model import protocol_from_json
         return protocol_from_json(self.config['protocol'])
 
-    def model(self, model=None, device: str | None = None):
+    def model(self, model: str | torch.nn.Module | None = None) -> torch.nn.Module:
         """As `Index.model`."""
-        from .model import open_described, open_named
-
-        described = self.config['model']
         if model is not None:
-            self._model = open_named(described, model, self.path)
+            self._model = open_named(self.config['model'], model, self.path)
         elif self._model is None:
-            self._model = open_described(described, Path(self.path))
-        return self._model.to(device) if device else self._model
+            self._model = open_described(self.config['model'], Path(self.path))
+        return self._model
 
-    def search(
-            self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> 'list[list[Hit]]':
+    def search(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
         """The k nearest images of each descriptor, nearest first; arguments and errors as for `Index.search`."""
-        from .index import Hit, check_queries, class_numbers
-
         queries = check_queries(vectors, self.config['model']['dim'])
         if not 1 <= k <= _MOST_HITS:
             raise ValueError(f'k is {k}: ask for 1 to {_MOST_HITS:,} images.')
@@ -260,34 +278,19 @@ class MilvusIndex:
             class_numbers(self.config['model'], class_name, self.path)
             chosen = f'class_name == {json.dumps(class_name, ensure_ascii=False)}'
         # a few more, so that the order among equals, which Milvus leaves open, does not decide who is among the k
-        with milvus_errors(f'{self.address} could not be searched'):
+        with _errors(f'{self.path} could not be searched'):
             found = self.client.search(
-                self.address.collection, data=list(queries), limit=min(k + 16, _MOST_HITS), filter=chosen,
-                output_fields=_FIELDS, search_params={'metric_type': 'IP'})
+                self.collection, data=list(queries), limit=min(k + 16, _MOST_HITS), filter=chosen,
+                output_fields=list(_ROW), search_params={'metric_type': 'IP'})
         hits = [[Hit(record.path, score, record) for record, score in map(_record, part)] for part in found]
         return [sorted(part, key=lambda hit: (-round(hit.score, 6), hit.path))[:k] for part in hits]
 
     def search_images(
-            self,
-            images: Sequence[str | os.PathLike | Image.Image],
-            k: int = 10,
-            crop: Sequence[float] | None = None,
-            class_name: str | None = None,
-            exact: bool = False,
-    ) -> 'list[list[Hit]]':
+            self, images: Sequence[str | os.PathLike | Image.Image], k: int = 10, crop: Sequence[float] | None = None,
+            class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
         """As `Index.search_images`."""
-        from .queries import embed_queries
         queries = embed_queries(self.model(), self.protocol(), images, crop).vectors
         return self.search(queries, k, class_name, exact)
-
-    @property
-    def index_type(self) -> str:
-        """Milvus's kind of index; FLAT compares with every row."""
-        return self.client.describe_index(self.address.collection, 'vector')['index_type']
-
-    def close(self) -> None:
-        """Let go of the connection or file."""
-        self.client.close()
 
 
 def _record(found: dict[str, Any]) -> tuple[Record, float]:
@@ -300,7 +303,6 @@ def _record(found: dict[str, Any]) -> tuple[Record, float]:
     return Record(**row), float(found['distance'])
 
 
-def open_collection(name: str | os.PathLike) -> 'Index | MilvusIndex':
+def open_collection(name: str | os.PathLike) -> Index | MilvusIndex:
     """What a command searches in: an index folder, or with 'milvus:URI' a collection that an index was exported to."""
-    from .index import Index
     return MilvusIndex(str(name)) if str(name).startswith(PREFIX) else Index(name)

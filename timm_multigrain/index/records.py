@@ -1,10 +1,12 @@
 """What the index knows of an image besides its descriptor: a record of fixed size, so that a million are one array."""
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 
-__all__ = ['RECORD', 'TOP', 'Record', 'classes_of', 'record_row', 'top_classes']
+__all__ = ['RECORD', 'TOP', 'Record', 'classes_of', 'path_from_text', 'path_to_text', 'record_row', 'top_classes']
 
 TOP = 5  # classes kept of an image
 
@@ -65,3 +67,20 @@ def classes_of(row: np.ndarray, label_names: Sequence[str] | None) -> tuple[tupl
         (label_names[number] if label_names else str(number), float(probability))
         for number, probability in zip(row['classes'].tolist(), row['probabilities'].tolist(), strict=True)
         if number >= 0)
+
+
+_BYTES = 'bytes:'  # marks a path in percent encoding
+
+
+def path_to_text(path: str) -> str:
+    """A path as Unicode that any store takes; one whose bytes are not UTF-8 is percent-encoded, and marked."""
+    try:
+        path.encode('utf-8')
+    except UnicodeEncodeError:
+        return _BYTES + quote_from_bytes(os.fsencode(path))
+    return _BYTES + quote_from_bytes(os.fsencode(path)) if path.startswith(_BYTES) else path
+
+
+def path_from_text(text: str) -> str:
+    """The path that `path_to_text` was given."""
+    return os.fsdecode(unquote_to_bytes(text.removeprefix(_BYTES))) if text.startswith(_BYTES) else text
