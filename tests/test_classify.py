@@ -95,7 +95,7 @@ def test_matching_by_label_names():
     assert match_classes(model, ['ant', 'cat']) == [2, 0]
     named(model, {0: 'cat', 2: 'ant', 1: 'dog'})
     assert match_classes(model, ['dog', 'cat']) == [1, 0]
-    with pytest.raises(ValueError, match='1 of 3 class folders, such as cow, are no classes of the model'):
+    with pytest.raises(ValueError, match='1 of 3 class folders, such as cow, are not classes of the model'):
         match_classes(model, ['cat', 'cow', 'dog'])
 
 
@@ -105,7 +105,7 @@ def test_matching_by_number_and_imagenet(model):
         match_classes(model, ['x', 'y'])
     large = tiny_model(num_classes=1000)
     assert match_classes(large, ['n01440764', 'n03888257', 'n15075141']) == [0, 701, 999]
-    with pytest.raises(ValueError, match='n00000001, are no classes of the imagenet-1k'):
+    with pytest.raises(ValueError, match='n00000001, are not classes of the imagenet-1k'):
         match_classes(large, ['n01440764', 'n00000001'])
     with pytest.raises(ValueError, match='for a model of 1000 classes'):
         match_classes(large, ['tench', 'n01440764'])
@@ -117,7 +117,7 @@ def test_matching_by_class_map(model, tmp_path):
     path = tmp_path / 'map.txt'
     path.write_text('z\ny\nx\n')
     assert match_classes(model, ['x', 'z'], path) == [2, 0]
-    with pytest.raises(ValueError, match='q, are no classes of the class map'):
+    with pytest.raises(ValueError, match='q, are not classes of the class map'):
         match_classes(model, ['q'], path)
     for content in ('z\ny\n', 'z\ny\nx\nw\n', 'z\ny\ny\n', ''):
         path.write_text(content)

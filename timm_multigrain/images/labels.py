@@ -60,13 +60,13 @@ def find_classes(folder: str | os.PathLike) -> ImageFiles:
     Images right in `folder` and not in one of a class are left out.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: The folder is not there.
         ValueError: It holds no folders with images.
     """
     found = find_images(folder)
     names = [name for name in found.names if '/' in name]
     if not names:
-        raise ValueError(f'{printable(folder)} holds no folder for each class with images in it.')
+        raise ValueError(f'{printable(folder)} has no folders of classes with images in them.')
     of_each = [name.split('/')[-2] for name in names]
     classes = class_names(of_each)
     numbers = {name: number for number, name in enumerate(classes)}
@@ -90,7 +90,7 @@ def open_classes(
         class_map: File as for `match_classes`.
 
     Raises:
-        FileNotFoundError: There is no such folder.
+        FileNotFoundError: The folder is not there.
         ValueError: A class folder without images, or folders that do not match the model's classes.
     """
     root = _find_split(Path(os.fsdecode(data)), split)
@@ -128,10 +128,10 @@ def match_classes(
     Args:
         model: Model with a classifier.
         folders: Names of the folders.
-        class_map: Text file that names the folder of each row of the classifier, a line each.
+        class_map: Text file that names the folder of each row of the classifier, one per line.
 
     Raises:
-        ValueError: A folder that is no class of the model, or nothing that says which class it is.
+        ValueError: A folder that is not a class of the model, or nothing that says which class it is.
     """
     if not model.num_classes:
         raise ValueError('The model has no classifier (num_classes=0): classes cannot be told with it.')
@@ -144,12 +144,12 @@ def match_classes(
             return _by_order(folders)
         raise ValueError(
             f'{len(folders)} class folders ({_some(folders)}) for a model of {model.num_classes} classes, and '
-            'nothing says which they are: give a class map, a text file with the folder of each class, a line each.')
+            'nothing says which they are: give a class map, a text file with the folder of each class, one per line.')
     unknown = [name for name in folders if name not in known]
     if unknown:
-        raise ValueError(f'{len(unknown)} of {len(folders)} class folders, such as {printable(unknown[0])}, are no '
+        raise ValueError(f'{len(unknown)} of {len(folders)} class folders, such as {printable(unknown[0])}, are not '
                          f'classes of the {origin} ({_some(list(known))}): give a class map, a text file with the '
-                         'folder of each class, a line each.')
+                         'folder of each class, one per line.')
     return [known[name] for name in folders]
 
 
@@ -186,7 +186,7 @@ def _read_class_map(path: str | os.PathLike, num_classes: int) -> dict[str, int]
     try:
         lines = Path(path).read_text(encoding='utf-8').splitlines()
     except UnicodeDecodeError as e:
-        raise ValueError(f'{printable(path)} is no text file: give the folder of each class, a line each.') from e
+        raise ValueError(f'{printable(path)} is not a text file: give the folder of each class, one per line.') from e
     known = {line.strip(): row for row, line in enumerate(lines) if line.strip()}
     if max(known.values(), default=-1) + 1 != num_classes or len(known) != num_classes:
         raise ValueError(f'{printable(path)} names {len(known)} classes in {len(lines)} lines for a model of '

@@ -29,7 +29,7 @@ def load_plain_pickle(path: str | os.PathLike) -> Any:
     """Read a pickle of numbers, texts, lists and dicts; tuples and numpy arrays become lists.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file is not there.
         ValueError: It holds anything else, is damaged, or is larger than any ground truth.
     """
     path = Path(path)
@@ -53,7 +53,7 @@ def load_plain_pickle(path: str | os.PathLike) -> Any:
 class _Unpickler(pickle._Unpickler):
     """The one written in Python, whose memo is a dict: in the one in C, a few bytes ask for a table of gigabytes."""
     dispatch = {code: pickle._Unpickler.dispatch[code] for code in _OPCODES}
-    # Tuples become lists, which are no keys: the hash of a tuple of tuples that are one and the same takes forever.
+    # Tuples become lists, which cannot be keys: the hash of a tuple of tuples that are one and the same takes forever.
     dispatch |= {pickle.TUPLE[0]: dispatch[pickle.LIST[0]], pickle.EMPTY_TUPLE[0]: dispatch[pickle.EMPTY_LIST[0]],
                  pickle.BYTEARRAY8[0]: dispatch[pickle.BINBYTES8[0]]}  # which allocates nothing beforehand
 

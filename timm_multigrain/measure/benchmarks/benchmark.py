@@ -105,7 +105,7 @@ def read_lines(path: str | os.PathLike, what: str) -> list[str]:
     """Lines of a UTF-8 text without blank ones and comments (#).
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file is not there.
         ValueError: It is not text.
     """
     try:

@@ -92,7 +92,7 @@ def read_pairs(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]
     """All queries of a ground truth, and its pairs of query and reference; a query may have no reference.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file is not there.
         ValueError: A line is not a query and a reference or nothing, or comes twice; or no query has a reference.
     """
     path = Path(path)

@@ -107,7 +107,7 @@ def read_turns(path: str | os.PathLike) -> dict[str, int]:
     """Degrees to turn images clockwise by: a JSON object of names, or a text with a name and a number per line.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: The file is not there.
         ValueError: A line of another form, a name twice, or a turn that is not a multiple of 90.
     """
     if os.fspath(path).endswith('.json'):
