@@ -124,7 +124,7 @@ def test_matching_by_class_map(model, tmp_path):
         with pytest.raises(ValueError, match='for a model of 3'):
             match_classes(model, ['z'], path)
     path.write_bytes(b'\xff\xfe\x00')
-    with pytest.raises(ValueError, match='no text file'):
+    with pytest.raises(ValueError, match='is not a text file'):
         match_classes(model, ['z'], path)
 
 
