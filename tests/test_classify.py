@@ -126,6 +126,8 @@ def test_matching_by_class_map(model, tmp_path):
     path.write_bytes(b'\xff\xfe\x00')
     with pytest.raises(ValueError, match='is not a text file'):
         match_classes(model, ['z'], path)
+    with pytest.raises(FileNotFoundError, match=r'class map .*nowhere\.txt not found'):
+        match_classes(model, ['z'], tmp_path / 'nowhere.txt')
 
 
 def test_folders(model, noise_folder, tmp_path):

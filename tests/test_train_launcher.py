@@ -670,6 +670,8 @@ def test_auto_refuses(train, capsys):
     ('--model-kwargs trunk', '--model-kwargs or the like is not NAME=VALUE'),
     ('--mg-instance-loss-kwargs alpha', 'or the like is not NAME=VALUE'),
     ('--initial-checkpoint missing.pth', 'multigrain cannot be created: --initial-checkpoint missing.pth not found'),
+    pytest.param('--device cuda', '--device cuda: torch finds no GPU', marks=pytest.mark.skipif(
+        torch.cuda.is_available(), reason='there is a GPU')),
     ('--data-dir nowhere', 'the images cannot be opened: nowhere not found'),
     ('--opt nope', '--opt nope cannot be created: Optimizer nope not found'),
     ('--model multigrain_test_vit --model-kwargs img_size=33', 'divisible by patch size'),

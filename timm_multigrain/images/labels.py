@@ -185,6 +185,8 @@ def _known_names(model: torch.nn.Module, folders: Sequence[str]) -> tuple[dict[s
 def _read_class_map(path: str | os.PathLike, num_classes: int) -> dict[str, int]:
     try:
         lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f'class map {printable(path)} not found.') from None
     except UnicodeDecodeError as e:
         raise ValueError(f'{printable(path)} is not a text file: give the folder of each class, one per line.') from e
     known = {line.strip(): row for row, line in enumerate(lines) if line.strip()}

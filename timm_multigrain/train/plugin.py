@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from timm.data import add_img_extensions
 from timm.utils import unwrap_model
@@ -54,6 +55,9 @@ class TrainPlugin:
 
     def bind(self, script: ModuleType) -> None:
         """Rebind the names in `script`; with one repeat and lambda = 1 those only that tell errors in a sentence."""
+        device = str(getattr(self.args, 'device', ''))
+        if device.startswith('cuda') and not torch.cuda.is_available():
+            stop(f'--device {device}: torch finds no GPU, give --device cpu')
         for name in ('create_model', 'create_dataset'):
             if self.original[name] is not None:
                 setattr(script, name, getattr(self, name))
