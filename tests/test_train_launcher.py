@@ -689,6 +689,7 @@ def test_refuses(train, capsys, tmp_path, flags, message):
     (b'a: ' + b'[' * 5000, 'cannot be read: '), (b'- lr\n- 0.1', 'does not map names'), (b'1: 2', 'does not map names'),
     (b'batch_size: {a: 1}', "batch_size is {'a': 1}, not a number"), (b'epochs: null', 'epochs is None, not a number'),
     (b'model_kwargs: 1', 'model_kwargs is 1, not names with values'),
+    (b'model: 18', 'model is 18, not a text'),
     (b'train_batch_sizes: 12', 'train_batch_sizes is 12, not a list')])
 def test_configs_that_are_none(train, capsys, tmp_path, content, message):
     path = tmp_path / 'c.yaml'

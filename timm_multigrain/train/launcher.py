@@ -158,6 +158,8 @@ def check_config(script: ModuleType) -> None:
             kind, words = list, 'a list'
         elif action.type in (int, float):
             kind, words = int | float | str, 'a number'
+        elif isinstance(action.default, str) and action.nargs is None:
+            kind, words = str, 'a text'
         if value is not action.default and not isinstance(value, kind):
             stop(f'--config {path}: {action.dest} is {value!r}, not {words}')
 
