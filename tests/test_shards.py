@@ -126,7 +126,7 @@ def test_other_settings_are_refused(tmp_path, images, reference):
         with pytest.raises(ValueError, match=message):
             embed(images, reference, **kwargs)
     manifest = json.loads((shutil.copytree(reference, tmp_path / 'odd') / 'manifest.json').read_text())
-    for name, value in (('a\nb', 1), ('components', '\x1b[2J\n'), ('fast', ['\ud800\n'])):
+    for name, value in (('a\nb', 1), ('components', '\x1b[2J\n'), ('fast', ['\ud800\n']), ('new', None)):
         odd = {**manifest, 'settings': {**manifest['settings'], name: value}}
         (tmp_path / 'odd' / 'manifest.json').write_text(json.dumps(odd))
         with pytest.raises((ValueError, FileExistsError)) as e:

@@ -220,8 +220,8 @@ def _prepare(folder: Path, manifest: dict) -> list[int]:
 def _difference(found: Any, wanted: Any) -> str:
     if not isinstance(found, dict) or not isinstance(wanted, dict):
         return f'{printable(str(found))}, now {wanted}'
-    key = next(key for key in {**wanted, **found} if found.get(key) != wanted.get(key))
-    return f'{printable(key)} {printable(str(found.get(key)))}, now {wanted.get(key)}'
+    key = next(key for key in {**wanted, **found} if found.get(key, 'not given') != wanted.get(key, 'not given'))
+    return f'{printable(key)} {printable(str(found.get(key, "not given")))}, now {wanted.get(key, "not given")}'
 
 
 def _finish(folder: Path, manifest: dict, strict: bool) -> Extraction:
