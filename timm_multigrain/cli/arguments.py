@@ -1,10 +1,11 @@
 """Arguments that commands share: which model, which protocol, on which device."""
 import argparse
+import json
 import sys
 
 __all__ = [
     'add_extraction_arguments', 'add_model_arguments', 'add_protocol_arguments', 'extraction_from_args',
-    'model_from_args', 'names_protocol', 'protocol_from_args']
+    'model_from_args', 'names_protocol', 'protocol_from_args', 'write_json']
 
 _PROTOCOLS = ('crop', 'longer-side', 'thumbnail')
 _DTYPES = ('float32', 'bfloat16', 'float16')
@@ -75,11 +76,11 @@ def protocol_from_args(args: argparse.Namespace, model, **published):
     return protocol
 
 
-def add_extraction_arguments(parser: argparse.ArgumentParser) -> None:
+def add_extraction_arguments(parser: argparse.ArgumentParser, batch_size: str = '32') -> None:
     """--batch-size, --workers, --device, --dtype, --fast."""
     add = parser.add_argument_group('extraction').add_argument
-    add('--batch-size', type=int, default=32, metavar='N', help='images of a batch (%(default)s)')
-    add('--workers', type=int, metavar='N', help='processes that read images (default: by the number of cores)')
+    add('--batch-size', type=int, metavar='N', help=f'images per batch (default: {batch_size})')
+    add('--workers', type=int, metavar='N', help='processes that read images (default: from the number of cores)')
     add('--device', metavar='NAME', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
     add('--dtype', choices=_DTYPES, default='float32', help='arithmetic (%(default)s)')
     add('--fast', action='store_true', help='fold batch norms, images channels last: equal up to rounding only')
@@ -91,4 +92,16 @@ def extraction_from_args(args: argparse.Namespace) -> dict:
 
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
     dtype = None if args.dtype == 'float32' else getattr(torch, args.dtype)
-    return {'batch_size': args.batch_size, 'workers': args.workers, 'device': device, 'dtype': dtype, 'fast': args.fast}
+    batch_size = 32 if args.batch_size is None else args.batch_size
+    return {'batch_size': batch_size, 'workers': args.workers, 'device': device, 'dtype': dtype, 'fast': args.fast}
+
+
+def write_json(file: str, value) -> None:
+    """Write a value as JSON, to stdout if the file is '-'."""
+    from timm_multigrain.files import write_text
+
+    text = json.dumps(value, indent=1) + '\n'
+    if file == '-':
+        sys.stdout.write(text)
+    else:
+        print(f'Written: {write_text(file, text)}', file=sys.stderr)

@@ -1,7 +1,7 @@
 """Find copies in an indexed collection: identical files, near-duplicates, edited copies.
 
     timm-multigrain dedup my-index --html copies.html
-    timm-multigrain dedup my-index --json > copies.json
+    timm-multigrain dedup my-index --json copies.json
     timm-multigrain dedup my-index --list -0 | xargs -0 mv -t to-be-looked-at
 
 It prints how many there are, and with --list the files that are not suggested to be kept; it never deletes or moves
@@ -12,20 +12,21 @@ Every file of a group is looked at before the group is told. Groups with files t
 are left out, and the exit status is 1: bring the index up to date with `timm-multigrain index -o INDEX`.
 """
 import argparse
-import json
 import os
 import sys
 import unicodedata
+
+from .arguments import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('index', metavar='INDEX', help='index folder')
     add('--html', metavar='FILE', help='write a page with the groups in pictures')
-    add('--list', action='store_true', help='print the surplus files, one a line')
+    add('--list', action='store_true', help='print the surplus files, one per line')
     add('-0', '--null', action='store_true', help='end the lines of --list with a null byte, for xargs -0')
-    add('--json', action='store_true', help='print everything as JSON')
-    add('--exact', action='store_true', help='identical files only')
+    add('--json', metavar='FILE', help='write everything as JSON, - for stdout')
+    add('--identical', action='store_true', help='identical files only')
     add('--threshold', type=float, metavar='T', help='similarity from which pictures are copies (default: found from '
                                                      'the collection)')
     add('--false-positives', type=float, metavar='F', help='share of the pictures that may have a different picture '
@@ -48,16 +49,16 @@ def run(args: argparse.Namespace) -> int:
             index, args.measure, threshold=args.threshold, false_positives=share, look=not args.no_look))
         return 0
     copies = find_copies(
-        index, args.threshold, false_positives=share, look=not args.no_look, exact_only=args.exact)
+        index, args.threshold, false_positives=share, look=not args.no_look, exact_only=args.identical)
     if args.html:
         from timm_multigrain.report.collection import write_copies_page
         page = write_copies_page(args.html, copies, f'Copies in {args.index}', index.protocol().exif)
         print(f'Page: {page}', file=sys.stderr)
     if args.json:
-        print(json.dumps(copies.to_dict(), indent=1))
-    elif args.list:
+        write_json(args.json, copies.to_dict())
+    if args.list:
         _print_list(copies.surplus, args.null)
-    else:
+    elif args.json != '-':
         print(copies)
     if copies.changed:
         print(f'timm-multigrain dedup: {len(copies.changed):,} files, such as {printable(copies.changed[0])}, are not '

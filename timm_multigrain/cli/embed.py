@@ -1,9 +1,9 @@
 """Embed images: retrieval descriptors of a folder, a list or a data set of timm, in a folder of shards.
 
-    timm-multigrain embed multigrain_resnet50 photos descriptors --size 500
-    torchrun --nproc-per-node 8 -m timm_multigrain embed MODEL IMAGES OUT_DIR --device cuda
+    timm-multigrain embed multigrain_resnet50 photos -o descriptors --size 500
+    torchrun --nproc-per-node 8 -m timm_multigrain embed MODEL IMAGES -o DIR --device cuda
 
-IMAGES is a folder, a list file (.txt, a path a line; .json) or a data set of timm such as torch/cifar10:DIR. A run that
+IMAGES is a folder, a list file (.txt, a path per line; .json) or a data set of timm such as torch/cifar10:DIR. A run that
 was stopped goes on where it was when the same command is given again. Read the result with
 timm_multigrain.embed.shards.Descriptors.load.
 """
@@ -24,11 +24,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
     add('images', metavar='IMAGES', help='folder, list file, or data set of timm')
-    add('out_dir', metavar='OUT_DIR', help='folder to write')
+    add('-o', '--output', required=True, metavar='DIR', help='folder to write')
     add('--split', metavar='NAME', help='subfolder, or split of the data set')
     add('--dim', type=int, metavar='N', help='first components of a whitened descriptor')
     add('--raw', action='store_true', help='the pooled embedding as it is, not normalised')
-    add('--shard-size', type=int, default=1024, metavar='N', help='images of a file (%(default)s)')
+    add('--shard-size', type=int, default=1024, metavar='N', help='images per file (%(default)s)')
     add('--strict', action='store_true', help='stop at an image that cannot be read instead of leaving it out')
     add_protocol_arguments(parser)
     add_extraction_arguments(parser)
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
     if first:
         print(f'{len(source)} images, {protocol}')
     extraction = extract_shards(
-        model, source, protocol, args.out_dir, shard_size=args.shard_size, strict=args.strict, dim=args.dim,
+        model, source, protocol, args.output, shard_size=args.shard_size, strict=args.strict, dim=args.dim,
         descriptor=not args.raw, **extraction_from_args(args))
     if first:
         print(extraction)

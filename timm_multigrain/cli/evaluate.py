@@ -39,8 +39,8 @@ def _add_data(add) -> None:
     add('--subset', action='store_true', help='take the part of the benchmark that is there; the figures say so')
     add('--ground-truth', metavar='FILE', help='another ground truth: .pkl or .json (roxford5k, rparis6k), .csv '
                                                '(disc21), .json of path: group (folder)')
-    add('--upright', metavar='FILE', help='holidays: list of clockwise turns, a name and degrees a line, or JSON')
-    add('--queries', metavar='FILE', help='disc21: list of the queries, a name a line')
+    add('--upright', metavar='FILE', help='holidays: list of clockwise turns, a name and degrees per line, or JSON')
+    add('--queries', metavar='FILE', help='disc21: list of the queries, a name per line')
     add('--distractors', metavar='IMAGES', help='more images for the database: folder or list')
     add('--download-distractors', action='store_true',
         help='roxford5k, rparis6k: download R1M, a million images, into the folder of --distractors')

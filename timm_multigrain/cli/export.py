@@ -1,8 +1,8 @@
 """Export an index to Milvus, for more than one machine, or to a Parquet file.
 
-    timm-multigrain export my-index --to milvus:http://milvus.example.org:19530
-    timm-multigrain export my-index --to 'milvus:photos.db#holidays'
-    timm-multigrain export my-index --to photos.parquet
+    timm-multigrain export my-index -o milvus:http://milvus.example.org:19530
+    timm-multigrain export my-index -o 'milvus:photos.db#holidays'
+    timm-multigrain export my-index -o photos.parquet
 
 Exporting again sends what has changed, also after a run that was stopped. `timm-multigrain search milvus:... IMAGE`
 searches there. A cluster's token is taken from MILVUS_TOKEN.
@@ -13,7 +13,7 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('index', metavar='INDEX', help='index folder')
-    add('--to', required=True, metavar='TARGET', help='milvus:URI[#COLLECTION], URI being http://HOST:PORT or a local '
+    add('-o', '--output', required=True, metavar='TARGET', help='milvus:URI[#COLLECTION], URI being http://HOST:PORT or a local '
                                                       'FILE.db; or FILE.parquet')
     add('--mirror', action='store_true', help='Milvus: remove the rows of images that are not in this index')
     add('--index-type', metavar='TYPE', help="Milvus: kind of a new collection's index, such as HNSW or DISKANN "
@@ -25,5 +25,5 @@ def run(args: argparse.Namespace) -> int:
     from timm_multigrain.index.export import export_index
 
     print(export_index(
-        args.index, args.to, mirror=args.mirror, index_type=args.index_type, batch_size=args.batch_size))
+        args.index, args.output, mirror=args.mirror, index_type=args.index_type, batch_size=args.batch_size))
     return 0

@@ -4,9 +4,13 @@
     timm-multigrain search pictures.index query.jpg --crop 120,40,200,200 -k 20 --html found.html
 
 INDEX is a folder that `timm-multigrain index` has made, or milvus:URI, where one was exported to. Scores are cosine
-similarities of descriptors, 1 for the same picture. With --json there is a line of JSON for each image found.
+similarities of descriptors, 1 for the same picture. --json writes a list with
+what was found for each picture.
 """
 import argparse
+import sys
+
+from .arguments import write_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--class', dest='class_name', metavar='NAME', help='only images whose most probable class is this one')
     add('--exact', action='store_true', help='compare with all images of an index that is searched approximately')
     add('--html', metavar='FILE', help='write a page with the pictures')
-    add('--json', action='store_true', help='print a line of JSON for each image found')
+    add('--json', metavar='FILE', help='write what was found as JSON, - for stdout')
     add('--model', metavar='MODEL', help='where the model of the index is now, if it was moved')
 
 
@@ -35,12 +39,11 @@ def run(args: argparse.Namespace) -> int:
     if args.html:
         page = write_search_page(args.html, args.index, args.images, found, args.crop, args.class_name)
     if args.json:
-        for line in search_json(args.images, found):
-            print(line)
-        return 0
-    print(search_table(args.images, found))
+        write_json(args.json, search_json(args.images, found))
+    if args.json != '-':
+        print(search_table(args.images, found))
     if page:
-        print(f'\nPage: {page.resolve()}')
+        print(f'Page: {page.resolve()}', file=sys.stderr)
     return 0
 
 

@@ -1,12 +1,12 @@
-"""Find the exponent p* of GeM for a test resolution: fine-tune it and scan a grid, the trunk run once an image.
+"""Find the exponent p* of GeM for a test resolution: fine-tune it and scan a grid, the trunk run once per image.
 
-    timm-multigrain tune-p my-model pictures my-model-500 --size 500
-    timm-multigrain tune-p my-model GROUPS my-model-500 --size 500 --criterion map
+    timm-multigrain tune-p my-model pictures -o my-model-500 --size 500
+    timm-multigrain tune-p my-model GROUPS -o my-model-500 --size 500 --criterion map
 
 With class folders (DATA/<class>/ or DATA/train/<class>/) p is fine-tuned on the first images of each class, and top-1
 is scanned on the same ones. With images of instances (DATA/<instance>/, or a gt.json of path: number) mAP is scanned.
-The p that is recommended is saved to OUT_DIR: the best of the grid if it gains more than twice the noise, or else the
-model's own. OUT_DIR-p.json and OUT_DIR-p.png lie beside it. Take no test images. A run that was killed goes on when the
+The p that is recommended is saved with -o OUTPUT: the best of the grid if it gains more than twice the noise, or else
+the model's own. OUTPUT-p.json and OUTPUT-p.png lie beside it. Take no test images. A run that was killed goes on when the
 same command is given again.
 """
 import argparse
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
     add('data', metavar='DATA', help='folder of class folders, or of groups of images of an instance')
-    add('out_dir', metavar='OUT_DIR', nargs='?', help='folder of the model with the new p (default: save none)')
+    add('-o', '--output', metavar='DIR', help='folder of the model with the new p (default: save none)')
     add('--criterion', choices=('top1', 'map'), help='top-1 on classes or mAP on groups (default: map for a folder '
                                                      'with gt.json or a model without classifier)')
     add('--grid', nargs='*', type=float, metavar='P',
@@ -38,21 +38,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--per-class', type=int, default=50, metavar='N', help='images of each class, by name (%(default)s)')
     add('--split', metavar='NAME', default='train', help='subfolder of the class folders (default: train, if there is '
                                                          'one)')
-    add('--class-map', metavar='FILE', help='text file: the folder of each class of the model, a line each')
+    add('--class-map', metavar='FILE', help='text file: the folder of each class of the model, one per line')
     add('--lr', type=float, default=0.005, help='learning rate of the first step (%(default)s)')
-    add('--steps-of', type=int, default=4, metavar='N', help='images of a step (%(default)s)')
     add('--seed', type=int, default=0, help='of the order of the images (%(default)s)')
-    add('--json', metavar='FILE', help='write what was found (default: OUT_DIR-p.json)')
-    add('--plot', metavar='FILE', help='draw it (default: OUT_DIR-p.png, if matplotlib is there)')
+    add('--json', metavar='FILE', help='write what was found (default: OUTPUT-p.json)')
+    add('--plot', metavar='FILE', help='draw it (default: OUTPUT-p.png, if matplotlib is there)')
     add_protocol_arguments(parser)
-    add_extraction_arguments(parser)
+    add_extraction_arguments(parser, batch_size='4 to fine-tune p, else 32')
 
 
 def run(args: argparse.Namespace) -> int:
     from timm_multigrain.models.save import check_model_folder
 
-    if args.out_dir:
-        check_model_folder(args.out_dir)
+    if args.output:
+        check_model_folder(args.output)
     model = model_from_args(args)
     protocol = protocol_from_args(args, model)
     if _criterion(args, model) == 'map':
@@ -62,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     result = replace(result, choose=args.choose)
     print(result)
     _write(args, result)
-    if args.out_dir:
+    if args.output:
         _save(args, model, protocol, result)
     return 0
 
@@ -85,7 +84,7 @@ def _tune(args: argparse.Namespace, model, protocol):
     if args.choose == 'best' and not grid:
         raise ValueError('--choose best needs a grid: give exponents, such as --grid 1 2 3 4.')
     return tune_p(
-        model, source, protocol, grid=grid, finetune=args.choose != 'best', batch_size=args.steps_of, lr=args.lr,
+        model, source, protocol, grid=grid, finetune=args.choose != 'best', batch_size=4 if args.batch_size is None else args.batch_size, lr=args.lr,
         seed=args.seed, state_file=_progress(args, '-progress.json'), **extraction)
 
 
@@ -102,7 +101,7 @@ def _scan_groups(args: argparse.Namespace, model, protocol):
 
 def _progress(args: argparse.Namespace, ending: str) -> str | None:
     """Where a run that was killed goes on from."""
-    return args.out_dir and args.out_dir.rstrip(os.sep) + ending
+    return args.output and args.output.rstrip(os.sep) + ending
 
 
 def _write(args: argparse.Namespace, result) -> None:
@@ -129,6 +128,6 @@ def _save(args: argparse.Namespace, model, protocol, result) -> None:
     note_fitted(model, 'p', {
         'p': json_p(result.p), 'from': json_p(result.start), 'how': result.how, 'criterion': result.criterion,
         'images': result.num_images, 'protocol': protocol.to_dict()})
-    print(f'Written: {save_fitted(model, args.out_dir, protocol)}')
+    print(f'Written: {save_fitted(model, args.output, protocol)}')
     Path(_progress(args, '-progress.json')).unlink(missing_ok=True)
     shutil.rmtree(_progress(args, '-embeddings'), ignore_errors=True)

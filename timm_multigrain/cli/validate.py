@@ -8,7 +8,6 @@ with the model's classes by its label names, by WordNet ids for ImageNet, of whi
 order where there are as many of them.
 """
 import argparse
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ from .arguments import (
     extraction_from_args,
     model_from_args,
     protocol_from_args,
+    write_json,
 )
 
 
@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('data', metavar='DATA', help='folder of class folders')
     add('--split', metavar='NAME', default='validation', help='subfolder (default: val, validation or test, if there '
                                                               'is one)')
-    add('--class-map', metavar='FILE', help='text file: the folder of each class of the model, a line each')
+    add('--class-map', metavar='FILE', help='text file: the folder of each class of the model, one per line')
     add('--strict', action='store_true', help='stop at an image that cannot be read instead of leaving it out')
     add('--json', metavar='FILE', help='write the figures to FILE, as `publish --metrics` takes them')
     add('--plot', metavar='FILE', help='draw the accuracy of the classes into FILE')
@@ -39,7 +39,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.files import write_text
     from timm_multigrain.images.labels import open_classes
     from timm_multigrain.measure.classify import classify
 
@@ -52,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         command = shlex.join(['timm-multigrain', *sys.argv[1:]])
         figures = result.metrics(args.dataset or Path(args.data).resolve().name, command)
-        print(f'Written: {write_text(args.json, json.dumps(figures, indent=1) + chr(10))}')
+        write_json(args.json, figures)
     if args.plot:
         print(f'Written: {result.draw(args.plot)}')
     return 0

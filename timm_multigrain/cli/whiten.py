@@ -1,7 +1,7 @@
 """Whiten a model: fit PCA whitening on images and fold it into the network, in a timm folder.
 
-    timm-multigrain whiten multigrain_resnet50 IMAGES my-whitened-model --size 500
-    timm-multigrain whiten my-model GROUPS my-whitened-model --learned
+    timm-multigrain whiten multigrain_resnet50 IMAGES -o my-whitened-model --size 500
+    timm-multigrain whiten my-model GROUPS -o my-whitened-model --learned
 
 IMAGES is a folder, a list file or a data set of timm: unlabelled images of the kind that will be searched, at least as
 many as the embedding has channels, plus two (20,000 in the paper), none of them a test image. The whitening belongs to
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
     add = parser.add_argument
     add('images', metavar='IMAGES', help='folder, list file, or data set of timm')
-    add('out_dir', metavar='OUT_DIR', help='folder to write; an earlier model there is replaced')
+    add('-o', '--output', required=True, metavar='DIR', help='folder to write; an earlier model there is replaced')
     add('--split', metavar='NAME', help='subfolder, or split of the data set')
     add('--limit', type=int, metavar='N', help='the first N images only')
     add('--dim', type=int, metavar='N', help='components kept (default: all, which keeps the classifier exact; '
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                          'oas with fewer images than channels)')
     add('--learned', action='store_true', help='learn from matching images')
     add('--work-dir', metavar='DIR', help='folder of the embeddings, for a run that is killed to go on (default: '
-                                          'OUT_DIR-embeddings, removed at the end)')
+                                          'OUTPUT-embeddings, removed at the end)')
     add('--strict', action='store_true', help='stop at an image that cannot be read instead of leaving it out')
     add_protocol_arguments(parser)
     add_extraction_arguments(parser)
@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
     from timm_multigrain.whiten.fit import save_fitted, whiten_model
 
     shrinkage = _shrinkage(args.shrinkage)
-    check_model_folder(args.out_dir)
+    check_model_folder(args.output)
     source, groups = _images(args)
     model = model_from_args(args)
     protocol = protocol_from_args(args, model)
-    work_dir = args.work_dir or f'{args.out_dir.rstrip(os.sep)}-embeddings'
+    work_dir = args.work_dir or f'{args.output.rstrip(os.sep)}-embeddings'
     if int(os.environ.get('RANK', 0)):  # under torchrun the others help with the extraction
         extract_shards(model, source, protocol, work_dir, strict=args.strict, descriptor=False,
                        **extraction_from_args(args))
@@ -67,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     for warning in caught:
         print(f'Warning: {warning.message}', file=sys.stderr)
     print(result)
-    print(f'Written: {save_fitted(model, args.out_dir, protocol)}')
+    print(f'Written: {save_fitted(model, args.output, protocol)}')
     if not args.work_dir:
         shutil.rmtree(work_dir)
     return 0

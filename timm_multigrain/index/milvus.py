@@ -188,7 +188,7 @@ def _read_config(client: 'MilvusClient', uri: str, name: str) -> dict[str, Any]:
     if not client.has_collection(name):
         known = ', '.join(sorted(client.list_collections())) or 'none'
         raise FileNotFoundError(f'{uri} does not have a collection {name} (it has: {known}): put one there with '
-                                f'timm-multigrain export INDEX --to {PREFIX}{uri}#{name}')
+                                f'timm-multigrain export INDEX -o {PREFIX}{uri}#{name}')
     try:
         config = parse_json(client.describe_collection(name)['properties'][PROPERTY])
         check_json(config, _CONFIG, PROPERTY)

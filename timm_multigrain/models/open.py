@@ -175,7 +175,7 @@ def _from_training(checkpoint: dict, args: dict, path: Path, ema: bool, architec
     name = architecture or args.get('model')
     if architecture is None and not _is_model(name):
         raise ValueError(f'its --model {name!r:.200} is not a registered model, and no other name in a file is '
-                         'followed: timm-multigrain convert FILE FOLDER --model NAME.')
+                         'followed: timm-multigrain convert FILE -o FOLDER --model NAME.')
     model = _rebuild(name, weights_in(checkpoint, ema), args)
     names = read_class_names(path)
     if names is not None and len(names) == model.num_classes:
