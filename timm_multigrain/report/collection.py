@@ -1,8 +1,8 @@
-"""What was found in an index: search results as a table, as lines of JSON and as a page, and the page of its copies."""
-import json
+"""What was found in an index: search results as a table, as JSON and as a page, and the page of its copies."""
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageDraw
 
@@ -32,15 +32,13 @@ def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
     return '\n\n'.join(parts)
 
 
-def search_json(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> Iterator[str]:
-    """A line of JSON per image found. Bytes of a name that are not UTF-8 are lone surrogates, as in Python."""
-    for image, hits in zip(images, found, strict=True):
-        for rank, hit in enumerate(hits, 1):
-            record = hit.record
-            yield json.dumps({
-                'query': os.fspath(image), 'rank': rank, 'score': hit.score, 'path': hit.path, 'width': record.width,
-                'height': record.height, 'bytes': record.bytes, 'sha256': record.sha256,
-                'mtime_ns': record.mtime_ns, 'classes': [list(pair) for pair in record.classes]})
+def search_json(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> list[dict[str, Any]]:
+    """What was found, for JSON: a dict per image. Bytes of a name that are not UTF-8 are lone surrogates, as in Python."""
+    return [{'query': os.fspath(image), 'rank': rank, 'score': hit.score, 'path': hit.path,
+             'width': hit.record.width, 'height': hit.record.height, 'bytes': hit.record.bytes,
+             'sha256': hit.record.sha256, 'mtime_ns': hit.record.mtime_ns,
+             'classes': [list(pair) for pair in hit.record.classes]}
+            for image, hits in zip(images, found, strict=True) for rank, hit in enumerate(hits, 1)]
 
 
 def write_search_page(
