@@ -92,7 +92,7 @@ def test_pictures_that_are_gone(index, tmp_path, capfd):
     copies = find_copies(Index.open(moved))
     assert copies.groups == () and copies.surplus == [] and copies.left_out == 2 and len(copies.changed) == 4
     assert '2 groups left out' in str(copies)
-    assert main(['dedup', str(moved), '--list', '--exact']) == 1
+    assert main(['dedup', str(moved), '--list', '--identical']) == 1
     out, err = capfd.readouterr()
     assert out == '' and '4 files, such as' in err and f'run timm-multigrain index -o {moved}, then this again' in err
 
@@ -246,14 +246,14 @@ def test_command(index, pictures, tmp_path, capfd):
     folder = str(index.path)
     assert main(['dedup', folder, '--html', str(tmp_path / 'copies.html')]) == 0
     assert 'surplus files' in capfd.readouterr().out and (tmp_path / 'copies.html').stat().st_size > 10_000
-    assert main(['dedup', folder, '--json']) == 0
+    assert main(['dedup', folder, '--json', '-']) == 0
     told = json.loads(capfd.readouterr().out)
     assert told == json.loads(json.dumps(find_copies(index).to_dict()))
     assert {file['path'] for group in told['groups'] for file in group['files']} >= {str(pictures / NASTY)}
-    done = subprocess.run([sys.executable, '-m', 'timm_multigrain', 'dedup', folder, '--list', '-0', '--exact'],
+    done = subprocess.run([sys.executable, '-m', 'timm_multigrain', 'dedup', folder, '--list', '-0', '--identical'],
                           capture_output=True, check=True)
     assert done.stdout == b''.join(os.fsencode(pictures / name) + b'\0' for name in ('a longer name.png', NASTY))
-    assert main(['dedup', folder, '--list', '--exact']) == 2  # a name of two lines
+    assert main(['dedup', folder, '--list', '--identical']) == 2  # a name of two lines
     out, err = capfd.readouterr()
     assert out == '' and 'control characters in its name: take --list -0' in err
     assert main(['dedup', folder, '--threshold', '2']) == 2 and 'at most 1' in capfd.readouterr().err

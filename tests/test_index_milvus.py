@@ -139,7 +139,7 @@ def test_what_cannot_be_reached(index, tmp_path):
 @pytest.mark.slow
 def test_a_killed_export_goes_on(tmp_path, address):
     folder = write_index(tmp_path / 'index', unit_vectors(20_000, dim=64))
-    command = [sys.executable, '-m', 'timm_multigrain', 'export', str(folder), '--to', address, '--batch-size', '100']
+    command = [sys.executable, '-m', 'timm_multigrain', 'export', str(folder), '-o', address, '--batch-size', '100']
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120
     database = address.removeprefix('milvus:')
@@ -162,12 +162,12 @@ def test_a_killed_export_goes_on(tmp_path, address):
 def test_commands(tmp_path, address, capfd):
     pictures = make_pictures(tmp_path / 'pictures', 6)
     index = make_index(pictures, tmp_path / 'index')
-    assert main(['export', str(index.path), '--to', f'{address}#mine']) == 0
+    assert main(['export', str(index.path), '-o', f'{address}#mine']) == 0
     assert '9 images written' in capfd.readouterr().out
     answers = []
     for where in (str(index.path), f'{address}#mine'):
-        assert main(['search', where, str(pictures / '3.png'), '-k', '4', '--json', '--exact']) == 0
-        answers.append([json.loads(line) for line in capfd.readouterr().out.splitlines()])
+        assert main(['search', where, str(pictures / '3.png'), '-k', '4', '--json', '-', '--exact']) == 0
+        answers.append(json.loads(capfd.readouterr().out))
     own, theirs = answers
     assert [line['path'] for line in own] == [line['path'] for line in theirs] and len(own) == 4
     assert main(['search', f'{address}#none', str(pictures / '3.png')]) == 2

@@ -283,8 +283,9 @@ def fuzz(copy, seeds):
         shutil.copytree(original, copy / 'index')
         mutate(copy / 'index', np.random.default_rng(seed))
         index = str(copy / 'index')
-        for arguments in (['search', index, str(query), '-k', '2'], ['search', index, str(query), '--json', '--exact'],
-                          ['dedup', index, '--no-look', '--json'], ['dedup', index, '--list', '-0', '--exact'],
+        for arguments in (['search', index, str(query), '-k', '2'],
+                          ['search', index, str(query), '--json', '-', '--exact'],
+                          ['dedup', index, '--no-look', '--json', '-'], ['dedup', index, '--list', '-0', '--identical'],
                           ['index', '-o', index, '--remove-missing', '--workers', '0', '--list-skipped']):
             refused += main(arguments) == 2
     return refused

@@ -129,12 +129,12 @@ def test_a_head_of_another_kind_is_said(tmp_path, name):
 
 
 def test_a_command_prints_the_warning_as_a_line(tmp_path, noise_folder, capsys):
-    command = ['embed', 'test_convnext', str(noise_folder / 'validation'), str(tmp_path / 'out'), '--no-pretrained',
-               '--size', '32', '--workers', '0']
+    command = ['embed', 'test_convnext', str(noise_folder / 'validation'), '-o', str(tmp_path / 'out'),
+               '--no-pretrained', '--size', '32', '--workers', '0']
     assert main(command) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if 'pools in a way' in line]
     assert len(lines) == 1 and lines[0].startswith('warning: test_convnext pools in a way of its own')
-    assert main([*command[:3], f'{tmp_path}/gem', *command[4:], '--pool', 'gem']) == 0
+    assert main([*command[:4], f'{tmp_path}/gem', *command[5:], '--pool', 'gem']) == 0
     assert 'pools in a way' not in capsys.readouterr().err
 
 
@@ -172,7 +172,7 @@ def test_names_of_classes_travel_from_training(tmp_path, noise_folder, capsys):
     write_class_names(tmp_path, ['boat', 'car', 'tree'])
     assert open_model(path).pretrained_cfg['label_names'] == ['boat', 'car', 'tree']
     images, index = str(noise_folder / 'train'), str(tmp_path / 'index')
-    for command in (['whiten', str(path), images, str(tmp_path / 'white'), '--workers', '0', '--shrinkage', '0.5'],
+    for command in (['whiten', str(path), images, '-o', f'{tmp_path}/white', '--workers', '0', '--shrinkage', '0.5'],
                     ['publish', f'{tmp_path}/white', 'me/x', '--license', 'mit', '--dry-run', f'{tmp_path}/pub'],
                     ['index', images, '-o', index, '--model', str(path), '--workers', '0']):
         assert main(command) == 0
@@ -402,7 +402,7 @@ def test_odd_files_are_refused_in_a_sentence(tmp_path, offline):
 
 
 def convert(source, folder, *more):
-    assert main(['convert', str(source), str(folder), *more]) == 0
+    assert main(['convert', str(source), '-o', str(folder), *more]) == 0
     model = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
     return model, json.loads((folder / 'config.json').read_text())
 
@@ -471,7 +471,7 @@ def test_model_by_name(tmp_path, capsys):
                         (write(tmp_path / 'r.pth', timm.create_model('resnet18').state_dict()),
                          "It is not a checkpoint of the original implementation: it starts with ['conv1.w")):
         capsys.readouterr()
-        assert main(['convert', str(name), str(tmp_path / 'other')]) == 2
+        assert main(['convert', str(name), '-o', str(tmp_path / 'other')]) == 2
         error = capsys.readouterr().err
         assert cause in error and error.count('\n') == 1 and not (tmp_path / 'other').exists()
 

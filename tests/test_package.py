@@ -47,7 +47,7 @@ def test_command(capsys):
         main(['search', 'an.index', 'a.jpg', '--bogus'])
     error = capsys.readouterr().err
     assert e.value.code == 2 and 'usage: timm-multigrain search' in error and 'unrecognized arguments: --bogus' in error
-    assert main(['embed', 'resnet18', 'x' * 9000, 'out']) == 2
+    assert main(['embed', 'resnet18', 'x' * 9000, '-o', 'out']) == 2
     error = capsys.readouterr().err
     assert error.startswith('timm-multigrain embed: error: xxx') and error.endswith('x...\n') and len(error) < 1100
 

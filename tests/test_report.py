@@ -1,7 +1,6 @@
 """Pages: complete, well-formed, escaped, in need of nothing else, written in one step."""
 import base64
 import io
-import json
 import math
 import re
 import sys
@@ -216,7 +215,7 @@ def test_search_text(found):
     lines = search_table([query, query], [found, []]).splitlines()
     assert lines[0] == f'{query}:' and lines[1] == f'   1   1.000  <i>\\x1b 25 %  {query}'
     assert lines[2].endswith(r'<b>\n\udc80.png') and lines[-1] == '  nothing found'
-    first, second, _ = (json.loads(line) for line in search_json([query], [found]))
+    first, second, _ = search_json([query], [found])
     assert (first['query'], first['rank'], first['classes']) == (query, 1, [['<i>\x1b', 0.25]])
     assert second['path'] == found[1].path and second['bytes'] == 2_500_000
 

@@ -166,7 +166,7 @@ def test_nothing_readable(tmp_path):
 
 
 def command(model_folder, images, out):
-    return [sys.executable, '-m', 'timm_multigrain', 'embed', str(model_folder), str(images), str(out), *FLAGS]
+    return [sys.executable, '-m', 'timm_multigrain', 'embed', str(model_folder), str(images), '-o', str(out), *FLAGS]
 
 
 @pytest.mark.slow
@@ -238,7 +238,7 @@ def test_command(tmp_path, images, model_folder, reference, capsys):
     assert out.startswith('23 images, longer side 48, smaller images enlarged\n22 descriptors of 96 components in ')
     assert '1 images could not be read' in out and '07.png: is not an image' in out
     assert_same(tmp_path / 'out', reference)
-    assert main(['embed', str(model_folder), str(tmp_path / 'nowhere'), str(tmp_path / 'new'), *FLAGS]) == 2
+    assert main(['embed', str(model_folder), str(tmp_path / 'nowhere'), '-o', str(tmp_path / 'new'), *FLAGS]) == 2
     assert 'is no folder of images' in capsys.readouterr().err
-    assert main(['embed', str(model_folder), str(images), str(images), *FLAGS]) == 2
+    assert main(['embed', str(model_folder), str(images), '-o', str(images), *FLAGS]) == 2
     assert 'holds no descriptors' in capsys.readouterr().err

@@ -217,8 +217,8 @@ def test_refusals(model, source):
 
 def test_command(model, pictures, tmp_path, capsys):
     folder = save_pretrained(model, tmp_path / 'm', label_names=['0', '1', '2'])
-    assert main(['tune-p', str(folder), str(pictures), str(tmp_path / 'tuned'), '--grid', '1', '3', '--lr', '0.05',
-                 '--per-class', '4', '--choose', 'tuned', *SETTINGS]) == 0
+    assert main(['tune-p', str(folder), str(pictures), '-o', str(tmp_path / 'tuned'), '--grid', '1', '3', '--lr',
+                 '0.05', '--per-class', '4', '--choose', 'tuned', *SETTINGS]) == 0
     shown = capsys.readouterr().out
     again = timm.create_model(f'local-dir:{tmp_path}/tuned', pretrained=True)
     assert '12 images of 3 classes' in shown and f'p* = {again.gem_p:.4g}, fine-tuned' in shown and again.gem_p != 3
@@ -233,13 +233,13 @@ def test_command(model, pictures, tmp_path, capsys):
 
 def test_command_scanning(model, pictures, tmp_path, capsys):
     folder = save_pretrained(model, tmp_path / 'm')
-    assert main(['tune-p', str(folder), str(pictures / 'train'), str(tmp_path / 'out'), '--grid', '1', '6',
+    assert main(['tune-p', str(folder), str(pictures / 'train'), '-o', str(tmp_path / 'out'), '--grid', '1', '6',
                  '--criterion', 'map', *SETTINGS]) == 0
     found = json.loads((tmp_path / 'out-p.json').read_text())
     saved = open_model(tmp_path / 'out')
     assert saved.gem_p == found['p'] and found['criterion'] == 'mAP' and found['grid'] == [1, 3, 6]
     assert f"p* = {found['p']:g}, " in capsys.readouterr().out and fitted(saved, 'p')['how'] == found['how']
-    for extra, message in ((['--choose', 'best', '--grid'], 'needs a grid'),
+    for extra, message in ((['--choose', 'best', '--grid'], 'needs a grid'), (['--fast'], '--fast is for'),
                            (['--criterion', 'map', '--choose', 'tuned'], 'scanned only')):
         assert main(['tune-p', str(folder), str(pictures), *extra, *SETTINGS]) == 2
         assert message in capsys.readouterr().err
@@ -260,7 +260,7 @@ tune_p.write_text = killed
 from timm_multigrain.cli.main import main
 main(sys.argv[1:])
 '''
-    arguments = ['tune-p', str(folder), str(pictures), str(tmp_path / 'a'), '--grid', '1', '3', *SETTINGS]
+    arguments = ['tune-p', str(folder), str(pictures), '-o', str(tmp_path / 'a'), '--grid', '1', '3', *SETTINGS]
     assert subprocess.run([sys.executable, '-c', script, *arguments], capture_output=True).returncode == -9
     assert json.loads((tmp_path / 'a-progress.json').read_text())['done'] == 4
     assert main(arguments) == 0

@@ -34,8 +34,8 @@ def saved(tmp_path_factory):
     return save_pretrained(tiny_model(), tmp_path_factory.mktemp('models') / 'plain', label_names=['a', 'b', 'c'])
 
 
-def whiten(*arguments) -> int:
-    return main(['whiten', *map(str, arguments), *SETTINGS])
+def whiten(model, images, out, *flags) -> int:
+    return main(['whiten', str(model), str(images), '-o', str(out), *map(str, flags), *SETTINGS])
 
 
 def test_in_python_and_by_the_command(saved, noise_folder, tmp_path, capsys):
@@ -95,7 +95,7 @@ def test_commands_share_one_default(saved, command):
     """The longer side at the model's size, of `validate` the crop; flags win."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    needed = {embed: ['m', 'x', 'y'], whiten_command: ['m', 'x', 'y'], tune_p: ['m', 'x'], validate: ['m', 'x'],
+    needed = {embed: ['m', 'x', '-o', 'y'], whiten_command: ['m', 'x', '-o', 'y'], tune_p: ['m', 'x'], validate: ['m', 'x'],
               index: ['-o', 'x'], evaluate: ['m', '--benchmark', 'folder', '--data', 'x']}[command]
     model = open_model(saved)
 
@@ -165,7 +165,7 @@ sys.exit(main(sys.argv[1:]))
 
 @pytest.mark.slow
 def test_a_killed_run_goes_on(saved, noise_folder, tmp_path, monkeypatch):
-    arguments = ['whiten', str(saved), str(noise_folder), str(tmp_path / 'w'), *SETTINGS]
+    arguments = ['whiten', str(saved), str(noise_folder), '-o', str(tmp_path / 'w'), *SETTINGS]
     assert subprocess.run([sys.executable, '-c', SLOW, *arguments], capture_output=True).returncode == -9
     shards = sorted((tmp_path / 'w-embeddings').glob('*.safetensors'))
     assert len(shards) == 2 and not (tmp_path / 'w').exists()

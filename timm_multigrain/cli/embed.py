@@ -3,8 +3,8 @@
     timm-multigrain embed multigrain_resnet50 photos -o descriptors --size 500
     torchrun --nproc-per-node 8 -m timm_multigrain embed MODEL IMAGES -o DIR --device cuda
 
-IMAGES is a folder, a list file (.txt, a path per line; .json) or a data set of timm such as torch/cifar10:DIR. A run that
-was stopped goes on where it was when the same command is given again. Read the result with
+IMAGES is a folder, a list file (.txt, a path per line; .json) or a data set of timm such as torch/cifar10:DIR. A run
+that was stopped goes on where it was when the same command is given again. Read the result with
 timm_multigrain.embed.shards.Descriptors.load.
 """
 import argparse

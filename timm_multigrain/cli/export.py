@@ -13,8 +13,8 @@ import argparse
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('index', metavar='INDEX', help='index folder')
-    add('-o', '--output', required=True, metavar='TARGET', help='milvus:URI[#COLLECTION], URI being http://HOST:PORT or a local '
-                                                      'FILE.db; or FILE.parquet')
+    add('-o', '--output', required=True, metavar='TARGET',
+        help='milvus:URI[#COLLECTION], URI being http://HOST:PORT or a local FILE.db; or FILE.parquet')
     add('--mirror', action='store_true', help='Milvus: remove the rows of images that are not in this index')
     add('--index-type', metavar='TYPE', help="Milvus: kind of a new collection's index, such as HNSW or DISKANN "
                                              '(default: FLAT, exact, and AUTOINDEX above a million images)')

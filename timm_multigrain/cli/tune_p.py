@@ -6,8 +6,8 @@
 With class folders (DATA/<class>/ or DATA/train/<class>/) p is fine-tuned on the first images of each class, and top-1
 is scanned on the same ones. With images of instances (DATA/<instance>/, or a gt.json of path: number) mAP is scanned.
 The p that is recommended is saved with -o OUTPUT: the best of the grid if it gains more than twice the noise, or else
-the model's own. OUTPUT-p.json and OUTPUT-p.png lie beside it. Take no test images. A run that was killed goes on when the
-same command is given again.
+the model's own. OUTPUT-p.json and OUTPUT-p.png lie beside it. Take no test images. A run that was killed goes on when
+the same command is given again.
 """
 import argparse
 import os
@@ -83,8 +83,11 @@ def _tune(args: argparse.Namespace, model, protocol):
     grid = GRID if args.grid is None else args.grid
     if args.choose == 'best' and not grid:
         raise ValueError('--choose best needs a grid: give exponents, such as --grid 1 2 3 4.')
+    if args.fast:
+        raise ValueError('--fast is for --criterion map: top-1 is scanned on the maps of the trunk.')
+    batch_size = 4 if args.batch_size is None else args.batch_size
     return tune_p(
-        model, source, protocol, grid=grid, finetune=args.choose != 'best', batch_size=4 if args.batch_size is None else args.batch_size, lr=args.lr,
+        model, source, protocol, grid=grid, finetune=args.choose != 'best', batch_size=batch_size, lr=args.lr,
         seed=args.seed, state_file=_progress(args, '-progress.json'), **extraction)
 
 

@@ -33,7 +33,7 @@ def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
 
 
 def search_json(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> list[dict[str, Any]]:
-    """What was found, for JSON: a dict per image. Bytes of a name that are not UTF-8 are lone surrogates, as in Python."""
+    """What was found, for JSON: a dict per image; bytes of a name that are not UTF-8 are lone surrogates."""
     return [{'query': os.fspath(image), 'rank': rank, 'score': hit.score, 'path': hit.path,
              'width': hit.record.width, 'height': hit.record.height, 'bytes': hit.record.bytes,
              'sha256': hit.record.sha256, 'mtime_ns': hit.record.mtime_ns,
