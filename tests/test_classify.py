@@ -21,7 +21,7 @@ from timm_multigrain.images.labels import (
     write_class_names,
 )
 from timm_multigrain.images.sources import ImageFiles
-from timm_multigrain.measure.classify import classify, ranks_of_truth
+from timm_multigrain.measure.classify import ranks_of_truth, validate
 from timm_multigrain.measure.figures import read_metrics
 from timm_multigrain.models.open import open_model
 
@@ -50,7 +50,7 @@ def test_ranks_by_loop():
 
 def test_accuracy_image_by_image(model, noise_folder):
     source = open_classes(noise_folder, model, 'train')
-    result = classify(model, source, PROTOCOL, workers=0, batch_size=5)
+    result = validate(model, source, PROTOCOL, workers=0, batch_size=5)
     ranks, losses = [], []
     for i in range(len(source)):
         x = PROTOCOL.normalize(PROTOCOL.pixels(source.load(i)))[None]
@@ -74,20 +74,20 @@ def test_rectangles_and_damaged_images(model, tmp_path):
     (tmp_path / 'c').mkdir()
     (tmp_path / 'c' / 'x.png').write_bytes(b'no')
     source = open_classes(tmp_path, model)
-    result = classify(model, source, PROTOCOL, workers=0)
+    result = validate(model, source, PROTOCOL, workers=0)
     assert result.num_images == 2 and 'c/x.png' in result.skipped and result.labels.tolist() == [0, 1]
     assert '2 classes among 3' in str(result) and 'could not be read' in str(result)
     with pytest.raises(ValueError, match=r'x\.png'):
-        classify(model, source, PROTOCOL, workers=0, strict=True)
+        validate(model, source, PROTOCOL, workers=0, strict=True)
 
 
 def test_labels_that_do_not_fit(model, noise_folder):
     source = open_classes(noise_folder, model, 'train')
     for labels, message in (([0], '1 labels'), ([3] * 36, '3 to 3, and the model has 3'), ([-1] * 36, '-1 to -1')):
         with pytest.raises(ValueError, match=message):
-            classify(model, source, PROTOCOL, labels=labels, workers=0)
+            validate(model, source, PROTOCOL, labels=labels, workers=0)
     with pytest.raises(ValueError, match='0 labels'):
-        classify(model, ImageFiles(['x.png']), PROTOCOL, workers=0)
+        validate(model, ImageFiles(['x.png']), PROTOCOL, workers=0)
 
 
 def test_matching_by_label_names():
@@ -200,7 +200,7 @@ def test_command(noise_folder, tmp_path, capsys):
     assert main([*arguments, '--p', '4', '--json', str(tmp_path / 'r.json'), '--plot', str(tmp_path / 'r.png')]) == 0
     model = open_model(folder, p=4)
     protocol = Protocol.for_model(model, size=32, kind='longer-side')
-    result = classify(model, open_classes(noise_folder, model, 'validation'), protocol, workers=0)
+    result = validate(model, open_classes(noise_folder, model, 'validation'), protocol, workers=0)
     assert f'longer side 32, smaller images enlarged, p = 4\n{result}' in capsys.readouterr().out
     top1, top5 = read_metrics(tmp_path / 'r.json')
     assert (top1.value, top5.value) == (100 * result.top1, 100 * result.top5)

@@ -104,7 +104,7 @@ def test_whitening_beside_without(model, pictures, noise_folder):
     """Fitted on other images at the same size, from the same pass."""
     benchmark = load_benchmark('folder', pictures)
     results = compare({'tiny': model}, benchmark, protocols=[PROTOCOL], poolings=['gem', 'crow'], exponents=[3],
-                      whiten=noise_folder, components=8).results
+                      whiten=noise_folder, dim=8).results
     assert [(r.system, r.whitening) for r in results] == [
         ('tiny, GeM p=3', None), ('tiny, CroW', None), ('tiny, GeM p=3, whitened 8', 8), ('tiny, CroW, whitened 8', 8)]
     from timm_multigrain.images.sources import find_images
@@ -206,7 +206,7 @@ def test_queries_as_published(model, tmp_path):
         queries = torch.cat([model.embed(prepare('q0', (4, 4, 28, 24), side=12)),  # half of 24, as 80 becomes 40
                              model.embed(prepare('q1', (4, 4, 28, 24)))])  # the whole has less than 40
         database = torch.cat([model.embed(prepare(name)) for name in 'abcde'])
-    result = evaluate(model, benchmark, protocol=protocol, cache_dir=tmp_path / 'cache')
+    result = evaluate(model, benchmark, protocol=protocol, work_dir=tmp_path / 'cache')
     assert result.figures == tuple(benchmark.measure([queries @ database.T]))
     vectors = [load_file(path)['vectors'] for path in (tmp_path / 'cache').rglob('*.safetensors')]
     found, = (l2_normalize(v) for v in vectors if len(v) == 2)
@@ -273,7 +273,7 @@ def test_score_normalisation(model, pictures, tmp_path, monkeypatch):
 
 
 def test_cache_is_used_and_told_apart(model, pictures, tmp_path, monkeypatch):
-    first = evaluate(model, 'folder', pictures, PROTOCOL, cache_dir=tmp_path)
+    first = evaluate(model, 'folder', pictures, PROTOCOL, work_dir=tmp_path)
     shards = {path for path in tmp_path.rglob('*') if path.is_file()}
     before = {path: path.stat().st_mtime_ns for path in shards}
 
@@ -281,19 +281,19 @@ def test_cache_is_used_and_told_apart(model, pictures, tmp_path, monkeypatch):
         raise KeyboardInterrupt('the trunk ran again')  # no Exception: those are told as what is wrong with an image
 
     monkeypatch.setattr(type(model), 'forward_features', no_pass)
-    assert evaluate(model, 'folder', pictures, PROTOCOL, cache_dir=tmp_path) == first
+    assert evaluate(model, 'folder', pictures, PROTOCOL, work_dir=tmp_path) == first
     assert all(path.stat().st_mtime_ns == before[path] for path in shards if path.suffix == '.safetensors')
     for other in (tiny_model(seed=1), tiny_model(gem_p=2.)):
         with pytest.raises(KeyboardInterrupt, match='ran again'):
-            evaluate(other, 'folder', pictures, PROTOCOL, cache_dir=tmp_path)
+            evaluate(other, 'folder', pictures, PROTOCOL, work_dir=tmp_path)
     with pytest.raises(KeyboardInterrupt, match='ran again'):
-        evaluate(model, 'folder', pictures, replace(PROTOCOL, size=41), cache_dir=tmp_path)
+        evaluate(model, 'folder', pictures, replace(PROTOCOL, size=41), work_dir=tmp_path)
 
 
 def test_a_run_that_was_cut_off_goes_on(model, pictures, tmp_path, monkeypatch):
     """Of the 12 images the first 4, a whole shard, need not be described again."""
-    kwargs = dict(exponents=[3., 1.], shard_size=4, batch_size=2, cache_dir=tmp_path / 'cache')
-    whole = compare({'model': model}, 'folder', pictures, [PROTOCOL], **kwargs | {'cache_dir': tmp_path / 'whole'})
+    kwargs = dict(exponents=[3., 1.], shard_size=4, batch_size=2, work_dir=tmp_path / 'cache')
+    whole = compare({'model': model}, 'folder', pictures, [PROTOCOL], **kwargs | {'work_dir': tmp_path / 'whole'})
     seen, forward = [], type(model).forward_features
 
     def cut_off(self, x, *args, **kwargs):

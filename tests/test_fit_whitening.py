@@ -38,7 +38,7 @@ def signs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 def test_golden_fit_and_fold(golden):
     g = load_file(golden / 'whitening.safetensors')
     fit = fit_whitening(GeM(p=3.0)(g['fit_maps']))
-    assert (fit.components, fit.num_images, fit.shrinkage, fit.num_constant) == (13, 128, 0, 0)
+    assert (fit.dim, fit.num_images, fit.shrinkage, fit.num_constant) == (13, 128, 0, 0)
     np.testing.assert_allclose(fit.mean, g['mean'], rtol=0, atol=1e-6 * g['mean'].abs().max())
     proj = g['proj'].double()
     np.testing.assert_allclose(fit.proj * signs(fit.proj, proj), proj, rtol=0, atol=1e-5 * proj.abs().max())
@@ -68,18 +68,18 @@ def test_covariance_becomes_the_identity(embeddings):
     fit = fit_whitening(embeddings.split(37))
     y = (with_constant(embeddings) - fit.mean) @ fit.proj
     assert (y.mean(0)).abs().max() < 1e-9
-    np.testing.assert_allclose(torch.cov(y.T), np.eye(fit.components), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(torch.cov(y.T), np.eye(fit.dim), rtol=0, atol=1e-9)
     z = with_constant(embeddings)
     np.testing.assert_allclose(fit.eigenvalues, np.linalg.eigvalsh(np.cov(z.numpy().T))[::-1], rtol=1e-8)
 
 
 def test_fewer_components_are_the_first(embeddings):
-    full, part = fit_whitening(embeddings), fit_whitening(embeddings, components=9)
-    assert part.components == 9 and torch.equal(part.proj, full.proj[:, :9])
-    with pytest.raises(ValueError, match='components=0'):
-        fit_whitening(embeddings, components=0)
-    with pytest.raises(ValueError, match=f'components={embeddings.shape[1] + 2}'):
-        fit_whitening(embeddings, components=embeddings.shape[1] + 2)
+    full, part = fit_whitening(embeddings), fit_whitening(embeddings, dim=9)
+    assert part.dim == 9 and torch.equal(part.proj, full.proj[:, :9])
+    with pytest.raises(ValueError, match='dim=0'):
+        fit_whitening(embeddings, dim=0)
+    with pytest.raises(ValueError, match=f'dim={embeddings.shape[1] + 2}'):
+        fit_whitening(embeddings, dim=embeddings.shape[1] + 2)
 
 
 def test_fewer_images_than_dimensions(embeddings):
@@ -87,7 +87,7 @@ def test_fewer_images_than_dimensions(embeddings):
     few = embeddings[:channels]
     with pytest.warns(UserWarning, match=f'{channels} images are fewer than the {channels + 2} .* Give more images'):
         fit = fit_whitening(few)
-    assert 0 < fit.shrinkage <= 1 and fit.components == channels + 1
+    assert 0 < fit.shrinkage <= 1 and fit.dim == channels + 1
     covariance = torch.cov(with_constant(few).T)
     shrunk = (1 - fit.shrinkage) * covariance + fit.shrinkage * covariance.diagonal().mean() * torch.eye(channels + 1)
     np.testing.assert_allclose(fit.proj.T @ shrunk @ fit.proj, np.eye(channels + 1), atol=1e-9)
@@ -95,7 +95,7 @@ def test_fewer_images_than_dimensions(embeddings):
     assert given.shrinkage == 0.5
     with pytest.raises(ValueError, match=f'{channels} images have {channels - 1} components'):
         fit_whitening(few, shrinkage=0)
-    assert fit_whitening(few, components=10, shrinkage=0).num_constant == 0
+    assert fit_whitening(few, dim=10, shrinkage=0).num_constant == 0
     for bad in (-0.1, 1.1, 'ledoit', float('nan')):
         with pytest.raises(ValueError, match='shrinkage='):
             fit_whitening(few, shrinkage=bad)
@@ -146,7 +146,7 @@ def test_folded_model_ranks_classes_as_before_and_reloads(model, embeddings, tmp
 @torch.no_grad()
 def test_fewer_components_project_the_classifier(model, embeddings):
     whitened = copy.deepcopy(model)
-    fit = fit_whitening(embeddings, components=20)
+    fit = fit_whitening(embeddings, dim=20)
     fold_whitening(whitened, fit)
     z = with_constant(embeddings)
     kept = fit.proj.numpy()
@@ -179,7 +179,7 @@ def test_shows_itself(embeddings):
         '65', str(embeddings.shape[1] + 1))
     fit = WhiteningFit(torch.zeros(3), torch.zeros(3, 2), torch.ones(2), 7, 1, 0.5)
     assert str(fit) == 'PCA whitening, 2 of 3 components, 7 images (shrinkage 0.5, 1 directions constant)'
-    assert fit.to_dict() == {'kind': 'pca', 'components': 2, 'images': 7, 'shrinkage': 0.5, 'constant': 1}
+    assert fit.to_dict() == {'kind': 'pca', 'dim': 2, 'images': 7, 'shrinkage': 0.5, 'constant': 1}
 
 
 class WithoutFloat64(TorchDispatchMode):

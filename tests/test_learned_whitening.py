@@ -50,7 +50,7 @@ def test_formula(data):
 
 def test_it_finds_matches(data):
     embeddings, groups = data
-    fit = fit_learned_whitening(embeddings, matching_pairs(groups[:120]), components=6)
+    fit = fit_learned_whitening(embeddings, matching_pairs(groups[:120]), dim=6)
 
     def first_is_match(x: torch.Tensor) -> float:
         x = torch.nn.functional.normalize(x[120:].double(), dim=1)

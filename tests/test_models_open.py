@@ -19,7 +19,7 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.images.labels import open_classes, write_class_names
 from timm_multigrain.index.model import label_names_of
-from timm_multigrain.measure.classify import classify
+from timm_multigrain.measure.classify import validate
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model, weights_sha256
 from timm_multigrain.models.weights import UnreadableWeightsError
@@ -221,7 +221,7 @@ def test_validate_counts_as_timms_validate_py(tmp_path, noise_folder, capsys):
     figures = json.loads((tmp_path / 'figures.json').read_text())
     assert figures[0]['metric'] == 'top1' and figures[0]['value'] == pytest.approx(100 * right.item())
     source = open_classes(noise_folder, open_model(path), 'train')
-    result = classify(open_model(path), source, Protocol.for_model(open_model(path), kind='crop'), workers=0)
+    result = validate(open_model(path), source, Protocol.for_model(open_model(path), kind='crop'), workers=0)
     assert result.loss == pytest.approx(loss.item(), abs=1e-5) and 0 < right < 1
 
 

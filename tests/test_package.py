@@ -1,4 +1,7 @@
 """The package as a whole: what importing it loads, its public names, its command."""
+import doctest
+import importlib
+import inspect
 import os
 import subprocess
 import sys
@@ -6,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import timm
+import torch
 
 import timm_multigrain
 from timm_multigrain.cli.main import main
@@ -83,3 +87,25 @@ def test_a_checkout_of_timm_in_the_current_folder_does_not_hide_the_installed_on
         [sys.executable, '-m', 'timm_multigrain', 'validate.py', '--flag'], capture_output=True, text=True,
         cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(Path(timm_multigrain.__path__[0]).parent)})
     assert done.stdout.split(maxsplit=1) == [timm.__version__, "['--flag'] __main__\n"], done.stderr
+
+
+def _documented() -> list[doctest.DocTest]:
+    """The examples in the docstrings of the public functions and classes, and of the measures and searches."""
+    names = dict(vars(timm_multigrain), timm=timm, torch=torch)
+    names.update({name: getattr(timm_multigrain, name) for name in timm_multigrain.__all__})
+    found = []
+    for module in ('measure.metrics', 'search.exact', 'search.rerank'):
+        module = importlib.import_module(f'timm_multigrain.{module}')
+        names.update({name: getattr(module, name) for name in module.__all__})
+    for name, value in names.items():
+        if getattr(value, '__module__', '').startswith('timm_multigrain') and '>>>' in (value.__doc__ or ''):
+            found.append(doctest.DocTestParser().get_doctest(inspect.getdoc(value), dict(names), name, None, 0))
+    return found
+
+
+def test_examples_in_docstrings():
+    torch.manual_seed(0)
+    examples = _documented()
+    assert len(examples) >= 15
+    for example in examples:
+        assert doctest.DocTestRunner(verbose=False).run(example).failed == 0, example.name

@@ -18,7 +18,7 @@ from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import open_classes
 from timm_multigrain.layers import GeM
 from timm_multigrain.measure.benchmarks.folder import load_folder
-from timm_multigrain.measure.classify import classify
+from timm_multigrain.measure.classify import validate
 from timm_multigrain.measure.p_result import PResult
 from timm_multigrain.measure.tune_p import _Scan, scan_p, scan_p_groups, tune_p
 from timm_multigrain.models.config import fitted
@@ -90,12 +90,12 @@ def test_the_scan(model, source):
     grid = (4, 1, 2.5, float('inf'))
     result = scan_p(model, source, PROTOCOL, grid, workers=0)
     assert result.grid == (1, 2.5, 3, 4, float('inf')) and result.tuned is None
-    own = classify(model, source, PROTOCOL, workers=0).ranks < 1
+    own = validate(model, source, PROTOCOL, workers=0).ranks < 1
     for p, value, loss in zip(result.grid, result.values, result.losses, strict=True):
         other = tiny_model()
         other.load_state_dict(model.state_dict())
         other.set_gem_p(p)
-        expected = classify(other, source, PROTOCOL, workers=0)
+        expected = validate(other, source, PROTOCOL, workers=0)
         assert value == pytest.approx(expected.top1) and loss == pytest.approx(expected.loss, rel=1e-5)
         noise = ((expected.ranks < 1) != own).sum() ** 0.5 / 18
         assert result.noise[result.grid.index(p)] == pytest.approx(noise)

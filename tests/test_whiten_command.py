@@ -64,7 +64,7 @@ def test_settings_are_recorded_and_compared(saved, noise_folder, tmp_path, capsy
     capsys.readouterr()
     model = open_model(tmp_path / 'w')
     settings = fitted(model, 'whitening')
-    assert (settings['components'], settings['images'], settings['p'], settings['kind']) == (8, 42, 2.0, 'pca')
+    assert (settings['dim'], settings['images'], settings['p'], settings['kind']) == (8, 42, 2.0, 'pca')
     assert settings['protocol']['size'] == 32 and model.embed_dim == 8 and model.gem_p == 2
     save_pretrained(model, tmp_path / 'again')  # it stays with the model
     model = open_model(tmp_path / 'again')
@@ -95,8 +95,9 @@ def test_commands_share_one_default(saved, command):
     """The longer side at the model's size, of `validate` the crop; flags win."""
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
-    needed = {embed: ['m', 'x', '-o', 'y'], whiten_command: ['m', 'x', '-o', 'y'], tune_p: ['m', 'x'], validate: ['m', 'x'],
-              index: ['-o', 'x'], evaluate: ['m', '--benchmark', 'folder', '--data', 'x']}[command]
+    needed = {embed: ['m', 'x', '-o', 'y'], whiten_command: ['m', 'x', '-o', 'y'], tune_p: ['m', 'x'],
+              validate: ['m', 'x'], index: ['-o', 'x'],
+              evaluate: ['m', '--benchmark', 'folder', '--data', 'x']}[command]
     model = open_model(saved)
 
     def get(*flags):
@@ -141,7 +142,7 @@ def test_refusals(saved, noise_folder, tmp_path, capsys):
             ((saved, noise_folder, tmp_path / 'v', '--flip'), 'one view at a time'),
             ((saved, noise_folder, tmp_path / 'v', '--shrinkage', 'x'), '--shrinkage x'),
             ((saved, noise_folder, tmp_path / 'v', '--shrinkage', '0'), 'give at least'),
-            ((saved, noise_folder, tmp_path / 'v', '--dim', '9999'), 'components=9999'),
+            ((saved, noise_folder, tmp_path / 'v', '--dim', '9999'), 'dim=9999'),
             ((saved, noise_folder, tmp_path / 'v', '--limit', '0'), '--limit 0')):
         assert whiten(*arguments) == 2
         assert message in capsys.readouterr().err

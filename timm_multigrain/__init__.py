@@ -20,6 +20,15 @@ _LAZY = {
     'task': ('MultiGrainTask',),
     'models.open': ('open_model',),
     'models.save': ('save_pretrained',),
+    'images.sources': ('open_images',),
+    'embed.protocol': ('Protocol',),
+    'embed.extract': ('extract',),
+    'whiten.fit': ('fit_whitening', 'fold_whitening', 'whiten_model'),
+    'index': ('Index',),
+    'measure.tune_p': ('tune_p',),
+    'measure.evaluate': ('evaluate',),
+    'measure.classify': ('validate',),
+    'hub': ('publish',),
 }
 _HOME = {name: module for module, names in _LAZY.items() for name in names}
 

@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _add_after(parser.add_argument_group('after the first ranking').add_argument)
     add_extraction_arguments(parser)
     add = parser.add_argument_group('output').add_argument
-    add('--cache-dir', metavar='DIR', help='keep descriptors in DIR: a run that was cut off goes on')
+    add('--work-dir', metavar='DIR', help='keep descriptors in DIR: a run that was cut off goes on')
     add('--json', metavar='FILE', help='write the figures to FILE')
     add('--plot', metavar='FILE', help='draw them into FILE')
 
@@ -83,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
     result = compare(
         models, benchmark, protocols=lambda model: _protocols(args, model, benchmark), poolings=args.pool,
         exponents=args.p,
-        whiten=args.whiten, components=args.dim, distractors=args.distractors, after=after, cache_dir=args.cache_dir,
+        whiten=args.whiten, dim=args.dim, distractors=args.distractors, after=after, work_dir=args.work_dir,
         command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **extraction_from_args(args))
     if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images out, and one tells the result
         return 0

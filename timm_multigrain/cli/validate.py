@@ -40,12 +40,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from timm_multigrain.images.labels import open_classes
-    from timm_multigrain.measure.classify import classify
+    from timm_multigrain.measure.classify import validate
 
     model = model_from_args(args)
     protocol = protocol_from_args(args, model)
     source = open_classes(args.data, model, args.split, args.class_map)
-    result = classify(model, source, protocol, strict=args.strict, **extraction_from_args(args))
+    result = validate(model, source, protocol, strict=args.strict, **extraction_from_args(args))
     p = f', p = {model.gem_p:g}' if isinstance(model.gem_p, float) else ''
     print(f'{protocol}{p}\n{result}')
     if args.json:

@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter('always', UserWarning)
         result = whiten_model(
-            model, source, protocol, components=args.dim, shrinkage=shrinkage, groups=groups, work_dir=work_dir,
+            model, source, protocol, dim=args.dim, shrinkage=shrinkage, groups=groups, work_dir=work_dir,
             strict=args.strict, **extraction_from_args(args))
     for warning in caught:
         print(f'Warning: {warning.message}', file=sys.stderr)

@@ -37,6 +37,11 @@ class RepeatedAugSampler(Sampler[int]):
 
     Raises:
         ValueError: Empty dataset, or an argument out of range.
+
+    Example:
+        >>> sampler = RepeatedAugSampler(10, num_repeats=3, shuffle=False)
+        >>> list(sampler)
+        [0, 0, 0, 1, 1, 1, 2, 2, 2, 3]
     """
 
     def __init__(

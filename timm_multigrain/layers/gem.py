@@ -46,6 +46,11 @@ def gem(
 
     Returns:
         Pooled x in the dtype of x.
+
+    Example:
+        >>> x = torch.tensor([[[[1., 2.], [3., 4.]]]])  # one map of 2 x 2
+        >>> [round(gem(x, p).item(), 3) for p in (1, 3, float('inf'))]
+        [2.5, 2.924, 4.0]
     """
     if has_torch_function_unary(x):  # one node in an fx graph
         return handle_torch_function(gem, (x,), x, p, eps, dim, keepdim, fixed)
@@ -170,6 +175,10 @@ class GeM(nn.Module):
 
     Raises:
         ValueError: A p that is not a number > 0, or no token beside the prefix tokens.
+
+    Example:
+        >>> GeM(p=3)(torch.ones(2, 8, 7, 7)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(

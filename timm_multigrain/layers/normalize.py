@@ -18,6 +18,10 @@ def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
     Returns:
         (..., C) in the dtype of x; the arithmetic is float32, or float64 for a float64 x.
+
+    Example:
+        >>> l2_normalize(torch.tensor([[3., 4.]]))
+        tensor([[0.6000, 0.8000]])
     """
     y = at_least_float32(x)
     return (y / (torch.linalg.vector_norm(y, dim=-1, keepdim=True) + eps)).to(x.dtype)

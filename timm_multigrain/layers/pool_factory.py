@@ -57,6 +57,10 @@ def create_pool(
 
     Raises:
         ValueError: The name is none of ours.
+
+    Example:
+        >>> create_pool('gem2.5')(torch.ones(2, 8, 7, 7)).shape
+        torch.Size([2, 8])
     """
     kwargs = {'input_fmt': input_fmt, 'flatten': flatten, 'num_prefix_tokens': num_prefix_tokens}
     if name in _REGIONAL:

@@ -145,6 +145,10 @@ class RMAC(_RegionalPool):
     Level l covers an H x W map by squares of side 2 min(H, W) / (l + 1), l of them along the shorter side and l + m - 1
     along the longer one; m makes neighbours of level 1 overlap by about 40 %. The channel maxima of each square are
     L2-normalised, and summed over all squares. The grid depends on the size, so an exported graph has a fixed one.
+
+    Example:
+        >>> RMAC(levels=3)(torch.ones(2, 8, 7, 7)).shape
+        torch.Size([2, 8])
     """
 
     def __init__(self, input_fmt: str = 'NCHW', flatten: bool = True, num_prefix_tokens: int = 0, levels: int = 3):

@@ -76,6 +76,13 @@ class MarginLoss(nn.Module):
 
     Raises:
         ValueError: beta_init is not between 0 and 2, or margin not from 0 to below 2.
+
+    Example:
+        >>> labels = torch.tensor([0, 0, 1, 1])
+        >>> embedding = l2_normalize(torch.eye(4))
+        >>> triplets = DistanceWeightedSampler()(embedding, labels)
+        >>> MarginLoss(beta_init=1.2, margin=0.2)(embedding, labels, triplets) > 0
+        tensor(True)
     """
     needs_triplets = True
 

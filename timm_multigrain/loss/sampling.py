@@ -49,6 +49,13 @@ class DistanceWeightedSampler(TripletSampler):
         nonzero_loss_cutoff: Negatives at this distance or beyond are not drawn, as their loss would be zero.
         max_positives: See `TripletSampler`.
         generator: See `TripletSampler`.
+
+    Example:
+        >>> sampler = DistanceWeightedSampler('row', generator=0)
+        >>> embedding = torch.nn.functional.normalize(torch.randn(6, 8), dim=1)
+        >>> anchors, positives, negatives = sampler(embedding, torch.tensor([0, 0, 0, 1, 1, 1]))
+        >>> len(anchors) == len(positives) == len(negatives)
+        True
     """
 
     def __init__(

@@ -19,7 +19,7 @@ from .results import Result
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['ClassificationResult', 'classify', 'ranks_of_truth']
+__all__ = ['ClassificationResult', 'ranks_of_truth', 'validate']
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,7 +108,7 @@ def ranks_of_truth(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return (logits >= truth).sum(1) - 1
 
 
-def classify(
+def validate(
         model: MultiGrain,
         source: ImageSource,
         protocol: Protocol,

@@ -98,10 +98,10 @@ def compare(
         poolings: Sequence[str] = (),
         exponents: Sequence[float] = (),
         whiten: Images | None = None,
-        components: int | None = None,
+        dim: int | None = None,
         distractors: Images | None = None,
         after: AfterRanking | None = None,
-        cache_dir: str | os.PathLike | None = None,
+        work_dir: str | os.PathLike | None = None,
         command: str | None = None,
         options: Mapping[str, Any] | None = None,
         **extraction: Any,
@@ -118,10 +118,10 @@ def compare(
         exponents: A GeM for each.
         whiten: Images to fit a whitening on, for every system at every protocol; it is measured beside the system
             without. They should be other images than the benchmark's.
-        components: Components of the whitening, all by default.
+        dim: Components of the whitening, all by default.
         distractors: More images for the database.
         after: Query expansion, database augmentation, score normalisation.
-        cache_dir: Folder that keeps the descriptors, so that a run that was cut off goes on; temporary by default.
+        work_dir: Folder that keeps the descriptors, so that a run that was cut off goes on; temporary by default.
         command: What repeats the measurement, for the results.
         options: The benchmark's own, see `load_benchmark`.
         **extraction: As of `extract`: batch_size, workers, device, dtype, fast, progress.
@@ -138,12 +138,12 @@ def compare(
         given = protocols
         protocols = lambda model: given or [Protocol.for_model(model, **benchmark.published)]  # noqa: E731
     results = []
-    with _folder(cache_dir) as folder:
+    with _folder(work_dir) as folder:
         for name, model in models.items():
             for protocol in protocols(model):
                 systems = Systems.of(model, choose_systems(model, poolings, exponents))
                 if whiten is not None:
-                    systems = add_whitened(systems, whiten, protocol, components, folder, **extraction)
+                    systems = add_whitened(systems, whiten, protocol, dim, folder, **extraction)
                 alone = zip(systems.systems, systems.models, strict=True)
                 for together in [systems] if _one_pass(protocol) else [Systems([s], [m]) for s, m in alone]:
                     described = _describe_benchmark(
@@ -227,7 +227,7 @@ def _one_pass(protocol: Protocol) -> bool:
     return protocol.scales == (1.,) and not protocol.flip
 
 
-def add_whitened(systems: Systems, images: ImageSource, protocol: Protocol, components: int | None, folder: Path,
+def add_whitened(systems: Systems, images: ImageSource, protocol: Protocol, dim: int | None, folder: Path,
                  **extraction: Any) -> Systems:
     """The systems, and each of them whitened; all of them are fitted on one pass over the images.
 
@@ -247,7 +247,7 @@ def add_whitened(systems: Systems, images: ImageSource, protocol: Protocol, comp
         if unit:
             model.head.pool = UnitPool(model.head.pool)
         pooled = (systems.take(vectors, number, normalize=unit) for _, vectors in iter_shards(where))
-        fold_whitening(model, fit_whitening(pooled, components))
+        fold_whitening(model, fit_whitening(pooled, dim))
         models.append(model)
         whitened.append(replace(system, whitening=model.embed_dim))
     return Systems(systems.systems + whitened, systems.models + models)
@@ -306,12 +306,12 @@ def _open(images: Images | None) -> ImageSource | None:
 
 
 @contextmanager
-def _folder(cache_dir: str | os.PathLike | None) -> Iterator[Path]:
-    if cache_dir is not None:
-        yield Path(cache_dir)
+def _folder(work_dir: str | os.PathLike | None) -> Iterator[Path]:
+    if work_dir is not None:
+        yield Path(work_dir)
         return
     if int(os.environ.get('WORLD_SIZE', 1)) > 1:
-        raise ValueError('Several processes share the descriptors through a folder: give a cache_dir that all of them '
+        raise ValueError('Several processes share the descriptors through a folder: give a work_dir that all of them '
                          'see.')
     with tempfile.TemporaryDirectory(prefix='timm-multigrain-') as folder:
         yield Path(folder)

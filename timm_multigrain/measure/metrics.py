@@ -100,6 +100,11 @@ def mean_average_precision(
         scores: Similarities, (Q, N) or chunks.
         relevant: Database indices of the relevant items of each query, at least one each.
         ignore: Database indices to leave out of each query's list (such as the query itself), or None.
+
+    Example:
+        >>> scores = torch.tensor([[.9, .1, .5, .3]])  # one query, four images
+        >>> round(mean_average_precision(scores, relevant=[[0, 3]]).map, 3)
+        0.792
     """
     for query, items in enumerate(relevant):
         if not len(items):
@@ -306,6 +311,10 @@ def micro_average_precision(
         reference_ids: Reference of each.
         scores: Score of each, higher is more certain.
         true_pairs: (query, reference) of every true pair, each once; those that were not predicted count as missed.
+
+    Example:
+        >>> micro_average_precision(['q', 'q'], ['a', 'b'], [.9, .4], true_pairs=[('q', 'a')]).uap
+        1.0
     """
     scores = np.array(_to_list(scores), dtype=np.float64)
     predicted = list(zip(_to_list(query_ids), _to_list(reference_ids), strict=True))

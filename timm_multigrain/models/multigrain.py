@@ -51,6 +51,13 @@ class MultiGrain(nn.Module):
 
     Raises:
         ValueError: Unknown trunk, a trunk without a map of positions, or an impossible p, pooling or whitening.
+
+    Example:
+        >>> model = timm.create_model('multigrain_resnet18', num_classes=10).eval()
+        >>> model(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 10])
+        >>> model.embed(torch.randn(2, 3, 64, 64)).shape
+        torch.Size([2, 512])
     """
     __jit_unused_properties__ = ['_model_args', 'global_pool', 'gem_p', 'whitened', 'embed_dim', 'input_sizes']
 

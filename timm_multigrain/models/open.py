@@ -87,6 +87,11 @@ def open_model(
         FileNotFoundError: Folder, file or model not found.
         ValueError: It cannot be read, has no map to pool, or the pooling or p does not suit it.
         OSError, RuntimeError: Weights that cannot be downloaded, or do not fit.
+
+    Example:
+        >>> model = open_model('multigrain_resnet18', pretrained=False, pool='mac')
+        >>> model.global_pool
+        'mac'
     """
     name = os.fsdecode(name)
     model = _open(name, pretrained, ema, architecture)

@@ -184,6 +184,10 @@ def register_multigrain(trunk: str) -> str:
 
     Raises:
         ValueError: timm does not know the trunk.
+
+    Example:
+        >>> register_multigrain('regnety_002')
+        'multigrain_regnety_002'
     """
     arch = trunk.split('.')[0]
     name = f'multigrain_{arch}'

@@ -70,6 +70,10 @@ def nearest(queries: Array, database: Array | Iterable[Array], k: int,
 
     Raises:
         ValueError: If shapes disagree, k is below 1, the database is empty, or a score is NaN.
+
+    Example:
+        >>> nearest(torch.tensor([[1., 0.]]), torch.tensor([[0., 1.], [1., 0.], [.6, .8]]), k=2)
+        (tensor([[1.0000, 0.6000]]), tensor([[1, 2]]))
     """
     if k < 1:
         raise ValueError(f'k is {k}, and has to be 1 or more.')

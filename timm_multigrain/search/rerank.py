@@ -42,6 +42,11 @@ def alpha_query_expansion(
     Raises:
         ValueError: If shapes disagree, k is below 1, alpha is negative, the database is empty or a generator, or a
             similarity is NaN.
+
+    Example:
+        >>> queries, database = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1) for n in (2, 100))
+        >>> alpha_query_expansion(queries, database, k=3, alpha=3.).shape
+        torch.Size([2, 8])
     """
     queries = as_vectors(queries, 'queries')
     if isinstance(database, Iterator):

@@ -92,6 +92,13 @@ class MultiGrainTask(ClassificationTask):
     Raises:
         ValueError: lambda outside [0, 1], fewer than 2 repeats with lambda < 1, a model without classifier, or an
             unknown loss or sampling.
+
+    Example:
+        >>> model = timm.create_model('multigrain_resnet18', num_classes=10)
+        >>> task = MultiGrainTask(model, num_repeats=2, verbose=False).train()
+        >>> targets = torch.tensor([[3, 0], [3, 0], [7, 1], [7, 1]])  # class, image
+        >>> sorted(task(torch.randn(4, 3, 64, 64), targets))
+        ['beta', 'classification_loss', 'instance_loss', 'loss', 'output']
     """
 
     def __init__(

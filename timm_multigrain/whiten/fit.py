@@ -69,62 +69,69 @@ class WhiteningFit:
     kind: str = 'pca'
 
     @property
-    def components(self) -> int:
+    def dim(self) -> int:
         """Size k of the whitened embedding."""
         return self.proj.shape[1]
 
     def to_dict(self) -> dict:
         """What it is, without the matrices, for JSON."""
-        return {'kind': self.kind, 'components': self.components, 'images': self.num_images,
+        return {'kind': self.kind, 'dim': self.dim, 'images': self.num_images,
                 'shrinkage': self.shrinkage, 'constant': self.num_constant}
 
     def __str__(self) -> str:
         notes = [f'shrinkage {self.shrinkage:.3g}'] * bool(self.shrinkage)
         notes += [f'{self.num_constant} directions constant'] * bool(self.num_constant)
-        return (f'{"PCA" if self.kind == "pca" else "Learned"} whitening, {self.components} of {len(self.mean)} '
+        return (f'{"PCA" if self.kind == "pca" else "Learned"} whitening, {self.dim} of {len(self.mean)} '
                 f'components, {self.num_images} images' + (f' ({", ".join(notes)})' if notes else ''))
 
 
 def fit_whitening(
         embeddings: torch.Tensor | Iterable[torch.Tensor],
-        components: int | None = None,
+        dim: int | None = None,
         shrinkage: float | str | None = None,
 ) -> WhiteningFit:
     """Fit PCA whitening, in memory independent of the number of images.
 
     Args:
         embeddings: Pooled embeddings, not normalised: (n, C), or batches of them.
-        components: Number k of components kept, strongest first; C + 1 by default. With fewer, the classifier that is
+        dim: Number k of components kept, strongest first; C + 1 by default. With fewer, the classifier that is
             folded in sees the embedding without the others, and its logits become approximate.
         shrinkage: Share s in [0, 1] of (1 - s) covariance + s (mean variance) identity, or 'oas' to estimate it (Chen
             et al. 2010). None: 0 with C + 2 images or more, as the original; 'oas', with a warning, with fewer.
 
     Raises:
         ValueError: No images, images that are all alike, too few for a shrinkage of 0, or impossible arguments.
+
+    Example:
+        >>> model = timm.create_model('multigrain_resnet18', num_classes=10)
+        >>> fit = fit_whitening(torch.rand(600, 512))  # of 600 images; the model's embedding has 512 channels
+        >>> fold_whitening(model, fit)
+        >>> model.whitened
+        True
     """
     pca = _accumulate(embeddings)
-    components = _check(components, shrinkage, pca.dim)
+    dim = _check(dim, shrinkage, pca.dim)
     if pca.count < 2:
         raise ValueError(f'{pca.count} image cannot tell what varies: whitening needs many, {pca.dim + 1} or more.')
     if shrinkage is None and pca.count <= pca.dim:  # the covariance of n images has rank n - 1
         warnings.warn(f'{pca.count} images are fewer than the {pca.dim + 1} that a whitening of {pca.dim} channels '
                       'needs: its covariance is shrunk towards the identity. Give more images.', stacklevel=2)
-    if shrinkage == 0 and components > pca.count - 1:
+    if shrinkage == 0 and dim > pca.count - 1:
         raise ValueError(
-            f'{pca.count} images have {pca.count - 1} components, and {components} are asked for: give at least '
-            f'{components + 1} images, components={pca.count - 1}, or leave shrinkage out.')
+            f'{pca.count} images have {pca.count - 1} components, and {dim} are asked for: give at least '
+            f'{dim + 1} images, dim={pca.count - 1}, or leave shrinkage out.')
     values, proj = pca.eigh()
     if not values[0] > NOTHING:
         raise ValueError(f'The {pca.count} images all have the same embedding: there is nothing to whiten.')
     values, scale, constant, shrinkage = _scale(values, pca.count, shrinkage)
-    return WhiteningFit(pca.mean, (proj / scale)[:, :components], values[:components], pca.count,
-                        int(constant[:components].sum()), shrinkage)
+    return WhiteningFit(pca.mean, (proj / scale)[:, :dim], values[:dim], pca.count,
+                        int(constant[:dim].sum()), shrinkage)
 
 
 def fit_learned_whitening(
         embeddings: torch.Tensor,
         pairs: np.ndarray | Sequence[tuple[int, int]],
-        components: int | None = None,
+        dim: int | None = None,
         shrinkage: float | str | None = None,
 ) -> WhiteningFit:
     """Fit a learned whitening.
@@ -132,7 +139,7 @@ def fit_learned_whitening(
     Args:
         embeddings: (n, C) pooled embeddings, not normalised.
         pairs: (m, 2) numbers of matching images, see `matching_pairs`.
-        components: Number of components kept, all C + 1 by default.
+        dim: Number of components kept, all C + 1 by default.
         shrinkage: Share of the identity in the covariance of the differences. 'oas' estimates it (Chen et al.
             2010). None: 0 with C + 2 pairs or more, 'oas' with fewer.
 
@@ -145,7 +152,7 @@ def fit_learned_whitening(
     if pairs.min() < 0 or pairs.max() >= len(embeddings):
         raise ValueError(f'pairs name images {int(pairs.min())} to {int(pairs.max())} of {len(embeddings)}.')
     every = _accumulate(embeddings)
-    components = _check(components, shrinkage, every.dim)
+    dim = _check(dim, shrinkage, every.dim)
     within = StreamingPCA(every.dim, centered=False)
     for some in pairs.split(ROWS):
         within.update(with_constant(embeddings[some[:, 0]]) - with_constant(embeddings[some[:, 1]]))
@@ -156,7 +163,7 @@ def fit_learned_whitening(
     vectors = vectors / scale
     ratios, turn = torch.linalg.eigh(vectors.T @ every.covariance() @ vectors)
     return WhiteningFit(
-        every.mean, (vectors @ turn.flip(1))[:, :components], ratios.flip(0)[:components].clamp(min=0), every.count,
+        every.mean, (vectors @ turn.flip(1))[:, :dim], ratios.flip(0)[:dim].clamp(min=0), every.count,
         int(constant.sum()), shrinkage, 'learned')
 
 
@@ -211,15 +218,15 @@ def _accumulate(embeddings: torch.Tensor | Iterable[torch.Tensor]) -> StreamingP
     return pca
 
 
-def _check(components: int | None, shrinkage: float | str | None, dim: int) -> int:
+def _check(dim: int | None, shrinkage: float | str | None, most: int) -> int:
     """The number of components, all by default."""
-    if components is not None and not 1 <= components <= dim:
-        raise ValueError(f'components={components}: an embedding of {dim - 1} channels and the constant one has '
-                         f'1 to {dim}.')
+    if dim is not None and not 1 <= dim <= most:
+        raise ValueError(f'dim={dim}: an embedding of {most - 1} channels and the constant one has '
+                         f'1 to {most}.')
     number = isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1
     if shrinkage is not None and shrinkage != 'oas' and not number:
         raise ValueError(f"shrinkage={shrinkage!r}: give a share from 0 to 1, or 'oas'.")
-    return components or dim
+    return dim or most
 
 
 def _scale(values: torch.Tensor, count: int, shrinkage: float | str | None) -> tuple:
@@ -252,7 +259,7 @@ def fold_whitening(model: MultiGrain, fit: WhiteningFit) -> None:
                          f'with global_pool={model.global_pool!r}.')
     head, old = model.head, model.head.fc
     training = model.training
-    model.set_whitening(fit.components)
+    model.set_whitening(fit.dim)
     stored = head.whitening.mean.dtype  # made on the CPU: not every device has float64
     head.whitening.mean.copy_(fit.mean.to(stored))
     head.whitening.proj.copy_(fit.proj.to(stored))
@@ -308,7 +315,7 @@ def whiten_model(
         source: ImageSource,
         protocol: Protocol,
         *,
-        components: int | None = None,
+        dim: int | None = None,
         shrinkage: float | str | None = None,
         groups: Sequence[int] | None = None,
         work_dir: str | os.PathLike | None = None,
@@ -322,7 +329,7 @@ def whiten_model(
         source: Images, of the kind that will be searched, but not the test images. 20,000 in the paper; at least C + 2
             for a whitening of C channels and the constant one.
         protocol: How they are prepared, as the searched images will be; single scale, no flip.
-        components: As of `fit_whitening`.
+        dim: As of `fit_whitening`.
         shrinkage: As of `fit_whitening`.
         groups: Learn the whitening from matching images instead: the group of each image, -1 for none. All embeddings
             are in memory then.
@@ -341,11 +348,11 @@ def whiten_model(
     with work_folder(work_dir) as folder:
         extracted = extract_shards(model, source, protocol, folder, strict=strict, descriptor=False, **extraction)
         if groups is None:
-            fit = fit_whitening((vectors for _, vectors in iter_shards(folder)), components, shrinkage)
+            fit = fit_whitening((vectors for _, vectors in iter_shards(folder)), dim, shrinkage)
         else:
             described, group = Descriptors.load(folder), dict(zip(source.names, groups, strict=True))
             pairs = matching_pairs([group[name] for name in described.names])
-            fit = fit_learned_whitening(described.vectors, pairs, components, shrinkage)
+            fit = fit_learned_whitening(described.vectors, pairs, dim, shrinkage)
         sample = next(iter_shards(folder))[1][:CHECKED].to(next(model.parameters()).device)
     before = _first_classes(model, sample)
     fold_whitening(model, fit)
