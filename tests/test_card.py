@@ -4,7 +4,6 @@ import math
 import re
 
 import pytest
-import timm
 import torch
 from huggingface_hub import ModelCard
 
@@ -205,12 +204,6 @@ def test_files_of_figures(tmp_path):
             read_metrics(path)
     path.write_text(json.dumps([figure(), HOLIDAYS]))
     assert read_metrics(path) == [Metric(**figure()), Metric(**HOLIDAYS)]
-
-
-def test_input_of_the_card_is_that_of_the_saved_model(tmp_path):
-    publish(tiny_model(), 'me/model', license='mit', data_config={'input_size': (3, 96, 96)}, dry_run=tmp_path / 'dry')
-    assert '3 x 96 x 96' in (tmp_path / 'dry' / 'README.md').read_text()
-    assert timm.create_model(f'local-dir:{tmp_path / "dry"}').pretrained_cfg['input_size'] == (3, 96, 96)
 
 
 def test_a_license_is_no_yaml():

@@ -1,6 +1,5 @@
 """InstanceDataset: decoding once gives what as many separate reads give, and the unreadable is skipped."""
 import os
-import pickle
 import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -140,12 +139,6 @@ MAKERS = {
 @pytest.mark.parametrize('name', MAKERS)
 def test_same_as_separate_reads(root, name):
     assert_same_as_separate_reads(lambda: MAKERS[name](root))
-
-
-def test_same_as_separate_reads_of_photographs(shared_data):
-    files = shared_data / 'classes' / 'val'
-    for transform in (create_transform(96), timm_transform(96, is_training=True, auto_augment='original')):
-        assert_same_as_separate_reads(lambda: ImageFolder(files, transform=transform), [7, 7, 7, 300, 300, 300, 7])  # noqa: B023
 
 
 @pytest.mark.parametrize('name', ['timm', 'folder', 'random split', 'two data sets'])
@@ -370,12 +363,3 @@ def test_workers_share_what_was_skipped(root):
     instances = InstanceDataset(ImageDataset(str(root), transform=Compose([Resize((8, 8)), PILToTensor()])))
     ids = torch.cat([targets[:, 1] for _, targets in DataLoader(instances, num_workers=2)])
     assert ids.tolist() == [1, 1, 2, 3, 4, 5, 6, 7, 8, 10, 10, 11] and instances.skipped == [0, 9]
-
-
-def test_pickles(root):
-    for make in (ImageDataset, ImageFolder):
-        dataset = InstanceDataset(make(str(root), transform=create_transform(32)))
-        copied = pickle.loads(pickle.dumps(dataset))
-        assert len(copied) == 12
-        assert isinstance(copied.transform, Compose)
-        assert copied[3][1].tolist() == [0, 3]

@@ -342,11 +342,3 @@ def test_bad_datasets(root):
 
     with pytest.raises(ValueError, match=r'targets of shape \(12, 4\) for 12 images'):
         next(iter(loader_of(root, collate_fn=one_hot, use_prefetcher=False)))
-
-
-def test_photographs(shared_data):
-    dataset = timm.data.create_dataset('', str(shared_data / 'classes'), split='val')
-    loader = create_loader(dataset, 64, 30, device=CPU, num_workers=1, epoch_len_factor=0.2)
-    for images, targets in loader:
-        assert images.isfinite().all()
-        assert targets[:, 0].tolist() == [dataset.reader.samples[i][1] for i in targets[:, 1]]

@@ -9,7 +9,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -292,15 +291,6 @@ def test_built_on_meta(kwargs):
         assert torch.equal(pool(x), GeM(4, **kwargs)(x))
 
 
-def test_no_value_is_looked_at_that_is_not_on_the_host():
-    with FakeTensorMode():  # nor can those be
-        for kwargs in ({'p': 1}, {'p': 3}, {'p': INF}, {'learn_p': True}, {'num_channels': 3}):
-            pool = GeM(**kwargs)
-            x = torch.empty(2, 3, 4, 4, requires_grad=True)
-            pool(x).sum().backward()
-            assert x.grad.shape == x.shape and pool.value() == ([3.] * 3 if pool.per_channel else pool.init_p)
-
-
 @pytest.mark.parametrize('before, after', [(3, 5), (3, 1), (1, INF), (INF, 2.5)])
 def test_p_lives_once(before, after):
     """Whoever changes the tensor changes the pooling: in place, an average of weights, a call with another one."""
@@ -365,8 +355,7 @@ def test_transforms_and_checkpointing():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('dynamo', [True, False])
-@pytest.mark.parametrize('p, learn_p', [(100, False), (INF, False), (3, True)])
+@pytest.mark.parametrize('p, learn_p, dynamo', [(INF, False, True), (3, True, True), (100, False, False)])
 def test_onnx(tmp_path, p, learn_p, dynamo):
     runtime = pytest.importorskip('onnxruntime')
     pytest.importorskip('onnxscript')

@@ -18,7 +18,6 @@ from timm_multigrain.loss import (
     MetricLearningLoss,
     TripletLoss,
     Triplets,
-    UniformSampler,
     create_instance_loss,
     losses,
     margin_loss,
@@ -137,7 +136,7 @@ def test_margin_equals_loops(batch):
         for margin in (0.2, 0.6):
             expected, active = naive_margin(embedding, triplets, beta, margin)
             assert margin_loss(embedding, triplets, beta, margin).item() == pytest.approx(expected, rel=1e-6)
-            loss = margin_loss(embedding.double(), triplets, torch.tensor([beta], dtype=torch.float64), margin)
+            loss = margin_loss(embedding.double(), pad(triplets), torch.tensor([beta], dtype=torch.float64), margin)
             assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected, rel=1e-12)
             statistics = margin_statistics(embedding, pad(triplets), beta, margin)
             assert {k: v.item() for k, v in statistics.items()} == pytest.approx({
@@ -151,7 +150,7 @@ def test_pair_losses_equal_loops(batch):
         for loss, naive in [(ContrastiveLoss(margin), naive_contrastive), (TripletLoss(margin), naive_triplet)]:
             expected = naive(embedding, triplets, margin)
             assert loss(embedding, target, triplets).item() == pytest.approx(expected, rel=2e-6)
-            assert loss(embedding.double(), target, triplets).item() == pytest.approx(expected, rel=1e-12)
+            assert loss(embedding.double(), target, pad(triplets)).item() == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize('chunk', [1, 60, 2 ** 17])
@@ -163,19 +162,6 @@ def test_gradients(batch, name, chunk, monkeypatch):
     embedding = embedding.double().requires_grad_()
     assert torch.autograd.gradcheck(
         lambda e, *_: loss(e, target, pad(triplets)), (embedding, *loss.parameters()))
-
-
-@pytest.mark.parametrize('name', OURS)
-def test_padding_changes_nothing(batch, name):
-    embedding, target, triplets = batch
-    results = []
-    for t in (triplets, pad(triplets)):
-        loss = OURS[name]()
-        leaf = embedding.clone().requires_grad_()
-        value = loss(leaf, target, t)
-        value.backward()
-        results.append((value.detach(), leaf.grad, *(p.grad for p in loss.parameters())))
-    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize('name', OURS)
@@ -311,7 +297,7 @@ def test_train_steps_are_the_original(golden):
 
 def test_compile(batch):
     embedding, target, _ = batch
-    sampler = UniformSampler(max_positives=2)
+    sampler = DistanceWeightedSampler('batch', max_positives=2)
     margin = MarginLoss()
 
     def step(embedding, target):

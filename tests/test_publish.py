@@ -22,8 +22,7 @@ FILES = {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
 
 
 @pytest.mark.parametrize('kwargs', [
-    dict(gem_p=2.5), dict(gem_p=math.inf), dict(learn_p=True, gem_p=1.7), dict(per_channel_p=True),
-    dict(per_channel_p=True, learn_p=True, num_classes=7), dict(whitening=33), dict(in_chans=1, num_classes=5),
+    dict(gem_p=math.inf), dict(per_channel_p=True, learn_p=True, num_classes=7),
     dict(in_chans=5, whitening=97, num_classes=0), dict(global_pool='rmac')])
 @torch.inference_mode()
 def test_a_published_model_comes_back_bit_by_bit(hub, kwargs):

@@ -119,16 +119,6 @@ def test_duplicate_rows_do_not_make_the_batch_uniform(numbers):
         torch.testing.assert_close(prob.double(), naive_probabilities(embedding, target)[0], rtol=2e-4, atol=1e-7)
 
 
-def test_duplicates_are_at_distance_zero():
-    """The squared distance of equal rows is often negative after rounding. Each row here has two copies."""
-    for name in ('batch', 'row'):
-        for n in (25, 37, 101):
-            embedding, _ = make_embedding('sphere', n, 1, 128)
-            prob, _ = create_sampler(name).probabilities(torch.cat([embedding] * 3), torch.arange(3 * n))
-            half = (torch.ones(3, 3) - torch.eye(3)) / 2
-            torch.testing.assert_close(prob, torch.kron(half, torch.eye(n)), rtol=0, atol=1e-6)
-
-
 @pytest.mark.parametrize('dim', [2, 3, 16, 128, 2048])
 def test_row_equals_loops(dim):
     """An error of a float32 inner product is multiplied by an exponent of up to the dimension."""
@@ -149,13 +139,6 @@ def test_cutoffs():
         expected, expected_uniform = naive_probabilities(embedding, target, *cutoffs)
         torch.testing.assert_close(prob.double(), expected, rtol=1e-5, atol=1e-30)
         assert torch.equal(uniform_row, expected_uniform)
-
-
-def test_batch_equals_row_without_underflow():
-    for kind in ('sphere', 'noise', 'relu'):
-        embedding, target = make_embedding(kind, 8, 3, 64)
-        batch, row = (create_sampler(name).probabilities(embedding, target)[0] for name in ('batch', 'row'))
-        torch.testing.assert_close(batch, row, rtol=2e-5, atol=1e-20)
 
 
 def test_underflow_limits(golden):
@@ -416,13 +399,6 @@ def test_randomness():
     assert copy.deepcopy(sampler)(embedding, target).negative.tolist() == first[1]
 
 
-def test_positives_beyond_the_maximum_are_dropped():
-    embedding, target = make_embedding('sphere', 3, 4, 16)
-    triplets = UniformSampler(max_positives=2)(embedding, target)
-    assert triplets.anchor.tolist() == [a for a in range(12) for _ in range(2)]
-    assert triplets.positive[:8].tolist() == [1, 2, 0, 2, 0, 1, 0, 1]
-
-
 @pytest.mark.parametrize('name', NAMES)
 def test_no_result_is_needed_on_the_host(name):
     """A tensor without data shows any decision on values: only the exact list of triplets needs one."""
@@ -441,16 +417,6 @@ def test_embedding_is_left_alone():
         for name in NAMES:
             create_sampler(name)(x, target, return_prob=True)
             assert torch.equal(x.nan_to_num(7.), before.nan_to_num(7.))
-
-
-def test_compile():
-    embedding, target = make_embedding('noise', 6, 3, 128)
-    target[-1] = 17
-    sampler = create_sampler('batch', max_positives=2)
-    triplets = torch.compile(sampler, backend='aot_eager', fullgraph=True)(embedding, target)
-    check_triplets(triplets, target, naive_pairs(target), 2)
-    check_negatives(triplets, target, torch.ones(18, dtype=torch.bool), sampler.probabilities(embedding, target)[0],
-                    'batch')
 
 
 def test_wrong_batches():
