@@ -124,7 +124,6 @@ MAKERS = {
     'timm, augmented': lambda root: ImageDataset(str(root), transform=timm_transform(
         32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.5)),
     'folder': lambda root: ImageFolder(root, transform=create_transform(32), target_transform=noisy_class),
-    'folder, no transform': lambda root: ImageFolder(root, target_transform=noisy_class),
     'transforms, standard': lambda root: Pairs(root, transform=draw_from_all, target_transform=noisy_class),
     'transforms, joint': lambda root: Pairs(root, transforms=Joint()),
     'random split': lambda root: random_split(

@@ -103,21 +103,6 @@ def test_images_are_those_of_timm(root, use_prefetcher):
     assert torch.equal(targets[:, 0], expected_classes)
 
 
-@pytest.mark.parametrize('options', [
-    {'scale': (0.3, 1), 'ratio': (1, 1), 'hflip': 0, 'vflip': 0.5, 'mean': (0.5,) * 3, 'interpolation': 'bicubic'},
-    {'re_prob': 1.0}, {'train_crop_mode': 'rkrc', 'grayscale_prob': 0.1, 'gaussian_blur_prob': 0.1}])
-@pytest.mark.parametrize('use_prefetcher', [True, False])
-def test_transforms_are_those_of_timm(root, options, use_prefetcher):
-    reference = ImageDataset(root)
-    options = {**options, 'use_prefetcher': use_prefetcher, 'device': CPU, 'num_workers': 0}
-    expected = timm.data.create_loader(reference, 32, 12, is_training=True, **options)
-    loader, fast = (create_loader(ImageDataset(root), 32, 12, fast=on, **options) for on in (False, True))
-    assert repr(loader.dataset.transform) == repr(reference.transform)
-    if use_prefetcher:
-        assert (loader.random_erasing is None) == (expected.random_erasing is None)
-    assert_near(seeded(list, fast), seeded(list, loader))
-
-
 def test_options_of_the_sampler(root):
     loader = loader_of(root, num_repeats=2, epoch_len_factor=2.5, shuffle=False, seed=4)
     assert ids(loader) == order(40, repeats=2, epoch_len_factor=2.5, shuffle=False)[:96]

@@ -82,9 +82,8 @@ def test_select_adaptive_pool(name, input_fmt, flatten):
 def test_select_adaptive_pool_refuses():
     with pytest.raises(ValueError, match=r"'gem' pools to a single cell, got output_size=\(2, 2\)"):
         SelectAdaptivePool2d((2, 2), 'gem')
-    for name in ('gem-3', 'gem0', 'GeM'):
-        with pytest.raises(ValueError, match=f"Unknown pooling '{name}', expected 'gem'"):
-            SelectAdaptivePool2d(pool_type=name)
+    with pytest.raises(ValueError, match="Unknown pooling 'gem-3', expected 'gem'"):
+        SelectAdaptivePool2d(pool_type='gem-3')
     with pytest.raises(AssertionError, match='Invalid pool type: median'):
         SelectAdaptivePool2d(pool_type='median')
 

@@ -309,8 +309,6 @@ def test_any_trunk_or_a_clear_error(trunk):
     (dict(trunk='multigrain_resnet18'), 'is a MultiGrain model itself'),
     (dict(trunk='crossvit_9_240'), "'crossvit_9_240'"),
     (dict(trunk='resnet18', gem_p=0), 'p > 0, got 0'),
-    (dict(trunk='resnet18', gem_p=-2.0), 'p > 0, got -2'),
-    (dict(trunk='resnet18', gem_p=math.nan), 'p > 0, got nan'),
     (dict(trunk='resnet18', gem_p='three'), "gem_p='three' is not a number"),
     (dict(trunk='resnet18', num_classes=-1), 'num_classes=-1 is negative'),
     (dict(trunk='resnet18', whitening=600), 'choose 1 to 513'),

@@ -409,16 +409,6 @@ def test_no_result_is_needed_on_the_host(name):
         create_sampler(name)(embedding, target)
 
 
-def test_embedding_is_left_alone():
-    embedding, target = make_embedding('relu', 5, 3, 16)
-    embedding[3, 2] = math.nan
-    for x in (embedding, embedding.double()):
-        before = x.clone()
-        for name in NAMES:
-            create_sampler(name)(x, target, return_prob=True)
-            assert torch.equal(x.nan_to_num(7.), before.nan_to_num(7.))
-
-
 def test_wrong_batches():
     integers = torch.zeros(4, dtype=torch.int64)
     for embedding, target, message in (
