@@ -76,7 +76,7 @@ def test_holidays_incomplete(tmp_path, shared_data):
     touch(tmp_path, holidays_names(shared_data)[:-5])
     with pytest.raises(FileNotFoundError, match=r'lacks 5 of the 1491 .*\.jpg and 2 more; its archives'):
         load_benchmark('holidays', tmp_path)
-    with pytest.raises(FileNotFoundError, match='is not a folder, so INRIA Holidays is not there; its archives'):
+    with pytest.raises(FileNotFoundError, match=r'INRIA Holidays not found: .* is not a folder; its archives'):
         load_benchmark('holidays', tmp_path / 'none')
     with pytest.raises(FileNotFoundError, match=r'lacks 1491 .*jpg1\.tar\.gz and jpg2'):
         load_benchmark('holidays', touch(tmp_path / 'other', ['a.jpg']))

@@ -180,8 +180,8 @@ def break_one(root):
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda root: None, 'train is not a folder'),
-    (lambda root: make_folder(root, splits=('train',)), 'val is not a folder'),
+    (lambda root: None, "train' is not a folder"),
+    (lambda root: make_folder(root, splits=('train',)), "val' is not a folder"),
     (lambda root: make_folder(root, count=0), 'holds no'),
     (lambda root: make_folder(root, classes=('cat',)), 'same classes, at least 2: cat and cat'),
     (lambda root: (make_folder(root), make_folder(root, classes=('cow',), splits=('val',))), 'dog and cat, cow'),

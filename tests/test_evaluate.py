@@ -402,7 +402,7 @@ def test_the_command_publishes(pictures, tmp_path, hub):
     (['--benchmark', 'folder', '--qe', '2', 'x'], '--qe 2 x: give a number'),
     (['--benchmark', 'folder', '--pool', 'gim'], "Unknown pooling 'gim'"),
     (['--benchmark', 'folder', '--download-distractors'], 'is for roxford5k and rparis6k'),
-    (['--benchmark', 'folder', '--whiten', 'nowhere'], 'nowhere is no folder'),
+    (['--benchmark', 'folder', '--whiten', 'nowhere'], 'nowhere is not a folder'),
 ])
 def test_the_command_says_what_is_wrong(pictures, capsys, args, message):
     status = main(['evaluate', 'test_resnet', '--no-pretrained', '--data', str(pictures), '--device', 'cpu', *args])

@@ -292,7 +292,7 @@ def test_nothing_to_read(tmp_path, photo):
             'binary.bin': 'is not a list of images'}.items():
         with pytest.raises(ValueError, match=message):
             open_images(tmp_path / name)
-    with pytest.raises(FileNotFoundError, match='is no folder of images, no list'):
+    with pytest.raises(FileNotFoundError, match='is not a folder, a list of images or a data set'):
         open_images(tmp_path / 'nowhere')
     with pytest.raises(FileNotFoundError, match='is not a folder'):
         find_images(tmp_path / 'nowhere')
@@ -356,7 +356,7 @@ def test_nothing_but_regular_files_of_known_formats_is_opened(tmp_path, photo, m
     assert find_images(folder).names == ['eps.jpg', 'ico.gif', 'link.png', 'nowhere.jpg', 'pdf.png']
     with pytest.raises(UnreadableImage, match=r'nowhere\.jpg: no such file'):
         read_image(folder / 'nowhere.jpg')
-    with pytest.raises(FileNotFoundError, match='is no folder of images'):
+    with pytest.raises(FileNotFoundError, match='is not a folder, a list of images'):
         open_images(folder / 'fifo.jpg')
 
 

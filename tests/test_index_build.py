@@ -294,10 +294,10 @@ def test_an_empty_folder_is_taken_for_a_disk_that_is_not_there(pictures, model_f
     make(pictures, model_folder)
     shutil.rmtree(pictures)
     for folders in ([pictures], []):
-        with pytest.raises(FileNotFoundError, match=r'with 8 images is not there: mount the disk; if it was moved'):
+        with pytest.raises(FileNotFoundError, match=r'with 8 images was not found: mount the disk; if it was moved'):
             build_index(folders, pictures.parent / 'index', workers=0)
     pictures.mkdir()
-    with pytest.raises(FileNotFoundError, match='Not one of the 8 images'):
+    with pytest.raises(FileNotFoundError, match='None of the 8 indexed images'):
         update(pictures)
     assert update(pictures, remove_missing=True).removed == 8 and len(opened(pictures)) == 0
     assert opened(pictures).search(np.ones((1, 96), dtype=np.float32))[1].shape == (1, 0)
@@ -321,7 +321,7 @@ def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tm
     here = [*map(str, moved.rglob('[1-9].png')), str(other / 'other.png')]
     assert sorted(Index.open(index).paths) == sorted([*here, str(pictures / '0.png')])
     # what has not moved with it stays until it is given up, by name or with all that is missing
-    with pytest.raises(FileNotFoundError, match='with 1 images is not there'):
+    with pytest.raises(FileNotFoundError, match='with 1 images was not found'):
         build_index([], index, workers=0, progress=False)
     with pytest.raises(FileNotFoundError, match='is not a folder'):
         build_index([tmp_path / 'typo'], index, remove_missing=True, workers=0, progress=False)

@@ -251,7 +251,7 @@ def test_every_network_is_recognized(shared_golden):
     keys = json.loads((shared_golden / 'checkpoint_keys_nasnetamobile.json').read_text())['without_whitening']
     state = {k: torch.empty(shape, device='meta') for k, (shape, _) in keys.items()}
     assert recognize_model(model_state(state)) == 'multigrain_nasnetamobile'
-    with pytest.raises(ValueError, match=r'trunk of the checkpoint \(\d+ weights.* is none of multigrain_resnet50, '):
+    with pytest.raises(ValueError, match=r'trunk of the checkpoint .* matches none of multigrain_resnet50'):
         recognize_model(timm.create_model('multigrain', trunk='resnet10t').state_dict())
 
 
@@ -377,7 +377,7 @@ def test_cut_files_and_files_of_other_content(tmp_path):
             assert path.exists()  # only the cache is ours to clean
     for content, cause in (([1, 2], 'a list'), (torch.zeros(3), 'a Tensor'), ({}, 'nothing'),
                            ({'epoch': 3}, "only entries such as ['epoch']"), ({'model_state': None}, 'only entries')):
-        with refused(ValueError, f'{path}: The checkpoint holds no weights, {cause}'):
+        with refused(ValueError, f'{path}: The checkpoint has no weights, {cause}'):
             load(file=write(path, content))
     garbage = tmp_path / 'g.safetensors'
     for body in (b'garbage' * 10, save({'a': torch.zeros(9)})[:-4], b''):

@@ -170,7 +170,7 @@ def test_revision_private_and_pull_request(hub):
     assert repo.refs['main'] == before and done.commit == repo.refs['refs/pr/1']
     assert done.url == f'{hub.endpoint}/me/model/discussions/1'
     publish(tiny_model(), 'me/public', license='mit')
-    with pytest.raises(ValueError, match='me/public is there and public, and private was asked for'):
+    with pytest.raises(ValueError, match='me/public exists and is public, but private was asked for'):
         publish(tiny_model(), 'me/public', private=True)
 
 

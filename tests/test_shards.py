@@ -136,7 +136,7 @@ def test_other_settings_are_refused(tmp_path, images, reference):
     Image.new('RGB', (9, 9)).save(tmp_path / 'one' / 'x.png')
     with pytest.raises(ValueError, match='other list of images'):
         embed(tmp_path / 'one', reference)
-    with pytest.raises(FileExistsError, match='holds no descriptors, it has no manifest'):
+    with pytest.raises(FileExistsError, match='has no descriptors, it has no manifest'):
         embed(images, tmp_path / 'one')
     (tmp_path / 'one' / 'manifest.json').write_text('{"format": "photos"}')
     with pytest.raises(FileExistsError, match='of something else'):
@@ -145,7 +145,7 @@ def test_other_settings_are_refused(tmp_path, images, reference):
         embed(images, tmp_path / 'one' / 'x.png')
     with pytest.raises(ValueError, match='shard_size=0'):
         embed(images, tmp_path / 'two', shard_size=0)
-    with pytest.raises(FileNotFoundError, match='holds no descriptors'):
+    with pytest.raises(FileNotFoundError, match='has no descriptors'):
         Descriptors.load(tmp_path / 'nothing')
     assert contents(reference) == before
 
@@ -239,6 +239,6 @@ def test_command(tmp_path, images, model_folder, reference, capsys):
     assert '1 images could not be read' in out and '07.png: is not an image' in out
     assert_same(tmp_path / 'out', reference)
     assert main(['embed', str(model_folder), str(tmp_path / 'nowhere'), '-o', str(tmp_path / 'new'), *FLAGS]) == 2
-    assert 'is no folder of images' in capsys.readouterr().err
+    assert 'is not a folder, a list of images' in capsys.readouterr().err
     assert main(['embed', str(model_folder), str(images), '-o', str(images), *FLAGS]) == 2
-    assert 'holds no descriptors' in capsys.readouterr().err
+    assert 'has no descriptors' in capsys.readouterr().err

@@ -24,7 +24,7 @@ def read_json(path: str | os.PathLike, what: str = '') -> Any:
         what: What it is, for the error.
 
     Raises:
-        FileNotFoundError: There is none.
+        FileNotFoundError: File not found.
         ValueError: It is not JSON, or larger than any that this package reads.
     """
     try:
@@ -37,7 +37,7 @@ def read_json(path: str | os.PathLike, what: str = '') -> Any:
 
 
 def parse_json(text: bytes | str) -> Any:
-    """The value of JSON text, in which NaN and infinities are none.
+    """The value of JSON text; NaN and infinities are refused.
 
     Raises:
         ValueError: It is not JSON.
@@ -113,7 +113,7 @@ def open_regular(path: str | bytes | os.PathLike, flags: int = os.O_RDONLY, *, f
         follow_links: Take a link to a regular file, too.
 
     Raises:
-        OSError: It is none, or cannot be opened.
+        OSError: Not a regular file, or it cannot be opened.
     """
     flags |= getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_CLOEXEC', 0) | getattr(os, 'O_BINARY', 0)
     if not follow_links:

@@ -62,7 +62,7 @@ class Answers:
         """A picture to search for.
 
         Raises:
-            UnreadableImage: It is not a picture, or too large; the message does not tell its path.
+            UnreadableImage: It is not a picture, or too large; the message does not contain its path.
         """
         try:
             return read_image(path, exif=self.index.protocol().exif, max_pixels=self.max_pixels)

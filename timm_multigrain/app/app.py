@@ -1,6 +1,6 @@
 """A web app over an index, in gradio: search by a picture or a part of it, see its classes, browse copies.
 
-It listens on this computer only, unless told otherwise, and answers to its own name only; it loads nothing from
+It listens on this computer only by default, and answers to its own name only; it loads nothing from
 elsewhere, reports to nobody, and serves no file but the small pictures that it draws of the index's images. What is
 uploaded lies in a folder of its own, which only its user can read, and is deleted when the app ends.
 """

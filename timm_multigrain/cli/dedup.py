@@ -6,10 +6,10 @@
 
 It prints how many there are, and with --list the files that are not suggested to be kept; it never deletes or moves
 anything. Suggested to be kept is the file of most pixels, of equal ones that of most bytes. The threshold is found from
-the collection itself (--false-positives); --measure tells what it finds, by making copies of some of the pictures.
+the collection itself (--false-positives); --measure reports its recall on edited copies of some of the pictures.
 
-Every file of a group is looked at before the group is told. Groups with files that are not what was indexed any more
-are left out, and the exit status is 1: bring the index up to date with `timm-multigrain index -o INDEX`.
+Every file of a group is checked before the group is reported. Groups with files that have changed since they were
+indexed are left out, and the exit status is 1: bring the index up to date with `timm-multigrain index -o INDEX`.
 """
 import argparse
 import os

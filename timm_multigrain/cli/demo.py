@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--model', default='multigrain_resnet18', help='registered MultiGrain model (%(default)s)')
     add('--img-size', type=int, default=64, metavar='N', help='side of the training crop (%(default)s)')
     add('--epochs', type=int, default=16, metavar='N', help='epochs of each training (%(default)s)')
-    add('--batch-size', type=int, default=48, metavar='N', help='samples a step, copies counted (%(default)s)')
+    add('--batch-size', type=int, default=48, metavar='N', help='samples per step, copies counted (%(default)s)')
     add('--num-repeats', type=int, default=3, metavar='N', help='copies of a picture in a batch (%(default)s)')
     add('--classif-weight', type=float, default=0.5, metavar='W', help='lambda of the joint model (%(default)s)')
     add('--sampling', default='row', choices=('row', 'batch', 'uniform'), help='negatives (%(default)s)')

@@ -36,7 +36,7 @@ def _add_data(add) -> None:
     add('--benchmark', required=True, choices=_BENCHMARKS, help='which; folder: your own images')
     add('--data', required=True, metavar='DIR', help='its folder, as it is published')
     add('--download', action='store_true', help='download what is missing, or say where to get it')
-    add('--subset', action='store_true', help='take the part of the benchmark that is there; the figures say so')
+    add('--subset', action='store_true', help='use the images that are there; the figures say so')
     add('--ground-truth', metavar='FILE', help='another ground truth: .pkl or .json (roxford5k, rparis6k), .csv '
                                                '(disc21), .json of path: group (folder)')
     add('--upright', metavar='FILE', help='holidays: list of clockwise turns, a name and degrees per line, or JSON')
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
         exponents=args.p,
         whiten=args.whiten, dim=args.dim, distractors=args.distractors, after=after, work_dir=args.work_dir,
         command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **extraction_from_args(args))
-    if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images out, and one tells the result
+    if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images, and one reports the result
         return 0
     print(result)
     for path, write in ((args.json, result.save), (args.plot, result.draw)):
@@ -95,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _labels(names: list[str]) -> dict[str, str]:
-    """What to call each model in the table: of a path its last part, if that tells them apart."""
+    """What to call each model in the table: the last component of a path, if that is unique."""
     short = [os.path.basename(os.path.normpath(name)) if os.path.exists(name) else name for name in names]
     labels = short if len(set(short)) == len(set(names)) else names
     return dict(zip(labels, names, strict=True))

@@ -21,9 +21,9 @@ from .arguments import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('dirs', nargs='*', metavar='DIR', help='folders with images, looked through with all below them (default: '
+    add('dirs', nargs='*', metavar='DIR', help='folders of images, searched with their subfolders (default: '
                                                'those of the index)')
-    add('-o', '--output', required=True, metavar='INDEX', help='index folder, made if it is not there')
+    add('-o', '--output', required=True, metavar='INDEX', help='index folder, created if it does not exist')
     add('--model', metavar='MODEL', help='folder, checkpoint of train.py, multigrain_NAME[.TAG], hf-hub:USER/NAME, or '
                                          "any timm model (default: the index's; needed for a new one)")
     add('--half', action='store_true', help='keep descriptors of a new index as 16-bit numbers, in half the space')
@@ -49,7 +49,7 @@ def run(args: argparse.Namespace) -> int:
         args.dirs, args.output, args.model, _protocol_options(args), model_options=changed, half=args.half,
         retry=args.retry, remove_missing=args.remove_missing, kind=args.kind, **extraction_from_args(args))
     for path, reason in report.unreadable.items():
-        print(f'not looked into: {printable(path)}: {reason}', file=sys.stderr)
+        print(f'not searched: {printable(path)}: {reason}', file=sys.stderr)
     if args.list_skipped:
         for path, reason in report.skipped.items():
             print(f'{printable(path)}: {printable(reason)}')

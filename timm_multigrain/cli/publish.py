@@ -12,7 +12,7 @@ import os
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('model', metavar='MODEL', help='folder, checkpoint of train.py, multigrain_NAME.TAG, or any timm model')
-    add('repo_id', metavar='USER/NAME', help='repository, made if it is not there')
+    add('repo_id', metavar='USER/NAME', help='repository, created if it does not exist')
     add('--license', metavar='ID', help="license of the weights, such as mit; that of the model's configuration if it "
                                         'names one')
     add('--license-name', metavar='NAME', help="name of a license 'other'")

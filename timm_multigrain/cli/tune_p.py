@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--lr', type=float, default=0.005, help='learning rate of the first step (%(default)s)')
     add('--seed', type=int, default=0, help='of the order of the images (%(default)s)')
     add('--json', metavar='FILE', help='write what was found (default: OUTPUT-p.json)')
-    add('--plot', metavar='FILE', help='draw it (default: OUTPUT-p.png, if matplotlib is there)')
+    add('--plot', metavar='FILE', help='draw it (default: OUTPUT-p.png, if matplotlib is installed)')
     add_protocol_arguments(parser)
     add_extraction_arguments(parser, batch_size='4 to fine-tune p, else 32')
 

@@ -51,8 +51,8 @@ def create_loader(
         batch_size: Samples (not images) in a batch of this rank.
         is_training: False is timm's loader for evaluation, with its own targets [B], of images decoded in the same way;
             no other argument than `decode`, `strict` and timm's is looked at.
-        num_repeats: Augmentations of an image in a row, m in the paper; 1 for none.
-        epoch_len_factor: Samples an epoch, over all ranks, over the size of the dataset.
+        num_repeats: Augmentations per image, in a row, m in the paper; 1 for none.
+        epoch_len_factor: Samples per epoch, over all ranks, over the size of the dataset.
         shuffle: Shuffle the images.
         seed: Seed of the order, the same on all ranks.
         fast: Decode and augment tensors instead of Pillow's images, see `TensorTransform`: the same augmentations,

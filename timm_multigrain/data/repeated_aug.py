@@ -28,8 +28,8 @@ class RepeatedAugSampler(Sampler[int]):
 
     Args:
         dataset: Anything with a length, or the length itself.
-        num_repeats: Augmentations of an image in a row, m in the paper.
-        epoch_len_factor: Samples an epoch over the size of the dataset (2 in the original implementation's recipe).
+        num_repeats: Augmentations per image, in a row, m in the paper.
+        epoch_len_factor: Samples per epoch over the size of the dataset (2 in the original implementation's recipe).
         shuffle: Draw a fresh permutation for every pass from a generator seeded with `seed + epoch`.
         seed: The same on all ranks.
         num_replicas: Number of ranks, by default that of torch.distributed, 1 where it is not initialised.

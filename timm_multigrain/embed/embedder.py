@@ -149,7 +149,7 @@ class Embedder:
         self.model, self.protocol, self.batch_size, self.workers = model, protocol, batch_size, workers
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         if self.device.type == 'cuda' and not torch.cuda.is_available():
-            raise ValueError(f'device {self.device} is not there: torch finds no GPU, give cpu.')
+            raise ValueError(f'device {self.device} not found: torch finds no GPU, use cpu.')
         self.dtype = None if dtype == torch.float32 else dtype
         self.descriptor, self.logits, self.dim, self.fast = descriptor, logits, dim, fast
         self.width = dim or model.embed_dim
@@ -217,7 +217,7 @@ class Embedder:
         on_gpu = self.device.type == 'cuda'
         if on_gpu:
             pixels = pixels.pin_memory()
-        # image by image on a CPU: a batch is no faster there, and takes more memory
+        # image by image on a CPU: a batch is not faster there, and takes more memory
         chunks = pixels.split(1) if self.device.type == 'cpu' else [pixels.to(self.device, non_blocking=True)]
         with torch.autocast(self.device.type, self.dtype or torch.bfloat16, enabled=self.dtype is not None):
             out = [self._forward(chunk) for chunk in chunks]

@@ -1,7 +1,7 @@
 """Extraction in memory, or into a folder that can be interrupted at any time, by any number of processes.
 
-The list is cut into fixed shards, which are dealt to the processes of torchrun. Shards that are there and whole, by
-their hash, are not made again.
+The list is cut into fixed shards, which are dealt to the processes of torchrun. Shards that exist and are
+whole, by their hash, are not made again.
 """
 import contextlib
 import os
@@ -113,7 +113,7 @@ def extract_shards(
         device: str | torch.device | None = None,
         **extraction,
 ) -> Extraction:
-    """Embed images into a folder of shards; shards that are there and whole are not computed again.
+    """Embed images into a folder of shards; shards that exist and are whole are not computed again.
 
     Under torchrun the shards are shared out among the processes, each on its GPU (device='cuda') or on the CPU; all
     of them return when all shards are done.

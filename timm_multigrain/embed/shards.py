@@ -56,7 +56,7 @@ class Descriptors:
         """The descriptors in a folder that `extract` or `timm-multigrain embed` wrote, whole and checked.
 
         Raises:
-            FileNotFoundError: There are none.
+            FileNotFoundError: No descriptors found.
             FileExistsError: The folder holds other things.
             ValueError: A shard is missing or damaged.
         """
@@ -68,7 +68,7 @@ class Descriptors:
 
 
 def iter_shards(folder: str | os.PathLike) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
-    """(names, vectors) of the descriptors in a folder, a checked shard at a time; errors as of `Descriptors.load`."""
+    """(names, vectors) of the descriptors in a folder, one checked shard at a time; errors as of `Descriptors.load`."""
     manifest = _manifest(folder)
     for number in range(manifest['shards']):
         shard = read_shard(folder, number, manifest)
@@ -78,7 +78,7 @@ def iter_shards(folder: str | os.PathLike) -> Iterator[tuple[tuple[str, ...], to
 def _manifest(folder: str | os.PathLike) -> dict:
     manifest = read_manifest(folder)
     if manifest is None:
-        raise FileNotFoundError(f'{printable(folder)} holds no descriptors: timm-multigrain embed writes them.')
+        raise FileNotFoundError(f'{printable(folder)} has no descriptors: write them with timm-multigrain embed.')
     return manifest
 
 
@@ -103,7 +103,7 @@ def write_manifest(folder: str | os.PathLike, manifest: dict) -> None:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict | None:
-    """The manifest of a folder; None if there is no such folder, or nothing in it.
+    """The manifest of a folder; None if it does not exist or is empty.
 
     Raises:
         FileExistsError: The path is a file, or a folder that holds other things than descriptors.
@@ -126,7 +126,7 @@ def read_manifest(folder: str | os.PathLike) -> dict | None:
         reason = 'it has no manifest.json'
     except (OSError, ValueError) as e:
         reason = f'manifest.json cannot be read ({type(e).__name__})'
-    raise FileExistsError(f'{printable(folder)} holds no descriptors, {reason}: name another folder.')
+    raise FileExistsError(f'{printable(folder)} has no descriptors, {reason}: name another folder.')
 
 
 def write_shard(folder: str | os.PathLike, number: int, manifest: dict, shard: Shard) -> None:

@@ -28,8 +28,8 @@ CITATION = """@article{berman2019multigrain,
 }"""
 _INTRO = (
     '[MultiGrain](https://arxiv.org/abs/1902.05509): one image embedding for classes, instances and copies. The logits '
-    'tell the class; the same embedding, L2-normalised, finds the object and its copies. It needs the Python package '
-    '`timm_multigrain`, a plug-in for [timm](https://github.com/huggingface/pytorch-image-models).')
+    'predict the class; the same embedding, L2-normalised, finds the object and its copies. It needs the Python '
+    'package `timm_multigrain`, a plug-in for [timm](https://github.com/huggingface/pytorch-image-models).')
 _MARK = 'timm_multigrain'
 _TAGS = ('multigrain', 'timm', 'image-classification', 'image-feature-extraction', 'image-retrieval', 'copy-detection')
 _HINT = f'<!-- {_MARK}: publishing again replaces what stands between its begin and end; the rest is yours. -->'

@@ -95,8 +95,8 @@ def publish(
         data_config: Preprocessing the weights were trained for (input_size, crop_pct, mean, std, interpolation).
         card: README.md to start from where the repository has none.
         private: Make a new repository that only its owners see.
-        revision: Branch to commit to, created if it is not there.
-        create_pr: Open a pull request instead, in a repository that is there.
+        revision: Branch to commit to, created if it does not exist.
+        create_pr: Open a pull request instead, in an existing repository.
         dry_run: Write the files to this folder and leave the network alone.
         api: huggingface_hub's client; None for the configured Hub and token.
 
@@ -214,11 +214,11 @@ class _Target:
         if create_pr and self.info is None:
             raise FileNotFoundError(f'{repo_id} was not found, so no pull request can be opened: publish without one.')
         if self.info is not None and private and not self.info.private:
-            raise ValueError(f'{repo_id} is there and public, and private was asked for: change it at '
+            raise ValueError(f'{repo_id} exists and is public, but private was asked for: change it at '
                              f'{api.endpoint}/{repo_id}/settings, or name another repository.')
 
     def read(self, folder: Path) -> 'tuple[ModelCard | None, str]':
-        """The card that is there and the SHA-256 of the weights beside it, which have to be a MultiGrain's."""
+        """The existing card and the SHA-256 of the weights beside it, which have to be a MultiGrain's."""
         files = {file.rfilename: file for file in self.info.siblings} if self.info is not None else {}
 
         def fetch(name: str) -> Path:
@@ -232,8 +232,8 @@ class _Target:
             except (ValueError, KeyError, TypeError):
                 found = 'another model'
         if found is not None and not found.startswith('multigrain'):
-            raise ValueError(f'{self.repo_id} holds {found}, not a MultiGrain: name another repository, or delete what '
-                             'is there.')
+            raise ValueError(f'{self.repo_id} holds {found}, not a MultiGrain: name another repository, or delete '
+                             'its files.')
         card = load_card(fetch(CARD), f'{CARD} of {self.repo_id}') if CARD in files else None
         lfs = files[WEIGHTS].lfs if WEIGHTS in files else None
         return card, lfs.sha256 if lfs else ''

@@ -24,7 +24,7 @@ _SPLITS = {'train': ('train', 'training'), 'validation': ('val', 'validation', '
 def class_names(folders: Iterable[str]) -> list[str]:
     """Names of the classes, each once, in the order in which timm counts them: 1, 2, 10, and A beside a.
 
-    Of names that timm's order does not tell apart (A and a, 1 and 01), it has no fixed order; here they are sorted.
+    Names that are equal in timm's order (A and a, 1 and 01) have no fixed order there; here they are sorted.
     """
     return sorted(set(folders), key=lambda name: (_timm_order(name), name))
 
@@ -39,7 +39,7 @@ def write_class_names(folder: str | os.PathLike, names: Sequence[str]) -> Path:
 
 
 def read_class_names(checkpoint_path: str | os.PathLike) -> list[str] | None:
-    """What `write_class_names` has written beside a checkpoint, or in a folder; None if there is nothing.
+    """What `write_class_names` has written beside a checkpoint, or in a folder; None if not found.
 
     Raises:
         ValueError: The file is not a JSON list of names.
@@ -60,8 +60,8 @@ def find_classes(folder: str | os.PathLike) -> ImageFiles:
     Images right in `folder` and not in one of a class are left out.
 
     Raises:
-        FileNotFoundError: The folder is not there.
-        ValueError: It holds no folders with images.
+        FileNotFoundError: Folder not found.
+        ValueError: The folder has no subfolders with images.
     """
     found = find_images(folder)
     names = [name for name in found.names if '/' in name]
@@ -90,7 +90,7 @@ def open_classes(
         class_map: File as for `match_classes`.
 
     Raises:
-        FileNotFoundError: The folder is not there.
+        FileNotFoundError: Folder not found.
         ValueError: A class folder without images, or folders that do not match the model's classes.
     """
     root = _find_split(Path(os.fsdecode(data)), split)
@@ -134,7 +134,7 @@ def match_classes(
         ValueError: A folder that is not a class of the model, or nothing that says which class it is.
     """
     if not model.num_classes:
-        raise ValueError('The model has no classifier (num_classes=0): classes cannot be told with it.')
+        raise ValueError('The model has no classifier (num_classes=0): it cannot predict classes.')
     if class_map is not None:
         known, origin = _read_class_map(class_map, model.num_classes), f'class map {printable(class_map)}'
     else:

@@ -95,7 +95,7 @@ def _is_wide(image: Image.Image) -> bool:
 
 
 def _top(image: Image.Image, boxes: list[Box]) -> float:
-    """The value of white. Of modes that do not say their range, the values tell it."""
+    """The value of white. Where the mode has no fixed range, it is inferred from the values."""
     ranges = {'I': (255., 65535.), 'F': (1., 255., 65535.)}.get(image.mode)
     if ranges is None:
         return 65535.

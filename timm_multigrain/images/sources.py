@@ -92,11 +92,11 @@ def read_image(
             shorter side not below this many pixels, which is quicker and not the same to the last grey level.
 
     Raises:
-        UnreadableImage: No such file, no image, a damaged or truncated one, or one that is too large.
+        UnreadableImage: File not found, not an image, damaged, truncated or too large.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # a large image is not yet a bomb; damaged EXIF is no reason to stop
+            warnings.simplefilter('ignore')  # a large image is not yet a bomb; damaged EXIF can be ignored
             with open_image(file, max_pixels, size) as image:
                 image.load()
                 turn = turn_of(image) if exif else None
@@ -174,7 +174,7 @@ class ImageSource:
         raise TypeError(f'{type(self).__name__} has to define load().')
 
     def box(self, i: int) -> Box | None:
-        """The part of image i that is meant; None for all of it."""
+        """Crop box of image i; None for the whole image."""
         return None
 
     def load_part(self, i: int, exif: bool = True) -> tuple[Image.Image, tuple[int, int]]:
@@ -251,8 +251,8 @@ def find_images(folder: str | os.PathLike) -> ImageFiles:
     """All image files below a folder, sorted, named by their path in it; see `image_names`.
 
     Raises:
-        FileNotFoundError: There is no such folder.
-        ValueError: It holds no images.
+        FileNotFoundError: Folder not found.
+        ValueError: The folder has no images.
     """
     root = os.fsdecode(folder)
     names = image_names(root)
@@ -268,7 +268,7 @@ def image_names(folder: str | os.PathLike) -> list[str]:
 
     Raises:
         FileNotFoundError, NotADirectoryError: Not a folder.
-        OSError: A folder in it cannot be looked into.
+        OSError: A subfolder cannot be opened.
     """
     root = os.fsencode(folder)
     scan = scan_folders([root])
@@ -282,10 +282,10 @@ def image_names(folder: str | os.PathLike) -> list[str]:
 
 
 def read_list(path: str | os.PathLike) -> ImageFiles:
-    """Images of a list file: a path a line (.txt) or a list of paths (.json), relative to the file's folder.
+    """Images of a list file: one path per line (.txt) or a list of paths (.json), relative to the file's folder.
 
     Raises:
-        ValueError: The list is empty or not readable as one.
+        ValueError: The list is empty, or not a list of paths.
     """
     path = Path(path)
     if path.suffix == '.json':
@@ -295,11 +295,11 @@ def read_list(path: str | os.PathLike) -> ImageFiles:
     else:
         content = path.read_bytes()
         if b'\0' in content:
-            raise ValueError(f'{printable(path)} is not a list of images: give a text file with a path a line.')
+            raise ValueError(f'{printable(path)} is not a list of images: give a text file with one path per line.')
         names = [os.fsdecode(line.rstrip(b'\r')) for line in content.removeprefix(b'\xef\xbb\xbf').split(b'\n')]
         names = [name for name in names if name.strip()]
     if not names:
-        raise ValueError(f'{printable(path)} lists no images: give a path a line.')
+        raise ValueError(f'{printable(path)} lists no images: give one path per line.')
     return ImageFiles([os.path.join(path.parent, name) for name in names], names)
 
 
@@ -333,11 +333,11 @@ def open_images(source: str | os.PathLike, split: str | None = None) -> ImageSou
     Args:
         source: A folder, a list file (.txt, .json; see `read_list`), an image file, or a data set of timm, 'NAME:DIR'
             such as 'torch/cifar10:DIR' or 'hfds/NAME'.
-        split: Part of a data set of timm ('validation' by default), or a subfolder of the folder.
+        split: Split of a data set of timm ('validation' by default), or a subfolder of the folder.
 
     Raises:
-        FileNotFoundError: There is nothing of that name.
-        ValueError: There are no images in it.
+        FileNotFoundError: File or folder not found.
+        ValueError: No images found.
     """
     text = os.fsdecode(source)
     if os.path.isdir(text):
@@ -348,7 +348,7 @@ def open_images(source: str | os.PathLike, split: str | None = None) -> ImageSou
         return read_list(text)
     if text.startswith(('torch/', 'hfds/', 'tfds/', 'wds/')):
         return _open_dataset(text, split or 'validation')
-    raise FileNotFoundError(f'{printable(text)} is no folder of images, no list of images, and no data set of timm '
+    raise FileNotFoundError(f'{printable(text)} is not a folder, a list of images or a data set of timm '
                             "such as 'torch/cifar10:DIR'.")
 
 

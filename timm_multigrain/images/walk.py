@@ -1,7 +1,7 @@
 """The image files below some folders, for every command: by suffix, regular files, each once.
 
-Links are followed; a folder is entered once however many links lead to it, and a link to a file that is there anyway is
-left out. Hidden files and folders are skipped, and so are FIFOs and devices.
+Links are followed; a folder is entered once however many links lead to it, and a link to a file that was found
+without it is left out. Hidden files and folders are skipped, and so are FIFOs and devices.
 """
 import os
 import stat
@@ -58,11 +58,11 @@ def scan_folders(
     Args:
         folders: Folders; a file that lies below two of them is found below the first.
         leave_out: Folders that are not entered.
-        skip: Told the path of each folder, whether not to look into it.
+        skip: Called with the path of each folder; True leaves the folder out.
         by_content: A file without a suffix is an image if its first bytes say so.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: One of the folders is not there or not a folder.
+        FileNotFoundError, NotADirectoryError: A folder was not found or is not a folder.
     """
     walk = _Walk(skip, by_content, {_identity(os.stat(path)) for path in leave_out if os.path.isdir(path)})
     for root, folder in enumerate(map(os.fsencode, folders)):
@@ -112,7 +112,7 @@ class _Walk:
             pending += reversed(inside)
 
     def follow_links(self) -> None:
-        """After all else, so that what is there without a link is found there; to folders before those to files."""
+        """Last, so that files found without a link keep that path; links to folders before links to files."""
         to_files = []
         while self.links:
             root, folder, path = self.links.pop(0)

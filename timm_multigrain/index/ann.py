@@ -1,6 +1,6 @@
 """Structures of FAISS (Douze et al., arXiv 2401.08281) that find the nearest images without comparing with all of them.
 
-Up to `EXACT_UP_TO` images there is none: comparing with all is exact and takes milliseconds. Above, HNSW (Malkov
+Up to `EXACT_UP_TO` images none is needed: comparing with all is exact and takes milliseconds. Above, HNSW (Malkov
 and Yashunin, arXiv 1603.09320) over 8-bit codes; above `HNSW_UP_TO`, where its memory counts, IVF-PQ (Jégou et al.
 2011). Either proposes candidates, which are compared exactly: scores are always true ones, only a candidate can be
 missed. How many are is measured when the structure is built, with images of the index as queries, and kept with it.
@@ -190,7 +190,7 @@ def _tune(index, store: Store, settings: dict) -> tuple[dict, float]:
     vectors = Vectors(store.file, store.vector_rows)
     queried = np.sort(np.random.default_rng(1).permutation(len(vectors))[:QUERIES])
     queries = vectors[queried].astype(np.float32)
-    # an image is no match for itself here: it would be found by anything
+    # an image does not count as its own match: anything would find it
     truth = [store.vector_rows[found[found != own]][:10]
              for found, own in zip(nearest(queries, vectors.chunks(), 11)[1].numpy(), queried, strict=True)]
     knob, values = ('probes', [2 ** i for i in range(11)]) if 'probes' in settings else ('ef', [128, 256, 512, 1024])

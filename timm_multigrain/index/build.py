@@ -43,11 +43,11 @@ class BuildReport:
         changed: Files whose content has changed.
         moved: Files found at another place; their descriptors were kept.
         copied: New files with the content of another one; its descriptor was taken.
-        removed: Images of files that are there no more.
+        removed: Images of deleted files.
         unchanged: Files that were left alone.
         skipped: Path to reason of the files that could not be read, this time or before.
         new_skipped: How many of them were met for the first time.
-        unreadable: Path to reason of folders that could not be looked into; their images were left as they were.
+        unreadable: Path to reason of folders that could not be opened; their images were left as they were.
         other: Files that are not images by their names.
         seconds: Time it took.
         faiss: The structure for search and the recall that it has, None without one.
@@ -100,8 +100,8 @@ def build_index(
     kept, but for the last batch. Images of folders that are not named now stay as they are.
 
     Args:
-        dirs: Folders, looked through with all that is below them; none for those of the index. Images of indexed
-            folders that are not there any more are recognised by their content and move to where they are found.
+        dirs: Folders, searched with their subfolders; none for those of the index. Images of indexed folders that
+            are gone are recognised by their content and move to where they are found.
         out: The index folder; a new one is made.
         model: What `open_model` opens (a saved folder, a checkpoint, a name), or a MultiGrain, which is saved in the
             index. None takes the index's own; a new index needs one.
@@ -120,7 +120,7 @@ def build_index(
         progress: Show bars.
 
     Raises:
-        FileNotFoundError, NotADirectoryError: A folder is not there.
+        FileNotFoundError, NotADirectoryError: A folder was not found.
         FileExistsError: ``out`` is something else than an index.
         IndexInUse: Another process is writing to it.
         OtherModel: The index was built with another model or preprocessing.
@@ -229,7 +229,7 @@ class _Update:
         self.report = BuildReport()
 
     def _missing_roots(self, named: list[bytes]) -> tuple[list[bytes], list[bytes]]:
-        """Indexed folders that are not there: those whose images stay, unless they are found elsewhere, and others."""
+        """Indexed folders that were not found: those whose images stay, unless they are found elsewhere, and others."""
         vanished, forget = [], []
         images = np.bincount(self.store.records['root'], minlength=len(self.store.roots))
         for folder, number in zip(self.store.roots, images.tolist(), strict=True):
@@ -237,7 +237,7 @@ class _Update:
                 continue
             if number and folder in named and not self.remove_missing:
                 raise FileNotFoundError(
-                    f'{os.fsdecode(folder)!r} with {number:,} images is not there: mount the disk; if it was moved, '
+                    f'{os.fsdecode(folder)!r} with {number:,} images was not found: mount the disk; if it was moved, '
                     'name the folder where it is now; or forget them with --remove-missing.')
             (forget if not number or folder in named else vanished).append(folder)
         return vanished, forget
@@ -268,7 +268,7 @@ class _Update:
             gone = sum(self.store.roots[root] == folder for root in self.store.records['root'][plan.gone])
             if gone:
                 raise FileNotFoundError(
-                    f'Not one of the {gone:,} images that were below {os.fsdecode(folder)!r} is there: mount the disk, '
+                    f'None of the {gone:,} indexed images below {os.fsdecode(folder)!r} was found: mount the disk, '
                     'or forget them with --remove-missing.')
 
     def _root_number(self, folder: bytes) -> int:

@@ -73,9 +73,9 @@ class Copies:
         thresholds: Similarities that decided; None if only identical files were looked for.
         images: Images in the index.
         complete: Whether all pairs above the threshold were certainly found.
-        unreadable: Pictures that should have been looked at and could not be read any more.
+        unreadable: Pictures that should have been looked at and could no longer be read.
         several: Files of several pictures that would be copies if the first picture were all.
-        changed: Paths of files that are not what was indexed any more; no group with one of them is in `groups`.
+        changed: Paths of files that have changed since they were indexed; no group with one of them is in `groups`.
         left_out: How many groups that are.
     """
     groups: tuple[CopyGroup, ...]
@@ -253,7 +253,7 @@ def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], list[st
     """Groups whose files are all what was indexed, and the paths of the files that are not.
 
     An index is as old as its last update, and nobody is to delete by what it remembers. A group stays only if every
-    file of it is there now with the size and time that were indexed, identical files with the same SHA-256, and no file
+    file of it exists now with the size and time that were indexed, identical files with the same SHA-256, and no file
     is surplus to itself under another name.
     """
     records = {file.record.path: file.record for group in groups for file in group.files}
@@ -271,7 +271,7 @@ def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], list[st
 
 
 def _identity(record: Record, whole: bool) -> tuple[int, int] | None:
-    """What tells a file from any other, whatever it is called; None if it is not what was indexed.
+    """Identity of a file, whatever its name; None if it has changed since it was indexed.
 
     Args:
         record: What was indexed.

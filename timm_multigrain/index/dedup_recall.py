@@ -23,7 +23,7 @@ def _resize(image: Image.Image, scale: float) -> Image.Image:
     return image.resize((width, height), Image.LANCZOS)
 
 
-# Every edit takes an RGB picture and gives one, mild and strong; chance has no part in it.
+# Every edit takes an RGB picture and gives one, mild and strong; nothing is random.
 EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
     'resize 1/2': partial(_resize, scale=0.5),
     'resize 1/4': partial(_resize, scale=0.25),
@@ -83,7 +83,7 @@ def measure_recall(
 
     Raises:
         ValueError: Fewer than one image, or as `find_copies`.
-        UnreadableImage: A picture is not there any more.
+        UnreadableImage: A picture was deleted.
     """
     if images < 1 or not len(index):
         raise ValueError(f'{images} of {len(index)} images is nothing to measure on: take one at least.')

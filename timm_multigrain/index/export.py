@@ -98,7 +98,7 @@ def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True)
 
 
 def _schema(index: Index) -> 'pyarrow.Schema':
-    """The metadata has the sums of the checksums of the index, so that it tells one state of it from another."""
+    """The metadata has the sums of the checksums of the index, so that its states can be distinguished."""
     import pyarrow as pa
 
     of_class = pa.struct([('name', pa.string()), ('probability', pa.float32())])

@@ -44,7 +44,7 @@ class Index:
         path: The folder.
 
     Raises:
-        FileNotFoundError: It is not there or not an index.
+        FileNotFoundError: Not found, or not an index.
         DamagedIndex: A file is not what was written; reading later may raise it too.
         NewerFormat: Another version of the package wrote it.
     """
@@ -104,7 +104,7 @@ class Index:
 
     @property
     def skipped(self) -> dict[str, str]:
-        """Files below the folders that are no images that can be read: path to reason."""
+        """Files below the folders that are not readable images: path to reason."""
         return {os.fsdecode(os.path.join(self.store.roots[root], name)): reason
                 for (root, name), (reason, *_) in self.store.skipped.items()}
 
@@ -148,7 +148,7 @@ class Index:
 
     @cached_property
     def row_of_vector(self) -> np.ndarray:
-        """Row of the image that each row of the file of vectors belongs to, -1 where none does any more."""
+        """Row of the image that each row of the file of vectors belongs to, -1 where it was deleted."""
         row_of = np.full(len(self.store.file), -1, dtype=np.int64)
         row_of[self.store.vector_rows] = np.arange(len(self))
         return row_of
@@ -160,7 +160,7 @@ class Index:
 
         Args:
             vectors: (Q, D), numpy or tensor, L2-normalised.
-            k: Images a query; fewer come if there are not so many.
+            k: Images per query; fewer if the index has fewer.
             class_name: Only images whose most probable class has this name.
             exact: Compare with all images, also where the index has a structure that spares that (`info['faiss']` says
                 which, and the share of the 10 nearest that it finds).
@@ -192,13 +192,13 @@ class Index:
 
         Args:
             images: Files or pictures.
-            k: Images a query.
+            k: Images per query.
             crop: (x, y, width, height) in pixels, the part of each picture to search for.
             class_name: Only images whose most probable class has this name.
             exact: As of `search`.
 
         Raises:
-            UnreadableImage: A file is no image that can be read.
+            UnreadableImage: A file is not a readable image.
             ValueError: As `search`, or a crop outside of the picture.
         """
         queries = embed_queries(self.model(), self.protocol(), images, crop).vectors

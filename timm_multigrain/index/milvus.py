@@ -111,7 +111,7 @@ class MilvusExport:
 def export_milvus(
         index: Index, address: str, *, mirror: bool = False, index_type: str | None = None, batch_size: int = 1000,
         progress: bool = True) -> MilvusExport:
-    """Send an index to a collection of Milvus, which is made if it is not there.
+    """Send an index to a collection of Milvus, which is created if it does not exist.
 
     Args:
         index: What to send.

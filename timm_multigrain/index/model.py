@@ -1,4 +1,4 @@
-"""What an index says of its model and preprocessing, and opening the model, told from any other by its weights."""
+"""What an index says of its model and preprocessing, and opening the model, recognised by its weights."""
 import os
 import re
 from collections.abc import Mapping

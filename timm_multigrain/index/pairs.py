@@ -7,7 +7,7 @@ the plane that separates c from its own cell,
 
     (|x - c|^2 - |x - home|^2) / (2 |c - home|) <= d,
 
-so nothing is lost, unless more than `probes` cells remain: then the closest are looked into.
+so nothing is lost, unless more than `probes` cells remain: then the closest are searched.
 
 Joining whatever is connected lets a chain of small differences tie together pictures that have nothing in common. A
 group is a star instead (star clustering, Aslam, Pelekhov and Rus 2004): a centre, and pictures that each form a pair

@@ -21,10 +21,10 @@ class Plan:
         replaces: For a file of `embed` that has changed, by its absolute path: the row that is to go.
         renew: (file, row) of files with a known content that is nowhere else: they take over what the row has.
         copy: (file, row) of new files with the content of a file that stays.
-        gone: Rows of files that are not there any more.
+        gone: Rows of deleted files.
         unchanged: Number of files that are as they were.
         moved: How many of `renew` are at another place; the others are as they were but for the time.
-        recovered: (root, path) of files that were listed as unreadable and are not there any more.
+        recovered: (root, path) of files that were listed as unreadable and are deleted.
     """
     embed: list[FoundFile] = field(default_factory=list)
     replaces: dict[bytes, int] = field(default_factory=dict)
@@ -51,11 +51,11 @@ def make_plan(
 
     Args:
         store: The index.
-        scan: What is there.
+        scan: The files that exist.
         folders: The folders that were scanned; images of other folders are left alone.
         retry: Try files again that could not be read and have not changed.
-        vanished: Indexed folders that are not there: their images may be found in `folders`, and stay if they are not.
-        forget: Indexed folders that are not there, whose images go if they are not found.
+        vanished: Indexed folders that were not found: their images may be found in `folders`, and stay otherwise.
+        forget: Indexed folders that were not found, whose images go if they are not found elsewhere.
     """
     plan, suspects, present = Plan(), [], set()
     known = {path: row for row, path in enumerate(store.paths())}
@@ -100,7 +100,7 @@ def sha256_of(path: bytes | str) -> bytes | None:
 
 
 def _is_gone(path: bytes, folders: Sequence[bytes], unreadable: Iterable[bytes]) -> bool:
-    """Whether a path that the scan has not met would have been met if it were there."""
+    """Whether a path that the scan has not met would have been met if it existed."""
     return any(_below(path, folder) for folder in folders) and not any(_below(path, other) for other in unreadable)
 
 
@@ -109,10 +109,10 @@ def _below(path: bytes, folder: bytes) -> bool:
 
 
 def _find_known_contents(plan: Plan, store: Store, suspects: list, absent: set[int], folders) -> None:
-    """Deal out new files: moved, a copy of one that is there, or to embed. Only those of a known size are read."""
+    """Sort new files: moved, a copy of an existing one, or to embed. Only those of a known size are read."""
     sizes, by_hash = set(store.records['bytes'].tolist()), defaultdict(list)
     if any(file.size in sizes for file in suspects):
-        # the last of a list is taken first: the row of a file that is absent before one of a file that is there
+        # the last of a list is taken first: the row of an absent file before one of an existing file
         for row in sorted(range(len(store.ids)), key=lambda row: (row in absent, row)):
             by_hash[store.records['sha256'][row].tobytes()].append(row)
     for file in suspects:

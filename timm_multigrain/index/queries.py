@@ -71,11 +71,11 @@ def embed_queries(
         crop: See `Queries`.
 
     Raises:
-        UnreadableImage: A file is no image that can be read.
+        UnreadableImage: A file is not a readable image.
         ValueError: No images, or a crop outside of a picture.
     """
     if not len(images):
-        raise ValueError('There is no picture to search for: give at least one.')
+        raise ValueError('No picture to search for: give at least one.')
     parts = list(embed_images(
         model, Queries(images, crop), protocol, errors='raise', logits=model.num_classes > 0, workers=0,
         progress=False))

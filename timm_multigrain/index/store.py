@@ -82,7 +82,7 @@ class Store:
         file: The file of vectors.
 
     Raises:
-        FileNotFoundError: It is not there or not an index.
+        FileNotFoundError: Not found, or not an index.
         DamagedIndex: It is not what was written.
         NewerFormat: Another version of the package wrote it.
     """
@@ -131,7 +131,7 @@ class Store:
             raise DamagedIndex(path, printable(str(e))) from e
         self.file = VectorFile(self.vectors_path, self.dim, self.dtype, chunks)
         if len(self.records) and self.records['vector'].max() >= len(self.file):
-            raise DamagedIndex(path, 'an image has a vector beyond those there are')
+            raise DamagedIndex(path, 'an image has a vector beyond the last one')
 
     def _read_settings(self, rows: list, _: int) -> None:
         settings = {name: parse_json(value) for name, value, _ in rows}
@@ -231,7 +231,7 @@ class Writer:
 
     @classmethod
     def create(cls, folder: str | os.PathLike, config: dict) -> None:
-        """Make a folder that is there an index without images. The lock must be held.
+        """Make an existing folder an index without images. The lock must be held.
 
         Args:
             folder: The folder.
@@ -458,7 +458,7 @@ def _reading(folder: Path) -> str:
 
 
 def _state(folder: Path) -> tuple:
-    """What tells that a writer was at work between two looks; last, whether one is or was killed."""
+    """Differs if a writer was at work between two calls; last, whether one is or was killed."""
     try:
         status = os.lstat(folder / FILE)
     except OSError:

@@ -56,7 +56,7 @@ def create_pool(
         persistent: Whether a fixed p is part of the state dict.
 
     Raises:
-        ValueError: The name is none of ours.
+        ValueError: Unknown name.
 
     Example:
         >>> create_pool('gem2.5')(torch.ones(2, 8, 7, 7)).shape

@@ -35,7 +35,7 @@ def margin_loss(embedding: Tensor, triplets: Triplets, beta: Tensor | float, mar
         margin: Half the width of the zone around beta that costs.
 
     Returns:
-        Scalar. Zero, with zero gradients, if no term is above zero or there is no triplet.
+        Scalar. Zero, with zero gradients, if no term is above zero or no triplet exists.
     """
     terms, _ = _margin_terms(embedding, triplets, beta, margin)
     return terms.sum() / (terms > 0).sum().clamp(min=1)
@@ -155,7 +155,7 @@ class MetricLearningLoss(nn.Module):
     Args:
         loss: Loss object called as loss(embedding, target, indices_tuple=...).
         use_triplets: Give it the sampled triplets, without their padding (a host synchronisation). Otherwise it sees
-            all pairs of the batch and tells them apart by the target; some losses support only this.
+            all pairs of the batch, with the target; some losses support only this.
 
     Raises:
         ValueError: The loss has no argument indices_tuple; when called, it does not support triplets.

@@ -122,7 +122,7 @@ def create_sampler(name: str, **kwargs) -> TripletSampler:
         **kwargs: Its other arguments.
 
     Raises:
-        ValueError: The name is none of these.
+        ValueError: Unknown name.
     """
     if name not in _SAMPLERS:
         raise ValueError(f'unknown sampling {name!r}, choose one of {", ".join(map(repr, _SAMPLERS))}')

@@ -22,8 +22,8 @@ class Triplets(NamedTuple):
 class TripletSampler(nn.Module):
     """Base of the samplers: pairs the images of each instance and draws the negatives.
 
-    A subclass says by `log_weights` how likely a negative is. Rows of the embedding that are not finite take no part at
-    all. An anchor without positives or without negatives gives no triplet; an image that is alone of its instance still
+    A subclass says by `log_weights` how likely a negative is. Rows of the embedding that are not finite are left
+    out. An anchor without positives or without negatives gives no triplet; an image that is alone of its instance still
     serves as a negative.
 
     The draw is without replacement, each next negative with a probability proportional to the weights of those left

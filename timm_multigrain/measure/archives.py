@@ -50,7 +50,7 @@ class RemoteFile:
 
 def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike,
                 report: Callable[[str], None] = print) -> None:
-    """Download what is not there yet, check it and unpack it; called again, it goes on with the first file missing.
+    """Download what is missing, check it and unpack it; called again, it goes on with the first file missing.
 
     Args:
         remotes: Files of the set.

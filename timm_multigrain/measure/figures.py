@@ -116,7 +116,7 @@ def read_metrics(path: str | os.PathLike) -> list[Metric]:
     """Figures of a JSON file.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: File not found.
         ValueError: It does not follow the schema.
     """
     path = Path(path)

@@ -164,7 +164,7 @@ def revisited_scores(
         kappas: The k of the precisions.
     """
     if not any(len(query.easy) or len(query.hard) for query in queries):
-        raise ValueError('No query has an easy or a hard image: there is nothing to find.')
+        raise ValueError('No query has an easy or a hard image: nothing to find.')
     # Each protocol takes out the images that are labelled otherwise, so that what is wrong is unlabelled in all three.
     above = outranking(scores, **{name: [getattr(query, name) for query in queries]
                                   for name in ('easy', 'hard', 'junk')})
@@ -322,7 +322,7 @@ def micro_average_precision(
         raise ValueError(f'scores of shape {scores.shape} for {len(predicted)} pairs: one number is needed per pair.')
     truth = {(query, reference) for query, reference in _to_list(true_pairs)}
     if not truth:
-        raise ValueError('true_pairs is empty: there is nothing to find.')
+        raise ValueError('true_pairs is empty: nothing to find.')
     if repeated := [pair for pair, count in Counter(predicted).items() if count > 1]:
         raise ValueError(f'The pair {repeated[0]} is predicted more than once.')
     correct = np.array([pair in truth for pair in predicted], dtype=bool)

@@ -29,7 +29,7 @@ def load_plain_pickle(path: str | os.PathLike) -> Any:
     """Read a pickle of numbers, texts, lists and dicts; tuples and numpy arrays become lists.
 
     Raises:
-        FileNotFoundError: The file is not there.
+        FileNotFoundError: File not found.
         ValueError: It holds anything else, is damaged, or is larger than any ground truth.
     """
     path = Path(path)

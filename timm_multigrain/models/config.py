@@ -87,7 +87,7 @@ def check_saved_args(args: Any) -> None:
     """Whether the arguments that a file says its model is made with lead nowhere else.
 
     Raises:
-        ValueError: They name another file, a repository, or weights to fetch, or are no arguments.
+        ValueError: They name another file, a repository, or weights to fetch, or are not arguments.
     """
     if args is None:
         return
@@ -142,7 +142,7 @@ def note_fitted(model: torch.nn.Module, kind: str, settings: dict[str, Any]) -> 
 
 
 def fitted(model: torch.nn.Module, kind: str) -> dict[str, Any] | None:
-    """The settings that `note_fitted` kept, None if there are none."""
+    """The settings that `note_fitted` kept, or None."""
     for note in _notes(model):
         if note.startswith(f'{kind}: {{'):
             try:

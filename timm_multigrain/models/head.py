@@ -82,7 +82,7 @@ class MultiGrainHead(nn.Module):
             eps=args['eps'], input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens).to(device=device)
 
     def reset_pool(self, global_pool: str, device=None, dtype=None) -> None:
-        """Change the pooling. 'gem' keeps a GeM that is there, and brings one that was taken off back with its p."""
+        """Change the pooling. 'gem' keeps an existing GeM, and restores a removed one with its p."""
         if global_pool != self.global_pool:
             if isinstance(self.pool, GeM) and not self.pool.per_channel:
                 self.gem_args.update(p=self.pool.value())
@@ -97,7 +97,7 @@ class MultiGrainHead(nn.Module):
         if num_classes < 0:
             raise ValueError(f'num_classes={num_classes} is negative: use 0 for a model without classifier.')
         if num_classes and not self.pooled:
-            raise ValueError(f"global_pool='' gives the map itself, which {num_classes} classes cannot be told from: "
+            raise ValueError(f"global_pool='' gives the map itself, not an input for {num_classes} classes: "
                              'use num_classes=0 or a pooling.')
         self.fc = nn.Identity()
         if num_classes:

@@ -18,7 +18,7 @@ from .weights import build_pretrained
 
 __all__ = ['register_multigrain']
 
-_COPIES = 'repeated augmentation (3 copies an image)'
+_COPIES = 'repeated augmentation (3 copies per image)'
 
 # tag: file on the authors' server, training, top-1
 _JOINT = {

@@ -1,6 +1,6 @@
 """Models on disk in the layout of the Hugging Face Hub: config.json and model.safetensors, as timm reads them.
 
-config.json also holds the SHA-256 of model.safetensors, which tells later whether the two belong together.
+config.json also holds the SHA-256 of model.safetensors, to check later that the two belong together.
 """
 import fcntl
 import glob
@@ -71,7 +71,7 @@ def check_model_folder(directory: str | os.PathLike) -> None:
 def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
     """A temporary folder whose files go to ``directory`` once the block has ended without an error.
 
-    A new directory is the temporary one renamed. In one that is there the files are replaced one by one, config.json
+    A new directory is the temporary one renamed. In an existing one the files are replaced one by one, config.json
     first: whoever comes in between finds that its hash is not that of the weights. What killed runs have left is
     removed.
 
@@ -126,7 +126,7 @@ def write_model(
 
     Args:
         model: As for `save_pretrained`.
-        directory: Folder that is there.
+        directory: Existing folder.
         label_names: As for `save_pretrained`.
         data_config: As for `save_pretrained`.
         pretrained_cfg: Fields of timm's configuration to set, such as license.

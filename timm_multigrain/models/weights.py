@@ -142,7 +142,7 @@ def weights_in(checkpoint: Any, ema: bool = True) -> dict[str, torch.Tensor]:
         ema: Take averaged weights, if there are any.
 
     Raises:
-        ValueError: There are none, or a value is not a tensor of real numbers.
+        ValueError: No weights, or a value is not a tensor of real numbers.
     """
     state = checkpoint if isinstance(checkpoint, dict) else {}
     containers = ('state_dict_ema', 'model_ema') * ema + ('state_dict', 'model', 'model_state')
@@ -150,7 +150,7 @@ def weights_in(checkpoint: Any, ema: bool = True) -> dict[str, torch.Tensor]:
     if not any(isinstance(v, torch.Tensor) for v in state.values()):
         found = f'a {type(checkpoint).__name__}' if not isinstance(checkpoint, dict) else (
             f'only entries such as {list(checkpoint)[:4]}' if checkpoint else 'nothing')
-        raise ValueError(f'The checkpoint holds no weights, {found}.')
+        raise ValueError(f'The checkpoint has no weights, {found}.')
     _check_numbers(state)
     return unwrapped(state)
 
@@ -161,7 +161,7 @@ def model_state(checkpoint: Any, ema: bool = True, own: dict | None = None) -> d
     Args:
         checkpoint: As there.
         ema: As there.
-        own: State dict of the model that will load it, to tell the original's names from a trunk's (timm's DenseNet).
+        own: State dict of the model that will load it, to separate the original's names from a trunk's (DenseNet).
 
     Raises:
         ValueError: As there, or a key that the original does not have among its own.
@@ -216,7 +216,7 @@ def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, 
         model: The model that will load it.
 
     Raises:
-        ValueError: The keys are of none of these, or a value is NaN or infinite (p alone may be infinite).
+        ValueError: Unknown keys, or a value is NaN or infinite (p alone may be infinite).
     """
     own = model.state_dict()
     state = dict(model_state(state_dict, own=own))
@@ -297,7 +297,7 @@ def recognize_model(state: dict) -> str:
     """Name of the model whose trunk has exactly the weights of a `model_state`.
 
     Raises:
-        ValueError: It is none of the networks that the original implementation can train.
+        ValueError: Not a network that the original implementation can train.
     """
     found = _trunk_shapes(state)
     for name in _CANDIDATES:
@@ -306,8 +306,8 @@ def recognize_model(state: dict) -> str:
     if not found:
         raise ValueError('It is not a checkpoint of the original implementation: it starts with '
                          f'{list(state)[:3]}; name the model that it is of.')
-    raise ValueError(f'The trunk of the checkpoint ({len(found)} weights, {next(iter(found))!r} the first) is none '
-                     f'of {", ".join(_CANDIDATES)}: name the model that it is of.')
+    raise ValueError(f'The trunk of the checkpoint ({len(found)} weights, {next(iter(found))!r} the first) matches '
+                     f'none of {", ".join(_CANDIDATES)}: name the model that it is of.')
 
 
 def _trunk_shapes(state: dict) -> dict[str, tuple[int, ...]]:
@@ -343,14 +343,14 @@ def build_pretrained(
         **kwargs: The rest of what timm's builder takes.
 
     Raises:
-        FileNotFoundError: There is no such file, here, on the server or on the Hub.
+        FileNotFoundError: File not found, here, on the server or on the Hub.
         ValueError: The weights are of another network or number of classes, or not finite.
         RuntimeError: No weights are known, or they cannot be downloaded or read.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
     found = _read_source(cfg, bool(overlay.get('hf_hub_filename')), cache_dir)
-    if found is None:  # timm says that there are no weights
+    if found is None:  # timm reports the missing weights
         return build_model_with_cfg(
             model_cls, variant, True, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay, **kwargs)
     checkpoint, shown = found

@@ -107,7 +107,7 @@ def write_report(
         title: Heading and title of the page.
         intro: Paragraph below it.
         tables: Result tables.
-        curves: Run name to series name to (steps, values); there is a chart per series with a line per run. Values
+        curves: Run name to series name to (steps, values); one chart per series, one line per run. Values
             that are not finite leave a gap.
         gallery: Queries with their nearest images.
         notes: Remarks, one list item each.

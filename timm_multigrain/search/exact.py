@@ -39,7 +39,7 @@ class SimilarityChunks:
         fitting = max(LEAST_CHUNK, CHUNK_BYTES // (4 * max(1, *self.queries.shape)))
         self.chunk_size = fitting if chunk_size is None else chunk_size
         if self.chunk_size < 1:
-            raise ValueError(f'chunk_size is {chunk_size}, and has to be 1 or more.')
+            raise ValueError(f'chunk_size is {chunk_size}: give 1 or more.')
         self._used = False
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -76,7 +76,7 @@ def nearest(queries: Array, database: Array | Iterable[Array], k: int,
         (tensor([[1.0000, 0.6000]]), tensor([[1, 2]]))
     """
     if k < 1:
-        raise ValueError(f'k is {k}, and has to be 1 or more.')
+        raise ValueError(f'k is {k}: give 1 or more.')
     best, start = None, 0
     for chunk in SimilarityChunks(queries, database, chunk_size):
         if chunk.isnan().any():

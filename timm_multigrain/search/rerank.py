@@ -52,7 +52,7 @@ def alpha_query_expansion(
     if isinstance(database, Iterator):
         raise ValueError('The database is read twice: pass an object that can be iterated again, not a generator.')
     if not alpha >= 0:
-        raise ValueError(f'alpha is {alpha}, and has to be 0 or more.')
+        raise ValueError(f'alpha is {alpha}: give 0 or more.')
     if query_rows is None:
         scores, indices = nearest(queries, database, k, chunk_size)
     else:

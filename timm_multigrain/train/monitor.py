@@ -11,7 +11,7 @@ __all__ = ['Monitor']
 
 _logger = logging.getLogger(__name__)
 
-# A spread of 1e-4 is a root mean square distance of 0.014, far below the 0.5 under which the sampler no longer tells
+# A spread of 1e-4 is a root mean square distance of 0.014, far below the 0.5 under which the sampler cannot tell
 # distances apart.
 MIN_SPREAD = 1e-4
 
@@ -107,7 +107,7 @@ def _failures(values: dict[str, float]) -> dict[str, str]:
                           'clip the gradients'}
     found = {}
     if values.get('active_positives', 1) + values.get('active_negatives', 1) == 0:
-        found['active'] = ('No pair costs anything: the margin loss does not train the embedding any more. Raise '
+        found['active'] = ('No pair costs anything: the margin loss no longer trains the embedding. Raise '
                            '--mg-margin, or give stronger augmentation')
     if not 0 < values.get('beta', 1.) < 2:
         found['beta'] = (f'beta is {values["beta"]:.3g}, outside the distances 0 to 2 of unit vectors: '

@@ -43,7 +43,7 @@ class TrainOptions:
         ValueError: A value out of its range, or values that do not go together.
         ImportError: An instance loss 'pml:NAME' without pytorch-metric-learning.
     """
-    repeats: int = _option(3, 'augmented copies of an image in a batch, m in the paper; 1 for none', int, 'N')
+    repeats: int = _option(3, 'augmented copies per image in a batch, m in the paper; 1 for none', int, 'N')
     classif_weight: float = _option(
         0.5, 'lambda: weight of the classification loss, the instance loss has 1 - lambda', float, 'LAMBDA')
     instance_loss: str = _option(
@@ -62,7 +62,7 @@ class TrainOptions:
         'channels on) or uniform', str, 'NAME')
     gather: bool = _option(False, 'take negatives from the batches of all processes', bool)
     epoch_len_factor: float = _option(
-        1.0, "samples of an epoch over images of the training set (the original's recipe: 2)", float, 'FACTOR')
+        1.0, "samples per epoch over images of the training set (the original's recipe: 2)", float, 'FACTOR')
     lighting: float = _option(0.0, "PCA colour noise; the original's full augmentation uses 0.1", float, 'STD')
     fast_loader: bool = _option(
         False, "decode and augment tensors instead of Pillow's images; pixels differ by a grey level or a few", bool)
@@ -165,7 +165,7 @@ def conflict(args: argparse.Namespace, options: TrainOptions) -> str | None:
     sizes = [args.batch_size, *(getattr(args, 'train_batch_sizes', None) or [])]
     needed = 2 * options.repeats if options.joint else options.repeats
     if min(sizes) < needed:
-        return (f'a batch size of {min(sizes)} is too small for {options.repeats} copies of an image: '
+        return (f'a batch size of {min(sizes)} is too small for {options.repeats} copies per image: '
                 + (f'give at least {needed}, so that a batch holds two images' if options.joint
                    else f'give at least {needed}'))
     return None

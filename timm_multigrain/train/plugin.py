@@ -54,7 +54,7 @@ class TrainPlugin:
         self.class_numbers = None
 
     def bind(self, script: ModuleType) -> None:
-        """Rebind the names in `script`; with one repeat and lambda = 1 those only that tell errors in a sentence."""
+        """Rebind the names in `script`; with one repeat and lambda = 1 only those that report errors in a sentence."""
         device = str(getattr(self.args, 'device', ''))
         if device.startswith('cuda') and not torch.cuda.is_available():
             stop(f'--device {device}: torch finds no GPU, give --device cpu')
@@ -135,8 +135,8 @@ class TrainPlugin:
             _logger.info(f'MultiGrain: {options}')
             if self.args.batch_size % options.repeats:
                 _logger.info(
-                    f'Batches of {self.args.batch_size} are no multiple of {options.repeats} copies: the copies of an '
-                    'image at the edge of a batch are split, as in the original.')
+                    f'Batch size {self.args.batch_size} is not a multiple of {options.repeats} copies: the copies of '
+                    'an image at the edge of a batch are split, as in the original.')
         task = MultiGrainTask(
             model, *args, classif_weight=options.classif_weight, instance_loss=options.instance_loss,
             instance_loss_kwargs=options.loss_kwargs(), sampling=options.sampling, num_repeats=options.repeats,

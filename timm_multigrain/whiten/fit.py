@@ -112,7 +112,7 @@ def fit_whitening(
     pca = _accumulate(embeddings)
     dim = _check(dim, shrinkage, pca.dim)
     if pca.count < 2:
-        raise ValueError(f'{pca.count} image cannot tell what varies: whitening needs many, {pca.dim + 1} or more.')
+        raise ValueError(f'{pca.count} image is not enough: whitening needs at least {pca.dim + 1}.')
     if shrinkage is None and pca.count <= pca.dim:  # the covariance of n images has rank n - 1
         warnings.warn(f'{pca.count} images are fewer than the {pca.dim + 1} that a whitening of {pca.dim} channels '
                       'needs: its covariance is shrunk towards the identity. Give more images.', stacklevel=2)
@@ -122,7 +122,7 @@ def fit_whitening(
             f'{dim + 1} images, dim={pca.count - 1}, or leave shrinkage out.')
     values, proj = pca.eigh()
     if not values[0] > NOTHING:
-        raise ValueError(f'The {pca.count} images all have the same embedding: there is nothing to whiten.')
+        raise ValueError(f'The {pca.count} images all have the same embedding: nothing to whiten.')
     values, scale, constant, shrinkage = _scale(values, pca.count, shrinkage)
     return WhiteningFit(pca.mean, (proj / scale)[:, :dim], values[:dim], pca.count,
                         int(constant[:dim].sum()), shrinkage)
@@ -144,7 +144,7 @@ def fit_learned_whitening(
             2010). None: 0 with C + 2 pairs or more, 'oas' with fewer.
 
     Raises:
-        ValueError: No pairs, pairs of images that are not there, or pairs that do not differ.
+        ValueError: No pairs, pairs of unknown images, or pairs that do not differ.
     """
     pairs = torch.as_tensor(np.asarray(pairs))
     if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
@@ -158,7 +158,7 @@ def fit_learned_whitening(
         within.update(with_constant(embeddings[some[:, 0]]) - with_constant(embeddings[some[:, 1]]))
     values, vectors = within.eigh()
     if not values[0] > NOTHING:
-        raise ValueError(f'The {len(pairs)} matching pairs are of identical images: there is nothing to learn.')
+        raise ValueError(f'The {len(pairs)} matching pairs are of identical images: nothing to learn.')
     _, scale, constant, shrinkage = _scale(values, len(pairs), shrinkage)
     vectors = vectors / scale
     ratios, turn = torch.linalg.eigh(vectors.T @ every.covariance() @ vectors)
@@ -214,7 +214,7 @@ def _accumulate(embeddings: torch.Tensor | Iterable[torch.Tensor]) -> StreamingP
         for rows in batch.split(ROWS):
             pca.update(with_constant(rows))
     if pca is None or not pca.count:
-        raise ValueError('There are no images to fit a whitening on.')
+        raise ValueError('No images to fit a whitening on.')
     return pca
 
 
@@ -237,7 +237,7 @@ def _scale(values: torch.Tensor, count: int, shrinkage: float | str | None) -> t
         shrinkage = oas_shrinkage(values, count)
     values = (1 - shrinkage) * values + shrinkage * values.mean()
     constant = values <= CONSTANT * values[0]
-    # What never varied tells images apart no better for being enlarged; invertible it has to stay.
+    # Scaling constant directions up would only add noise; the whitening has to stay invertible.
     return values, torch.where(constant, values[0], values).sqrt(), constant, float(shrinkage)
 
 

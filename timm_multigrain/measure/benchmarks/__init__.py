@@ -56,7 +56,7 @@ def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:
 
 
 def download_benchmark(name: str, data: str | os.PathLike, report: Callable[[str], None] = print) -> None:
-    """Fetch and unpack what a benchmark needs, as far as it is not there yet.
+    """Fetch and unpack what is missing of a benchmark.
 
     Args:
         name: One of `BENCHMARKS`, or 'revisitop1m' for the million distractors of Revisited Oxford and Paris.

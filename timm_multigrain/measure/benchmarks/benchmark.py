@@ -59,13 +59,13 @@ class SetFolder:
         source: Where it is to be had, for errors.
 
     Raises:
-        FileNotFoundError: It is not there, or is a file.
+        FileNotFoundError: Not found, or not a folder.
     """
 
     def __init__(self, folder: str | os.PathLike, title: str, source: str):
         self.path, self.title, self.source = Path(folder), title, source
         if not self.path.is_dir():
-            raise FileNotFoundError(f'{folder} is not a folder, so {title} is not there; {source}.')
+            raise FileNotFoundError(f'{title} not found: {folder} is not a folder; {source}.')
         self.names = image_names(self.path)
 
     def files(self, names: Iterable[str]) -> ImageFiles:
@@ -81,8 +81,8 @@ class SetFolder:
             prefer: Name of a folder whose file wins over files of the same name elsewhere.
 
         Raises:
-            FileNotFoundError: Some are not there.
-            ValueError: A name is there more than once.
+            FileNotFoundError: Some were not found.
+            ValueError: A name was found more than once.
         """
         wanted, found = set(names), {}
         for path in self.names:
@@ -105,7 +105,7 @@ def read_lines(path: str | os.PathLike, what: str) -> list[str]:
     """Lines of a UTF-8 text without blank ones and comments (#).
 
     Raises:
-        FileNotFoundError: The file is not there.
+        FileNotFoundError: File not found.
         ValueError: It is not text.
     """
     try:

@@ -79,11 +79,11 @@ def load_copydays(data: str | os.PathLike, subset: bool = False) -> Copydays:
 
     Args:
         data: The folder.
-        subset: Take what is there, whatever the counts.
+        subset: Use the images found, whatever the counts.
 
     Raises:
         FileNotFoundError: The originals, the strong copies, or some of them are missing.
-        ValueError: A copy of an original that is not there, or an image twice.
+        ValueError: The original of a copy was not found, or an image twice.
     """
     data = SetFolder(data, TITLE, SOURCE)
     found: dict[str, dict[int, str]] = {}

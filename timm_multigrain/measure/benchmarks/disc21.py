@@ -46,7 +46,7 @@ def load_disc21(data: str | os.PathLike, ground_truth: str | os.PathLike | None 
     Args:
         data: The folder.
         ground_truth: The CSV file; None for the only one in the folder.
-        queries: Text file with the name of a query per line. None: those that the ground truth has a row for, which is
+        queries: Text file with one query name per line. None: those that the ground truth has a row for, which is
             right only if it has rows without a reference for the queries that have none.
         subset: Search only the queries and references that the ground truth names, as the organisers' "subset 1".
 
@@ -92,7 +92,7 @@ def read_pairs(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]
     """All queries of a ground truth, and its pairs of query and reference; a query may have no reference.
 
     Raises:
-        FileNotFoundError: The file is not there.
+        FileNotFoundError: File not found.
         ValueError: A line is not a query and a reference or nothing, or comes twice; or no query has a reference.
     """
     path = Path(path)

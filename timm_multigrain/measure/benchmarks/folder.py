@@ -1,4 +1,4 @@
-"""Your own images: a group for each, every image of a group of two or more a query, itself left out; mAP.
+"""Your own images: one group per image; every image of a group of two or more is a query, itself left out; mAP.
 
 The groups are folders, DIR/<group>/<image>, or a JSON file that maps paths to numbers: -1 for a distractor, -2 for an
 image to leave out.

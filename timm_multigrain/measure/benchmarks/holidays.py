@@ -74,7 +74,7 @@ def load_holidays(data: str | os.PathLike, upright: str | os.PathLike | None = N
     Args:
         data: The folder.
         upright: List of turns, see `read_turns`.
-        subset: Take the scenes that are there whole instead of asking for all of them.
+        subset: Use the complete scenes instead of asking for all of them.
 
     Raises:
         FileNotFoundError: Images are missing.
@@ -107,7 +107,7 @@ def read_turns(path: str | os.PathLike) -> dict[str, int]:
     """Degrees to turn images clockwise by: a JSON object of names, or a text with a name and a number per line.
 
     Raises:
-        FileNotFoundError: The file is not there.
+        FileNotFoundError: File not found.
         ValueError: A line of another form, a name twice, or a turn that is not a multiple of 90.
     """
     if os.fspath(path).endswith('.json'):

@@ -91,7 +91,7 @@ def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], li
     """Images, queries, and for each query its box `bbx` and the indices of its `easy`, `hard` and `junk` images.
 
     Raises:
-        FileNotFoundError, ValueError: There is none, or it is not of this form.
+        FileNotFoundError, ValueError: Not found, or not of this form.
     """
     path = Path(path)
     content = read_json(path) if path.suffix == '.json' else load_plain_pickle(path)

@@ -37,7 +37,7 @@ def load_ukbench(data: str | os.PathLike, subset: bool = False) -> UKBench:
 
     Args:
         data: The folder.
-        subset: Take the images that are there instead of asking for all of them; groups have to be whole.
+        subset: Use the images found instead of asking for all of them; groups have to be complete.
 
     Raises:
         FileNotFoundError: Images are missing.
