@@ -379,10 +379,12 @@ def build_pretrained(
     return model
 
 
-def _read_source(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None) -> tuple[Any, str] | None:
+def _read_source(
+        cfg: PretrainedCfg, chosen: bool, cache_dir: str | None, again: bool = True) -> tuple[Any, str] | None:
     """The checkpoint that a configuration names, and its name in errors; None if it names none.
 
-    ``chosen``: the user named the file in the repository of the Hub.
+    ``chosen``: the user named the file in the repository of the Hub. ``again``: a damaged file in a cache is deleted
+    and downloaded once more.
     """
     if cfg.source == 'local-dir':
         path = Path(cfg.file) / WEIGHTS
@@ -403,7 +405,9 @@ def _read_source(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None) -> tup
         return read_checkpoint(path, shown, f'it was deleted: load it again, or {_BY_HAND}'), shown
     except UnreadableWeightsError:
         path.resolve().unlink(missing_ok=True)
-        raise
+        if not again:
+            raise
+        return _read_source(cfg, chosen, cache_dir, again=False)
 
 
 def _hub_file(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None) -> Path:
