@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -67,9 +68,12 @@ class Page:
         return WebDriverWait(self.driver, 60, ignored_exceptions=[Exception]).until(condition)
 
     def click(self, selector, number=0, dx=0, dy=0):
-        element = self.find(selector, number)
-        self.driver.execute_script('arguments[0].scrollIntoView({block: "center"})', element)
-        webdriver.ActionChains(self.driver).pause(0.3).move_to_element_with_offset(element, dx, dy).click().perform()
+        element, places = self.find(selector, number), [None]
+        while len(places) < 3 or len({str(place) for place in places[-2:]}) > 1:  # what changes above may move it
+            self.driver.execute_script('arguments[0].scrollIntoView({block: "center"})', element)
+            time.sleep(0.3)
+            places.append(self.driver.execute_script('return arguments[0].getBoundingClientRect().toJSON()', element))
+        webdriver.ActionChains(self.driver).move_to_element_with_offset(element, dx, dy).click().perform()
 
     def upload(self, path):
         """Give the file again until the page, which may not be listening yet, has taken it."""

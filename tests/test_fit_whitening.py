@@ -116,7 +116,7 @@ def test_constant_channels(model, embeddings):
 
 
 @pytest.mark.parametrize('embeddings, message', [
-    ([], 'no images'), (torch.rand(0, 4), 'no images'), (torch.rand(1, 4), '1 image cannot'),
+    ([], 'No images'), (torch.rand(0, 4), 'No images'), (torch.rand(1, 4), '1 image is not enough'),
     (torch.ones(30, 4), 'same embedding'), (torch.rand(4), r'give \(n, C\)'),
     (torch.tensor([[1., float('nan')]] * 9), 'NaN or infinity'),
     ([torch.rand(2, 3), torch.rand(2, 4)], r'give \(n, 4\)'),
