@@ -84,6 +84,15 @@ class Page:
                     lambda driver: driver.find_elements(By.CSS_SELECTOR, '#picture img'))
                 return
 
+    def press(self, selector, condition):
+        """Click until the condition holds: a page that is busy may drop a click."""
+        for _ in range(6):
+            self.click(selector)
+            with contextlib.suppress(TimeoutException):
+                WebDriverWait(self.driver, 10, ignored_exceptions=[Exception]).until(condition)
+                return
+        raise TimeoutException(f'{selector} was clicked, but: {self.text("body")}')
+
     def text(self, selector):
         return self.find(selector).text
 
@@ -108,8 +117,7 @@ def test_search_part_and_copies(page, pictures, url):
     page.click('#picture img', dx=40, dy=40)
     page.wait(lambda driver: 'Part of' in page.text('#hint'))
     whole = page.text('#nearest')
-    page.click('#search')
-    page.wait(lambda driver: page.text('#nearest') not in ('', whole))
+    page.press('#search', lambda driver: page.text('#nearest') not in ('', whole))
     page.click('#nearest .thumbnail-item')
     page.wait(lambda driver: 'pixels' in page.find('#details textarea').get_attribute('value'))
     page.screenshot('part')
