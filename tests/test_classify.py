@@ -124,7 +124,7 @@ def test_matching_by_class_map(model, tmp_path):
         with pytest.raises(ValueError, match='for a model of 3'):
             match_classes(model, ['z'], path)
     path.write_bytes(b'\xff\xfe\x00')
-    with pytest.raises(ValueError, match='is not a text file'):
+    with pytest.raises(ValueError, match='is not a UTF-8 text file'):
         match_classes(model, ['z'], path)
     with pytest.raises(FileNotFoundError, match=r'class map .*nowhere\.txt not found'):
         match_classes(model, ['z'], tmp_path / 'nowhere.txt')

@@ -212,12 +212,12 @@ def test_bad_arguments_and_batches():
     task = MultiGrainTask(_model()).train()
     with pytest.raises(ValueError, match=r'integer targets \(B, 2\).*of shape \(12,\)'):
         task(x, target[:, 0])
-    with pytest.raises(ValueError, match='copies of one instance'):
+    with pytest.raises(ValueError, match='images of the batch are of one instance'):
         task(x[:3], target[:3])
-    with pytest.raises(ValueError, match='No two of the 12 images'):
+    with pytest.raises(ValueError, match='12 images of the batch are of as many instances'):
         task(x, torch.stack([target[:, 0], torch.arange(12)], 1))
     assert torch.isfinite(task(x, target)['loss'])
-    with pytest.raises(ValueError, match='copies of one instance'):  # also later, in a short last batch
+    with pytest.raises(ValueError, match='images of the batch are of one'):  # also later, in a short last batch
         task(x[:3], target[:3])
 
 

@@ -20,7 +20,7 @@ from timm_multigrain.layers import GeM
 from timm_multigrain.measure.benchmarks.folder import load_folder
 from timm_multigrain.measure.classify import validate
 from timm_multigrain.measure.p_result import PResult
-from timm_multigrain.measure.tune_p import _Scan, scan_p, scan_p_groups, tune_p
+from timm_multigrain.measure.tune_p import _Scan, scan_p_groups, tune_p
 from timm_multigrain.models.config import fitted
 from timm_multigrain.models.open import open_model
 
@@ -88,7 +88,7 @@ def test_the_recipe(model, source):
 
 def test_the_scan(model, source):
     grid = (4, 1, 2.5, float('inf'))
-    result = scan_p(model, source, PROTOCOL, grid, workers=0)
+    result = tune_p(model, source, PROTOCOL, grid=grid, finetune=False, workers=0)
     assert result.grid == (1, 2.5, 3, 4, float('inf')) and result.tuned is None
     own = validate(model, source, PROTOCOL, workers=0).ranks < 1
     for p, value, loss in zip(result.grid, result.values, result.losses, strict=True):
@@ -106,7 +106,8 @@ def test_the_scan(model, source):
 def test_scan_and_recipe_in_one_pass_change_nothing(model, source):
     both = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0)
     assert both.trace == tune_p(model, source, PROTOCOL, grid=(), workers=0).trace
-    assert both.values == scan_p(model, source, PROTOCOL, (1, 3), workers=0).values
+    assert both.values == tune_p(
+        model, source, PROTOCOL, grid=(1, 3), finetune=False, workers=0).values
 
 
 def test_scan_of_groups(model, pictures):

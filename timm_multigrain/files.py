@@ -102,6 +102,22 @@ def printable(name: str | os.PathLike) -> str:
     return ''.join(c if c.isprintable() else c.encode('unicode_escape').decode('ascii') for c in text)
 
 
+def read_lines(path: str | os.PathLike, what: str) -> list[str]:
+    """Lines of a UTF-8 text, stripped, without blank ones.
+
+    Raises:
+        FileNotFoundError: File not found.
+        ValueError: It is not text.
+    """
+    try:
+        lines = Path(path).read_text(encoding='utf-8').splitlines()
+    except FileNotFoundError:
+        raise FileNotFoundError(f'{what} {printable(path)} not found.') from None
+    except UnicodeDecodeError as e:
+        raise ValueError(f'{what} {printable(path)} is not a UTF-8 text file: {e.reason}.') from e
+    return [line.strip() for line in lines if line.strip()]
+
+
 def open_regular(path: str | bytes | os.PathLike, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> BinaryIO:
     """Open a file that must be a regular one, unbuffered: no FIFO to wait for, no device, by default no link.
 

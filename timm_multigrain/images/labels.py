@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from timm_multigrain.files import check_json, read_json, write_text
+from timm_multigrain.files import check_json, read_json, read_lines, write_text
 
 from .sources import ImageFiles, find_images, printable
 from .subset import Subset
@@ -183,14 +183,9 @@ def _known_names(model: torch.nn.Module, folders: Sequence[str]) -> tuple[dict[s
 
 
 def _read_class_map(path: str | os.PathLike, num_classes: int) -> dict[str, int]:
-    try:
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except FileNotFoundError:
-        raise FileNotFoundError(f'class map {printable(path)} not found.') from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{printable(path)} is not a text file: give the folder of each class, one per line.') from e
-    known = {line.strip(): row for row, line in enumerate(lines) if line.strip()}
-    if max(known.values(), default=-1) + 1 != num_classes or len(known) != num_classes:
+    lines = read_lines(path, 'class map')
+    known = {line: row for row, line in enumerate(lines)}
+    if not len(known) == len(lines) == num_classes:
         raise ValueError(f'{printable(path)} names {len(known)} classes in {len(lines)} lines for a model of '
                          f'{num_classes}: give each its line.')
     return known

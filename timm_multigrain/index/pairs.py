@@ -2,8 +2,8 @@
 
 Small collections are compared with themselves chunk by chunk. Larger ones are first divided into the Voronoi cells of a
 k-means (Sivic and Zisserman 2003), and a descriptor is compared only with the cells that can hold a partner: with d the
-distance that belongs to the threshold, a partner in cell c is possible only if the descriptor is no further than d from
-the plane that separates c from its own cell,
+distance that belongs to the threshold, a partner can be in cell c only if the descriptor is within d of the plane that
+separates c from its own cell,
 
     (|x - c|^2 - |x - home|^2) / (2 |c - home|) <= d,
 

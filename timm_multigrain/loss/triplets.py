@@ -30,7 +30,7 @@ class TripletSampler(nn.Module):
     (Gumbel top-k). An anchor with fewer candidates of non-zero weight than draws makes them with replacement. Its k-th
     negative goes with its k-th positive.
 
-    With `max_positives` no shape depends on the values: there is no host synchronisation, and
+    With `max_positives` shapes do not depend on values, so the host never synchronises with a GPU and
     `torch.compile(fullgraph=True)` works, except with a `generator`, which the compiler cannot trace.
 
     Args:

@@ -34,7 +34,7 @@ from .benchmarks.folder import Groups
 from .classify import ranks_of_truth
 from .p_result import PResult
 
-__all__ = ['GRID', 'check_p_model', 'scan_p', 'scan_p_groups', 'tune_p']
+__all__ = ['GRID', 'check_p_model', 'scan_p_groups', 'tune_p']
 
 GRID = (1., 1.5, 2., 2.5, 3., 3.5, 4., 4.5, 5., 6., 7., 8.)
 SAVED_EVERY = 64  # batches
@@ -106,12 +106,6 @@ def tune_p(
     return PResult(
         'top-1', grid, values, noise, model.gem_p, scan.count, protocol, losses, tuner.p if tuner else None,
         tuple(tuner.trace) if tuner else (), run.skipped)
-
-
-def scan_p(model: MultiGrain, source: ImageSource, protocol: Protocol, grid: Sequence[float] = GRID,
-           **kwargs: Any) -> PResult:
-    """Top-1 at each p of a grid, in one pass of the trunk. Arguments and errors as `tune_p`."""
-    return tune_p(model, source, protocol, grid=grid, finetune=False, **kwargs)
 
 
 def scan_p_groups(

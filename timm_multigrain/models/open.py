@@ -199,7 +199,7 @@ def _rebuild(name: str, state: dict, args: dict) -> nn.Module:
     kwargs.update(
         {k: args.get(k) for k in _TRAIN_ARGS}, in_chans=args.get('in_chans') or (size[0] if size else None),
         global_pool=args.get('gp'), num_classes=_num_classes(name, state, args))
-    # Trained on, the weights are no longer those of the configuration; their license stays with what was made of them.
+    # Fine-tuned weights are not those that the configuration describes, but they keep the license of those.
     cfg = dict.fromkeys(key for key in _OF_THE_WEIGHTS if key not in ('license', 'origin_url'))
     if not args.get('pretrained'):
         cfg['license'] = None

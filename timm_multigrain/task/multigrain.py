@@ -270,11 +270,11 @@ class MultiGrainTask(ClassificationTask):
         instances = len(instance.unique())
         if instances < 2:
             raise ValueError(
-                f'All {len(instance)} images of the batch are copies of one instance, so there are no negatives: use a '
+                f'The loss needs negatives, but all {len(instance)} images of the batch are of one instance: use a '
                 f'batch size of at least {2 * self.num_repeats} and a data set of more than one image.')
         if not self._positives_seen and instances == len(instance):
             raise ValueError(
-                f'No two of the {len(instance)} images of the batch share an instance id, so there are no positives: '
+                f'The loss needs positives, but the {len(instance)} images of the batch are of as many instances: '
                 f'load them with timm_multigrain.data.create_loader(num_repeats={self.num_repeats}).')
         self._positives_seen = True
 

@@ -12,7 +12,7 @@ import torch
 from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names, printable
 from timm_multigrain.measure.results import Figure
 
-__all__ = ['Benchmark', 'Figure', 'Scores', 'SetFolder', 'read_lines', 'some']
+__all__ = ['Benchmark', 'Figure', 'Scores', 'SetFolder', 'some']
 
 Scores = Iterable[torch.Tensor]
 
@@ -99,22 +99,6 @@ class SetFolder:
             if len(found[name]) > 1:
                 raise ValueError(f'{self.path} has the image {name} more than once ({some(paths)}): leave one.')
         return [self.path / found[name][0] for name in names]
-
-
-def read_lines(path: str | os.PathLike, what: str) -> list[str]:
-    """Lines of a UTF-8 text without blank ones and comments (#).
-
-    Raises:
-        FileNotFoundError: File not found.
-        ValueError: It is not text.
-    """
-    try:
-        lines = Path(path).read_text(encoding='utf-8').splitlines()
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: {what} not found.') from None
-    except UnicodeDecodeError as e:
-        raise ValueError(f'{path} is not text: {e}.') from e
-    return [line.strip() for line in lines if line.strip() and not line.startswith('#')]
 
 
 def some(names: Sequence[str], number: int = 3) -> str:

@@ -11,11 +11,12 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from timm_multigrain.files import read_lines
 from timm_multigrain.images.sources import ImageFiles, ImageSource
 from timm_multigrain.measure.metrics import micro_average_precision
 from timm_multigrain.measure.ranks import best_pairs
 
-from .benchmark import Benchmark, Figure, Scores, SetFolder, read_lines, some
+from .benchmark import Benchmark, Figure, Scores, SetFolder, some
 
 __all__ = ['Disc21', 'load_disc21', 'read_pairs']
 
@@ -58,7 +59,7 @@ def load_disc21(data: str | os.PathLike, ground_truth: str | os.PathLike | None 
     path = Path(ground_truth) if ground_truth else _only_csv(data.path)
     named, pairs = read_pairs(path)
     if queries is not None:
-        named = [Path(line).stem for line in read_lines(queries, 'list of queries')]
+        named = [Path(line).stem for line in read_lines(queries, 'list of queries') if not line.startswith('#')]
         if len(set(named)) < len(named):
             raise ValueError(f'{queries} names a query twice.')
         unknown = sorted({query for query, _ in pairs}.difference(named))

@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from timm_multigrain.files import check_json, read_json
+from timm_multigrain.files import check_json, read_json, read_lines
 from timm_multigrain.images.sources import ImageFiles, ImageSource, printable
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import mean_average_precision
 
-from .benchmark import Benchmark, Figure, Scores, SetFolder, read_lines, some
+from .benchmark import Benchmark, Figure, Scores, SetFolder, some
 
 __all__ = ['DOWNLOADS', 'Holidays', 'TurnedImages', 'load_holidays', 'read_turns']
 
@@ -115,7 +115,7 @@ def read_turns(path: str | os.PathLike) -> dict[str, int]:
         check_json(entries, {str: int}, str(path))
         entries = [(name, str(degrees)) for name, degrees in entries.items()]
     else:
-        entries = [line.split() for line in read_lines(path, 'list of turns')]
+        entries = [line.split() for line in read_lines(path, 'list of turns') if not line.startswith('#')]
     turns = {}
     for entry in entries:
         if len(entry) != 2 or not re.fullmatch(r'-?\d{1,9}', entry[1]) or int(entry[1]) % 90:
