@@ -20,8 +20,7 @@ import numpy as np
 from timm_multigrain.files import write_text
 from timm_multigrain.images.sources import read_image
 from timm_multigrain.index import Index
-from timm_multigrain.index.dedup import find_copies
-from timm_multigrain.index.dedup_recall import EDITS
+from timm_multigrain.index.dedup import EDITS, find_copies
 
 FOLDERS = ('classes', 'photos', 'instances')
 

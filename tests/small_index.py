@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from timm_multigrain.index.records import RECORD, record_row
+from timm_multigrain.index.records import RECORD
 from timm_multigrain.index.store import Store, Writer
 
 CLASSES = ['boat', 'car', 'tree']
@@ -35,12 +35,20 @@ def write_index(folder, vectors: np.ndarray, paths=None, classes=None, root='/pi
         'name': 'multigrain', 'trunk': 'test_resnet', 'source': None, 'options': {}, 'weights_sha256': '0' * 64,
         'pool': 'gem', 'p': [3.0], 'whitening': None, 'dim': vectors.shape[1], 'num_classes': len(CLASSES),
         'label_names': CLASSES, 'license': None}
-    config = {'model': model, 'protocol': {'size': 64}, 'dim': vectors.shape[1], 'dtype': dtype, 'versions': {}}
+    config = {'model': model, 'protocol': {'size': 64}, 'dtype': dtype, 'versions': {}}
     Writer.create(folder, config)
     with writer_of(folder) as writer:
         writer.add_root(os.fsencode(root))
         add_images(writer, vectors, paths, classes)
     return folder
+
+
+def record(**fields) -> np.ndarray:
+    """A row of `RECORD`; fields that are not given are 0."""
+    row = np.zeros((), dtype=RECORD)
+    for name, value in fields.items():
+        row[name] = value
+    return row
 
 
 @contextmanager
@@ -58,9 +66,9 @@ def add_images(writer: Writer, vectors: np.ndarray, paths=None, classes=None) ->
     count = len(vectors)
     paths = [f'{i}.jpg' for i in range(count)] if paths is None else paths
     classes = [i % len(CLASSES) for i in range(count)] if classes is None else classes
-    rows = np.array([record_row(
-        root=0, size=(640, 480), bytes=1000 + i, mtime_ns=i, sha256=hashlib.sha256(str(i).encode()).digest(),
-        classes=[classes[i]], probabilities=[0.75]) for i in range(count)], dtype=RECORD)
+    rows = np.array([record(
+        width=640, height=480, bytes=1000 + i, mtime_ns=i, sha256=list(hashlib.sha256(str(i).encode()).digest()),
+        classes=[classes[i], -1, -1, -1, -1], probabilities=[0.75, 0, 0, 0, 0]) for i in range(count)], dtype=RECORD)
     writer.add([os.fsencode(path) for path in paths], rows, vectors)
     writer.commit()
 

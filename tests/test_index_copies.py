@@ -5,10 +5,16 @@ from PIL import Image
 
 from timm_multigrain.demo.pictures import draw_picture
 from timm_multigrain.index import pairs as pairs_module
-from timm_multigrain.index.dedup_recall import EDITS
+from timm_multigrain.index.dedup import EDITS
 from timm_multigrain.index.looks import ALIKE, Looks, likeness, small_grey
-from timm_multigrain.index.pairs import NearPairs, near_pairs, star_groups
-from timm_multigrain.index.thresholds import DEFAULT, find_thresholds, fit_collection
+from timm_multigrain.index.pairs import (
+    DEFAULT,
+    CollectionWhitening,
+    NearPairs,
+    find_thresholds,
+    near_pairs,
+    star_groups,
+)
 
 
 def clustered(count=400, dim=24, seed=0):
@@ -65,8 +71,8 @@ def test_bad_thresholds(monkeypatch):
     monkeypatch.setattr(pairs_module, 'MAX_PAIRS', 100)
     with pytest.raises(ValueError, match=r'More than 100 pairs .* raise the threshold'):
         near_pairs(clustered(), -0.9)
-    assert len(near_pairs(np.empty((0, 4), np.float32), 0.5)) == 0
-    assert len(near_pairs(np.ones((1, 1), np.float32), 0.5)) == 0
+    assert len(near_pairs(np.empty((0, 4), np.float32), 0.5).first) == 0
+    assert len(near_pairs(np.ones((1, 1), np.float32), 0.5).first) == 0
 
 
 def test_stars_do_not_chain():
@@ -101,7 +107,7 @@ def test_stars_are_near_their_centres_and_as_large_as_can_be(threshold):
 
 def test_whitening_is_that_of_numpy():
     vectors = clustered(1000, dim=70)
-    whitening = fit_collection(vectors)
+    whitening = CollectionWhitening(vectors)
     white = whitening.all(vectors).astype(np.float64)
     centred = vectors.astype(np.float64) - vectors.astype(np.float64).mean(0)
     values, directions = np.linalg.eigh(np.cov(centred.T, bias=True))
@@ -110,17 +116,17 @@ def test_whitening_is_that_of_numpy():
     assert white.shape == (1000, 70)
     assert np.abs(white @ white.T - expected @ expected.T).max() < 1e-4  # the sign of a direction means nothing
     assert np.abs(whitening(vectors[5:9]) - white[5:9]).max() < 1e-6
-    few = fit_collection(vectors[:500])  # 62 components would fit the pictures themselves
-    assert few.mean is None and np.array_equal(few.all(vectors[:500]), vectors[:500])
-    same = fit_collection(np.tile(vectors[:1], (600, 1)))
-    assert same.mean is None
+    few = CollectionWhitening(vectors[:500])  # 62 components would fit the pictures themselves
+    assert few.projection is None and np.array_equal(few.all(vectors[:500]), vectors[:500])
+    same = CollectionWhitening(np.tile(vectors[:1], (600, 1)))
+    assert same.projection is None
 
 
 def test_whitened_rows_may_be_mapped(monkeypatch):
     vectors = clustered(1000, dim=70)
-    expected = fit_collection(vectors).all(vectors)
-    monkeypatch.setattr('timm_multigrain.index.thresholds.IN_MEMORY', 10)
-    mapped = fit_collection(vectors).all(vectors)
+    expected = CollectionWhitening(vectors).all(vectors)
+    monkeypatch.setattr('timm_multigrain.index.pairs.IN_MEMORY', 10)
+    mapped = CollectionWhitening(vectors).all(vectors)
     assert isinstance(mapped, np.memmap) and np.array_equal(mapped, expected)
 
 

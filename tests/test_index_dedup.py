@@ -14,8 +14,7 @@ from PIL import Image
 from timm_multigrain.cli.main import main
 from timm_multigrain.images.sources import holds_several
 from timm_multigrain.index import Index
-from timm_multigrain.index.dedup import find_copies
-from timm_multigrain.index.dedup_recall import EDITS, measure_recall
+from timm_multigrain.index.dedup import EDITS, find_copies, measure_recall
 
 from .copies_folder import make_index, make_pictures
 from .small_index import unit_vectors, write_files, write_index

@@ -63,7 +63,7 @@ def test_same_neighbours(index, address):
     done = export_milvus(index, address, batch_size=64, progress=False)
     assert (done.written, done.unchanged, done.removed, done.others) == (150, 0, 0, 0) and '150' in str(done)
     there = MilvusIndex(address)
-    assert len(there) == 150 and there.config['model']['label_names'] == CLASSES and there.index_type == 'FLAT'
+    assert len(there) == 150 and there.config['model']['label_names'] == CLASSES
     queries = np.concatenate([unit_vectors(20, seed=5), index.vectors[:len(NAMES)]])
     for class_name in (None, 'car'):
         scores, rows = index.search(queries, 7, class_name)

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from timm_multigrain.images.walk import scan_folders
-from timm_multigrain.index.plan import make_plan, sha256_of
-from timm_multigrain.index.records import RECORD, record_row
+from timm_multigrain.index.build import make_plan, sha256_of
+from timm_multigrain.index.records import RECORD
 from timm_multigrain.index.store import Store, is_index
 
-from .small_index import unit_vectors, write_index, writer_of
+from .small_index import record, unit_vectors, write_index, writer_of
 
 ODD_NAMES = [b'new\nline.jpg', b'bad\xff\xfebyte.png', b' space .jpg ', b'-rf.jpg', 'ü\u202e.JPEG'.encode(),
              b'a;b$(c).gif', b'..jpg', b'%s.webp', b'"\'.tif']
@@ -113,7 +113,7 @@ def index_of(tmp_path, files):
     rows = []
     for name in files:
         status, digest = os.stat(tmp_path / 'pictures' / name), sha256_of(tmp_path / 'pictures' / name)
-        rows.append(record_row(root=0, size=(1, 1), bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=digest))
+        rows.append(record(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=list(digest)))
     with writer_of(path) as writer:
         writer.add([os.fsencode(name) for name in files], np.array(rows, dtype=RECORD), unit_vectors(len(files)))
         writer.skip(0, b'bad.jpg', 'is empty', 1, os.stat(tmp_path / 'pictures' / 'bad.jpg').st_mtime_ns)

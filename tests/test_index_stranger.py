@@ -4,7 +4,7 @@ import os
 import shutil
 import socket
 import sqlite3
-from contextlib import closing
+from contextlib import closing, suppress
 
 import numpy as np
 import pytest
@@ -14,8 +14,8 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.index import Index, OtherModel, build_index, store
 from timm_multigrain.index.dedup import find_copies
-from timm_multigrain.index.errors import DamagedIndex
-from timm_multigrain.index.store import FILE, RECORD
+from timm_multigrain.index.records import RECORD, DamagedIndex
+from timm_multigrain.index.store import FILE
 
 from .tiny import tiny_model
 
@@ -119,8 +119,8 @@ def rewrite(folder, setting, change):
     with closing(sqlite3.connect(folder / FILE, isolation_level=None)) as db:
         value = json.loads(db.execute('SELECT value FROM settings WHERE name = ?', (setting,)).fetchone()[0])
         change(value)
-        row = setting, json.dumps(value)
-        db.execute('REPLACE INTO settings VALUES (?, ?, ?)', (*row, store._checksum(row)))
+        row = store._row('settings', setting, json.dumps(value))
+        db.execute('REPLACE INTO settings VALUES (?, ?, ?)', row)
 
 
 @pytest.mark.parametrize('number', ['../../mine', '../mine.txt', -1, 0, None, 2 ** 70])
@@ -128,10 +128,8 @@ def rewrite(folder, setting, change):
 def test_no_path_in_an_index_is_written_or_deleted(copy, setting, number):
     mine = copy / 'mine.txt'
     mine.write_text('mine')
-    with closing(sqlite3.connect(copy / 'index' / FILE, isolation_level=None)) as db:
-        value = json.loads(db.execute('SELECT value FROM settings WHERE name = ?', (setting,)).fetchone()[0])
-        row = setting, json.dumps({**value, 'number': number} if setting == 'faiss' else number)
-        db.execute('REPLACE INTO settings VALUES (?, ?, ?)', (*row, store._checksum(row)))
+    rewrite(copy / 'index', 'state', lambda state: state.update(
+        {'faiss': {**state['faiss'], 'number': number}} if setting == 'faiss' else {'generation': number}))
     with pytest.raises(DamagedIndex, match='is damaged'):
         build_index([copy / 'pictures'], copy / 'index', workers=0, progress=False, kind='exact')
     assert mine.read_text() == 'mine'
@@ -259,13 +257,14 @@ def mutate(folder, rng):
         total = 0
         for row in rows:
             try:
-                checksum = store._checksum(row)
-                db.execute(f'REPLACE INTO {table} VALUES ({", ".join("?" * (len(row) + 1))})', (*row, checksum))
-                total += checksum
-            except (UnicodeEncodeError, sqlite3.IntegrityError):
-                pass
+                row = store._row(table, *row)
+            except TypeError:  # of another type: nobody can give it a checksum that is right
+                row = *row, 0
+            with suppress(UnicodeEncodeError, sqlite3.IntegrityError):
+                db.execute(f'REPLACE INTO {table} VALUES ({", ".join("?" * len(row))})', row)
+                total += row[-1]
     if table != 'settings':
-        rewrite(folder, 'totals', lambda totals: totals.update({table: [len(rows), total]}))
+        rewrite(folder, 'state', lambda state: state['totals'].update({table: [len(rows), total]}))
 
 
 def fuzz(copy, seeds):

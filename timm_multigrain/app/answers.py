@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from timm_multigrain.images.labels import class_names
 from timm_multigrain.images.sources import UnreadableImage, printable, read_image
 from timm_multigrain.index.dedup import Copies, CopyGroup, find_copies
-from timm_multigrain.index.queries import cut, embed_queries
+from timm_multigrain.index.model import cut, embed_queries
 from timm_multigrain.index.records import Record, top_classes
 from timm_multigrain.report.page import file_size
 

@@ -39,12 +39,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from timm_multigrain.images.sources import printable
     from timm_multigrain.index import Index
-    from timm_multigrain.index.dedup import FALSE_POSITIVES, find_copies
+    from timm_multigrain.index.dedup import FALSE_POSITIVES, find_copies, measure_recall
 
     index = Index.open(args.index)
     share = FALSE_POSITIVES if args.false_positives is None else args.false_positives
     if args.measure is not None:
-        from timm_multigrain.index.dedup_recall import measure_recall
         print(measure_recall(
             index, args.measure, threshold=args.threshold, false_positives=share, look=not args.no_look))
         return 0

@@ -1,7 +1,6 @@
 """A photo collection: index it, search it, find copies in it. README.md beside this has the format and plans."""
 from .build import BuildReport, build_index
-from .errors import DamagedIndex, IndexInUse, OtherModel
 from .index import Hit, Index
-from .records import Record
+from .records import DamagedIndex, IndexInUse, OtherModel, Record
 
 __all__ = ['BuildReport', 'DamagedIndex', 'Hit', 'Index', 'IndexInUse', 'OtherModel', 'Record', 'build_index']

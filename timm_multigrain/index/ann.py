@@ -15,7 +15,7 @@ import numpy as np
 from timm_multigrain.files import fsync, open_regular
 from timm_multigrain.search.exact import nearest
 
-from .errors import DamagedIndex, writing
+from .records import DamagedIndex, writing
 from .store import Store, Writer
 from .vectors import Vectors
 
@@ -43,26 +43,21 @@ class Structure:
     """
 
     def __init__(self, store: Store):
-        described = store.faiss
+        described, faiss = store.faiss, import_faiss()
         path = store.folder / f'faiss.{described["number"]}.bin'
-        faiss = import_faiss()
         try:
             if _size_and_crc32(path) != (described['size'], described['crc32']):
                 raise ValueError('its checksum differs')
             self._index = faiss.read_index(str(path), faiss.IO_FLAG_MMAP | faiss.IO_FLAG_READ_ONLY)
             if (self._index.ntotal, self._index.d) != (described['rows'], store.dim):
                 raise ValueError('it is of another index')
-        except (OSError, ValueError) as e:
-            raise DamagedIndex(path, str(e)) from e
-        except RuntimeError as e:
-            raise DamagedIndex(path, 'it is not a structure of FAISS') from e
-        self.rows = described['rows']
-        self._settings = described['settings']
-        holds = np.zeros(self.rows, dtype=bool)
-        numbers = store.vector_rows
-        holds[numbers[numbers < self.rows]] = True
-        self._selector = None if holds.all() else faiss.IDSelectorBitmap(np.packbits(holds, bitorder='little'))
-        self._holds = holds  # the selector does not own what it points to
+        except (OSError, ValueError, RuntimeError) as e:
+            raise DamagedIndex(path, str(e).splitlines()[0]) from e
+        self.rows, self._settings = described['rows'], described['settings']
+        kept = np.zeros(self.rows, dtype=bool)
+        kept[store.vector_rows[store.vector_rows < self.rows]] = True
+        self._kept = np.packbits(kept, bitorder='little')  # the selector does not own what it points to
+        self._selector = None if kept.all() else faiss.IDSelectorBitmap(self._kept)
 
     def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Rows of the vector file where the k nearest are likely to be, (Q, n) int64; -1 fills up."""
@@ -110,16 +105,13 @@ def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) 
         return None
     if progress:
         print(f'building {wanted} for {images:,} images', file=sys.stderr)
-    writer.set_faiss(_build(store, wanted))
-    return writer.faiss
+    described = _build(store, wanted)
+    writer.set_faiss(described)
+    return described
 
 
 def import_faiss():
-    """The module.
-
-    Raises:
-        ImportError: It is not installed.
-    """
+    """The module; ImportError with what to install."""
     try:
         import faiss
     except ImportError as e:
@@ -128,12 +120,11 @@ def import_faiss():
 
 
 def _build(store: Store, kind: str) -> dict:
-    faiss = import_faiss()
-    index, settings = _create(faiss, store, kind)
-    rows = len(store.file)
+    faiss, vectors, rows = import_faiss(), Vectors(store.file, store.vector_rows), len(store.file)
+    index, settings = _create(faiss, vectors, rows, kind)
     for start in range(0, rows, 16384):
         index.add(store.file[start:start + 16384].astype(np.float32))
-    settings, recall = _tune(index, store, settings)
+    settings, recall = _tune(index, vectors, store.vector_rows, settings)
     number = 1 + (store.faiss['number'] if store.faiss else 0)
     path = store.folder / f'faiss.{number}.bin'
     unfinished = path.with_name(f'.{path.name}')
@@ -149,7 +140,7 @@ def _build(store: Store, kind: str) -> dict:
             unfinished.unlink(missing_ok=True)
     size, crc32 = _size_and_crc32(path)
     return {'number': number, 'kind': kind, 'rows': rows, 'settings': settings, 'recall_at_10': recall,
-            'recall_queries': min(QUERIES, len(store.ids)), 'faiss': faiss.__version__, 'size': size, 'crc32': crc32}
+            'recall_queries': min(QUERIES, len(vectors)), 'faiss': faiss.__version__, 'size': size, 'crc32': crc32}
 
 
 def _size_and_crc32(path: Path) -> tuple[int, int]:
@@ -160,13 +151,13 @@ def _size_and_crc32(path: Path) -> tuple[int, int]:
     return size, crc32
 
 
-def _create(faiss, store: Store, kind: str) -> tuple:
-    """An empty structure, trained, and its settings."""
-    dim, rows = store.dim, len(store.file)
+def _create(faiss, vectors: Vectors, rows: int, kind: str) -> tuple:
+    """An empty structure for so many rows, trained, and its settings."""
+    dim = vectors.shape[1]
     if kind == 'hnsw':
         index = faiss.IndexHNSWSQ(dim, faiss.ScalarQuantizer.QT_8bit, LINKS, faiss.METRIC_INNER_PRODUCT)
         index.hnsw.efConstruction = 80
-        index.train(_sample(store, 50_000))
+        index.train(vectors[_sample(vectors, 50_000)].astype(np.float32))
         return index, {'links': LINKS, 'ef': 64}
     lists = max(1, min(int(4 * rows ** 0.5), rows // 40))
     code = next(m for m in range(min(128, max(16, dim // 8), dim), 0, -1) if dim % m == 0)
@@ -174,41 +165,39 @@ def _create(faiss, store: Store, kind: str) -> tuple:
     index = faiss.index_factory(dim, f'IVF{lists},PQ{code}x{bits}', faiss.METRIC_INNER_PRODUCT)
     index.cp.max_points_per_centroid, index.cp.min_points_per_centroid = 64, 1
     index.pq.cp.min_points_per_centroid, index.pq.cp.niter = 1, 10
-    index.train(_sample(store, max(64 * lists, 65_536)))
+    index.train(vectors[_sample(vectors, max(64 * lists, 65_536))].astype(np.float32))
     return index, {'lists': lists, 'code_bytes': code * bits // 8, 'probes': 1}
 
 
-def _sample(store: Store, count: int) -> np.ndarray:
-    """Descriptors to train with, (n, D) float32, images that hold only."""
-    vectors = Vectors(store.file, store.vector_rows)
-    rows = np.random.default_rng(0).permutation(len(vectors))[:count]
-    return vectors[np.sort(rows)].astype(np.float32)
+def _sample(vectors: Vectors, count: int, seed: int = 0) -> np.ndarray:
+    return np.sort(np.random.default_rng(seed).permutation(len(vectors))[:count])
 
 
-def _tune(index, store: Store, settings: dict) -> tuple[dict, float]:
+def _tune(index, vectors: Vectors, vector_rows: np.ndarray, settings: dict) -> tuple[dict, float]:
     """The cheapest settings that reach the recall, or the dearest ones, and the recall that they have."""
-    vectors = Vectors(store.file, store.vector_rows)
-    queried = np.sort(np.random.default_rng(1).permutation(len(vectors))[:QUERIES])
+    queried = _sample(vectors, QUERIES, seed=1)
     queries = vectors[queried].astype(np.float32)
     # an image does not count as its own match: anything would find it
-    truth = [store.vector_rows[found[found != own]][:10]
+    truth = [vector_rows[found[found != own]][:10]
              for found, own in zip(nearest(queries, vectors.chunks(), 11)[1].numpy(), queried, strict=True)]
-    knob, values = ('probes', [2 ** i for i in range(11)]) if 'probes' in settings else ('ef', [128, 256, 512, 1024])
+    knob, values = ('ef', [128, 256, 512, 1024])
+    if 'probes' in settings:
+        knob, values = 'probes', [2 ** i for i in range(11) if 2 ** i < 2 * settings['lists']]
     best, best_recall = settings, -1.
     for candidates in CANDIDATES:
         last = -1.
         for value in values:
-            tried = {**settings, 'candidates': candidates, knob: min(value, settings.get('lists', value))}
+            tried = {**settings, 'candidates': candidates, knob: value}
             found = _candidates(index, queries, min(candidates, index.ntotal), tried, None)
             recall = float(np.mean([len(np.intersect1d(t, f)) / max(1, len(t))
                                     for t, f in zip(truth, found, strict=True)]))
             if recall > best_recall:
                 best, best_recall = tried, recall
-            if recall >= TARGET_RECALL or value >= settings.get('lists', np.inf) or 0 < recall < last + 0.005:
-                break  # reached, or the codes, not the lists, are what misses the rest
+            if recall >= TARGET_RECALL:
+                return best, best_recall
+            if 0 < recall < last + 0.005:
+                break  # the codes, not the lists, are what misses the rest
             last = recall
-        if best_recall >= TARGET_RECALL:
-            break
     return best, best_recall
 
 

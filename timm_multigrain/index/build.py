@@ -1,8 +1,10 @@
-"""Make or update an index: find the images, embed what is new, commit batch after batch."""
+"""Make or update an index: find the images, compare them with what is indexed, embed what is new, commit by batches."""
+import hashlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +14,7 @@ import numpy as np
 import timm
 import torch
 
-from timm_multigrain.embed.embedder import embed_images
+from timm_multigrain.embed.embedder import Embedded, embed_images
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import printable
 from timm_multigrain.images.sources import ImageFiles
@@ -22,15 +24,11 @@ from timm_multigrain.models.save import save_pretrained
 from timm_multigrain.version import __version__
 
 from .ann import update_structure
-from .errors import OtherModel
-from .model import SAVED, describe_model, open_described, open_named, protocol_from_json
-from .plan import Plan, make_plan, sha256_of
-from .records import RECORD, record_row, top_classes
+from .model import SAVED, describe_model, open_described, protocol_from_json
+from .records import RECORD, OtherModel, top_classes
 from .store import FILE, Store, Writer, index_lock, is_index
 
-__all__ = ['BuildReport', 'build_index']
-
-ATTEMPTS = 3  # for a file that changes while it is read
+__all__ = ['BuildReport', 'Plan', 'build_index', 'make_plan', 'sha256_of']
 
 
 @dataclass
@@ -83,16 +81,12 @@ def build_index(
         protocol: Protocol | Callable[[torch.nn.Module], Protocol] | None = None,
         *,
         model_options: Mapping[str, Any] | None = None,
-        batch_size: int = 32,
-        workers: int | None = None,
-        device: str | None = None,
-        dtype: torch.dtype | None = None,
-        fast: bool = False,
         half: bool = False,
         retry: bool = False,
         remove_missing: bool = False,
         kind: str = 'auto',
         progress: bool = True,
+        **extraction,
 ) -> BuildReport:
     """Make an index of the images below some folders, or bring one up to date.
 
@@ -108,16 +102,12 @@ def build_index(
         protocol: Preprocessing, or a function that makes it from the model; None takes the index's own, or what the
             model is made for.
         model_options: Keyword arguments of `open_model`, such as pool and p.
-        batch_size: Images that go through the model, and are committed, together.
-        workers: Processes that read images; None for as many as there are cores.
-        device: Where the model runs; None for a GPU if there is one.
-        dtype: Arithmetic of the model, such as torch.bfloat16.
-        fast: Fold batch norms and lay images out channels last: equal up to rounding only.
         half: Keep descriptors of a new index as float16, in half the space.
         retry: Try files again that could not be read before and have not changed.
         remove_missing: Forget a folder's images even if all of them, or the folder itself, are gone.
         kind: Structure for search: 'auto' by the number of images, 'exact', 'hnsw' or 'ivf-pq'.
         progress: Show bars.
+        **extraction: batch_size, workers, device, dtype and fast of `Embedder`; a batch is committed at a time.
 
     Raises:
         FileNotFoundError, NotADirectoryError: A folder was not found.
@@ -130,7 +120,7 @@ def build_index(
     """
     start, out = time.monotonic(), Path(out)
     folders = list(dict.fromkeys(os.path.realpath(os.fsencode(folder)) for folder in dirs))
-    new = _check_place(out)
+    new = _is_new(out)
     known = [] if new else Store(out).roots
     for folder in folders:
         if not os.path.isdir(folder) and folder not in known:
@@ -140,16 +130,14 @@ def build_index(
         raise ValueError(f'{out} is a new index: give the folders that it is to be made of, and name the model.')
     out.mkdir(parents=True, exist_ok=True)
     with index_lock(out):
-        if new and _check_place(out):  # another process may have made it meanwhile
-            model, protocol = _create(out, model, protocol, model_options, half), None
-            model_options = None
+        if new and _is_new(out):  # another process may have made it meanwhile
+            model, protocol, model_options = _create(out, model, protocol, model_options, half), None, None
         store = Store(out)
         model, protocol = _check_model(store, model, protocol, model_options)
         writer = Writer(store)
         try:
-            update = _Update(store, writer, folders, model, protocol, retry, remove_missing)
-            update.run(dict(
-                batch_size=batch_size, workers=workers, device=device, dtype=dtype, fast=fast, progress=progress))
+            update = _Update(store, writer, model, protocol, {'progress': progress, **extraction})
+            update.run(folders, retry, remove_missing)
             writer.compact_if_worthwhile()
             update.report.faiss = update_structure(writer, kind, progress)
         finally:
@@ -158,7 +146,7 @@ def build_index(
     return update.report
 
 
-def _check_place(out: Path) -> bool:
+def _is_new(out: Path) -> bool:
     """Whether an index can be made there: what a killed process left of a new one, an empty folder or nothing.
 
     Raises:
@@ -170,8 +158,6 @@ def _check_place(out: Path) -> bool:
         raise FileExistsError(f'{out} is a file: name a folder for the index.')
     if os.path.lexists(out / FILE):
         return False
-    if (out / 'index.json').exists():
-        Store(out)  # what there is to say of an old one
     other = [path.name for path in out.iterdir()
              if path.is_symlink() or not (path.name in ('lock', SAVED) or path.name.startswith('.'))]
     if other:
@@ -190,83 +176,181 @@ def _create(out: Path, model, protocol, model_options, half: bool) -> torch.nn.M
     protocol = Protocol.for_model(model) if protocol is None else protocol(model) if callable(protocol) else protocol
     Writer.create(out, {
         'model': describe_model(model, source, model_options),
-        'protocol': protocol.to_dict(), 'dim': model.embed_dim, 'dtype': 'float16' if half else 'float32',
+        'protocol': protocol.to_dict(), 'dtype': 'float16' if half else 'float32',
         'versions': {'timm_multigrain': __version__, 'timm': timm.__version__, 'torch': torch.__version__,
                      'python': sys.version.split()[0]}})
     return model
 
 
 def _check_model(store: Store, model, protocol, model_options) -> tuple[torch.nn.Module | None, Protocol]:
-    """The model, where it is open already, and the protocol of an index; arguments as of `build_index`.
-
-    Raises:
-        OtherModel: Others were asked for.
-    """
+    """The model, where it is open already, and the protocol of an index; OtherModel if others were asked for."""
     described, out = store.config['model'], store.folder
     if model is None and model_options:
         raise ValueError(f'{", ".join(model_options)} without a model: name the model, or leave it to the index.')
-    if model is not None:
-        model = open_named(described, model, out, model_options)
+    if model is not None or callable(protocol):
+        model = open_described(described, out, model, model_options)
     own = protocol_from_json(store.config['protocol'])
-    if callable(protocol):
-        model = open_described(described, out) if model is None else model
-        protocol = protocol(model)
+    protocol = protocol(model) if callable(protocol) else protocol
     if protocol not in (None, own):
         raise OtherModel(f'{out} was built with {own}, not {protocol}: leave those options out, or make another index.')
     return model, own
 
 
+@dataclass
+class Plan:
+    """Work of an update. Rows are those of the store.
+
+    Attributes:
+        embed: Files to go through the model, new or changed.
+        replaces: For a file of `embed` that has changed, by its absolute path: the row that is to go.
+        renew: (file, row) of files with a known content that is nowhere else: they take over what the row has.
+        copy: (file, row) of new files with the content of a file that stays.
+        gone: Rows of deleted files.
+        unchanged: Number of files that are as they were.
+        moved: How many of `renew` are at another place; the others are as they were but for the time.
+        recovered: (root, path) of files that were listed as unreadable and are deleted.
+    """
+    embed: list[FoundFile] = field(default_factory=list)
+    replaces: dict[bytes, int] = field(default_factory=dict)
+    renew: list[tuple[FoundFile, int]] = field(default_factory=list)
+    copy: list[tuple[FoundFile, int]] = field(default_factory=list)
+    gone: list[int] = field(default_factory=list)
+    unchanged: int = 0
+    moved: int = 0
+    recovered: list[tuple[int, bytes]] = field(default_factory=list)
+
+
+def make_plan(
+        store: Store,
+        scan: Scan,
+        folders: Sequence[bytes],
+        retry: bool = False,
+        vanished: Sequence[bytes] = (),
+        forget: Sequence[bytes] = (),
+) -> Plan:
+    """Compare a scan with an index.
+
+    Files of the same size and time as when they were indexed are taken to be unchanged. Others are read: what has a
+    known content keeps its descriptor.
+
+    Args:
+        store: The index.
+        scan: The files that exist.
+        folders: The folders that were scanned; images of other folders are left alone.
+        retry: Try files again that could not be read and have not changed.
+        vanished: Indexed folders that were not found: their images may be found in `folders`, and stay otherwise.
+        forget: Indexed folders that were not found, whose images go if they are not found elsewhere.
+    """
+    plan, suspects, present = Plan(), [], set()
+    known = {path: row for row, path in enumerate(store.paths())}
+    skipped = {os.path.join(store.roots[root], name): entry for (root, name), entry in store.skipped.items()}
+    sizes, times, hashes = (store.records[name] for name in ('bytes', 'mtime_ns', 'sha256'))
+    for file in scan.files:
+        path = os.path.join(folders[file.root], file.path)
+        present.add(path)
+        row = known.pop(path, None)
+        if row is None:
+            if retry or path not in skipped or skipped[path][1:] != (file.size, file.mtime_ns):
+                suspects.append(file)
+        elif (sizes[row], times[row]) == (file.size, file.mtime_ns):
+            plan.unchanged += 1
+        elif sizes[row] == file.size and sha256_of(path) == hashes[row].tobytes():
+            plan.renew.append((file, row))
+        else:
+            plan.embed.append(file)
+            plan.replaces[path] = row
+
+    def is_gone(path: bytes) -> bool:  # whether a path that the scan has not met would have been met if it existed
+        return any(_below(path, folder) for folder in [*folders, *forget]) and not any(
+            _below(path, other) for other in scan.unreadable)
+
+    gone = {row for path, row in known.items() if is_gone(path)}
+    absent = gone | {row for path, row in known.items() if any(_below(path, folder) for folder in vanished)}
+    plan.recovered = [(root, name) for root, name in store.skipped
+                      if (path := os.path.join(store.roots[root], name)) not in present and is_gone(path)]
+    by_hash, known_sizes = defaultdict(list), set(sizes.tolist())
+    # the last of a list is taken first: the row of an absent file before one of an existing file
+    for row in sorted(range(len(hashes)), key=lambda row: (row in absent, row)):
+        by_hash[hashes[row].tobytes()].append(row)
+    for file in suspects:  # only those of a known size are read
+        digest = sha256_of(os.path.join(folders[file.root], file.path)) if file.size in known_sizes else None
+        rows = by_hash.get(digest)
+        if not rows:
+            plan.embed.append(file)
+        elif rows[-1] in absent:
+            absent.remove(rows[-1])
+            plan.renew.append((file, rows.pop()))
+            plan.moved += 1
+        else:
+            plan.copy.append((file, rows[-1]))
+    plan.gone = sorted(gone & absent)
+    return plan
+
+
+def sha256_of(path: bytes | str) -> bytes | None:
+    """Hash of a file; None if it cannot be read."""
+    digest = hashlib.sha256()
+    try:
+        with open(path, 'rb') as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError:
+        return None
+    return digest.digest()
+
+
+def _below(path: bytes, folder: bytes) -> bool:
+    return path == folder or path.startswith(folder.rstrip(b'/') + b'/')
+
+
 class _Update:
     """One run over the folders; ``report`` fills as it goes on."""
 
-    def __init__(self, store: Store, writer: Writer, folders: list[bytes], model: torch.nn.Module | None,
-                 protocol: Protocol, retry: bool, remove_missing: bool):
-        self.store, self.writer, self.model, self.protocol = store, writer, model, protocol
-        self.retry, self.remove_missing = retry, remove_missing
-        named = folders or self.store.roots
-        self.folders = [folder for folder in named if os.path.isdir(folder)]
-        self.vanished, self.forget = self._missing_roots(named)
+    def __init__(self, store: Store, writer: Writer, model: torch.nn.Module | None, protocol: Protocol, options: dict):
+        self.store, self.writer, self.model, self.protocol, self.options = store, writer, model, protocol, options
         self.report = BuildReport()
 
-    def _missing_roots(self, named: list[bytes]) -> tuple[list[bytes], list[bytes]]:
+    def run(self, named: list[bytes], retry: bool, remove_missing: bool) -> None:
+        store, report = self.store, self.report
+        named = named or store.roots
+        self.folders = [folder for folder in named if os.path.isdir(folder)]
+        vanished, forget = self._missing_roots(named, remove_missing)
+        scan = scan_folders(self.folders, leave_out=[os.fsencode(store.folder)], skip=is_index, by_content=True)
+        plan = make_plan(store, scan, self.folders, retry, vanished, forget)
+        if not remove_missing:
+            self._refuse_if_all_gone(plan, scan)
+        report.other, report.unchanged = scan.other, plan.unchanged
+        report.unreadable = {os.fsdecode(path): reason for path, reason in scan.unreadable.items()}
+        self.roots = [self._root_number(folder) for folder in self.folders]
+        self.replaces = plan.replaces
+        self.skipped = {os.path.join(store.roots[root], name): (root, name) for root, name in store.skipped}
+        self._take_over(plan)
+        if plan.embed:
+            self._embed(plan.embed)
+        after = Store(store.folder)
+        report.images = len(after.ids)
+        report.skipped = {os.fsdecode(os.path.join(after.roots[root], name)): reason
+                          for (root, name), (reason, *_) in after.skipped.items()}
+
+    def _missing_roots(self, named: list[bytes], remove_missing: bool) -> tuple[list[bytes], list[bytes]]:
         """Indexed folders that were not found: those whose images stay, unless they are found elsewhere, and others."""
         vanished, forget = [], []
         images = np.bincount(self.store.records['root'], minlength=len(self.store.roots))
         for folder, number in zip(self.store.roots, images.tolist(), strict=True):
             if os.path.isdir(folder):
                 continue
-            if number and folder in named and not self.remove_missing:
+            if number and folder in named and not remove_missing:
                 raise FileNotFoundError(
                     f'{os.fsdecode(folder)!r} with {number:,} images was not found: mount the disk; if it was moved, '
                     'name the folder where it is now; or forget them with --remove-missing.')
             (forget if not number or folder in named else vanished).append(folder)
         return vanished, forget
 
-    def run(self, options: dict) -> None:
-        scan = scan_folders(self.folders, leave_out=[os.fsencode(self.store.folder)], skip=is_index, by_content=True)
-        plan = make_plan(self.store, scan, self.folders, self.retry, self.vanished, self.forget)
-        self._refuse_if_all_gone(plan, scan)
-        self.report.other, self.report.unchanged = scan.other, plan.unchanged
-        self.report.unreadable = {os.fsdecode(path): reason for path, reason in scan.unreadable.items()}
-        self.roots = [self._root_number(folder) for folder in self.folders]
-        self.replaces = plan.replaces
-        self.skipped = {os.path.join(self.store.roots[root], name): (root, name) for root, name in self.store.skipped}
-        self._take_over(plan)
-        files = plan.embed
-        for attempt in range(ATTEMPTS):
-            files = self._embed(files, options, last=attempt == ATTEMPTS - 1) if files else []
-        after = Store(self.store.folder)
-        self.report.images = len(after.ids)
-        self.report.skipped = {os.fsdecode(os.path.join(after.roots[root], name)): reason
-                               for (root, name), (reason, *_) in after.skipped.items()}
-
     def _refuse_if_all_gone(self, plan: Plan, scan: Scan) -> None:
         """An empty folder where a thousand images were is more often a disk that is not mounted."""
         for number, folder in enumerate(self.folders):
-            if self.remove_missing or not plan.gone or any(file.root == number for file in scan.files):
-                continue
             gone = sum(self.store.roots[root] == folder for root in self.store.records['root'][plan.gone])
-            if gone:
+            if gone and not any(file.root == number for file in scan.files):
                 raise FileNotFoundError(
                     f'None of the {gone:,} indexed images below {os.fsdecode(folder)!r} was found: mount the disk, '
                     'or forget them with --remove-missing.')
@@ -276,8 +360,7 @@ class _Update:
         if folder in self.store.roots:
             return self.store.roots.index(folder)
         index = os.path.realpath(os.fsencode(self.store.folder))
-        beside = os.path.dirname(index)
-        inside = folder == beside or folder.startswith(beside.rstrip(b'/') + b'/')
+        inside = _below(folder, os.path.dirname(index))
         return self.writer.add_root(os.path.relpath(folder, index) if inside else folder)
 
     def _take_over(self, plan: Plan) -> None:
@@ -288,65 +371,64 @@ class _Update:
             records['root'] = [self.roots[file.root] for file, _ in found]
             records['mtime_ns'] = [file.mtime_ns for file, _ in found]
             if found is plan.renew:
-                self.writer.replace(self.store.ids[rows].tolist(), names, records)
+                self.writer.replace(self.store.ids[rows], names, records)
             else:
                 self.writer.add(names, records, self.store.file[self.store.vector_rows[rows]])
-        self.writer.remove(self.store.ids[plan.gone].tolist())
+        self.writer.remove(self.store.ids[plan.gone])
         for root, name in plan.recovered:
             self.writer.unskip(root, name)
         self.writer.commit()
         self.report.moved, self.report.copied, self.report.removed = plan.moved, len(plan.copy), len(plan.gone)
         self.report.unchanged += len(plan.renew) - plan.moved
 
+    def _embed(self, files: list[FoundFile]) -> None:
+        if self.model is None:
+            self.model = open_described(self.store.config['model'], self.store.folder)
+        with ThreadPoolExecutor(4) as pool:
+            for batch in embed_images(
+                    self.model, ImageFiles([os.fsdecode(self._path(file)) for file in files]), self.protocol,
+                    logits=self.model.num_classes > 0, on_error=lambda i, message: self._unreadable(files[i], message),
+                    **self.options):
+                found = [files[i] for i in batch.indices]
+                hashes = list(pool.map(self._hash_if_unchanged, found))
+                self._add(batch, found, hashes)
+                for file, digest in zip(found, hashes, strict=True):
+                    if digest is None:  # a time of -1: tried by the next run in any case
+                        self._unreadable(file._replace(mtime_ns=-1), 'it was changing while it was read')
+                self.writer.commit()
+        self.writer.commit()
+
     def _path(self, file: FoundFile) -> bytes:
         return os.path.join(self.folders[file.root], file.path)
 
-    def _embed(self, files: list[FoundFile], options: dict, last: bool) -> list[FoundFile]:
-        """Put files through the model; those that changed meanwhile come back, as they are now."""
-        if self.model is None:
-            self.model = open_described(self.store.config['model'], self.store.folder)
-        again = []
-        source = ImageFiles([os.fsdecode(self._path(file)) for file in files])
-        with ThreadPoolExecutor(4) as pool:
-            for batch in embed_images(
-                    self.model, source, self.protocol, logits=self.model.num_classes > 0, errors='skip',
-                    on_error=lambda i, message: self._unreadable(files[i], message), **options):
-                found = [files[i] for i in batch.indices]
-                states = list(pool.map(self._state, found))
-                same = np.array([(s[1], s[2]) == (f.size, f.mtime_ns) for f, s in zip(found, states, strict=True)])
-                self._add(batch, found, states, np.flatnonzero(same))
-                for i in np.flatnonzero(~same):
-                    again += self._changed_while_read(found[i], states[i], last)
-        self.writer.commit()
-        return again
-
-    def _state(self, file: FoundFile) -> tuple[bytes | None, int, int]:
-        """Hash, size and time, read after the picture was: what is equal to the scan's was equal in between."""
-        path = self._path(file)
-        digest = sha256_of(path)
+    def _hash_if_unchanged(self, file: FoundFile) -> bytes | None:
+        """Read after the picture was: a file of the scan's size and time now has had them in between, too."""
+        digest = sha256_of(self._path(file))
         try:
-            status = os.stat(path)
+            status = os.stat(self._path(file))
         except OSError:
-            return None, -1, -1
-        return digest, status.st_size, status.st_mtime_ns
+            return None
+        return digest if (status.st_size, status.st_mtime_ns) == (file.size, file.mtime_ns) else None
 
-    def _add(self, batch, found: list[FoundFile], states: list, keep: np.ndarray) -> None:
-        if not len(keep):
-            return
-        classes, probabilities = top_classes(batch.logits) if batch.logits is not None else ([()] * len(found),) * 2
-        records = np.empty(len(keep), dtype=RECORD)
-        for place, i in enumerate(keep):
-            file = found[i]
-            records[place] = record_row(
-                root=self.roots[file.root], size=batch.sizes[i], bytes=file.size, mtime_ns=file.mtime_ns,
-                sha256=states[i][0], classes=classes[i], probabilities=probabilities[i])
+    def _add(self, batch: Embedded, found: list[FoundFile], hashes: list[bytes | None]) -> None:
+        keep = [i for i, digest in enumerate(hashes) if digest is not None]
+        files, records = [found[i] for i in keep], np.zeros(len(keep), dtype=RECORD)
+        records['root'] = [self.roots[file.root] for file in files]
+        records['width'], records['height'] = np.array([batch.sizes[i] for i in keep]).reshape(-1, 2).T
+        records['bytes'], records['mtime_ns'] = [file.size for file in files], [file.mtime_ns for file in files]
+        records['sha256'] = [np.frombuffer(hashes[i], np.uint8) for i in keep] or 0
+        records['classes'] = -1
+        if batch.logits is not None:
+            classes, probabilities = top_classes(batch.logits[keep])
+            records['classes'][:, :classes.shape[1]] = classes
+            records['probabilities'][:, :classes.shape[1]] = probabilities
+        for file in files:
             if self._drop_old(file):
                 self.report.changed += 1
             else:
                 self.report.new += 1
             self._unskip(file)
-        self.writer.add([found[i].path for i in keep], records, batch.vectors.numpy()[keep])
-        self.writer.commit()
+        self.writer.add([file.path for file in files], records, batch.vectors.numpy()[keep])
 
     def _drop_old(self, file: FoundFile) -> bool:
         """Take out what the file was before it changed, if it was indexed."""
@@ -368,13 +450,3 @@ class _Update:
             self._unskip(file)
             self.writer.skip(self.roots[file.root], file.path, reason, file.size, file.mtime_ns)
             self.report.new_skipped += 1
-
-    def _changed_while_read(self, file: FoundFile, state: tuple, last: bool) -> list[FoundFile]:
-        digest, size, mtime_ns = state
-        if digest is None:
-            self._unreadable(file, 'it can no longer be read')
-        elif last:
-            self._unreadable(file._replace(mtime_ns=-1), 'it was changing while it was read')  # -1: tried every time
-        else:
-            return [file._replace(size=size, mtime_ns=mtime_ns)]
-        return []

@@ -1,34 +1,36 @@
 """Copies in a photo collection: identical files, near-duplicates and edited copies, and which file to keep.
 
 Nothing is ever deleted here. Identical files are those of equal SHA-256. The others are found by descriptors whitened
-by the collection and thresholds that the collection sets (thresholds.py), and a look at the pictures where the
-descriptors leave it open (looks.py); pairs.py says what a group is. Every file of a group is looked at as it is now
-before the group counts. Files of several pictures, such as scans of many pages and animations, are copies only if they
-are identical: descriptors know their first picture alone.
+by the collection and thresholds that the collection sets, and a look at the pictures where the descriptors leave it
+open (looks.py); pairs.py says what a group is. Every file of a group is looked at as it is now before the group counts.
+Files of several pictures, such as scans of many pages and animations, are copies only if they are identical:
+descriptors know their first picture alone.
 """
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from typing import TYPE_CHECKING
+from functools import partial
 
 import numpy as np
+from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from timm_multigrain.files import open_regular, write_text
+from timm_multigrain.images import copies as edited
 from timm_multigrain.images.sources import holds_several, read_image
 
-from .looks import Looks
-from .pairs import NearPairs, near_pairs, star_groups
-from .plan import sha256_of
+from .build import sha256_of
+from .index import Index
+from .looks import ALIKE, Looks, likeness, small_grey
+from .model import embed_queries
+from .pairs import CollectionWhitening, NearPairs, Thresholds, find_thresholds, near_pairs, star_groups
 from .records import Record
-from .thresholds import Thresholds, find_thresholds, fit_collection
 
-if TYPE_CHECKING:
-    from .index import Index
-
-__all__ = ['FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'CopySearch', 'find_copies']
+__all__ = [
+    'EDITS', 'FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'EditRecall', 'find_copies',
+    'measure_recall']
 
 FALSE_POSITIVES = 0.002
 KINDS = {'exact': 'identical files', 'near': 'copies and near-duplicates'}
@@ -99,8 +101,7 @@ class Copies:
     @property
     def surplus_bytes(self) -> int:
         """Size of the surplus files."""
-        sizes = {file.record.path: file.record.bytes for group in self.groups for file in group.files[1:]}
-        return sum(sizes.values())
+        return sum({file.record.path: file.record.bytes for group in self.groups for file in group.files[1:]}.values())
 
     def to_dict(self) -> dict:
         """In JSON's kinds of values; paths as os.fsdecode gives them."""
@@ -140,7 +141,7 @@ class Copies:
 
 
 def find_copies(
-        index: 'Index',
+        index: Index,
         threshold: float | None = None,
         *,
         false_positives: float = FALSE_POSITIVES,
@@ -162,39 +163,28 @@ def find_copies(
         ValueError: A threshold or share out of range, or so many pairs that the threshold cannot be meant.
         DamagedIndex: The index cannot be read.
     """
-    exact = [_ranked(index, rows) for rows in _identical(index)]
-    groups = [_group(index, 'exact', rows, np.ones(len(rows))) for rows in exact]
-    groups.sort(key=lambda group: os.fsencode(group.keep))
-    found = Copies((), None, len(index))
+    groups, found = [_group(index, rows) for rows in _identical(index)], Copies((), None, len(index))
     if not exact_only:
-        search = CopySearch(index, threshold, false_positives, look)
+        search = _CopySearch(index, threshold, false_positives, look)
         pairs = search.pairs()
-        rows = pairs.rows()
-        several = [row for row in rows.tolist() if holds_several(index.path_of(row))]
+        rows = pairs.rows().tolist()
+        several = [row for row in rows if holds_several(index.path_of(row))]
         pairs = pairs.where(~(np.isin(pairs.first, several) | np.isin(pairs.second, several)))
         order = np.zeros(len(index), dtype=np.int64)  # by path, so that the order of indexing decides nothing
-        order[sorted(rows.tolist(), key=lambda row: os.fsencode(index.path_of(row)))] = np.arange(len(rows))
-        near = [_near_group(index, search.vectors, rows) for rows in star_groups(pairs, order)]
-        groups += sorted(near, key=lambda group: os.fsencode(group.keep))
+        order[sorted(rows, key=lambda row: os.fsencode(index.path_of(row)))] = np.arange(len(rows))
+        groups += [_group(index, rows, search.vectors) for rows in star_groups(pairs, order)]
         found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=len(several),
                         unreadable=search.looks.unreadable)
+    groups.sort(key=lambda group: (group.kind, os.fsencode(group.keep)))  # 'exact' before 'near'
     verified, changed = _verify(groups)
-    broken = set(changed)
-    left_out = sum(any(file.record.path in broken for file in group.files) for group in groups)
+    left_out = sum(any(file.record.path in changed for file in group.files) for group in groups)
     return replace(found, groups=verified, changed=tuple(changed), left_out=left_out)
 
 
-class CopySearch:
-    """Whitened descriptors of an index, and the thresholds that decide; arguments as of `find_copies`.
+class _CopySearch:
+    """Whitened descriptors of an index, and the thresholds that decide; arguments as of `find_copies`."""
 
-    Attributes:
-        whitening: Of the index's descriptors.
-        vectors: (N, k) whitened descriptors.
-        thresholds: Similarities that decide.
-        looks: The pictures that were looked at.
-    """
-
-    def __init__(self, index: 'Index', threshold: float | None, false_positives: float, look: bool):
+    def __init__(self, index: Index, threshold: float | None, false_positives: float, look: bool):
         if threshold is not None and not -1 < threshold <= 1:
             raise ValueError(f'The threshold is a similarity above -1 and at most 1, got {threshold}.')
         kept = np.ones(len(index), bool)  # of identical files the one to keep
@@ -202,7 +192,7 @@ class CopySearch:
             kept[_ranked(index, rows)[1:]] = False
         self.rows, self.look, exif = np.flatnonzero(kept), look, index.protocol().exif
         self.looks = Looks(lambda i: read_image(index.path_of(i), exif=exif))
-        self.whitening = fit_collection(index.vectors)
+        self.whitening = CollectionWhitening(index.vectors)
         self.vectors = self.whitening.all(index.vectors)
         self.thresholds = Thresholds(threshold, threshold) if threshold is not None else find_thresholds(
             self.vectors, self.rows, self._alike, false_positives)
@@ -220,7 +210,7 @@ class CopySearch:
         return pairs.where(good)
 
 
-def _identical(index: 'Index') -> list[np.ndarray]:
+def _identical(index: Index) -> list[np.ndarray]:
     """Rows of each set of identical files."""
     hashes = np.ascontiguousarray(index.columns['sha256']).view('>u8').reshape(len(index), 4)
     order = np.lexsort(hashes.T)
@@ -228,7 +218,7 @@ def _identical(index: 'Index') -> list[np.ndarray]:
     return [rows for rows in np.split(order, np.flatnonzero(~same) + 1) if len(rows) > 1]
 
 
-def _ranked(index: 'Index', rows: np.ndarray) -> list[int]:
+def _ranked(index: Index, rows: np.ndarray) -> list[int]:
     """Rows, the one that is best kept first."""
     def key(row: int) -> tuple:
         record, path = index.columns[row], os.fsencode(index.path_of(row))
@@ -237,19 +227,19 @@ def _ranked(index: 'Index', rows: np.ndarray) -> list[int]:
     return sorted(rows.tolist(), key=key)
 
 
-def _near_group(index: 'Index', vectors: np.ndarray, rows: np.ndarray) -> CopyGroup:
-    keep, *others = _ranked(index, rows)
-    scores = np.asarray(vectors[others], dtype=np.float64) @ np.asarray(vectors[keep], dtype=np.float64)
-    order = np.argsort(-scores, kind='stable')
-    return _group(index, 'near', [keep, *np.array(others)[order]], [1., *scores[order]])
+def _group(index: Index, rows: np.ndarray, vectors: np.ndarray | None = None) -> CopyGroup:
+    """A group of identical files, or of near copies by their whitened descriptors."""
+    rows = np.array(_ranked(index, rows))
+    scores = np.ones(len(rows))
+    if vectors is not None:
+        scores[1:] = np.asarray(vectors[rows[1:]], dtype=np.float64) @ np.asarray(vectors[rows[0]], dtype=np.float64)
+        order = np.append(0, 1 + np.argsort(-scores[1:], kind='stable'))
+        rows, scores = rows[order], scores[order]
+    ranked = zip(rows.tolist(), scores.tolist(), strict=True)
+    return CopyGroup('exact' if vectors is None else 'near', tuple(CopyFile(index.records(i), s) for i, s in ranked))
 
 
-def _group(index: 'Index', kind: str, rows: Sequence[int], scores: Sequence[float]) -> CopyGroup:
-    return CopyGroup(kind, tuple(
-        CopyFile(index.records(int(row)), float(score)) for row, score in zip(rows, scores, strict=True)))
-
-
-def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], list[str]]:
+def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], dict[str, None]]:
     """Groups whose files are all what was indexed, and the paths of the files that are not.
 
     An index is as old as its last update, and nobody is to delete by what it remembers. A group stays only if every
@@ -260,22 +250,25 @@ def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], list[st
     identical = {file.record.path for group in groups if group.kind == 'exact' for file in group.files}
     with ThreadPoolExecutor(4) as pool:
         looks = pool.map(lambda record: _identity(record, record.path in identical), records.values())
-        seen = dict(zip(records, tqdm(
-            looks, 'Checking files', len(records), leave=False, disable=None), strict=True))
-    changed = [path for path, identity in seen.items() if identity is None]
+        looks = tqdm(looks, 'Checking files', len(records), leave=False, disable=None)
+        seen = dict(zip(records, looks, strict=True))
     groups = [group for group in groups if all(seen[file.record.path] for file in group.files)]
     surplus = {path for group in groups for path in group.others}
     kept = {seen[group.keep] for group in groups if group.keep not in surplus}
-    groups = (_without_other_names(group, seen, kept) for group in groups)
-    return tuple(group for group in groups if len(group.files) > 1), changed
+    verified = []
+    for group in groups:
+        names, files = {seen[group.keep]} | kept, [group.files[0]]
+        for file in group.files[1:]:
+            if seen[file.record.path] not in names:  # of a file that is in the group, or to be kept by another one
+                names.add(seen[file.record.path])
+                files.append(file)
+        if len(files) > 1:
+            verified.append(replace(group, files=tuple(files)))
+    return tuple(verified), {path: None for path, identity in seen.items() if identity is None}
 
 
 def _identity(record: Record, whole: bool) -> tuple[int, int] | None:
-    """Identity of a file, whatever its name; None if it has changed since it was indexed.
-
-    Args:
-        record: What was indexed.
-        whole: Compare the SHA-256, too.
+    """Identity of a file, whatever its name; None if its size or time, or its `whole` content, is not what was indexed.
     """
     try:
         with open_regular(record.path, follow_links=True) as file:
@@ -289,12 +282,84 @@ def _identity(record: Record, whole: bool) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _without_other_names(group: CopyGroup, seen: dict, kept: set) -> CopyGroup:
-    """The group without names of a file that is in it already, or that is to be kept by another group."""
-    files, names = [group.files[0]], {seen[group.keep]} | kept
-    for file in group.files[1:]:
-        identity = seen[file.record.path]
-        if identity not in names:
-            names.add(identity)
-            files.append(file)
-    return replace(group, files=tuple(files))
+def _resize(image: Image.Image, scale: float) -> Image.Image:
+    width, height = (max(1, round(scale * side)) for side in image.size)
+    return image.resize((width, height), Image.LANCZOS)
+
+
+# Every edit takes an RGB picture and gives one, mild and strong; nothing is random.
+EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    'resize 1/2': partial(_resize, scale=0.5),
+    'resize 1/4': partial(_resize, scale=0.25),
+    'resize x2': partial(_resize, scale=2),
+    **{f'crop {share} %': partial(edited.crop, area=share / 100) for share in (90, 70, 50)},
+    **{f'jpeg {quality}': partial(edited.jpeg, quality=quality) for quality in (90, 50, 20, 10, 5)},
+    'rotate 5': partial(edited.rotate, degrees=5),
+    'rotate 15': partial(edited.rotate, degrees=15),
+    'rotate 90': partial(Image.Image.transpose, method=Image.Transpose.ROTATE_90),
+    'blur 1 %': partial(edited.blur, share=0.01),
+    'blur 2 %': partial(edited.blur, share=0.02),
+    'text': edited.text,
+    'colour': edited.colour,
+    'grey': lambda image: ImageOps.grayscale(image).convert('RGB'),
+    'mirror': ImageOps.mirror,
+}
+
+
+@dataclass(frozen=True)
+class EditRecall:
+    """Shares of copies found.
+
+    Attributes:
+        recall: Edit to the share of its copies that are found.
+        images: Pictures of which copies were made.
+        thresholds: The thresholds.
+    """
+    recall: Mapping[str, float]
+    images: int
+    thresholds: Thresholds
+
+    def __str__(self) -> str:
+        width = max(map(len, self.recall))
+        lines = [f'{name:{width}}  {100 * share:5.1f} %' for name, share in self.recall.items()]
+        mean = 100 * sum(self.recall.values()) / len(self.recall)
+        return '\n'.join([f'Copies found of {self.images} pictures', *lines, f'{"mean":{width}}  {mean:5.1f} %'])
+
+
+def measure_recall(
+        index: Index,
+        images: int = 50,
+        threshold: float | None = None,
+        *,
+        false_positives: float = FALSE_POSITIVES,
+        look: bool = True,
+        edits: Mapping[str, Callable[[Image.Image], Image.Image]] = EDITS,
+) -> EditRecall:
+    """Make copies of pictures of an index in memory, embed them, and see which `find_copies` would find.
+
+    Args:
+        index: The index.
+        images: Pictures to make copies of, drawn from a fixed seed.
+        threshold: As for `find_copies`, as `false_positives` and `look`.
+        edits: Name to function.
+
+    Raises:
+        ValueError: Fewer than one image, or as `find_copies`.
+        UnreadableImage: A picture was deleted.
+    """
+    if images < 1 or not len(index):
+        raise ValueError(f'{images} of {len(index)} images is nothing to measure on: take one at least.')
+    search, model, protocol = _CopySearch(index, threshold, false_positives, look), index.model(), index.protocol()
+    rows = np.sort(np.random.default_rng(0).permutation(len(index))[:images])
+    found = dict.fromkeys(edits, 0)
+    for start in range(0, len(rows), 16):
+        chunk = rows[start:start + 16]
+        pictures = [read_image(index.path_of(int(row)), exif=protocol.exif) for row in chunk]
+        for name, edit in edits.items():
+            edited = [edit(picture) for picture in pictures]
+            vectors = search.whitening(embed_queries(model, protocol, edited).vectors.numpy())
+            for score, picture, copy in zip((search.vectors[chunk] * vectors).sum(1), pictures, edited, strict=True):
+                found[name] += bool(score >= search.thresholds.certain or (
+                    look and score >= search.thresholds.possible
+                    and likeness(small_grey(picture), small_grey(copy)) >= ALIKE))
+    return EditRecall({name: number / len(rows) for name, number in found.items()}, len(rows), search.thresholds)

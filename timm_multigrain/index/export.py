@@ -4,7 +4,7 @@ import os
 import uuid
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -14,9 +14,6 @@ from timm_multigrain.files import fsync
 from .index import Index
 from .milvus import PREFIX, MilvusExport, export_milvus
 from .records import path_to_text
-
-if TYPE_CHECKING:
-    import pyarrow
 
 __all__ = ['ParquetExport', 'export_index', 'export_parquet']
 
@@ -75,19 +72,31 @@ def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True)
         OSError: The file cannot be written.
     """
     try:
+        import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as e:
         raise ImportError("Parquet needs pyarrow: pip install 'timm_multigrain[parquet]'") from e
 
-    path, schema = Path(path), _schema(index)
-    if _up_to_date(path, schema, index):
+    # the totals have the sums of the checksums of the index, so that its states can be distinguished
+    about = json.dumps({'config': index.store.config, 'totals': index.store.state['totals']}, sort_keys=True).encode()
+    classes = pa.list_(pa.struct([('name', pa.string()), ('probability', pa.float32())]))
+    schema = pa.schema([
+        ('path', pa.string()), ('vector', pa.list_(pa.float32(), index.vectors.shape[1])), ('width', pa.int32()),
+        ('height', pa.int32()), ('bytes', pa.int64()), ('mtime_ns', pa.int64()), ('sha256', pa.string()),
+        ('classes', classes)], metadata={METADATA: about})
+    path = Path(path)
+    try:
+        there = pq.read_metadata(path).metadata
+    except (OSError, pa.ArrowException):
+        there = None
+    if there and there.get(METADATA) == about:
         return ParquetExport(path, len(index), path.stat().st_size, True)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
     try:
         with pq.ParquetWriter(unfinished, schema, compression='zstd', use_dictionary=False) as writer:
             for start in tqdm(range(0, len(index), ROWS), unit='group', desc='export', disable=not progress or None):
-                writer.write_table(_table(index, start, min(start + ROWS, len(index)), schema))
+                writer.write_table(pa.table(_columns(index, start, min(start + ROWS, len(index))), schema=schema))
         fsync(unfinished)
         os.replace(unfinished, path)
     except OSError as e:
@@ -97,38 +106,13 @@ def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True)
     return ParquetExport(path, len(index), path.stat().st_size, False)
 
 
-def _schema(index: Index) -> 'pyarrow.Schema':
-    """The metadata has the sums of the checksums of the index, so that its states can be distinguished."""
-    import pyarrow as pa
-
-    of_class = pa.struct([('name', pa.string()), ('probability', pa.float32())])
-    about = {'config': index.store.config, 'totals': index.store.totals}
-    return pa.schema([
-        ('path', pa.string()), ('vector', pa.list_(pa.float32(), index.vectors.shape[1])), ('width', pa.int32()),
-        ('height', pa.int32()), ('bytes', pa.int64()), ('mtime_ns', pa.int64()), ('sha256', pa.string()),
-        ('classes', pa.list_(of_class))], metadata={METADATA: json.dumps(about, sort_keys=True).encode()})
-
-
-def _up_to_date(path: Path, schema: 'pyarrow.Schema', index: Index) -> bool:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        there = pq.read_metadata(path)
-    except (OSError, pa.ArrowException):
-        return False
-    return there.num_rows == len(index) and (there.metadata or {}).get(METADATA) == schema.metadata[METADATA]
-
-
-def _table(index: Index, start: int, stop: int, schema: 'pyarrow.Schema') -> 'pyarrow.Table':
+def _columns(index: Index, start: int, stop: int) -> dict[str, Any]:
     import pyarrow as pa
 
     records = [index.records(row) for row in range(start, stop)]
     vectors = np.ascontiguousarray(index.vectors[start:stop], dtype=np.float32)
-    columns: dict[str, Any] = {
-        name: [getattr(record, name) for record in records]
-        for name in ('width', 'height', 'bytes', 'mtime_ns', 'sha256')}
-    columns['path'] = [path_to_text(record.path) for record in records]
-    columns['vector'] = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
-    columns['classes'] = [[{'name': n, 'probability': p} for n, p in record.classes] for record in records]
-    return pa.table(columns, schema=schema)
+    columns: dict[str, Any] = {name: [getattr(record, name) for record in records]
+                               for name in ('width', 'height', 'bytes', 'mtime_ns', 'sha256')}
+    return {**columns, 'path': [path_to_text(record.path) for record in records],
+            'vector': pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1]),
+            'classes': [[{'name': n, 'probability': p} for n, p in record.classes] for record in records]}

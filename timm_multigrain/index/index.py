@@ -15,13 +15,12 @@ from timm_multigrain.search.exact import nearest
 
 from .ann import Structure
 from .build import build_index
-from .model import open_described, open_named, protocol_from_json
-from .queries import embed_queries
-from .records import Record, classes_of
+from .model import embed_queries, open_described, protocol_from_json
+from .records import Record
 from .store import Store
 from .vectors import Vectors
 
-__all__ = ['Hit', 'Index']
+__all__ = ['Hit', 'Index', 'check_queries', 'class_numbers']
 
 APPROXIMATE_UP_TO = 1000  # images asked for, with which a structure is of use
 CHUNK = 1 << 25  # bytes of descriptors that are compared at a time
@@ -91,11 +90,12 @@ class Index:
         return os.fsdecode(self.store.path(row))
 
     def records(self, row: int) -> Record:
-        """What is known of one image."""
-        r = self.columns[row]
-        return Record(
-            self.path_of(row), int(r['width']), int(r['height']), int(r['bytes']), r['sha256'].tobytes().hex(),
-            int(r['mtime_ns']), classes_of(r, self.label_names))
+        """What is known of one image; a class without a name is called by its number."""
+        r, names = self.columns[row], self.label_names
+        classes = tuple((names[number] if names else str(number), probability) for number, probability in zip(
+            r['classes'].tolist(), r['probabilities'].tolist(), strict=True) if number >= 0)
+        return Record(self.path_of(row), int(r['width']), int(r['height']), int(r['bytes']),
+                      r['sha256'].tobytes().hex(), int(r['mtime_ns']), classes)
 
     @property
     def label_names(self) -> list[str] | None:
@@ -110,7 +110,7 @@ class Index:
 
     @property
     def info(self) -> dict:
-        """How it was made: model, protocol, versions; and what it holds."""
+        """How it was made: model, protocol, versions; and what is in it."""
         roots = [os.fsdecode(root) for root in self.store.roots]
         return {**self.store.config, 'path': str(self.path), 'images': len(self), 'skipped': len(self.store.skipped),
                 'folders': roots, 'size': self.store.size, 'faiss': self.store.faiss}
@@ -131,11 +131,8 @@ class Index:
             OtherModel: It has other weights.
             OSError, ValueError, RuntimeError: It cannot be opened.
         """
-        described = self.store.config['model']
-        if model is not None:
-            self._model = open_named(described, model, self.path)
-        elif self._model is None:
-            self._model = open_described(described, self.path)
+        if model is not None or self._model is None:
+            self._model = open_described(self.store.config['model'], self.path, model)
         return self._model.to(device) if device else self._model
 
     @cached_property
@@ -175,7 +172,8 @@ class Index:
         if k < 1:
             raise ValueError(f'k is {k}: ask for at least one image.')
         if class_name is not None:
-            return self._exact(queries, k, self._rows_of_class(class_name))
+            numbers = class_numbers(self.store.config['model'], class_name, self.path)
+            return self._exact(queries, k, np.flatnonzero(np.isin(self.columns['classes'][:, 0], numbers)))
         structure = None if exact or k > APPROXIMATE_UP_TO else self.structure
         found = None if structure is None else self._approximate(structure, queries, k)
         return self._exact(queries, k) if found is None else found
@@ -230,18 +228,9 @@ class Index:
             scores[i], found[i] = (values[0] for values in self._exact(queries[i:i + 1], k, rows))
         return scores, found
 
-    def _rows_of_class(self, class_name: str) -> np.ndarray:
-        """Rows of the images whose most probable class has this name, or this number where classes have no names."""
-        numbers = class_numbers(self.store.config['model'], class_name, self.path)
-        return np.flatnonzero(np.isin(self.columns['classes'][:, 0], numbers))
-
 
 def class_numbers(described: dict, class_name: str, path: str | os.PathLike) -> list[int]:
-    """Numbers of the classes of a name.
-
-    Raises:
-        ValueError: The model of the index does not know it.
-    """
+    """Numbers of the classes of a name; ValueError if the model of the index does not know it."""
     names = described['label_names'] or [str(i) for i in range(described['num_classes'])]
     numbers = [i for i, name in enumerate(names) if name == class_name]
     if not numbers:

@@ -75,8 +75,8 @@ def likeness(a: np.ndarray | None, b: np.ndarray | None) -> float:
 
 
 def _correlation(a: np.ndarray, b: np.ndarray) -> float:
-    a, b = a - a.mean(), b - b.mean()
-    return float((a * b).sum() / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-6))
+    a, b = _normalize(np.stack([a.reshape(-1), b.reshape(-1)]))
+    return float(a @ b)
 
 
 def _part_likeness(a: np.ndarray, b: np.ndarray) -> float:
@@ -91,10 +91,8 @@ def _part_likeness(a: np.ndarray, b: np.ndarray) -> float:
 
 def _shares(angle: int) -> tuple[float, ...]:
     """Of a picture that was turned, the largest upright part; of one that was not, parts of many sizes."""
-    if not angle:
-        return SHARES
     turn = math.radians(abs(angle))
-    return (1 / (math.cos(turn) + math.sin(turn)),)
+    return (1 / (math.cos(turn) + math.sin(turn)),) if angle else SHARES
 
 
 def _fit(cache: dict, way: tuple, size: int, change: int) -> float:
@@ -106,8 +104,7 @@ def _fit(cache: dict, way: tuple, size: int, change: int) -> float:
         small = np.asarray(Image.fromarray(part).resize((side, side), Image.BOX))
         cache[over] = _normalize(np.stack([small, small[:, ::-1]]).reshape(2, -1))
     if under not in cache:
-        image = Image.fromarray(whole)
-        image = image.rotate(angle, Image.BILINEAR) if angle else image
+        image = Image.fromarray(whole).rotate(angle, Image.BILINEAR)
         cache[under] = np.asarray(image.resize((size, size), Image.BOX))
     places = np.lib.stride_tricks.sliding_window_view(cache[under], (side, side))
     return float((_normalize(places.reshape(-1, side * side)) @ cache[over].T).max())

@@ -23,11 +23,9 @@ from tqdm import tqdm
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import check_json, parse_json
 
-from .errors import OtherModel
 from .index import Hit, Index, check_queries, class_numbers
-from .model import open_described, open_named, protocol_from_json
-from .queries import embed_queries
-from .records import Record, path_from_text, path_to_text
+from .model import embed_queries, open_described, protocol_from_json
+from .records import OtherModel, Record, path_from_text, path_to_text
 
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
@@ -47,11 +45,7 @@ _ROW = {'path': str, 'width': int, 'height': int, 'bytes': int, 'mtime_ns': int,
 
 
 def parse_address(text: str) -> tuple[str, str]:
-    """URI and collection of 'milvus:URI' or 'milvus:URI#COLLECTION'.
-
-    Raises:
-        ValueError: Not an address.
-    """
+    """URI and collection of 'milvus:URI' or 'milvus:URI#COLLECTION'; ValueError if it is not an address."""
     uri, _, collection = text.removeprefix(PREFIX).partition('#')
     collection = collection or 'multigrain'
     if not text.startswith(PREFIX) or not uri or ('://' not in uri and not uri.endswith('.db')):
@@ -102,10 +96,9 @@ class MilvusExport:
     seconds: float
 
     def __str__(self) -> str:
-        rate = f', {self.written / self.seconds:,.0f} per second' if self.written and self.seconds else ''
-        text = (f'{self.address}: {self.written:,} images written{rate}, {self.unchanged:,} already there, '
-                f'{self.removed:,} removed')
-        return text if not self.others else f'{text}; it also holds {self.others:,} that are not in this index'
+        text = (f'{self.address}: {self.written:,} images written, {self.unchanged:,} already there, '
+                f'{self.removed:,} removed; {self.seconds:.1f} s')
+        return text if not self.others else f'{text}; it also has {self.others:,} that are not in this index'
 
 
 def export_milvus(
@@ -123,12 +116,12 @@ def export_milvus(
         progress: Show a bar.
 
     Raises:
-        OtherModel: The collection holds descriptors of another model or another preprocessing.
+        OtherModel: The collection has descriptors of another model or another preprocessing.
         RuntimeError: What Milvus reports. What was sent stays, and the next run goes on from there.
         FileNotFoundError, ImportError, ValueError: As `MilvusIndex`.
     """
     uri, name = parse_address(address)
-    client, start, written = _connect(uri, create=True), time.perf_counter(), 0
+    client, start, written, removed = _connect(uri, create=True), time.perf_counter(), 0, 0
     with closing(client), _errors(f'{address} could not be written to'):
         if client.has_collection(name):
             _check_same(_read_config(client, uri, name), _config(index), address)
@@ -143,7 +136,15 @@ def export_milvus(
             if changed:
                 client.upsert(name, changed)
             written += len(changed)
-        removed = _remove_others(client, name, set(map(_key, index.paths)), batch_size) if mirror else 0
+        if mirror:
+            others, own = [], set(map(_key, index.paths))
+            pages = client.query_iterator(name, batch_size=batch_size, output_fields=['id'])
+            while page := pages.next():
+                others += [row['id'] for row in page if row['id'] not in own]
+            pages.close()
+            for first in range(0, len(others), batch_size):
+                client.delete(name, ids=others[first:first + batch_size])
+            removed = len(others)
         client.flush(name)
         others = _count(client, name) - len(index)
     return MilvusExport(address, written, len(index) - written, removed, others, time.perf_counter() - start)
@@ -161,7 +162,7 @@ def _check_same(there: dict, own: dict, address: str) -> None:
     for what, of in (('weights', lambda c: (c['model']['weights_sha256'], c['model']['pool'])),
                      ('preprocessing', lambda c: c['protocol']), ('dimension', lambda c: c['model']['dim'])):
         if of(there) != of(own):
-            raise OtherModel(f'{address} holds descriptors made with another model or preprocessing (its {what}: '
+            raise OtherModel(f'{address} has descriptors made with another model or preprocessing (its {what}: '
                              f'{of(there)}, here {of(own)}): name another collection with #NAME.')
 
 
@@ -211,16 +212,6 @@ def _key(path: str) -> str:
     return hashlib.sha256(os.fsencode(path)).hexdigest()[:32]
 
 
-def _remove_others(client: 'MilvusClient', collection: str, own: set[str], batch_size: int) -> int:
-    others, pages = [], client.query_iterator(collection, batch_size=batch_size, output_fields=['id'])
-    while page := pages.next():
-        others += [row['id'] for row in page if row['id'] not in own]
-    pages.close()
-    for start in range(0, len(others), batch_size):
-        client.delete(collection, ids=others[start:start + batch_size])
-    return len(others)
-
-
 def _count(client: 'MilvusClient', collection: str) -> int:
     return int(client.query(collection, filter='', output_fields=['count(*)'])[0]['count(*)'])
 
@@ -248,21 +239,14 @@ class MilvusIndex:
     def __len__(self) -> int:
         return _count(self.client, self.collection)
 
-    @property
-    def index_type(self) -> str:
-        """Milvus's kind of index; FLAT compares with every row."""
-        return self.client.describe_index(self.collection, 'vector')['index_type']
-
     def protocol(self) -> Protocol:
         """The preprocessing of the index, which queries go through too."""
         return protocol_from_json(self.config['protocol'])
 
     def model(self, model: str | torch.nn.Module | None = None) -> torch.nn.Module:
         """As `Index.model`."""
-        if model is not None:
-            self._model = open_named(self.config['model'], model, self.path)
-        elif self._model is None:
-            self._model = open_described(self.config['model'], Path(self.path))
+        if model is not None or self._model is None:
+            self._model = open_described(self.config['model'], self.path, model)
         return self._model
 
     def search(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
@@ -270,9 +254,9 @@ class MilvusIndex:
         queries = check_queries(vectors, self.config['model']['dim'])
         if not 1 <= k <= _MOST_HITS:
             raise ValueError(f'k is {k}: ask for 1 to {_MOST_HITS:,} images.')
-        if exact and self.index_type != 'FLAT':
-            raise ValueError(
-                f'{self.path} has an index of type {self.index_type}, which is not exact: leave --exact out.')
+        kind = self.client.describe_index(self.collection, 'vector')['index_type'] if exact else 'FLAT'
+        if kind != 'FLAT':
+            raise ValueError(f'{self.path} has an index of type {kind}, which is not exact: leave --exact out.')
         chosen = ''
         if class_name is not None:
             class_numbers(self.config['model'], class_name, self.path)

@@ -1,23 +1,27 @@
-"""What an index says of its model and preprocessing, and opening the model, recognised by its weights."""
+"""The model and preprocessing of an index, recognised by its weights, and descriptors of pictures to search for."""
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from PIL import Image
 
+from timm_multigrain.embed.embedder import Embedded, embed_images
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import check_json, printable
+from timm_multigrain.images.sources import ImageSource, decode, read_image
 from timm_multigrain.models.open import open_model, weights_sha256
 
-from .errors import DamagedIndex, OtherModel
+from .records import DamagedIndex, OtherModel
 
-__all__ = ['SAVED', 'describe_model', 'label_names_of', 'open_described', 'open_named', 'protocol_from_json']
+__all__ = ['SAVED', 'cut', 'describe_model', 'embed_queries', 'label_names_of', 'open_described', 'protocol_from_json']
 
-_OPTIONS = {'pool': (str, None), 'p': (float, None), 'pretrained': bool, 'ema': bool}
 SAVED = 'model'  # folder inside the index for a model that is not a file or folder here
 LARGEST = 1 << 14  # pixels of a side
+_OPTIONS = {'pool': (str, None), 'p': (float, None), 'pretrained': bool, 'ema': bool}
 
 
 def describe_model(model: torch.nn.Module, source: str | None, options: Mapping[str, Any] | None = None) -> dict:
@@ -36,8 +40,7 @@ def describe_model(model: torch.nn.Module, source: str | None, options: Mapping[
         'p': [float(x) for x in p.detach().reshape(-1)] if isinstance(p, torch.Tensor) else None,
         'whitening': model.embed_dim if model.whitened else None, 'dim': model.embed_dim,
         'num_classes': model.num_classes, 'label_names': label_names_of(model),
-        'license': model.pretrained_cfg.get('license'),
-    }
+        'license': model.pretrained_cfg.get('license')}
 
 
 def label_names_of(model: torch.nn.Module) -> list[str] | None:
@@ -56,85 +59,63 @@ def label_names_of(model: torch.nn.Module) -> list[str] | None:
     return [info.index_to_description(row) for row in range(model.num_classes)]
 
 
-def open_described(described: Mapping[str, Any], folder: Path) -> torch.nn.Module:
-    """The model of an index, from where it says that it is.
+def open_described(
+        described: Mapping[str, Any],
+        folder: Path | str,
+        model: str | torch.nn.Module | None = None,
+        options: Mapping[str, Any] | None = None,
+) -> torch.nn.Module:
+    """The model of an index.
 
     Args:
         described: What `describe_model` has given.
         folder: The index.
+        model: A model, or what `open_model` opens, where the user says it is; None for where the index says it is.
+        options: Keyword arguments of `open_model` besides the index's own.
 
     Raises:
-        OtherModel: Its file or folder has other weights now, or the index names something else than a file or folder.
+        OtherModel: It has other weights, or the index names something else than a file or folder.
         DamagedIndex: The model inside the index is a link, or has one in it.
         OSError, ValueError, RuntimeError: It cannot be opened.
     """
-    source, options = described['source'], _options_of(described)
-    if source is None:
-        source, options = _saved(folder), {}
-    elif not os.path.isabs(source):
-        raise OtherModel(f'{folder} says that its model is {printable(source)}, which is not looked for, as the index '
-                         'may be from anybody: if you trust it, name it with --model.')
-    try:
-        model = open_model(source, **options)
-    except FileNotFoundError as e:
-        raise FileNotFoundError(f'The model of {folder} is not where it was ({e}): name it with --model, wherever it '
-                                'is now.') from e
-    _check_same(described, model, folder, source)
-    return model
-
-
-def open_named(
-        described: Mapping[str, Any],
-        model: str | torch.nn.Module,
-        folder: Path | str,
-        options: Mapping[str, Any] | None = None,
-) -> torch.nn.Module:
-    """The model of an index, from where the user says that it is; arguments as of `open_described`.
-
-    Raises:
-        OtherModel: It is another one.
-        OSError, ValueError, RuntimeError: It cannot be opened.
-    """
-    shown = model if isinstance(model, str) else 'This model'
+    shown, own = model if isinstance(model, str) else 'This model', dict(described['options'])
+    if own.keys() - _OPTIONS.keys():
+        odd = printable(min(own.keys() - _OPTIONS.keys()))
+        raise ValueError(f'The model of the index has options that an index does not have: {odd}.')
+    check_json(own, {name: _OPTIONS[name] for name in own}, 'The options of its model')
     if isinstance(model, str):
-        model = open_model(model, **{**_options_of(described), **(options or {})})
-    _check_same(described, model, folder, shown)
-    return model
-
-
-def _options_of(described: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments of `open_model`; ValueError for others than `timm-multigrain index` has."""
-    options = described['options']
-    unknown = options.keys() - _OPTIONS.keys()
-    if unknown:
-        raise ValueError(f'The model of the index has options that an index does not have: {printable(min(unknown))}.')
-    check_json(options, {name: _OPTIONS[name] for name in options}, 'The options of its model')
-    return dict(options)
-
-
-def _saved(folder: Path) -> str:
-    path = folder / SAVED
-    for each in [path, *(path.iterdir() if path.is_dir() and not path.is_symlink() else ())]:
-        if os.path.lexists(each) and (each.is_symlink() or not (each.is_file() or each.is_dir())):
-            raise DamagedIndex(each, 'it is not a file of its own')
-    return str(path)
-
-
-def _check_same(described: Mapping[str, Any], model: torch.nn.Module, folder: Path | str, shown: str) -> None:
+        model = open_model(model, **{**own, **(options or {})})
+    elif model is None:
+        shown = described['source']
+        if shown is None:
+            shown, own = _saved(folder), {}
+        elif not os.path.isabs(shown):
+            raise OtherModel(f'{folder} says that its model is {printable(shown)}, which is not looked for, as the '
+                             'index may be from anybody: if you trust it, name it with --model.')
+        try:
+            model = open_model(shown, **own)
+        except FileNotFoundError as e:
+            raise FileNotFoundError(f'The model of {folder} is not where it was ({e}): name it with --model, wherever '
+                                    'it is now.') from e
     found = weights_sha256(model)
     if (found, model.global_pool) != (described['weights_sha256'], described['pool']):
         raise OtherModel(
             f'{shown} is not the model that {folder} was built with ({described["source"] or described["name"]}, '
             f'{described["pool"]} pooling, weights {described["weights_sha256"][:12]}..., not {model.global_pool}, '
             f'{found[:12]}...): descriptors of two models cannot be compared; use that one, or make another index.')
+    return model
+
+
+def _saved(folder: Path | str) -> str:
+    path = Path(folder) / SAVED
+    for each in [path, *(path.iterdir() if path.is_dir() and not path.is_symlink() else ())]:
+        if os.path.lexists(each) and (each.is_symlink() or not (each.is_file() or each.is_dir())):
+            raise DamagedIndex(each, 'it is not a file of its own')
+    return str(path)
 
 
 def protocol_from_json(value: Mapping) -> Protocol:
-    """The preprocessing that an index names.
-
-    Raises:
-        ValueError: It names none, or one that nobody means.
-    """
+    """The preprocessing that an index names; ValueError if it cannot be used."""
     try:
         protocol = Protocol(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
         if not isinstance(protocol.flip, bool) or not isinstance(protocol.exif, bool):
@@ -145,3 +126,55 @@ def protocol_from_json(value: Mapping) -> Protocol:
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as e:
         raise ValueError(f'The preprocessing of the index cannot be used ({printable(str(e))}): make the index '
                          'anew.') from e
+
+
+class _Queries(ImageSource):
+    """Files and pictures, the same part cut out of each."""
+
+    def __init__(self, images: Sequence[str | os.PathLike | Image.Image], crop: Sequence[float] | None):
+        self.images, self.crop = list(images), crop
+        self.names = [f'picture {i}' if isinstance(image, Image.Image) else os.fspath(image)
+                      for i, image in enumerate(self.images, 1)]
+
+    def load(self, i: int, exif: bool = True) -> Image.Image:
+        image = self.images[i]
+        image = decode(image, exif) if isinstance(image, Image.Image) else read_image(image, exif=exif)
+        return image if self.crop is None else cut(image, self.crop, self.names[i])
+
+
+def cut(image: Image.Image, crop: Sequence[float], name: str) -> Image.Image:
+    """The part (x, y, width, height) of a picture, what reaches beyond its edges left off.
+
+    Raises:
+        ValueError: Nothing of the crop lies in the picture.
+    """
+    x, y, width, height = crop
+    box = (max(0, round(x)), max(0, round(y)), min(image.width, round(x + width)), min(image.height, round(y + height)))
+    if box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError(f'The crop {x:g},{y:g},{width:g},{height:g} has nothing of {name}, which is {image.width} x '
+                         f'{image.height} pixels: give left, top, width and height within it.')
+    return image.crop(box)
+
+
+def embed_queries(
+        model: torch.nn.Module,
+        protocol: Protocol,
+        images: Sequence[str | os.PathLike | Image.Image],
+        crop: Sequence[float] | None = None,
+) -> Embedded:
+    """`Embedded` of files or pictures, in their order, with logits where the model has classes.
+
+    Raises:
+        UnreadableImage: A file is not a readable image.
+        ValueError: No images, or a crop outside of a picture.
+    """
+    if not len(images):
+        raise ValueError('No picture to search for: give at least one.')
+    parts = list(embed_images(model, _Queries(images, crop), protocol, errors='raise', logits=model.num_classes > 0,
+                              workers=0, progress=False))
+    indices = np.concatenate([part.indices for part in parts])
+    order = np.argsort(indices)
+    sizes = [size for part in parts for size in part.sizes]
+    return Embedded(
+        indices[order], torch.cat([part.vectors for part in parts])[order],
+        torch.cat([part.logits for part in parts])[order] if model.num_classes else None, [sizes[i] for i in order])

@@ -1,4 +1,15 @@
-"""All pairs of similar descriptors, and groups of them without chains.
+"""Pairs of similar descriptors of a collection, from which similarity on they are copies, and groups of them.
+
+Descriptors are whitened by their own collection first: directions that many pictures share, such as those of the
+classes a network was trained for, say little about whether two pictures are copies; whitening (Jégou and Chum 2012)
+weighs them down. SSCD (Pizzi et al. 2022) does the same for copy detection.
+
+How alike different pictures are depends on the model and on the collection, so no fixed threshold serves. Of a sample
+of the images each looks for its nearest ones. Pairs that look the same (looks.py) are taken for real copies; the rest
+for different pictures. `certain` is the lowest threshold at which no more than the given share of images have a
+different picture above it. Copies that do not look the same any more count as different pictures here, so in a
+collection with many of those the threshold errs on the high side. `possible` is lower: half of the images have a
+neighbour above it. A pair between the two counts if it looks the same.
 
 Small collections are compared with themselves chunk by chunk. Larger ones are first divided into the Voronoi cells of a
 k-means (Sivic and Zisserman 2003), and a descriptor is compared only with the cells that can hold a partner: with d the
@@ -13,18 +24,135 @@ Joining whatever is connected lets a chain of small differences tie together pic
 group is a star instead (star clustering, Aslam, Pelekhov and Rus 2004): a centre, and pictures that each form a pair
 with the centre itself.
 """
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-__all__ = ['NearPairs', 'near_pairs', 'star_groups']
+from timm_multigrain.search.exact import nearest
+from timm_multigrain.whiten.pca import StreamingPCA
+
+__all__ = ['DEFAULT', 'CollectionWhitening', 'NearPairs', 'Thresholds', 'find_thresholds', 'near_pairs', 'star_groups']
 
 CHUNK = 4096
+IMAGES_A_COMPONENT = 8  # fewer, and the components fit the single pictures, copies with them
+FEWEST_COMPONENTS = 64
+IN_MEMORY = 1 << 29  # bytes of whitened descriptors; more is mapped from a temporary file
+SAMPLE = 4000
+NEIGHBOURS = 8
 EXHAUSTIVE_UP_TO = 65_536
 MAX_PAIRS = 50_000_000
-_MARGIN = 1e-5  # float32 sums differ by less than this from exact ones
+
+
+class CollectionWhitening:
+    """Whitening of descriptors by the collection that they are from: PCA to at most an eighth as many components as
+    there are images, divided by their deviations. Fewer than 512 images are left as they are.
+
+    Args:
+        vectors: (N, D) L2-normalised rows.
+
+    Attributes:
+        projection: (D, k) float64; None where the collection is too small to be whitened.
+    """
+
+    def __init__(self, vectors):
+        self.mean = self.projection = None
+        n, dim = vectors.shape
+        components = min(dim, n // IMAGES_A_COMPONENT)
+        if components < FEWEST_COMPONENTS:
+            return
+        pca = StreamingPCA(dim)
+        for start in range(0, n, CHUNK):
+            pca.update(_read(vectors, slice(start, start + CHUNK)))
+        values, directions = (values.numpy() for values in pca.eigh())
+        kept = np.flatnonzero(values[:components] > max(1e-9 * values[0], 1e-12))  # less is rounding of unit rows
+        if len(kept):
+            self.mean, self.projection = pca.mean.numpy(), directions[:, kept] / np.sqrt(values[kept])
+
+    def __call__(self, rows: np.ndarray) -> np.ndarray:
+        """(n, D) descriptors whitened and L2-normalised again, (n, k) float32."""
+        if self.projection is None:
+            return np.asarray(rows, dtype=np.float32)
+        rows = (np.asarray(rows, dtype=np.float64) - self.mean) @ self.projection
+        return (rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)).astype(np.float32)
+
+    def all(self, vectors) -> np.ndarray:
+        """Every row of an index, (N, k) float32, mapped from a temporary file if that is large."""
+        shape = (len(vectors), (vectors if self.projection is None else self.projection).shape[1])
+        if 4 * shape[0] * shape[1] > IN_MEMORY:
+            with tempfile.TemporaryFile(prefix='multigrain-') as file:
+                whitened = np.memmap(file, dtype=np.float32, mode='w+', shape=shape)
+        else:
+            whitened = np.empty(shape, dtype=np.float32)
+        for start in range(0, len(vectors), CHUNK):
+            whitened[start:start + CHUNK] = self(vectors[start:start + CHUNK])
+        return whitened
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Similarities that decide.
+
+    Attributes:
+        certain: Pairs from here on are copies.
+        possible: Pairs from here on are copies if they look the same.
+        false_positives: Share of images that may have a different picture above `certain`.
+        sample: Images that it was found from; 0 if it was given or there were none.
+    """
+    certain: float
+    possible: float
+    false_positives: float | None = None
+    sample: int = 0
+
+
+DEFAULT = Thresholds(0.95, 0.9)  # of collections too small to say anything
+
+
+def find_thresholds(
+        vectors: np.ndarray, rows: np.ndarray, alike: Callable[[int, int], bool], false_positives: float) -> Thresholds:
+    """Thresholds of a collection.
+
+    Args:
+        vectors: (N, D) L2-normalised.
+        rows: Ascending rows to take, one of each set of identical files.
+        alike: Whether the pictures of two rows look the same.
+        false_positives: Share of the images.
+
+    Raises:
+        ValueError: The share is not above 0 and below 1.
+    """
+    if not 0 < false_positives < 1:
+        raise ValueError(f'false positives is a share above 0 and below 1, got {false_positives}.')
+    if len(rows) < 3:
+        return DEFAULT
+    sample = np.sort(np.random.default_rng(0).permutation(rows)[:SAMPLE])
+    scores, partners = _neighbours(vectors, rows, sample)
+    allowed, wrong, found = int(false_positives * len(sample)), set(), None
+    for place in np.argsort(-scores, axis=None, kind='stable'):
+        i = place // scores.shape[1]
+        if i not in wrong and not alike(int(sample[i]), int(partners.flat[place])):
+            wrong.add(i)
+            if len(wrong) > allowed:
+                found = float(scores.flat[place])
+                break
+    possible = float(np.median(scores[:, 0]))
+    if found is None:  # every picture has so many copies that no others were met
+        return Thresholds(DEFAULT.certain, min(possible, DEFAULT.possible), false_positives, len(sample))
+    return Thresholds(min(float(np.nextafter(np.float32(found), np.float32(2))), 1.), min(possible, found),
+                      false_positives, len(sample))
+
+
+def _neighbours(vectors: np.ndarray, rows: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Scores (S, k) and rows (S, k) of the nearest others of each row of the sample, highest first."""
+    k = min(NEIGHBOURS, len(rows) - 1)
+    chunks = (np.asarray(vectors[rows[start:start + CHUNK]]) for start in range(0, len(rows), CHUNK))
+    scores, found = (values.numpy() for values in nearest(np.asarray(vectors[sample]), chunks, k + 1))
+    found = rows[found]
+    own = found == sample[:, None]
+    own[~own.any(1), -1] = True  # of many equal ones: the row itself is not among the nearest
+    return scores[~own].reshape(-1, k), found[~own].reshape(-1, k)
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,9 +169,6 @@ class NearPairs:
     second: np.ndarray
     scores: np.ndarray
     complete: bool = True
-
-    def __len__(self) -> int:
-        return len(self.first)
 
     def where(self, chosen: np.ndarray) -> 'NearPairs':
         """Those of a mask or of numbers."""
@@ -76,94 +201,67 @@ def near_pairs(
     if not -1 < threshold <= 1:
         raise ValueError(f'The threshold is a cosine similarity above -1 and at most 1, got {threshold}.')
     rows = np.arange(len(vectors)) if rows is None else np.asarray(rows, dtype=np.int64)
-    exhaustive = len(rows) <= EXHAUSTIVE_UP_TO if exhaustive is None else exhaustive
-    cells = None if exhaustive else _Cells(vectors, rows, threshold, probes)
+    complete, groups = True, [(rows, np.empty(0, np.int64))]
+    if exhaustive is False or (exhaustive is None and len(rows) > EXHAUSTIVE_UP_TO):
+        complete, groups = _cells(vectors, rows, threshold, probes)
     found, count = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))], 0
-    for pairs in (_chunks(vectors, rows, threshold) if exhaustive else cells.pairs(threshold)):
-        found.append(pairs)
-        count += len(pairs[0])
-        if count > MAX_PAIRS:
-            raise ValueError(f'More than {MAX_PAIRS:,} pairs have a similarity of {threshold:.3f} or more: raise the '
-                             'threshold.')
+    for members, visitors in groups:
+        for pairs in _compare(vectors, members, visitors, threshold):
+            found.append(pairs)
+            count += len(pairs[0])
+            if count > MAX_PAIRS:
+                raise ValueError(f'More than {MAX_PAIRS:,} pairs have a similarity of {threshold:.3f} or more: raise '
+                                 'the threshold.')
     first, second, scores = map(np.concatenate, zip(*found, strict=True))
     first, second = np.minimum(first, second), np.maximum(first, second)
     _, once = np.unique(first * len(vectors) + second, return_index=True)
-    pairs = NearPairs(first[once], second[once], scores[once], exhaustive or cells.complete)
-    # near-ties in float64, so that the way of chunking decides nothing
-    good = pairs.scores >= threshold
-    ties = np.flatnonzero(np.abs(pairs.scores - threshold) < 2 * _MARGIN)
-    for chunk in np.array_split(ties, len(ties) // CHUNK + 1):
-        a, b = (np.asarray(vectors[side[chunk]], dtype=np.float64) for side in (pairs.first, pairs.second))
-        good[chunk] = (a * b).sum(1) >= threshold
-    return pairs.where(good)
+    return NearPairs(first[once], second[once], scores[once], complete)
 
 
-def _read(vectors: np.ndarray, rows: np.ndarray) -> torch.Tensor:
+def _read(vectors: np.ndarray, rows: np.ndarray | slice) -> torch.Tensor:
     return torch.from_numpy(np.array(vectors[rows], dtype=np.float32))
 
 
-def _hits(a: torch.Tensor, b: torch.Tensor, threshold: float, same: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Numbers and scores of pairs of a and b; of each pair once if b begins with a."""
-    scores = a @ b.T
-    mask = scores >= threshold - _MARGIN
-    i, j = (mask.triu(1) if same else mask).nonzero(as_tuple=True)
-    return i.numpy(), j.numpy(), scores[i, j].numpy()
+def _compare(vectors: np.ndarray, members: np.ndarray, visitors: np.ndarray, threshold: float) -> Iterator[tuple]:
+    """Rows and scores of pairs of members, and of a visitor and a member, chunk by chunk."""
+    for other in range(0, len(members), CHUNK):
+        inside = members[other:other + CHUNK]
+        b = _read(vectors, inside)
+        everyone = np.concatenate([members[:other + len(inside)], visitors])
+        for start in range(0, len(everyone), CHUNK):
+            outside = everyone[start:start + CHUNK]
+            scores = (_read(vectors, outside) @ b.T).numpy()
+            i, j = np.nonzero((scores >= threshold) & np.not_equal.outer(outside, inside))
+            yield outside[i], inside[j], scores[i, j]
 
 
-def _chunks(vectors: np.ndarray, rows: np.ndarray, threshold: float) -> Iterator[tuple]:
+def _cells(vectors: np.ndarray, rows: np.ndarray, threshold: float, probes: int) -> tuple[bool, list[tuple]]:
+    """Whether the cells hold every pair, and of each cell the rows in it and the rows it has to be compared with."""
+    centres = _kmeans(vectors, rows, max(2, int(2 * len(rows) ** 0.5)))
+    between = torch.cdist(centres, centres).clamp_min(1e-12)
+    reach = (2 - 2 * threshold) ** 0.5 + 1e-3
+    complete, probes = True, min(probes, len(centres) - 1)
+    homes, visits = [], []  # cell of each position; (cell, position) of every visit
     for start in range(0, len(rows), CHUNK):
-        own = rows[start:start + CHUNK]
-        a = _read(vectors, own)
-        for other in range(start, len(rows), CHUNK):
-            partners = rows[other:other + CHUNK]
-            b = a if other == start else _read(vectors, partners)
-            i, j, scores = _hits(a, b, threshold, same=other == start)
-            yield own[i], partners[j], scores
+        x = _read(vectors, rows[start:start + CHUNK])
+        squared = _squared_distances(x, centres)
+        closest, home = squared.min(1)
+        margin = (squared - closest[:, None]).div_(2 * between[home])
+        margin[torch.arange(len(x)), home] = torch.inf
+        smallest, cells = margin.topk(probes, largest=False)
+        needed = smallest <= reach
+        complete &= int((margin <= reach).sum()) == int(needed.sum())
+        homes.append(home.numpy())
+        i, j = needed.nonzero(as_tuple=True)
+        visits.append(torch.stack([cells[i, j], i + start], 1).numpy())
+    visits = np.concatenate(visits)
+    members = _by_cell(np.concatenate(homes), rows, len(centres))
+    return complete, list(zip(members, _by_cell(visits[:, 0], rows[visits[:, 1]], len(centres)), strict=True))
 
 
-class _Cells:
-    """Voronoi cells, and the cells each row has to be compared with."""
-
-    def __init__(self, vectors: np.ndarray, rows: np.ndarray, threshold: float, probes: int):
-        self.vectors, self.rows = vectors, rows
-        centres = _kmeans(vectors, rows, max(2, int(2 * len(rows) ** 0.5)))
-        between = torch.cdist(centres, centres).clamp_min(1e-12)
-        reach = (2 - 2 * threshold) ** 0.5 + 1e-3
-        self.complete = True
-        probes = min(probes, len(centres) - 1)
-        homes, visits = [], []  # cell of each position; (cell, position) of every visit
-        for start in range(0, len(rows), CHUNK):
-            x = _read(vectors, rows[start:start + CHUNK])
-            squared = _squared_distances(x, centres)
-            nearest, home = squared.min(1)
-            margin = (squared - nearest[:, None]).div_(2 * between[home])
-            margin[torch.arange(len(x)), home] = torch.inf
-            closest, cells = margin.topk(probes, largest=False)
-            needed = closest <= reach
-            self.complete &= int((margin <= reach).sum()) == int(needed.sum())
-            homes.append(home.numpy())
-            i, j = needed.nonzero(as_tuple=True)
-            visits.append(torch.stack([cells[i, j], i + start], 1).numpy())
-        visits = np.concatenate(visits)
-        self.members = _by_cell(np.concatenate(homes), np.arange(len(rows)), len(centres))
-        self.visitors = _by_cell(visits[:, 0], visits[:, 1], len(centres))
-
-    def pairs(self, threshold: float) -> Iterator[tuple]:
-        for members, visitors in zip(self.members, self.visitors, strict=True):
-            inside = self.rows[members]
-            b = _read(self.vectors, inside)
-            for start in range(0, len(members), CHUNK):
-                i, j, scores = _hits(b[start:start + CHUNK], b[start:], threshold, same=True)
-                yield inside[start + i], inside[start + j], scores
-            for start in range(0, len(visitors) if len(members) else 0, CHUNK):
-                outside = self.rows[visitors[start:start + CHUNK]]
-                i, j, scores = _hits(_read(self.vectors, outside), b, threshold, same=False)
-                yield outside[i], inside[j], scores
-
-
-def _by_cell(cells: np.ndarray, positions: np.ndarray, number: int) -> list[np.ndarray]:
+def _by_cell(cells: np.ndarray, rows: np.ndarray, number: int) -> list[np.ndarray]:
     order = np.argsort(cells, kind='stable')
-    return np.split(positions[order], np.searchsorted(cells[order], np.arange(1, number)))
+    return np.split(rows[order], np.searchsorted(cells[order], np.arange(1, number)))
 
 
 def _squared_distances(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:

@@ -1,20 +1,22 @@
-"""What the index knows of an image besides its descriptor: a record of fixed size, so that a million are one array."""
+"""What an index knows of an image besides its descriptor, and what can be wrong with an index."""
 import os
-from collections.abc import Sequence
+import sqlite3
+from contextlib import contextmanager
 from dataclasses import dataclass
 from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 
-__all__ = ['RECORD', 'TOP', 'Record', 'classes_of', 'path_from_text', 'path_to_text', 'record_row', 'top_classes']
+__all__ = [
+    'RECORD', 'TOP', 'DamagedIndex', 'IndexInUse', 'NewerFormat', 'NotWritten', 'OtherModel', 'Record',
+    'path_from_text', 'path_to_text', 'top_classes', 'writing']
 
-TOP = 5  # classes kept of an image
+TOP = 5  # classes kept per image
 
-# root is the number of the indexed folder, vector the row of the file of vectors
+# of a fixed size, so that a million are one array; root numbers the indexed folders, vector the rows of their file
 RECORD = np.dtype([
     ('root', '<u4'), ('vector', '<u8'), ('bytes', '<u8'), ('mtime_ns', '<i8'), ('width', '<u4'), ('height', '<u4'),
-    ('sha256', 'u1', 32), ('classes', '<i4', TOP), ('probabilities', '<f4', TOP),
-])
+    ('sha256', 'u1', 32), ('classes', '<i4', TOP), ('probabilities', '<f4', TOP)])
 
 
 @dataclass(frozen=True)
@@ -39,41 +41,17 @@ class Record:
     classes: tuple[tuple[str, float], ...] = ()
 
 
-def record_row(
-        *, root: int, size: tuple[int, int], bytes: int, mtime_ns: int, sha256: bytes,
-        classes: Sequence[int] = (), probabilities: Sequence[float] = (), vector: int = 0,
-) -> np.ndarray:
-    """The record of an image, () of `RECORD`."""
-    row = np.zeros((), dtype=RECORD)
-    row['root'] = root
-    row['width'], row['height'] = size
-    row['bytes'], row['mtime_ns'], row['vector'] = bytes, mtime_ns, vector
-    row['sha256'] = np.frombuffer(sha256, dtype=np.uint8)
-    row['classes'] = -1
-    row['classes'][:len(classes)] = classes
-    row['probabilities'][:len(classes)] = probabilities
-    return row
-
-
 def top_classes(logits) -> tuple[np.ndarray, np.ndarray]:
     """The most probable classes of (n, K) logits: (n, min(K, TOP)) class numbers and probabilities, best first."""
     probabilities, classes = logits.float().softmax(dim=1).topk(min(TOP, logits.shape[1]), dim=1)
     return classes.cpu().numpy(), probabilities.cpu().numpy()
 
 
-def classes_of(row: np.ndarray, label_names: Sequence[str] | None) -> tuple[tuple[str, float], ...]:
-    """(name, probability) of a record's classes; the number stands for a class without a name."""
-    return tuple(
-        (label_names[number] if label_names else str(number), float(probability))
-        for number, probability in zip(row['classes'].tolist(), row['probabilities'].tolist(), strict=True)
-        if number >= 0)
-
-
 _BYTES = 'bytes:'  # marks a path in percent encoding
 
 
 def path_to_text(path: str) -> str:
-    """A path as Unicode that any store takes; one whose bytes are not UTF-8 is percent-encoded, and marked."""
+    """A path as Unicode for other stores; one whose bytes are not UTF-8 is percent-encoded, and marked."""
     try:
         path.encode('utf-8')
     except UnicodeEncodeError:
@@ -84,3 +62,40 @@ def path_to_text(path: str) -> str:
 def path_from_text(text: str) -> str:
     """The path that `path_to_text` was given."""
     return os.fsdecode(unquote_to_bytes(text.removeprefix(_BYTES))) if text.startswith(_BYTES) else text
+
+
+class DamagedIndex(ValueError):
+    """A file of the index is not what was written. The pictures are not touched by it; the index is made again."""
+
+    def __init__(self, path, what: str):
+        super().__init__(f'{path} is damaged ({what}): put a backup of the folder back, or delete the folder and run '
+                         'timm-multigrain index again.')
+
+
+class NewerFormat(ValueError):
+    """An index that another version of the package has written."""
+
+
+class IndexInUse(RuntimeError):
+    """Another process is writing to the index."""
+
+
+class OtherModel(ValueError):
+    """A model or preprocessing that the index was not built with, so that its descriptors do not compare."""
+
+
+class NotWritten(OSError):
+    """The disk is full or fails; what was committed is whole."""
+
+
+@contextmanager
+def writing(folder):
+    """Errors of the system and of SQLite become a `NotWritten` with a sentence."""
+    try:
+        yield
+    except NotWritten:
+        raise
+    except (OSError, sqlite3.Error) as e:
+        reason = getattr(e, 'strerror', None) or e
+        raise NotWritten(f'{folder} could not be written to ({reason}): what was committed to it before is whole; make '
+                         'room on that disk and run the same again.') from e

@@ -7,10 +7,10 @@
     lock               empty; locked by the process that writes
 
 A commit appends to the vectors, flushes them, and is SQLite's (write-ahead log: readers see the last commit meanwhile).
-What a killed writer left behind the committed vectors is cut off by the next one. Every row of SQLite's tables carries
-a checksum of its fields, and the settings hold how many rows a table has and the sum of their checksums, so that a row
-can neither change nor vanish unnoticed. An index may come from anybody: its files are regular ones, not links; no name
-of a file is taken from it; its tables are exactly these, without triggers and views.
+What a killed writer left behind the committed vectors is cut off by the next one. Every row of the tables carries a
+checksum of its fields, and the state holds how many rows a table has and the sum of their checksums, so that a row can
+neither change nor vanish unnoticed. An index may come from anybody: its files are regular ones, not links; no name of a
+file is taken from it; its tables are exactly these, without triggers and views.
 """
 import json
 import os
@@ -20,7 +20,6 @@ import stat
 import time
 import uuid
 import zlib
-from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cached_property
@@ -32,37 +31,34 @@ import numpy as np
 from timm_multigrain.files import check_json, fsync, open_regular, parse_json, printable
 from timm_multigrain.version import __version__
 
-from .errors import DamagedIndex, IndexInUse, NewerFormat, writing
-from .records import RECORD
+from .records import RECORD, DamagedIndex, IndexInUse, NewerFormat, writing
 from .vectors import VectorFile
 
 __all__ = ['FILE', 'Store', 'Writer', 'index_lock', 'is_index']
 
 FILE = 'index.sqlite'
-FORMAT = 2  # PRAGMA user_version
+FORMAT = 3  # PRAGMA user_version
 APPLICATION = 0x4D47_4958  # PRAGMA application_id
 CHUNK = 1 << 20  # bytes of vectors under one checksum, at most
 REMOVED_SHARE = 0.25  # of the vectors, at which the file is written anew without them
-_HOLDS = re.compile(r'(vectors|faiss)\.[0-9]+\.bin|\.(index\.sqlite|faiss)[-.].*')  # names that a writer may delete
-_TABLES = {  # columns, the types they have to have, and the key
-    'settings': ('name TEXT, value TEXT', (str, str), 'name'),
-    'roots': ('id INTEGER, path BLOB', (int, bytes), 'id'),
-    'images': ('id INTEGER, path BLOB, record BLOB', (int, bytes, bytes), 'id'),
-    'skipped': ('root INTEGER, path BLOB, reason TEXT, bytes INTEGER, mtime_ns INTEGER', (int, bytes, str, int, int),
-                'root, path'),
-    'chunks': ('start INTEGER, rows INTEGER, crc32 INTEGER', (int, int, int), 'start'),
-}
+_LEFT = re.compile(r'(vectors|faiss)\.[0-9]+\.bin|\.(index\.sqlite|faiss)[-.].*')  # names that a writer may delete
+_TABLES = {  # columns, key, and the text of a row that its checksum is of, which refuses fields of other types
+    'settings': ('name TEXT, value TEXT', 'name', b'%b\0%b'),
+    'roots': ('id INTEGER, path BLOB', 'id', b'%x %b'),
+    'images': ('id INTEGER, path BLOB, record BLOB', 'id', b'%x %b\0%b'),
+    'skipped': ('root INTEGER, path BLOB, reason TEXT, bytes INTEGER, mtime_ns INTEGER', 'root, path',
+                b'%x %b\0%b\0%x %x'),
+    'chunks': ('start INTEGER, rows INTEGER, crc32 INTEGER', 'start', b'%x %x %x')}
 _SCHEMA = [f'CREATE TABLE {name} ({columns}, checksum INTEGER, PRIMARY KEY ({key})) WITHOUT ROWID'
-           for name, (columns, _, key) in _TABLES.items()]
-_SETTINGS = {  # anybody can write them, with a checksum that is right
-    'config': {
-        'dtype': str, 'dim': int, 'protocol': {}, 'model': {
-            'name': str, 'source': (str, None), 'pool': str, 'weights_sha256': str, 'dim': int, 'num_classes': int,
-            'label_names': ([str], None), 'options': {}}},
+           for name, (columns, key, _) in _TABLES.items()]
+_CONFIG = {  # anybody can write it, with a checksum that is right
+    'dtype': str, 'protocol': {}, 'model': {
+        'name': str, 'source': (str, None), 'pool': str, 'weights_sha256': str, 'dim': int, 'num_classes': int,
+        'label_names': ([str], None), 'options': {}}}
+_STATE = {
     'generation': int,  # of the file of vectors
     'faiss': ({'number': int, 'kind': str, 'rows': int, 'settings': {str: int}, 'size': int, 'crc32': int}, None),
-    'totals': {name: [int] for name in _TABLES if name != 'settings'},
-}
+    'totals': {name: [int] for name in _TABLES if name != 'settings'}}
 
 
 class Store:
@@ -73,12 +69,11 @@ class Store:
 
     Attributes:
         config: What describes model and preprocessing.
-        roots: Absolute paths of the indexed folders, bytes.
+        state: Generation of the file of vectors, structure for search, and totals of the tables.
         ids: (N,) int64, numbers of the images in the order they were added.
         records: (N,) of `RECORD`.
         names: Paths of the images below their folders, bytes.
         skipped: (number of the folder, path below it) to (reason, bytes, mtime_ns) of files that could not be read.
-        faiss: What is known of the structure for search; None without one.
         file: The file of vectors.
 
     Raises:
@@ -89,84 +84,78 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
-        for attempt in range(5):
-            seen = _state(self.folder)
+        for attempt in range(3):  # a writer may begin or end meanwhile
             try:
                 self._read()
                 return
-            except DamagedIndex:  # unless a writer was at work just now
-                if attempt == 4 or (seen == _state(self.folder) and not seen[-1]):
+            except (DamagedIndex, PermissionError):
+                if attempt == 2:
                     raise
-                time.sleep(0.05)
+                time.sleep(0.01)
 
     def _read(self) -> None:
         path = self.folder / FILE
         if not os.path.lexists(path):
-            why = 'was not found' if not self.folder.is_dir() else 'is not an index' if not (
-                self.folder / 'index.json').exists() else 'is an index of a version that was never released'
+            why = 'is not an index' if self.folder.is_dir() else 'was not found'
             raise FileNotFoundError(f'{self.folder} {why}: make one with timm-multigrain index DIR -o {self.folder}')
         _check_files(self.folder)
+        log = any(os.path.lexists(f'{path}{end}') for end in ('-wal', '-shm'))
         try:
-            with closing(_connect(path, _reading(self.folder))) as db:
+            # where nobody is writing, nothing in the folder is touched
+            with closing(_connect(path, 'mode=ro' if log else 'mode=ro&immutable=1')) as db:
                 db.execute('BEGIN')
                 _check_schema(db, self.folder)
-                tables = {name: _read_table(db, name) for name in _TABLES}
-            self._read_settings(*tables.pop('settings'))
-            for name, (rows, total) in tables.items():
-                if [len(rows), total] != self.totals[name]:
-                    raise ValueError(f'{len(rows)} of {name} are not the ones that were written')
-            self._roots = [row[1] for row in tables['roots'][0]]
-            self._read_images(tables['images'][0])
-            self.skipped = {(root, name): tuple(rest) for root, name, *rest, _ in tables['skipped'][0]}
-            self._check_names(self.skipped)
-            chunks = np.array(tables['chunks'][0], dtype=np.int64).reshape(-1, 4)
-            if (chunks[:, 1] < 1).any() or (chunks[:, 0] != np.cumsum(chunks[:, 1]) - chunks[:, 1]).any():
-                raise ValueError('the chunks of the vectors have gaps')
+                tables = {name: db.execute(f'SELECT * FROM {name}').fetchall() for name in _TABLES}
+            self._check(tables)
         except NewerFormat:
             raise
-        except (sqlite3.Error, ValueError, OverflowError) as e:
+        except (sqlite3.Error, ValueError, OverflowError, TypeError) as e:
             if 'unable to open' in str(e):
                 raise PermissionError(f'{path} cannot be read: if the process that wrote it was killed, make the '
                                       'folder writable once and open it again.') from e
             raise DamagedIndex(path, printable(str(e))) from e
-        self.file = VectorFile(self.vectors_path, self.dim, self.dtype, chunks)
-        if len(self.records) and self.records['vector'].max() >= len(self.file):
-            raise DamagedIndex(path, 'an image has a vector beyond the last one')
 
-    def _read_settings(self, rows: list, _: int) -> None:
-        settings = {name: parse_json(value) for name, value, _ in rows}
-        check_json(settings, _SETTINGS, 'settings')
-        self.config, self.generation, self.faiss, self.totals = (settings[name] for name in _SETTINGS)
-        names, classes = self.config['model']['label_names'], self.config['model']['num_classes']
-        if self.config['dtype'] not in ('float32', 'float16') or not 0 < self.config['dim'] < 1 << 20 or (
-                self.config['dim'] != self.config['model']['dim']):
-            raise ValueError(f'vectors of {self.config["dim"]} {self.config["dtype"]} are not in an index')
-        if classes < 0 or (names is not None and len(names) != classes):
-            raise ValueError(f'it does not have a name for each of {classes} classes')
-        if self.faiss is not None:
-            numbers = self.faiss['settings']
-            if 'candidates' not in numbers or not numbers.keys() & {'probes', 'ef'} or (
-                    min(self.faiss['number'], self.faiss['rows'], *numbers.values()) < 1):
-                raise ValueError('settings of the structure are missing or below 1')
-        self.dtype, self.dim = np.dtype(self.config['dtype']).newbyteorder('<'), self.config['dim']
-
-    def _read_images(self, rows: list) -> None:
-        ids, self.names, records = ([row[i] for row in rows] for i in range(3))
-        if not set(map(len, records)) <= {RECORD.itemsize}:
+    def _check(self, tables: dict[str, list[tuple]]) -> None:
+        """Take over the rows of all tables; one of the caught errors if they are not what was written."""
+        totals = {}
+        for name, rows in tables.items():
+            form, checksums = _TABLES[name][2], [row[-1] for row in rows]
+            if [zlib.crc32(form % row[:-1]) for row in rows] != checksums:
+                raise ValueError(f'the checksum of a row of {name} differs')
+            totals[name] = [len(rows), sum(checksums)]
+        settings = {name.decode(): parse_json(value) for name, value, _ in tables['settings']}
+        check_json(settings, {'config': _CONFIG, 'state': _STATE}, 'settings')
+        self.config, self.state = settings['config'], settings['state']
+        _check_settings(self.config, self.state['faiss'])
+        self.dtype, self.dim = np.dtype(self.config['dtype']).newbyteorder('<'), self.config['model']['dim']
+        for name, wanted in self.state['totals'].items():
+            if totals[name] != wanted:
+                raise ValueError(f'{totals[name][0]} of {name} are not the ones that were written')
+        self._roots = [path for _, path, _ in tables['roots']]
+        self.ids = np.array([row[0] for row in tables['images']], dtype=np.int64)
+        self.names = [row[1] for row in tables['images']]
+        data = b''.join([row[2] for row in tables['images']])
+        self.records = np.frombuffer(data, dtype=RECORD)
+        if len(self.records) != len(self.ids):
             raise ValueError(f'a record does not have {RECORD.itemsize} bytes')
-        self.ids = np.array(ids, dtype=np.int64)
-        self.records = np.frombuffer(b''.join(records), dtype=RECORD)
-        self._check_names(zip(self.records['root'].tolist(), self.names, strict=True))
+        self.skipped = {(root, name): (reason.decode(), size, mtime_ns)
+                        for root, name, reason, size, mtime_ns, _ in tables['skipped']}
+        used = {*np.unique(self.records['root']).tolist(), *(root for root, _ in self.skipped)}
+        if not used <= set(range(len(self._roots))) or b'\0' in b''.join(
+                [*self._roots, *self.names, *(name for _, name in self.skipped)]):
+            raise ValueError('a file lies in no folder of the index')
         if (self.records['classes'] >= max(1, self.config['model']['num_classes'])).any():
             raise ValueError('an image is of a class that the model does not have')
-
-    def _check_names(self, names: Iterable[tuple[int, bytes]]) -> None:
-        number = len(self._roots)
-        if any(not 0 <= root < number or b'\0' in name for root, name in names) or b'\0' in b''.join(self._roots):
-            raise ValueError('a file lies in no folder of the index')
+        chunks = np.array(tables['chunks'], dtype=np.int64).reshape(-1, 4)
+        if (chunks[:, 1] < 1).any() or (chunks[:, 0] != np.cumsum(chunks[:, 1]) - chunks[:, 1]).any():
+            raise ValueError('the chunks of the vectors have gaps')
+        self.file = VectorFile(self.vectors_path, self.dim, self.dtype, chunks)
+        if len(self.records) and self.records['vector'].max() >= len(self.file):
+            raise ValueError('an image has a vector beyond the last one')
 
     @cached_property
     def roots(self) -> list[bytes]:
+        """Absolute paths of the indexed folders."""
         base = os.fsencode(os.path.abspath(self.folder))
         return [os.path.normpath(os.path.join(base, root)) for root in self._roots]
 
@@ -180,8 +169,13 @@ class Store:
         return [roots[root] + name for root, name in zip(self.records['root'].tolist(), self.names, strict=True)]
 
     @property
+    def faiss(self) -> dict | None:
+        """What is known of the structure for search; None without one."""
+        return self.state['faiss']
+
+    @property
     def vectors_path(self) -> Path:
-        return self.folder / f'vectors.{self.generation}.bin'
+        return self.folder / f'vectors.{self.state["generation"]}.bin'
 
     @property
     def vector_rows(self) -> np.ndarray:
@@ -194,11 +188,7 @@ class Store:
         return (self.folder / FILE).stat().st_size + len(self.file) * self.dim * self.dtype.itemsize
 
     def check(self) -> None:
-        """Read every vector and compare the checksums.
-
-        Raises:
-            DamagedIndex: A chunk is not what was written.
-        """
+        """Read every vector and compare the checksums; DamagedIndex if one differs."""
         self.file[:]
 
 
@@ -209,21 +199,20 @@ class Writer:
         store: Its last commit.
 
     Raises:
-        NotWritten: The folder cannot be written to.
+        NotWritten: The folder cannot be written to, here and in all that follows. What was committed before is whole,
+            and this writer is to be closed.
     """
 
     def __init__(self, store: Store):
-        self.folder = store.folder
-        self.dim, self.dtype, self.generation = store.dim, store.dtype, store.generation
-        self.num_vectors, self.faiss, self._roots = len(store.file), store.faiss, len(store.roots)
+        self.folder, self.dim, self.dtype = store.folder, store.dim, store.dtype
+        self.state = json.loads(json.dumps(store.state))
+        self.num_vectors = len(store.file)
         self._next = int(store.ids[-1]) + 1 if len(store.ids) else 0
-        self._totals = {name: Counter(rows=rows, sum=total) for name, (rows, total) in store.totals.items()}
-        self._db = None
         with writing(self.folder):
             self._file = open_regular(store.vectors_path, os.O_RDWR | (0 if self.num_vectors else os.O_CREAT))
             self._db = _connect(self.folder / FILE, 'mode=rw')
             self._db.execute('PRAGMA synchronous=FULL')
-            if self._db.execute('PRAGMA quick_check(1)').fetchone() != ('ok',):
+            if self._db.execute('PRAGMA quick_check(1)').fetchone() != (b'ok',):
                 raise DamagedIndex(self.folder / FILE, 'its pages do not fit together')
             self._file.truncate(self.num_vectors * self.dim * self.dtype.itemsize)
             self._file.seek(0, os.SEEK_END)
@@ -238,18 +227,16 @@ class Writer:
             config: Model, protocol, dim and dtype of the descriptors.
         """
         unfinished = Path(folder) / f'.{FILE}-{uuid.uuid4().hex[:8]}'
+        state = {'generation': 1, 'faiss': None, 'totals': {name: [0, 0] for name in _STATE['totals']}}
         with writing(folder):
             try:
-                with closing(sqlite3.connect(unfinished, isolation_level=None)) as db:
-                    db.execute('PRAGMA journal_mode=WAL')
-                    db.execute(f'PRAGMA application_id={APPLICATION}')
-                    db.execute(f'PRAGMA user_version={FORMAT}')
-                    for statement in _SCHEMA:
+                with closing(sqlite3.connect(unfinished)) as db:
+                    for statement in ('PRAGMA journal_mode=WAL', f'PRAGMA application_id={APPLICATION}',
+                                      f'PRAGMA user_version={FORMAT}', *_SCHEMA):
                         db.execute(statement)
-                    totals = {name: [0, 0] for name in _SETTINGS['totals']}
-                    for name, value in zip(_SETTINGS, (config, 1, None, totals), strict=True):
-                        row = name, json.dumps(value)
-                        db.execute('INSERT INTO settings VALUES (?, ?, ?)', (*row, _checksum(row)))
+                    for name, value in (('config', config), ('state', state)):
+                        db.execute('INSERT INTO settings VALUES (?, ?, ?)', _row('settings', name, json.dumps(value)))
+                    db.commit()
                 os.replace(unfinished, Path(folder) / FILE)
                 fsync(folder)
             finally:
@@ -257,31 +244,27 @@ class Writer:
 
     def add_root(self, path: bytes) -> int:
         """Number of another folder; a relative path is relative to the index."""
-        self._insert('roots', [(self._roots, path)])
-        self._roots += 1
-        return self._roots - 1
+        number = self.state['totals']['roots'][0]
+        self._insert('roots', [(number, path)])
+        return number
 
-    def add(self, names: Sequence[bytes], records: np.ndarray, vectors: np.ndarray | None = None) -> None:
+    def add(self, names: Sequence[bytes], records: np.ndarray, vectors: np.ndarray) -> None:
         """Add images.
 
         Args:
             names: Their paths below their folders.
-            records: (n,) of `RECORD`.
-            vectors: Their descriptors, (n, D); None keeps the vector that each record names.
+            records: (n,) of `RECORD`; their place among the vectors is filled in.
+            vectors: Their descriptors, (n, D).
         """
-        if vectors is not None:
-            records = records.copy()
-            records['vector'] = np.arange(self.num_vectors, self.num_vectors + len(records))
-            self._append(vectors)
-        ids = range(self._next, self._next + len(names))
+        records['vector'] = np.arange(self.num_vectors, self.num_vectors + len(records))
+        self._append(vectors)
+        self._insert_images(range(self._next, self._next + len(names)), names, records)
         self._next += len(names)
-        self._insert('images', [
-            (i, name, record.tobytes()) for i, name, record in zip(ids, names, records, strict=True)])
 
     def replace(self, ids: Sequence[int], names: Sequence[bytes], records: np.ndarray) -> None:
         """Give images another path or record; they keep their place among the others."""
         self.remove(ids)
-        self._insert('images', [(int(i), name, r.tobytes()) for i, name, r in zip(ids, names, records, strict=True)])
+        self._insert_images(ids, names, records)
 
     def remove(self, ids: Iterable[int]) -> None:
         """Take images out."""
@@ -297,47 +280,41 @@ class Writer:
         self._delete('skipped', [(root, name)])
 
     def commit(self) -> None:
-        """Make what was done part of the index.
-
-        Raises:
-            NotWritten: No room on the disk; what was committed before is whole, and this writer is to be closed.
-        """
+        """Make what was done part of the index."""
         if not self._db.in_transaction:
             return
         with writing(self.folder):
             os.fsync(self._file.fileno())
-            self._set('totals', {name: [total['rows'], total['sum']] for name, total in self._totals.items()})
-            self._db.execute('COMMIT')
+            row = _row('settings', 'state', json.dumps(self.state))
+            self._db.execute('REPLACE INTO settings VALUES (?, ?, ?)', row)
+            self._db.commit()
         with suppress(sqlite3.OperationalError):  # a damaged log is a lost commit: keep it short, if there is room
             self._db.execute('PRAGMA wal_checkpoint(PASSIVE)')
 
     def set_faiss(self, described: dict | None) -> None:
         """Commit another structure for search and delete the last one."""
-        old, self.faiss = self.faiss, described
+        old = self.state['faiss']
         if old != described:
-            self._set('faiss', described)
+            self.state['faiss'] = described
+            with writing(self.folder):
+                self._db.execute('BEGIN IMMEDIATE')
             self.commit()
-        if old is not None and old != described:
-            (self.folder / f'faiss.{old["number"]}.bin').unlink(missing_ok=True)
+            self._delete_leftovers()
 
     def compact_if_worthwhile(self) -> None:
         """Write the file of vectors anew once a quarter of it is of images that were removed.
 
-        Readers that have the index open keep what they see.
-
-        Raises:
-            NotWritten: No room; the index is as it was.
+        Readers that have the index open keep what they see. The structure for search goes.
         """
-        if self.num_vectors - self._totals['images']['rows'] <= REMOVED_SHARE * self.num_vectors:
+        if self.num_vectors - self.state['totals']['images'][0] <= REMOVED_SHARE * self.num_vectors:
             return
         store = Store(self.folder)
         rows = np.unique(store.vector_rows)  # an image may share the vector of another
-        old, self.generation = store.vectors_path, store.generation + 1
-        new = self.folder / f'vectors.{self.generation}.bin'
+        self.state.update(generation=self.state['generation'] + 1, faiss=None)
         with writing(self.folder):
             self._file.close()
-            self._file = open_regular(new, os.O_RDWR | os.O_CREAT | os.O_EXCL)
-            self._begin()
+            self._file = open_regular(self.folder / f'vectors.{self.state["generation"]}.bin',
+                                      os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self._delete('chunks', self._db.execute('SELECT start FROM chunks').fetchall())
             self.num_vectors = 0
             step = max(1, CHUNK // (self.dim * self.dtype.itemsize))
@@ -346,23 +323,13 @@ class Writer:
             records = store.records.copy()
             records['vector'] = np.searchsorted(rows, store.vector_rows)
             self.replace(store.ids, store.names, records)
-            self._set('generation', self.generation)
-            self._set('faiss', None)
             self.commit()
-            old.unlink()
-            if store.faiss:
-                (self.folder / f'faiss.{store.faiss["number"]}.bin').unlink(missing_ok=True)
-            self.faiss = None
+            self._delete_leftovers()
 
     def close(self) -> None:
         """End, without what is not committed."""
-        if self._db is not None:
-            self._db.close()
+        self._db.close()
         self._file.close()
-
-    def _begin(self) -> None:
-        if not self._db.in_transaction:
-            self._db.execute('BEGIN IMMEDIATE')
 
     def _append(self, vectors: np.ndarray) -> None:
         vectors = np.ascontiguousarray(vectors, dtype=self.dtype)
@@ -376,34 +343,33 @@ class Writer:
             self._insert('chunks', [(self.num_vectors, len(chunk), zlib.crc32(chunk))])
             self.num_vectors += len(chunk)
 
-    def _insert(self, table: str, rows: list[tuple]) -> None:
+    def _insert_images(self, ids: Iterable[int], names: Sequence[bytes], records: np.ndarray) -> None:
+        self._insert('images', [
+            (int(i), name, record.tobytes()) for i, name, record in zip(ids, names, records, strict=True)])
+
+    def _insert(self, table: str, rows: Iterable[tuple]) -> None:
+        rows = [_row(table, *row) for row in rows]
+        total = self.state['totals'][table]
+        total[:] = total[0] + len(rows), total[1] + sum(row[-1] for row in rows)
         with writing(self.folder):
-            self._begin()
-            rows = [(*row, _checksum(row)) for row in rows]
-            marks = ', '.join('?' * (len(_TABLES[table][1]) + 1))
+            marks = ', '.join('?' * (_TABLES[table][0].count(',') + 2))
             self._db.executemany(f'INSERT INTO {table} VALUES ({marks})', rows)
-            self._totals[table].update(rows=len(rows), sum=sum(row[-1] for row in rows))
 
     def _delete(self, table: str, keys: Iterable[tuple]) -> None:
-        where = ' AND '.join(f'{column} = ?' for column in _TABLES[table][2].split(', '))
+        where = ' AND '.join(f'{column} = ?' for column in _TABLES[table][1].split(', '))
+        total = self.state['totals'][table]
         with writing(self.folder):
-            self._begin()
             for key in keys:
                 found = self._db.execute(f'SELECT checksum FROM {table} WHERE {where}', key).fetchone()
                 if found:
                     self._db.execute(f'DELETE FROM {table} WHERE {where}', key)
-                    self._totals[table].subtract(rows=1, sum=found[0])
-
-    def _set(self, name: str, value) -> None:
-        with writing(self.folder):
-            self._begin()
-            row = name, json.dumps(value)
-            self._db.execute('REPLACE INTO settings VALUES (?, ?, ?)', (*row, _checksum(row)))
+                    total[:] = total[0] - 1, total[1] - found[0]
 
     def _delete_leftovers(self) -> None:
-        named = {f'vectors.{self.generation}.bin'} | ({f'faiss.{self.faiss["number"]}.bin'} if self.faiss else set())
+        faiss = self.state['faiss']
+        named = {f'vectors.{self.state["generation"]}.bin', f'faiss.{faiss["number"]}.bin' if faiss else None}
         for path in self.folder.iterdir():
-            if _HOLDS.fullmatch(path.name) and path.name not in named:
+            if _LEFT.fullmatch(path.name) and path.name not in named:
                 path.unlink()
 
 
@@ -417,15 +383,13 @@ def index_lock(folder: Path):
     _check_files(folder)
     with writing(folder):
         db = _connect(folder / 'lock', 'mode=rwc', timeout=0)
-    try:
+    with closing(db):
         try:
             db.execute('PRAGMA journal_mode=OFF')
             db.execute('BEGIN EXCLUSIVE')
         except sqlite3.OperationalError as e:
             raise IndexInUse(f'{folder} is being written to by another process ({e}): wait until it has ended.') from e
         yield
-    finally:
-        db.close()
 
 
 def is_index(folder: str | bytes | os.PathLike) -> bool:
@@ -438,32 +402,19 @@ def is_index(folder: str | bytes | os.PathLike) -> bool:
     return start[:16] == b'SQLite format 3\0' and start[68:] == APPLICATION.to_bytes(4, 'big')
 
 
-def _checksum(row: Sequence) -> int:
-    """CRC-32 of the fields; none but the last can hold the byte between them."""
-    return zlib.crc32(b'\0'.join([value if type(value) is bytes else str(value).encode() for value in row]))
+def _row(table: str, *fields) -> tuple:
+    """The fields and their checksum."""
+    coded = tuple(field.encode() if isinstance(field, str) else field for field in fields)
+    return *fields, zlib.crc32(_TABLES[table][2] % coded)
 
 
 def _connect(path: Path, mode: str, timeout: float = 30) -> sqlite3.Connection:
     name = quote_from_bytes(os.fsencode(os.path.abspath(path)))
-    db = sqlite3.connect(f'file:{name}?{mode}', timeout, isolation_level=None, check_same_thread=False, uri=True)
+    db = sqlite3.connect(f'file:{name}?{mode}', timeout, isolation_level='IMMEDIATE', check_same_thread=False, uri=True)
+    db.text_factory = bytes
     db.execute('PRAGMA trusted_schema=OFF')
     db.execute('PRAGMA cell_size_check=ON')
     return db
-
-
-def _reading(folder: Path) -> str:
-    """How SQLite opens the tables: without touching anything in the folder where nobody is writing to it."""
-    log = any(os.path.lexists(folder / f'{FILE}{end}') for end in ('-wal', '-shm'))
-    return 'mode=ro' if log else 'mode=ro&immutable=1'
-
-
-def _state(folder: Path) -> tuple:
-    """Differs if a writer was at work between two calls; last, whether one is or was killed."""
-    try:
-        status = os.lstat(folder / FILE)
-    except OSError:
-        return None, False
-    return (status.st_ino, status.st_mtime_ns, status.st_size), os.path.lexists(folder / f'{FILE}-wal')
 
 
 def _check_files(folder: Path) -> None:
@@ -490,21 +441,18 @@ def _check_schema(db: sqlite3.Connection, folder: Path) -> None:
     if version != FORMAT:
         raise NewerFormat(f'{folder} has format {version}; this is timm_multigrain {__version__}, which reads format '
                           f'{FORMAT}: update the package, or make the index anew.')
-    if db.execute('SELECT sql FROM sqlite_master ORDER BY rowid').fetchall() != [(text,) for text in _SCHEMA]:
+    if db.execute('SELECT sql FROM sqlite_master ORDER BY rowid').fetchall() != [(text.encode(),) for text in _SCHEMA]:
         raise ValueError('its tables are not those of an index')
 
 
-def _read_table(db: sqlite3.Connection, table: str) -> tuple[list[tuple], int]:
-    """The rows, and the sum of their checksums.
-
-    Raises:
-        ValueError: A row is not what was written.
-    """
-    rows = db.execute(f'SELECT * FROM {table}').fetchall()
-    for values, kind in zip(zip(*rows, strict=True), (*_TABLES[table][1], int), strict=False):
-        if set(map(type, values)) != {kind}:
-            raise ValueError(f'a value in {table} is of another type')
-    checksums = [_checksum(row[:-1]) for row in rows]
-    if checksums != [row[-1] for row in rows]:
-        raise ValueError(f'the checksum of a row of {table} differs')
-    return rows, sum(checksums)
+def _check_settings(config: dict, faiss: dict | None) -> None:
+    dim, names, classes = (config['model'][name] for name in ('dim', 'label_names', 'num_classes'))
+    if config['dtype'] not in ('float32', 'float16') or not 0 < dim < 1 << 20:
+        raise ValueError(f'vectors of {dim} {config["dtype"]} are not in an index')
+    if classes < 0 or (names is not None and len(names) != classes):
+        raise ValueError(f'it does not have a name for each of {classes} classes')
+    if faiss is not None:
+        numbers = faiss['settings']
+        if 'candidates' not in numbers or not numbers.keys() & {'probes', 'ef'} or (
+                min(faiss['number'], faiss['rows'], *numbers.values()) < 1):
+            raise ValueError('settings of the structure are missing or below 1')

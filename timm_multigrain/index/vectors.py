@@ -1,7 +1,6 @@
 """The mapped file of descriptors: a chunk is compared with its checksum when it is first touched."""
 import mmap
 import os
-import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 
 from timm_multigrain.files import open_regular
 
-from .errors import DamagedIndex
+from .records import DamagedIndex
 
 __all__ = ['VectorFile', 'Vectors']
 
@@ -31,23 +30,19 @@ class VectorFile:
     """
 
     def __init__(self, path: Path, dim: int, dtype: np.dtype, chunks: np.ndarray):
-        self.path = path
-        self._starts, self._crc32 = chunks[:, 0], chunks[:, 2]
+        self.path, self._starts, self._crc32 = path, chunks[:, 0], chunks[:, 2]
         self._good = np.zeros(len(chunks), dtype=bool)
-        self._lock = threading.Lock()
         rows = int(chunks[:, 1].sum())
-        self._rows = np.empty((0, dim), dtype=dtype)
-        if not rows:
-            return
         wanted = rows * dim * dtype.itemsize
-        try:
-            with open_regular(path) as file:
-                size = os.fstat(file.fileno()).st_size
-                if size < wanted:
-                    raise DamagedIndex(path, f'it has {size:,} bytes of {wanted:,}')
-                mapped = mmap.mmap(file.fileno(), wanted, access=mmap.ACCESS_READ)
-        except FileNotFoundError:
-            raise DamagedIndex(path, 'it is missing') from None
+        mapped = b''
+        if rows:
+            try:
+                with open_regular(path) as file:
+                    if os.fstat(file.fileno()).st_size < wanted:
+                        raise DamagedIndex(path, f'it is shorter than {wanted:,} bytes')
+                    mapped = mmap.mmap(file.fileno(), wanted, access=mmap.ACCESS_READ)
+            except FileNotFoundError:
+                raise DamagedIndex(path, 'it is missing') from None
         self._rows = np.frombuffer(mapped, dtype=dtype).reshape(rows, dim)
 
     def __len__(self) -> int:
@@ -63,21 +58,18 @@ class VectorFile:
             start, stop, _ = rows.indices(len(self))
             if start >= stop:
                 return self._rows[:0]
-            first, last = np.searchsorted(self._starts, [start, stop - 1], side='right') - 1
-            chunks = np.arange(first, last + 1)
+            chunks = np.arange(self._chunk_of(start), self._chunk_of(stop - 1) + 1)
         else:
-            chunks = np.unique(np.searchsorted(self._starts, rows, side='right') - 1)
-        if not self._good[chunks].all():
-            self._check(chunks[~self._good[chunks]])
+            chunks = np.unique(self._chunk_of(rows))
+        for i in chunks[~self._good[chunks]]:
+            stop = self._starts[i + 1] if i + 1 < len(self._starts) else len(self)
+            if zlib.crc32(self._rows[self._starts[i]:stop]) != self._crc32[i]:
+                raise DamagedIndex(self.path, f'the checksum of rows {self._starts[i]} to {stop - 1} differs')
+            self._good[i] = True
         return self._rows[rows]
 
-    def _check(self, chunks: np.ndarray) -> None:
-        ends = np.append(self._starts[1:], len(self))
-        with self._lock:
-            for i in chunks:
-                if zlib.crc32(self._rows[self._starts[i]:ends[i]]) != self._crc32[i]:
-                    raise DamagedIndex(self.path, f'the checksum of rows {self._starts[i]} to {ends[i] - 1} differs')
-                self._good[i] = True
+    def _chunk_of(self, rows):
+        return np.searchsorted(self._starts, rows, side='right') - 1
 
 
 class Vectors:
@@ -97,8 +89,7 @@ class Vectors:
 
     def __init__(self, file: VectorFile, rows: np.ndarray):
         self.file, self._rows = file, rows
-        self.dtype, dim = file[:0].dtype, file[:0].shape[1]
-        self.shape = len(rows), dim
+        self.shape, self.dtype = (len(rows), file[:0].shape[1]), file[:0].dtype
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -119,5 +110,4 @@ class Vectors:
     def chunks(self) -> Iterator[np.ndarray]:
         """All rows in order, (n, D), 32 MiB at a time."""
         step = max(1, CHUNK // (self.shape[1] * self.dtype.itemsize))
-        for start in range(0, len(self), step):
-            yield self[start:start + step]
+        return (self[start:start + step] for start in range(0, len(self), step))

@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from timm_multigrain.images.sources import printable
 from timm_multigrain.index.dedup import KINDS, Copies
 from timm_multigrain.index.index import Hit
-from timm_multigrain.index.queries import cut
+from timm_multigrain.index.model import cut
 
 from .page import read_picture, write_page
 
