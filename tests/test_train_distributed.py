@@ -60,11 +60,11 @@ def test_two_processes_train_one_model(script, noise_folder, tmp_path):
 
 @pytest.mark.slow
 def test_the_device_module_under_torchrun(noise_folder, tmp_path):
-    settings = ['--device-modules', 'timm_multigrain.auto', '--model-kwargs', 'trunk=test_resnet', 'mg_repeats=2',
-                'mg_sampling=uniform']
+    settings = ['--device-modules', 'timm_multigrain.auto', '--model-kwargs', 'trunk=test_resnet',
+                'mg_sampling=uniform', 'mg_instances=class']
     script = shutil.copy(SCRIPTS[-1], tmp_path)  # out of its checkout, whose timm/ would hide the installed one
     done = _torchrun(script, *_flags(noise_folder, tmp_path, 'auto'), *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint, rows = _result(tmp_path, 'auto')
     assert 'beta' in checkpoint['task_state']['instance_loss'] and 'train_beta' in rows[0]
-    assert 6 <= float(rows[-1]['train_effective_negatives']) <= 9  # of this process, 5 images of 2 copies
+    assert float(rows[-1]['train_effective_negatives']) == pytest.approx(6)  # of this process, 3 of each class

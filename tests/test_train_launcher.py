@@ -576,6 +576,36 @@ def test_class_names_are_written(train, images, tmp_path):
     assert any(line.startswith('The classes of the validation set (3) are not those of the training') for line in log)
 
 
+def test_instances(train, images, tmp_path):
+    """class/instance/image for training, and a validation of class/image; classes and instances in the targets."""
+    nested = tmp_path / 'nested'
+    shutil.copytree(images / 'validation', nested / 'validation')
+    rows = []
+    for i, path in enumerate(sorted((images / 'train').rglob('*.png'))):
+        target = nested / 'train' / path.parent.name / f'thing{i % 3}' / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, target)
+        rows.append(f'{target.relative_to(nested / "train")},{path.parent.name},{i // 5}')
+    (tmp_path / 'list.csv').write_text('\n'.join(rows))
+    for way in ('folder', 'class', tmp_path / 'list.csv'):
+        run = train('--data-dir', nested, '--mg-instances', way, '--mg-repeats', '2', '-b', '8')
+        if way == 'class':  # as timm counts them, by the last folder
+            assert read_class_names(run.folder) == ['thing0', 'thing1', 'thing2']
+        else:
+            assert_joint(run)
+            assert read_class_names(run.folder) == ['0', '1', '2'] and run.rows[0]['eval_loss'] > 0
+        seen = torch.cat([batch.targets for batch in run.batches]).view(-1, 2, 2)
+        assert torch.equal(seen[:, 0], seen[:, 1])
+        held = run.loader.dataset
+        assert set(map(tuple, seen[:, 0].tolist())) == {
+            (label, int(i)) for (_, label), i in zip(held.reader.samples, held.instances, strict=True)}
+        for weight in ('0', '1') if way == 'folder' else ():
+            other = train('--data-dir', nested, '--mg-instances', way, '--mg-repeats', '2', '-b', '8',
+                          '--mg-classif-weight', weight)
+            assert ids(other) == ids(run) and ('train_instance_loss' in other.rows[0]) == (weight == '0')
+    assert len(held.instances) == IMAGES
+
+
 @pytest.mark.parametrize('flags', [(), ('--mg-fast-loader', '-j', '1'), ('--train-img-sizes', '32', '48')])
 def test_unreadable_images(script, train, images, tmp_path, capsys, flags):
     if '--train-img-sizes' in flags and 'train_img_sizes' not in script.read_text().replace('-', '_'):
@@ -660,7 +690,11 @@ def test_auto_refuses(train, capsys):
 
 @pytest.mark.parametrize(('flags', 'message'), [
     ('--mixup 0.2', '--mixup (0.2) does not go with MultiGrain training: a mixture of two images is a copy of neither'),
-    ('-b 5', 'a batch size of 5 is too small for 3 copies'), ('--mg-classif-weight 2', 'give a lambda from 0 to 1'),
+    ('-b 5', 'a batch size of 5 is too small for 3 copies'),
+    ('--mg-instances class -b 16', 'the batch sizes 16 have to be multiples of 3'),
+    ('--mg-instances folder', '24 of 24 images, such as 0/0.png, are not in folders class/instance'),
+    ('--mg-instances nowhere.csv', '--mg-instances nowhere.csv: file not found; give copy, folder, class or a CSV'),
+    ('--mg-classif-weight 2', 'give a lambda from 0 to 1'),
     ('--model-kwargs mg_repeats=2', 'give --mg-repeats here'), ('--mg-epoch-len-factor 0.1', 'no full batch of 12'),
     ('--resume missing.pth', 'file not found'), (f'--resume {"x" * 5000}', '--resume xxx'),
     ('--num-classes 2', 'the training set has 3 classes and the model 2: give --num-classes 3'),

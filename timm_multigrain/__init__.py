@@ -16,7 +16,7 @@ _LAZY = {
     'loss': (
         'ContrastiveLoss', 'DistanceWeightedSampler', 'MarginLoss', 'TripletLoss', 'UniformSampler',
         'create_instance_loss', 'create_sampler', 'effective_negatives', 'margin_loss', 'margin_statistics'),
-    'data': ('InstanceDataset', 'Lighting', 'RepeatedAugSampler', 'create_loader'),
+    'data': ('InstanceDataset', 'InstanceSampler', 'Lighting', 'RepeatedAugSampler', 'create_loader'),
     'task': ('MultiGrainTask',),
     'models.open': ('open_model',),
     'models.save': ('save_pretrained',),

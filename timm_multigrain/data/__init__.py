@@ -1,8 +1,9 @@
 """Repeated augmentation, instance ids and training transforms of MultiGrain (arXiv 1902.05509)."""
 from .instances import DecodedDataset, InstanceDataset
 from .loader import create_loader
-from .repeated_aug import RepeatedAugSampler
+from .samplers import InstanceSampler, RepeatedAugSampler
 from .transforms import Lighting, create_transform
 
 __all__ = [
-    'DecodedDataset', 'InstanceDataset', 'Lighting', 'RepeatedAugSampler', 'create_loader', 'create_transform']
+    'DecodedDataset', 'InstanceDataset', 'InstanceSampler', 'Lighting', 'RepeatedAugSampler', 'create_loader',
+    'create_transform']

@@ -171,16 +171,22 @@ class DecodedDataset(Dataset):
 class InstanceDataset(DecodedDataset):
     """A map-style (image, class) dataset whose targets become [class, instance id].
 
-    `dataset[i]` gives (image, int64 tensor [class, i]); default_collate and timm's fast_collate stack the targets to
-    [B, 2]. A DataLoader fetches through `__getitems__`, which decodes an image once for consecutive equal indices (see
-    `RepeatedAugSampler`) and applies the transforms once for each of them. For timm's ImageDataset and torchvision's
-    ImageFolder, whose transforms are all that draws random numbers, that equals as many separate reads; other datasets
-    are read as often as an index is asked for.
+    `dataset[i]` gives (image, int64 tensor [class, instance]), the instance being i by default; default_collate and
+    timm's fast_collate stack the targets to [B, 2]. A DataLoader fetches through `__getitems__`, which decodes an image
+    once for consecutive equal indices (see `RepeatedAugSampler`) and applies the transforms once for each of them. For
+    timm's ImageDataset and torchvision's ImageFolder, whose transforms are all that draws random numbers, that equals
+    as many separate reads; other datasets are read as often as an index is asked for.
 
     Where an image cannot be read, all its copies are copies of the next image, under the id of that one.
 
     Args and errors: see `DecodedDataset`. Also a ValueError while reading, where a target is not a class number.
+    `instances` are the instance ids of the images, (N,) integers.
     """
+
+    def __init__(self, dataset: Dataset, decode: str = 'multigrain', strict: bool = False, fast: bool = False,
+                 instances: Sequence[int] | None = None):
+        super().__init__(dataset, decode, strict, fast)
+        self.instances = instances
 
     def __getitem__(self, index: int) -> tuple[Any, torch.Tensor]:
         return self.__getitems__([index])[0]
@@ -189,15 +195,16 @@ class InstanceDataset(DecodedDataset):
         samples = []
         for index, group in groupby(indices):
             index, pairs = self.read(index, sum(1 for _ in group))
-            samples += [(image, _target(target, index)) for image, target in pairs]
+            instance = index if self.instances is None else self.instances[index]
+            samples += [(image, _target(target, index, instance)) for image, target in pairs]
         return samples
 
 
-def _target(target: Any, index: int) -> torch.Tensor:
+def _target(target: Any, index: int, instance: int) -> torch.Tensor:
     try:
         if getattr(target, 'ndim', 0):
             raise TypeError
-        return torch.tensor([operator.index(target), index])
+        return torch.tensor([operator.index(target), int(instance)])
     except TypeError:
         raise ValueError(
             f'the target of image {index} is {target!r}: give one integer class for each image (multi-label, soft and '

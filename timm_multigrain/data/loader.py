@@ -4,8 +4,10 @@ Everything but the decoding, the sampler and the instance ids stays timm's: tran
 scheduled sizes and multi-epoch loading. The seams are two names in `timm.data.loader`, rebound during the call:
 `RepeatAugSampler`, and `ScheduledTransformDataset` so that scheduled sizes decode an image once, too.
 """
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -16,10 +18,11 @@ import torch
 from PIL import Image
 from timm.data import FastCollateMixup
 from timm.data.scheduled_sampler import ScheduledTransformDataset
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from .instances import DecodedDataset, InstanceDataset
-from .repeated_aug import RepeatedAugSampler
+from .labels import label_instances
+from .samplers import InstanceSampler, RepeatedAugSampler
 
 __all__ = ['create_loader']
 
@@ -31,6 +34,7 @@ def create_loader(
         is_training: bool = True,
         *,
         num_repeats: int = 3,
+        instances: str | os.PathLike | Sequence[int] = 'copy',
         epoch_len_factor: float = 1.0,
         shuffle: bool = True,
         seed: int = 0,
@@ -42,17 +46,22 @@ def create_loader(
     """timm.data.create_loader with repeated augmentation, and with images decoded as all commands decode them.
 
     Yields (images, targets): images as timm's loader gives them, targets int64 [B, 2] = [class, instance id], the
-    instance id being the index of the image in the dataset. As in timm, an incomplete last batch is dropped. The
-    dataset is left as it was: shallow copies are read.
+    instance id being the index of the image in the dataset, or what `instances` says. As in timm, an incomplete last
+    batch is dropped. The dataset is left as it was: shallow copies are read.
 
     Args:
         dataset: Map-style dataset of (image, class) pairs, see `DecodedDataset`.
         input_size: As in timm.
         batch_size: Samples (not images) in a batch of this rank.
         is_training: False is timm's loader for evaluation, with its own targets [B], of images decoded in the same way;
-            no other argument than `decode`, `strict` and timm's is looked at.
-        num_repeats: Augmentations per image, in a row, m in the paper; 1 for none.
-        epoch_len_factor: Samples per epoch, over all ranks, over the size of the dataset.
+            no other argument than `instances` (for the classes that it names), `decode`, `strict` and timm's is
+            looked at.
+        num_repeats: Samples of an instance, in a row, m in the paper; 1 for none.
+        instances: 'copy': the m samples are augmentations of one image, see `RepeatedAugSampler`. 'folder', 'class',
+            a CSV file, or one integer for each image: they are m photographs of an instance, see `InstanceSampler` and
+            `timm_multigrain.data.labels.label_instances`; `batch_size` has to be a multiple of m.
+        epoch_len_factor: Samples per epoch, over all ranks, over the size of the dataset; with instances, passes over
+            the dataset.
         shuffle: Shuffle the images.
         seed: Seed of the order, the same on all ranks.
         fast: Decode and augment tensors instead of Pillow's images, see `TensorTransform`: the same augmentations,
@@ -67,17 +76,31 @@ def create_loader(
         ValueError: Bad argument, one that does not go with repeated augmentation, or an epoch without a full batch.
         RuntimeError: The installed timm does not create its sampler as expected.
     """
+    if isinstance(dataset, DecodedDataset):
+        dataset = dataset.dataset
+    names_classes = isinstance(instances, (str, os.PathLike)) and instances not in ('copy', 'class')
+    ids = None
+    if is_training or names_classes:
+        dataset, ids = label_instances(dataset, instances, is_training=is_training)
     if not is_training:
         return timm_loader.create_loader(
             DecodedDataset(dataset, decode, strict), input_size, batch_size, is_training=False, **kwargs)
     _check(batch_size, num_repeats, kwargs)
     world = {} if kwargs.pop('distributed', True) else {'num_replicas': 1, 'rank': 0}
     kwargs['num_aug_repeats'] = num_repeats
-    instances = InstanceDataset(dataset, decode, strict, fast)
-    with _timm_rebound(epoch_len_factor=epoch_len_factor, shuffle=shuffle, seed=seed, **world) as samplers:
+    sampling = dict(num_repeats=num_repeats, epoch_len_factor=epoch_len_factor, shuffle=shuffle, seed=seed, **world)
+    if ids is None:
+        make_sampler = partial(RepeatedAugSampler, dataset, **sampling)
+    else:
+        if any(size % num_repeats for size in kwargs.get('batch_size_choices') or ()):
+            raise ValueError(f'batch_size_choices are {kwargs["batch_size_choices"]}: give multiples of {num_repeats}, '
+                             'so that a batch holds all samples of its instances')
+        make_sampler = partial(InstanceSampler, ids, batch_size, **sampling)
+    with _timm_rebound(make_sampler) as samplers:
         # timm's `distributed` does nothing but choose the sampler
         loader = timm_loader.create_loader(
-            instances, input_size, batch_size, is_training=True, distributed=True, **kwargs)
+            InstanceDataset(dataset, decode, strict, fast, ids), input_size, batch_size, is_training=True,
+            distributed=True, **kwargs)
     if not samplers:
         raise RuntimeError(_seam_message())
     if len(loader) == 0:
@@ -151,15 +174,15 @@ def _check(batch_size: int, num_repeats: int, kwargs: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _timm_rebound(**settings: Any) -> Iterator[list[RepeatedAugSampler]]:
+def _timm_rebound(make_sampler: Callable[[], Sampler]) -> Iterator[list[Sampler]]:
     """While open, timm's create_loader uses our sampler and scheduled dataset; gives the list of samplers made."""
     original = getattr(timm_loader, 'RepeatAugSampler', None)
     if original is None:
         raise RuntimeError(_seam_message())
     samplers = []
 
-    def make(dataset: Dataset, num_repeats: int) -> RepeatedAugSampler:
-        samplers.append(RepeatedAugSampler(dataset, num_repeats, **settings))
+    def make(dataset: Dataset, num_repeats: int) -> Sampler:
+        samplers.append(make_sampler())
         return samplers[-1]
 
     timm_loader.RepeatAugSampler = make

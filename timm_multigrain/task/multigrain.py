@@ -264,8 +264,7 @@ class MultiGrainTask(ClassificationTask):
             return value, statistics
 
     def _check_instances(self, instance: torch.Tensor) -> None:
-        # Reading ids back stops a GPU: done on the first batch, and on those small enough to hold one instance only.
-        if self._positives_seen and len(instance) > 2 * self.num_repeats:
+        if self._positives_seen:  # reading ids back stops a GPU: done on the first batch only
             return
         instances = len(instance.unique())
         if instances < 2:

@@ -13,6 +13,7 @@ from timm.utils import ParseKwargs
 from torch import nn
 
 from timm_multigrain.data.instances import WAYS
+from timm_multigrain.data.labels import INSTANCES
 from timm_multigrain.files import printable
 from timm_multigrain.loss import UniformSampler, create_instance_loss
 from timm_multigrain.models.weights import UnreadableWeightsError, read_checkpoint
@@ -43,7 +44,10 @@ class TrainOptions:
         ValueError: A value out of its range, or values that do not go together.
         ImportError: An instance loss 'pml:NAME' without pytorch-metric-learning.
     """
-    repeats: int = _option(3, 'augmented copies per image in a batch, m in the paper; 1 for none', int, 'N')
+    repeats: int = _option(3, 'samples per instance in a batch, m in the paper; 1 for none', int, 'N')
+    instances: str = _option(
+        'copy', "what the samples of an instance are: copy (augmented copies of an image), folder (photographs in "
+        'class/instance/image), class (photographs of the class), or a CSV file with path,class,instance', str, 'WAY')
     classif_weight: float = _option(
         0.5, 'lambda: weight of the classification loss, the instance loss has 1 - lambda', float, 'LAMBDA')
     instance_loss: str = _option(
@@ -86,7 +90,8 @@ class TrainOptions:
     def plain(self) -> bool:
         """Whether nothing of train.py is changed at all."""
         changed = (
-            self.joint, self.repeats != 1, self.epoch_len_factor != 1, self.lighting, self.fast_loader, self.strict)
+            self.joint, self.repeats != 1, self.instances != 'copy', self.epoch_len_factor != 1, self.lighting,
+            self.fast_loader, self.strict)
         return not any(changed)
 
     def loss_kwargs(self) -> dict[str, Any]:
@@ -163,6 +168,9 @@ def conflict(args: argparse.Namespace, options: TrainOptions) -> str | None:
         return (f'--dataset {args.dataset} is read as a stream, and repeated augmentation reads images by their index: '
                 'use a folder, a tar or hfds/')
     sizes = [args.batch_size, *(getattr(args, 'train_batch_sizes', None) or [])]
+    if options.instances != 'copy' and any(size % options.repeats for size in sizes):
+        return (f'the batch sizes {", ".join(map(str, sizes))} have to be multiples of {options.repeats}, so that a '
+                'batch holds all samples of its instances: change --batch-size or --mg-repeats')
     needed = 2 * options.repeats if options.joint else options.repeats
     if min(sizes) < needed:
         return (f'a batch size of {min(sizes)} is too small for {options.repeats} copies per image: '
@@ -226,6 +234,8 @@ _CONFLICTS = (
 def _check_values(o: TrainOptions) -> None:
     ranges = (
         ('repeats', o.repeats >= 1, 'give at least 1, the paper uses 3'),
+        ('instances', o.instances in INSTANCES or os.path.isfile(o.instances),
+         f'file not found; give {", ".join(INSTANCES)} or a CSV file'),
         ('classif_weight', 0 <= o.classif_weight <= 1, 'give a lambda from 0 to 1, the paper uses 0.5'),
         ('sampling', o.sampling in ('row', 'batch', 'uniform'), 'give row, batch or uniform'),
         ('margin', o.margin is None or 0 <= o.margin < math.inf, 'give at least 0'),

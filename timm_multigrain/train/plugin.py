@@ -13,11 +13,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from timm.data import add_img_extensions
+from timm.data.readers.class_map import load_class_map
 from timm.utils import unwrap_model
 from torch import nn
 from torch.optim import Optimizer
 
 from timm_multigrain.data import InstanceDataset, Lighting, create_loader
+from timm_multigrain.data.labels import label_instances
 from timm_multigrain.data.transforms import insert_lighting
 from timm_multigrain.images.labels import write_class_names
 from timm_multigrain.images.sources import EXTENSIONS, UnreadableImage
@@ -52,6 +54,7 @@ class TrainPlugin:
         self.monitor = Monitor(self.network_lr)
         self.optimizer, self.own_groups = None, 0
         self.class_numbers = None
+        self.names_classes = options.instances not in ('copy', 'class')  # and train.py's dataset has other classes
 
     def bind(self, script: ModuleType) -> None:
         """Rebind the names in `script`; with one repeat and lambda = 1 only those that report errors in a sentence."""
@@ -90,6 +93,8 @@ class TrainPlugin:
         folder = kwargs.get('root')
         reason = f'{folder} not found' * bool(folder and not os.path.exists(folder))
         with _stopping('the images cannot be opened', reason):
+            if self.names_classes and kwargs.get('class_map'):  # of the first folders; timm would look for the last
+                self.class_numbers = load_class_map(kwargs.pop('class_map'), folder)
             return self.original['create_dataset'](*args, **kwargs)
 
     def create_loader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
@@ -97,6 +102,10 @@ class TrainPlugin:
         options = self.options
         decoding = dict(decode=options.decode, strict=options.strict)
         try:
+            ids = None
+            if is_training or self.names_classes:
+                numbers = self.class_numbers if self.names_classes else None
+                dataset, ids = label_instances(dataset, options.instances, numbers, is_training)
             self._check_classes(dataset, is_training)
             if not is_training:
                 return create_loader(dataset, *args, is_training=False, **decoding, **kwargs)
@@ -104,11 +113,12 @@ class TrainPlugin:
                 raise ValueError(f'the training set holds {len(dataset)} image: an instance loss needs at least 2')
             kwargs['num_aug_repeats'] = 0
             loader = create_loader(
-                dataset, *args, num_repeats=options.repeats, epoch_len_factor=options.epoch_len_factor,
-                seed=self.args.seed, fast=options.fast_loader, **decoding, **kwargs)
+                dataset, *args, num_repeats=options.repeats, instances='copy' if ids is None else ids,
+                epoch_len_factor=options.epoch_len_factor, seed=self.args.seed, fast=options.fast_loader, **decoding,
+                **kwargs)
             if options.lighting:
                 insert_lighting(loader.dataset, Lighting(options.lighting))
-        except (AssertionError, ValueError, TypeError, RuntimeError) as e:
+        except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
             stop(e)
         return loader
 

@@ -1,6 +1,7 @@
-"""RepeatedAugSampler against the original implementation's order and, over simulated ranks, against its definition."""
+"""RepeatedAugSampler against the original implementation's order, and both samplers against their definition."""
 import json
 import math
+from collections import Counter
 from itertools import cycle, islice
 
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import BatchSampler
 
-from timm_multigrain.data import RepeatedAugSampler
+from timm_multigrain.data import InstanceSampler, RepeatedAugSampler
 
 worlds = st.fixed_dictionaries({
     'length': st.integers(1, 60),
@@ -140,3 +141,74 @@ def test_bad_arguments():
             ({'num_replicas': 2}, 'num_replicas is 2 but torch.distributed is not initialised: give rank')):
         with pytest.raises(ValueError, match=message):
             RepeatedAugSampler(**{'dataset': range(5), **arguments})
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.integers(-3, 9), min_size=1, max_size=80), st.integers(1, 5), st.integers(1, 4), st.integers(1, 4),
+    st.sampled_from([1., 1., .4, 2.5]), st.integers(0, 3), st.booleans())
+def test_instances(instances, repeats, per_rank, world, factor, epoch, shuffle):
+    """Recounted from the batches of all ranks."""
+    batches = []  # of all ranks
+    for rank in range(world):
+        sampler = InstanceSampler(instances, per_rank * repeats, repeats, factor, shuffle, 5, world, rank)
+        again = InstanceSampler(instances, per_rank * repeats, repeats, factor, shuffle, 5, world, rank)
+        for _ in range(epoch):  # epochs count by themselves, and a resumed run sets where it is
+            list(again)
+        sampler.set_epoch(epoch)
+        stream = list(sampler)
+        assert stream == list(again) and len(stream) == len(sampler)
+        batches.append([stream[i:i + per_rank * repeats] for i in range(0, len(stream), per_rank * repeats)])
+    photographs = {one: [i for i, other in enumerate(instances) if other == one] for one in instances}
+    needed = {one: math.ceil(len(own) / repeats) for one, own in photographs.items()}
+    wanted = max(1, int(sum(needed.values()) * factor))
+    steps = math.ceil(wanted / (world * per_rank))
+    assert {len(own) for own in batches} == {steps}
+    shown, groups, pairs = Counter(), Counter(), Counter()
+    for step in range(steps):
+        together = Counter()
+        for own in batches:
+            assert len(own[step]) == per_rank * repeats
+            for i in range(0, per_rank * repeats, repeats):
+                group = own[step][i:i + repeats]
+                one = instances[group[0]]
+                assert {instances[index] for index in group} == {one}  # one instance in one batch of one rank
+                assert group == [index for index in dict.fromkeys(group) for _ in range(group.count(index))]
+                assert len(set(group)) == min(repeats, len(photographs[one]))  # others first, copies where too few
+                together[one] += 1
+                shown.update(set(group))
+        groups += together
+        pairs |= together
+    assert set(shown) <= set(range(len(instances)))
+    for one, number in groups.items():
+        assert pairs[one] <= math.ceil(number / steps)  # twice in a batch only where there are not enough batches
+    if factor >= 1:
+        assert set(shown) == set(range(len(instances)))
+        for one, number in needed.items():
+            assert groups[one] >= number * int(factor)
+            passes = math.ceil(groups[one] / number)
+            assert all(shown[index] <= 2 * passes for index in photographs[one])
+    if factor == 1:
+        assert sum(groups.values()) - wanted < world * per_rank
+
+
+def test_instances_are_shuffled():
+    def epoch(number, **kwargs):
+        sampler = InstanceSampler(labels, 8, 2, **kwargs)
+        sampler.set_epoch(number)
+        stream = list(sampler)
+        return [frozenset(stream[i:i + 2]) for i in range(0, 48, 2)]
+
+    labels = [i // 6 for i in range(48)]
+    orders = epoch(0), epoch(1), epoch(0, seed=7)
+    assert len({tuple(order) for order in orders}) == 3
+    assert all(len(set(one) & set(other)) < 18 for one in orders for other in orders if one is not other)  # other pairs
+
+
+def test_bad_arguments_of_instances():
+    for arguments, message in (
+            ({'instances': []}, 'instances is empty'), ({'batch_size': 7}, 'batch_size is 7, and num_repeats 3: give'),
+            ({'num_repeats': 0}, 'num_repeats 0'), ({'batch_size': 0}, 'batch_size is 0'),
+            ({'epoch_len_factor': math.inf}, 'epoch_len_factor is inf'), ({'rank': 1}, 'rank is 1')):
+        with pytest.raises(ValueError, match=message):
+            InstanceSampler(**{'instances': [1, 1, 2], 'batch_size': 6, **arguments})
