@@ -4,6 +4,7 @@ from .losses import (
     MarginLoss,
     MetricLearningLoss,
     TripletLoss,
+    balanced_beta,
     create_instance_loss,
     margin_loss,
     margin_statistics,
@@ -13,6 +14,6 @@ from .triplets import Triplets, TripletSampler
 
 __all__ = [
     'ContrastiveLoss', 'DistanceWeightedSampler', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'TripletSampler',
-    'Triplets', 'UniformSampler', 'create_instance_loss', 'create_sampler', 'effective_negatives', 'margin_loss',
+    'Triplets', 'UniformSampler', 'balanced_beta', 'create_instance_loss', 'create_sampler', 'effective_negatives', 'margin_loss',
     'margin_statistics',
 ]

@@ -6,6 +6,7 @@ float32, also under autocast; a float64 embedding stays float64.
 """
 import difflib
 import inspect
+import math
 from collections.abc import Iterable
 
 import torch
@@ -15,8 +16,8 @@ from torch.autograd.function import once_differentiable
 from .triplets import Triplets
 
 __all__ = [
-    'ContrastiveLoss', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'create_instance_loss', 'margin_loss',
-    'margin_statistics']
+    'ContrastiveLoss', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'balanced_beta', 'create_instance_loss',
+    'margin_loss', 'margin_statistics']
 
 CHUNK = 2 ** 18  # values that a CPU works on together: 1 MiB, which stays in its cache
 
@@ -52,7 +53,8 @@ def margin_statistics(
 
     Returns:
         0-dim tensors, 0 without triplets: 'active_positives' and 'active_negatives', the shares in [0, 1] of the pairs
-        that cost something; 'positive_distance' and 'negative_distance', the mean distances of the pairs.
+        that cost something; 'positive_distance' and 'negative_distance', the mean distances of the pairs;
+        'balanced_beta', see `balanced_beta`.
     """
     terms, distance = _margin_terms(embedding, triplets, beta, margin)
     used = triplets[0] >= 0
@@ -64,14 +66,32 @@ def margin_statistics(
         'active_negatives': active_negatives,
         'positive_distance': positive_distance,
         'negative_distance': negative_distance,
+        'balanced_beta': _balanced_beta(distance, triplets, margin).nan_to_num(0.),
     }
 
 
+@torch.no_grad()
+def balanced_beta(embedding: Tensor, triplets: Triplets, margin: float = 0.2) -> Tensor:
+    """The boundary at which as many positives as negatives of the batch cost something.
+
+    Gradient descent on beta alone ends there, as the derivative of the loss is the difference of the two numbers. It is
+    the median of the distances of positives plus the margin and those of negatives minus the margin.
+
+    Returns:
+        0-dim tensor; NaN without triplets. Arguments as in `margin_loss`.
+    """
+    return _balanced_beta(_distances(embedding, triplets), triplets, margin)
+
+
 class MarginLoss(nn.Module):
-    """Margin loss, see `margin_loss`, with its boundary beta as parameter, float32 of shape (1,).
+    """Margin loss, see `margin_loss`, with its boundary beta, float32 of shape (1,).
+
+    With a number, beta starts there and is a parameter, as in the papers: the optimizer has to move it to where the
+    distances are, and an adaptive one moves it by its learning rate per step at most. With 'auto' it is a buffer that
+    follows the distances, whatever the optimizer: `balanced_beta`, averaged over the last ten training batches or so.
 
     Args:
-        beta_init: Initial boundary, a distance between unit vectors.
+        beta_init: Initial boundary, a distance between unit vectors, or 'auto'.
         margin: Half the width of the zone around beta that costs.
 
     Raises:
@@ -81,25 +101,42 @@ class MarginLoss(nn.Module):
         >>> labels = torch.tensor([0, 0, 1, 1])
         >>> embedding = l2_normalize(torch.eye(4))
         >>> triplets = DistanceWeightedSampler()(embedding, labels)
-        >>> MarginLoss(beta_init=1.2, margin=0.2)(embedding, labels, triplets) > 0
+        >>> loss = MarginLoss()
+        >>> loss(embedding, labels, triplets) > 0
         tensor(True)
+        >>> loss.beta
+        tensor([1.4142])
     """
     needs_triplets = True
+    momentum = 0.9  # of the average of beta over batches
 
-    def __init__(self, beta_init: float = 1.2, margin: float = 0.2):
+    def __init__(self, beta_init: float | str = 'auto', margin: float = 0.2):
         super().__init__()
-        if not 0 < beta_init < 2:
-            raise ValueError(f'beta_init is {beta_init}: give a distance of unit vectors, above 0 and below 2, as 1.2')
+        self.follows = beta_init == 'auto'
+        if not self.follows and (isinstance(beta_init, str) or not 0 < beta_init < 2):
+            raise ValueError(f"beta_init is {beta_init}: give 'auto', or a distance of unit vectors, above 0 and below "
+                             '2, as 1.2')
         if not 0 <= margin < 2:
             raise ValueError(f'margin is {margin}: give a number from 0 to below 2, such as 0.2')
-        self.beta = nn.Parameter(torch.tensor([beta_init], dtype=torch.float32))
+        if self.follows:
+            self.register_buffer('beta', torch.zeros(1))  # 0 until the first batch
+        else:
+            self.beta = nn.Parameter(torch.tensor([beta_init], dtype=torch.float32))
         self.margin = margin
 
     def forward(self, embedding: Tensor, target: Tensor | None, triplets: Triplets) -> Tensor:
+        if self.follows and self.training:
+            self._follow(embedding.detach(), triplets)
         return margin_loss(embedding, triplets, self.beta, self.margin)
 
+    @torch.no_grad()
+    def _follow(self, embedding: Tensor, triplets: Triplets) -> None:
+        found = balanced_beta(embedding, triplets, self.margin)
+        found = torch.where(found.isnan(), self.beta, found).to(self.beta.dtype)
+        self.beta.copy_(torch.where(self.beta == 0, found, found.lerp(self.beta, self.momentum)))
+
     def extra_repr(self) -> str:
-        return f'margin={self.margin}'
+        return f'margin={self.margin}' + ", beta_init='auto'" * self.follows
 
 
 class ContrastiveLoss(nn.Module):
@@ -235,6 +272,11 @@ def _margin_terms(embedding: Tensor, triplets: Triplets, beta: Tensor | float, m
     excess = distance - beta
     terms = torch.stack([margin + excess[0], margin - excess[1]]).clamp(min=0)
     return terms.masked_fill(triplets[0] < 0, 0.), distance
+
+
+def _balanced_beta(distance: Tensor, triplets: Triplets, margin: float) -> Tensor:
+    values = torch.stack([distance[0] + margin, distance[1] - margin]).masked_fill(triplets[0] < 0, math.nan)
+    return (values.nanmedian() - (-values).nanmedian()) / 2  # an even number: nanmedian takes the lower of the middle two
 
 
 def _distances(embedding: Tensor, triplets: Triplets) -> Tensor:

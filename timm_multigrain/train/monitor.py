@@ -14,6 +14,7 @@ _logger = logging.getLogger(__name__)
 # A spread of 1e-4 is a root mean square distance of 0.014, far below the 0.5 under which the sampler cannot tell
 # distances apart.
 MIN_SPREAD = 1e-4
+MAX_BETA_ERROR = 0.1  # half of the default margin
 
 
 class Monitor(logging.Filter):
@@ -109,9 +110,13 @@ def _failures(values: dict[str, float]) -> dict[str, str]:
     if values.get('active_positives', 1) + values.get('active_negatives', 1) == 0:
         found['active'] = ('No pair costs anything: the margin loss no longer trains the embedding. Raise '
                            '--mg-margin, or give stronger augmentation')
-    if not 0 < values.get('beta', 1.) < 2:
-        found['beta'] = (f'beta is {values["beta"]:.3g}, outside the distances 0 to 2 of unit vectors: '
-                         'lower --mg-beta-lr')
+    beta = values.get('beta', 1.)
+    balanced = values.get('balanced_beta', beta)
+    if not 0 < beta < 2:
+        found['beta'] = f'beta is {beta:.3g}, outside the distances 0 to 2 of unit vectors: lower --mg-beta-lr'
+    elif abs(beta - balanced) > MAX_BETA_ERROR:
+        found['balance'] = (f'beta is {beta:.3g}, and as many positives as negatives cost something at {balanced:.3g}: '
+                            f'give --mg-beta-init auto, or start at {balanced:.2g} with another --mg-beta-lr')
     if values.get('spread', 1.) < MIN_SPREAD:
         found['spread'] = (f'The embeddings of a batch are nearly equal (spread {values["spread"]:.1e}): they have '
                            'collapsed, raise --mg-classif-weight or lower --lr')

@@ -36,6 +36,10 @@ def _option(default: Any, help: str, type: type = str, metavar: str | None = Non
     return field(metadata=metadata, **({'default_factory': dict} if type is dict else {'default': default}))
 
 
+def _beta(value: str) -> float | str:
+    return value if value == 'auto' else float(value)
+
+
 @dataclass(frozen=True)
 class TrainOptions:
     """MultiGrain's side of a training (arXiv 1902.05509, section 3); the help texts below say what each field is.
@@ -54,11 +58,12 @@ class TrainOptions:
         'margin', 'margin, contrastive, triplet, or pml:NAME for a loss of pytorch-metric-learning', str, 'LOSS')
     margin: float | None = _option(
         None, "the instance loss's margin (default: 0.2 for margin and triplet, 1 for contrastive)", float, 'ALPHA')
-    beta_init: float | None = _option(
-        None, 'initial boundary of the margin loss, learned from there (default: 1.2)', float, 'BETA')
+    beta_init: float | str = _option(
+        'auto', "boundary of the margin loss: auto follows the distances of positives and negatives; a number is where "
+        'it starts as a parameter that the optimizer learns, 1.2 in the paper', _beta, 'auto|BETA')
     beta_lr: float | None = _option(
-        None, "learning rate of the instance loss's parameters (beta), on train.py's schedule (default: the --lr)",
-        float, 'LR')
+        None, 'learning rate of the parameters of the instance loss (beta of --mg-beta-init BETA), on the schedule of '
+        'train.py (default: the --lr)', float, 'LR')
     instance_loss_kwargs: dict = _option(
         None, 'further arguments of the instance loss, such as use_triplets=False for pml:NAME', dict, 'NAME=VALUE')
     sampling: str = _option(
@@ -96,7 +101,7 @@ class TrainOptions:
 
     def loss_kwargs(self) -> dict[str, Any]:
         """Arguments of the instance loss."""
-        named = {'margin': self.margin, 'beta_init': self.beta_init}
+        named = {'margin': self.margin, 'beta_init': self.beta_init if self.instance_loss == 'margin' else None}
         return {k: v for k, v in named.items() if v is not None} | self.instance_loss_kwargs
 
     def create_loss(self) -> nn.Module:
@@ -239,7 +244,8 @@ def _check_values(o: TrainOptions) -> None:
         ('classif_weight', 0 <= o.classif_weight <= 1, 'give a lambda from 0 to 1, the paper uses 0.5'),
         ('sampling', o.sampling in ('row', 'batch', 'uniform'), 'give row, batch or uniform'),
         ('margin', o.margin is None or 0 <= o.margin < math.inf, 'give at least 0'),
-        ('beta_init', o.beta_init is None or 0 < o.beta_init < 2, 'distances of unit vectors lie between 0 and 2'),
+        ('beta_init', o.beta_init == 'auto' or 0 < o.beta_init < 2,
+         'give auto, or a number: distances of unit vectors lie between 0 and 2'),
         ('beta_lr', o.beta_lr is None or 0 <= o.beta_lr < math.inf, 'give at least 0; 0 leaves beta as it is'),
         ('epoch_len_factor', 0 < o.epoch_len_factor < math.inf, 'give more than 0'),
         ('lighting', 0 <= o.lighting < math.inf, 'give at least 0, the original uses 0.1'),
@@ -252,14 +258,19 @@ def _check_values(o: TrainOptions) -> None:
         raise ValueError(
             f'--mg-repeats {o.repeats} leaves the instance loss without positives: give at least 2, or '
             '--mg-classif-weight 1 for classification only')
-    if o.beta_init is not None and o.instance_loss != 'margin':
+    if o.beta_init != 'auto' and o.instance_loss != 'margin':
         raise ValueError(f'--mg-beta-init belongs to the margin loss, not to {o.instance_loss}: leave it out')
+    if o.joint and o.beta_lr is not None and o.instance_loss == 'margin' and o.beta_init == 'auto':
+        raise ValueError(f'--mg-beta-lr {o.beta_lr}: beta is a parameter only with --mg-beta-init BETA, such as 1.2: give '
+                         'that too, or leave both out')
 
 
 def _convert(name: str, value: Any, kind: type, default: Any) -> Any:
     """The value of a YAML file or of --model-kwargs, where argparse has not converted it."""
     if value is None and default is None:
         return value
+    if kind is _beta:
+        kind = str if value == 'auto' else float
     if isinstance(value, bool):
         good = kind is bool
     elif kind is float:
