@@ -56,7 +56,7 @@ def make_batch(batch_size: int, device: str) -> tuple[torch.Tensor, torch.Tensor
 
 
 def our_step(x: torch.Tensor, target: torch.Tensor, name: str):
-    sampler, loss = create_sampler(name, max_positives=COPIES - 1), MarginLoss().to(x.device)
+    sampler, loss = create_sampler(name, max_positives=COPIES - 1), MarginLoss(1.2).to(x.device)
 
     def step():
         embedding = l2_normalize(x)

@@ -1,4 +1,5 @@
 """Tests of the instance losses."""
+import itertools
 import math
 import re
 import sys
@@ -70,6 +71,17 @@ def naive_margin(embedding, triplets, beta, margin):
     return total / max(sum(active), 1), active
 
 
+def naive_balance(distances, margin):
+    """Between the two boundaries nearest to where as many positives as negatives cost something."""
+    ends = sorted([d_ap + margin for d_ap, _ in distances] + [d_an - margin for _, d_an in distances])
+
+    def excess(beta):
+        return sum(d_ap + margin > beta for d_ap, _ in distances) - sum(d_an - margin < beta for _, d_an in distances)
+
+    balanced = [(low + high) / 2 for low, high in itertools.pairwise(ends) if not excess((low + high) / 2)]
+    return sum(balanced) / len(balanced)
+
+
 def naive_contrastive(embedding, triplets, margin):
     terms = [t for d_ap, d_an in naive_distances(embedding, triplets)
              for t in (d_ap ** 2 / 2, max(0., margin - d_an) ** 2 / 2)]
@@ -139,6 +151,8 @@ def test_margin_equals_loops(batch):
             loss = margin_loss(embedding.double(), pad(triplets), torch.tensor([beta], dtype=torch.float64), margin)
             assert loss.dtype == torch.float64 and loss.item() == pytest.approx(expected, rel=1e-12)
             statistics = margin_statistics(embedding, pad(triplets), beta, margin)
+            balanced = statistics.pop('balanced_beta')
+            assert balanced.item() == pytest.approx(naive_balance(distances, margin), rel=1e-6)
             assert {k: v.item() for k, v in statistics.items()} == pytest.approx({
                 'active_positives': active[0] / len(distances), 'active_negatives': active[1] / len(distances),
                 'positive_distance': mean[0], 'negative_distance': mean[1]}, rel=1e-6)
@@ -219,7 +233,8 @@ def test_precision_and_autocast(batch, name):
 
 
 @pytest.mark.parametrize('kwargs', [
-    {'beta_init': 0.}, {'beta_init': 2.}, {'beta_init': math.nan}, {'margin': -0.1}, {'margin': math.nan}])
+    {'beta_init': 0.}, {'beta_init': 2.}, {'beta_init': math.nan}, {'beta_init': 'now'}, {'margin': -0.1},
+    {'margin': math.nan}])
 def test_margin_refuses(kwargs):
     with pytest.raises(ValueError, match=f'{next(iter(kwargs))} is '):
         MarginLoss(**kwargs)
@@ -231,6 +246,24 @@ def test_margin_parameter():
     assert loss.beta.item() == pytest.approx(0.9) and loss.margin == 0.3
     for loss_class in OURS.values():
         assert loss_class().needs_triplets
+
+
+def test_boundary_follows_the_distances(batch):
+    embedding, target, triplets = batch
+    loss = MarginLoss(margin=0.3)
+    assert not list(loss.parameters()) and loss.state_dict()['beta'].shape == (1,)
+    expected = None
+    for scale in (1., 0.5, 2., 0.1):
+        near = F.normalize(embedding + scale, dim=1)
+        distances = list(naive_distances(near, triplets))
+        found = naive_balance(distances, 0.3)
+        expected = found if expected is None else 0.9 * expected + 0.1 * found
+        value = loss(near, target, pad(triplets))
+        assert loss.beta.item() == pytest.approx(expected, rel=1e-5)
+        assert value.item() == pytest.approx(naive_margin(near, triplets, expected, 0.3)[0], rel=1e-4)
+    loss(embedding, target, Triplets(*torch.full((3, 4), -1)))  # nothing to follow
+    loss.eval()(embedding, target, triplets)
+    assert loss.beta.item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize('name', OURS)
@@ -298,7 +331,7 @@ def test_train_steps_are_the_original(golden):
 def test_compile(batch):
     embedding, target, _ = batch
     sampler = DistanceWeightedSampler('batch', max_positives=2)
-    margin = MarginLoss()
+    margin = MarginLoss(1.2)
 
     def step(embedding, target):
         triplets = sampler(embedding, target)

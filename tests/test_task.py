@@ -20,6 +20,8 @@ import timm_multigrain  # noqa: F401 - registers the models
 from timm_multigrain.loss import DistanceWeightedSampler, UniformSampler
 from timm_multigrain.task import MultiGrainTask
 
+LEARNED = {'beta_init': 1.2}  # a parameter, as in the paper
+
 
 def _model(**kwargs):
     torch.manual_seed(0)
@@ -37,7 +39,8 @@ def _batch(groups=4, repeats=3, size=32):
 def test_objective_by_hand(weight):
     x, target = _batch()
     model = _model().eval()
-    task = MultiGrainTask(model, classif_weight=weight, sampling=UniformSampler(generator=0))
+    task = MultiGrainTask(
+        model, classif_weight=weight, sampling=UniformSampler(generator=0), instance_loss_kwargs=LEARNED)
     task.train()
     model.eval()  # the same numbers again below
     result = task(x, target)
@@ -138,7 +141,7 @@ def test_other_instance_losses(loss):
 
 
 def test_optimizer_groups_clipping_and_amp():
-    task = MultiGrainTask(_model(learn_p=True)).train()
+    task = MultiGrainTask(_model(learn_p=True), instance_loss_kwargs=LEARNED).train()
     trainable = task.get_trainable_module()
     assert trainable.no_weight_decay() == {'model.head.pool.p', 'instance_loss.beta'}
     optimizer = create_optimizer_v2(trainable, opt='sgd', lr=0.1, weight_decay=0.1, layer_decay=0.5)
@@ -172,7 +175,7 @@ def test_ema_and_checkpoint_round_trip():
     assert state['state_dict'].keys() == _model().state_dict().keys()  # plain model keys for every timm script
     beta, ema_beta = (s['instance_loss']['beta'].item() for s in (state['task_state'], ema['task_state_ema']))
     assert beta > 0.5 and 0.5 < ema_beta < beta
-    again = MultiGrainTask(_model())
+    again = MultiGrainTask(_model())  # whose boundary is a buffer: under the same name
     again.setup_ema(decay=0.5)
     again.load_checkpoint_state(state['state_dict'], state['task_state'])
     again.load_checkpoint_state(ema['state_dict_ema'], ema['task_state_ema'], ema=True)
@@ -254,7 +257,7 @@ def test_instance_loss_runs_outside_autocast():
 def test_statistics_by_hand():
     x, target = _batch()
     task = MultiGrainTask(_model().eval(), sampling=DistanceWeightedSampler(max_positives=2, generator=0),
-                          statistics=True)
+                          instance_loss_kwargs=LEARNED, statistics=True)
     task.train()
     task.trainable_module.model.eval()
     result = task(x, target)
@@ -270,7 +273,9 @@ def test_statistics_by_hand():
             active[kind].append(0.2 + sign * (distance - 1.2) > 0)
     entropy = -(prob * prob.clamp(min=1e-300).log()).sum(1)
     squares = [(a - b).square().sum().item() for a in embedding for b in embedding]
+    ends = sorted([d + 0.2 for d in distances[0]] + [d - 0.2 for d in distances[1]])
     expected = {
+        'balanced_beta': (ends[len(ends) // 2 - 1] + ends[len(ends) // 2]) / 2,
         'active_positives': sum(active[0]) / len(active[0]),
         'active_negatives': sum(active[1]) / len(active[1]),
         'positive_distance': sum(distances[0]) / len(distances[0]),

@@ -148,6 +148,8 @@ def arguments(images: Path, folder: Path, *flags: str, model: tuple[str, ...] = 
 def training(script: Path, images: Path, folder: Path, *flags: str, start=launcher.launch, **kwargs) -> Run:
     """A training in this process."""
     run = Run(folder)
+    if start is launcher.launch and not {'--mg-instance-loss', '--mg-beta-init'} & set(flags):
+        flags = '--mg-beta-init', '1.2', *flags  # a boundary that is a parameter is what can go wrong
     with restored(script), pytest.MonkeyPatch.context() as patch:
         logging.getLogger().addHandler(Lines(run.log))
         record(patch, run)
@@ -292,6 +294,13 @@ def test_help(script, capsys):
     assert stopped.value.code == 0 and '--batch-size' in shown
     for option in fields(TrainOptions):
         assert f'  --mg-{option.name}'.replace('_', '-') in shown
+
+
+def test_boundary_follows_the_distances(train):
+    run = train('--mg-beta-init', 'auto')
+    first, last = (batch.result['beta'].item() for batch in run.batches)
+    assert 0 < first < 2 and last == run.beta.item() and 0 < abs(last - first) < 0.1
+    assert len(run.groups) == len(train('--mg-repeats', '1', '--mg-classif-weight', '1').groups)  # not a parameter
 
 
 def test_gradient_accumulation(train):
@@ -660,7 +669,8 @@ def test_auto_by_yaml(train, tmp_path):
     settings = dict(
         device_modules=['timm_multigrain.auto'],
         model_kwargs=dict(
-            trunk='test_resnet', mg_repeats=2, mg_fast_loader=True, mg_instance_loss_kwargs=dict(margin=0.1)))
+            trunk='test_resnet', mg_repeats=2, mg_fast_loader=True, mg_beta_init=1.2,
+            mg_instance_loss_kwargs=dict(margin=0.1)))
     config.write_text(yaml.safe_dump(settings))
     run = train('-c', config, model=MODEL[:2], start=plainly)
     assert_joint(run)

@@ -64,6 +64,7 @@ def test_results_without_an_instance_loss_change_nothing(log):
     ({'active_positives': 0., 'active_negatives': 0.}, 'No pair costs anything'),
     ({'beta': 2.5}, 'beta is 2.5'),
     ({'beta': -0.1}, 'beta is -0.1'),
+    ({'balanced_beta': 0.9}, 'beta is 1.2, and as many positives as negatives cost something at 0.9'),
     ({'spread': 1e-5}, 'collapsed'),
     ({'instance_loss': float('nan')}, 'instance_loss not finite'),
 ])

@@ -18,13 +18,13 @@ def _parse(*flags):
     return TrainOptions.from_mapping(vars(parser.parse_args(flags)))
 
 
-def test_defaults_are_the_papers():
+def test_defaults():
     options = _parse()
     assert options == TrainOptions()
     assert (options.repeats, options.classif_weight, options.instance_loss, options.lighting) == (3, 0.5, 'margin', 0)
     assert options.joint and not options.plain
     loss = options.create_loss()
-    assert loss.margin == 0.2 and loss.beta.item() == pytest.approx(1.2)
+    assert loss.margin == 0.2 and loss.follows
     assert _parse('--mg-repeats', '1', '--mg-classif-weight', '1').plain
     for extra in (['--mg-lighting', '.1'], ['--mg-epoch-len-factor', '2'], ['--mg-fast-loader'],
                   ['--mg-instances', 'class']):
@@ -63,7 +63,9 @@ def test_options_of_a_mapping():
     ({'mg_gather': 1}, 'mg_gather is 1: give true or false'),
     ({'mg_sampling': 'hard'}, '--mg-sampling hard: give row, batch or uniform'),
     ({'mg_margin': float('nan')}, '--mg-margin nan: give at least 0'),
-    ({'mg_beta_init': 3}, '--mg-beta-init 3.0: distances'),
+    ({'mg_beta_init': 3}, '--mg-beta-init 3.0: give auto, or a number: distances'),
+    ({'mg_beta_init': 'now'}, 'give one float'),
+    ({'mg_beta_lr': 0.1}, '--mg-beta-lr 0.1: beta is a parameter only with --mg-beta-init'),
     ({'mg_beta_lr': -1}, '--mg-beta-lr -1.0'),
     ({'mg_epoch_len_factor': 0}, '--mg-epoch-len-factor 0.0: give more than 0'),
     ({'mg_lighting': float('inf')}, '--mg-lighting inf'),

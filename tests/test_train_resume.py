@@ -116,7 +116,7 @@ def test_killed_and_resumed_equals_uninterrupted(script, noise_folder, tmp_path)
     assert _load(last)['epoch'] == 1
     whole, resumed = (_load(tmp_path / name / 'last.pth.tar') for name in ('whole', 'resumed'))
     assert whole['epoch'] == resumed['epoch'] == 2
-    assert whole['task_state']['instance_loss']['beta'] != 1.2
+    assert whole['task_state']['instance_loss']['beta'] > 0
     for key in ('state_dict', 'state_dict_ema'):
         assert whole[key].keys() == resumed[key].keys()
         for name, value in whole[key].items():

@@ -110,9 +110,6 @@ def train_model(
         use_prefetcher=False, num_workers=settings.workers, persistent_workers=settings.workers > 0)
     # fused: one pass over the weights instead of ten, which are a good part of a step on small pictures
     optimizer = create_optimizer_v2(model, opt='adamw', lr=settings.lr, weight_decay=0.05, fused=True)
-    if task.joint:  # beta has a longer way to go than a weight
-        beta = list(task.get_trainable_module().instance_loss.parameters())
-        optimizer.add_param_group({'params': beta, 'lr': settings.lr, 'lr_scale': 5., 'weight_decay': 0.})
     scheduler, _ = create_scheduler_v2(
         optimizer, 'cosine', num_epochs=settings.epochs, warmup_epochs=1, warmup_lr=settings.lr / 10,
         step_on_epochs=False, updates_per_epoch=len(loader))

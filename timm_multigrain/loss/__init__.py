@@ -14,6 +14,6 @@ from .triplets import Triplets, TripletSampler
 
 __all__ = [
     'ContrastiveLoss', 'DistanceWeightedSampler', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'TripletSampler',
-    'Triplets', 'UniformSampler', 'balanced_beta', 'create_instance_loss', 'create_sampler', 'effective_negatives', 'margin_loss',
-    'margin_statistics',
+    'Triplets', 'UniformSampler', 'balanced_beta', 'create_instance_loss', 'create_sampler', 'effective_negatives',
+    'margin_loss', 'margin_statistics',
 ]

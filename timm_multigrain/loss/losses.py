@@ -276,7 +276,7 @@ def _margin_terms(embedding: Tensor, triplets: Triplets, beta: Tensor | float, m
 
 def _balanced_beta(distance: Tensor, triplets: Triplets, margin: float) -> Tensor:
     values = torch.stack([distance[0] + margin, distance[1] - margin]).masked_fill(triplets[0] < 0, math.nan)
-    return (values.nanmedian() - (-values).nanmedian()) / 2  # an even number: nanmedian takes the lower of the middle two
+    return (values.nanmedian() - (-values).nanmedian()) / 2  # of the middle two, nanmedian takes the lower one
 
 
 def _distances(embedding: Tensor, triplets: Triplets) -> Tensor:

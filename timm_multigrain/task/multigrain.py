@@ -258,6 +258,8 @@ class MultiGrainTask(ClassificationTask):
             statistics = {'spread': 1 - embedding.mean(0).square().sum()}
             if isinstance(loss, MarginLoss):
                 statistics |= margin_statistics(embedding, triplets, loss.beta, loss.margin)
+                if loss.follows:  # it is near by construction
+                    del statistics['balanced_beta']
             if prob is not None:
                 number = effective_negatives(prob)
                 statistics['effective_negatives'] = number.sum() / (number > 0).sum().clamp(min=1)

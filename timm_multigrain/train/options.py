@@ -261,8 +261,8 @@ def _check_values(o: TrainOptions) -> None:
     if o.beta_init != 'auto' and o.instance_loss != 'margin':
         raise ValueError(f'--mg-beta-init belongs to the margin loss, not to {o.instance_loss}: leave it out')
     if o.joint and o.beta_lr is not None and o.instance_loss == 'margin' and o.beta_init == 'auto':
-        raise ValueError(f'--mg-beta-lr {o.beta_lr}: beta is a parameter only with --mg-beta-init BETA, such as 1.2: give '
-                         'that too, or leave both out')
+        raise ValueError(f'--mg-beta-lr {o.beta_lr}: beta is a parameter only with --mg-beta-init BETA, such as 1.2: '
+                         'give that too, or leave both out')
 
 
 def _convert(name: str, value: Any, kind: type, default: Any) -> Any:
