@@ -18,7 +18,6 @@ import torch
 from timm_multigrain.embed.embedder import Embedder, in_order
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.images.sources import find_images
-from timm_multigrain.images.transforms import create_eval_transform
 from timm_multigrain.models.open import open_model
 
 
@@ -35,12 +34,11 @@ def main() -> None:
     source.paths = source.paths[::max(1, len(source.paths) // args.count)][:args.count]
     source.names = source.paths
     protocol = Protocol(args.size, 'longer-side', mean=model.pretrained_cfg['mean'], std=model.pretrained_cfg['std'])
-    transform = create_eval_transform(args.size, 'longer-side', protocol.mean, protocol.std)
 
     @torch.inference_mode()
     def one_by_one():
         return torch.cat([
-            model.embed(transform(source.load(i))[None].to(args.device)).cpu() for i in range(len(source))])
+            model.embed(protocol.transform(source.load(i))[None].to(args.device)).cpu() for i in range(len(source))])
 
     with contextlib.ExitStack() as stack:
         ways = {'one by one': one_by_one}
@@ -51,7 +49,7 @@ def main() -> None:
             stack.enter_context(embedder.evaluating())
             print(f'{name}: {time.perf_counter() - begin:.2f} s before the first image')
             ways[name] = lambda embedder=embedder: in_order(list(embedder.embed(
-                embedder.decode(source, range(len(source))), skip=print)))[1]
+                embedder.decode(source, range(len(source)))))).vectors
         vectors = {name: way() for name, way in ways.items()}
         wall, cpu = _interleave(ways, args.rounds)
     shapes = len({protocol.pixels(source.load(i)).shape for i in range(len(source))})

@@ -14,7 +14,6 @@ from torchvision.transforms import functional as F
 
 from timm_multigrain.data import Lighting, create_transform
 from timm_multigrain.data.transforms import EIGENVALUES, EIGENVECTORS, insert_lighting
-from timm_multigrain.images.transforms import Resize, create_eval_transform, resize_shape
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -123,40 +122,6 @@ def test_lighting_bounds():
             Lighting()(image)
 
 
-def test_resize_shapes_equal_original(resize_golden):
-    rows = resize_golden['resize']['rows']
-    assert len(rows) == 21 * 7 * 2
-    for width, height, size, largest, target_height, target_width in rows:
-        # the original implementation fails where a side becomes 0
-        expected = (max(1, target_height), max(1, target_width))
-        assert resize_shape(width, height, size, bool(largest)) == expected
-
-
-def test_resize_for_crop_equals_original(resize_golden):
-    for size, side in resize_golden['validation_shorter_side_for_crop'].items():
-        resize = create_eval_transform(int(size)).transforms[1]
-        assert (resize.size, resize.largest) == (side, False)
-
-
-@pytest.mark.parametrize(('width', 'height'), [(500, 375), (333, 500), (224, 224), (97, 131), (1000, 3)])
-def test_eval_pixels(width, height):
-    image = picture(width, height)
-
-    def normalised(pil):
-        pixels = torch.tensor(np.asarray(pil, dtype=np.float64) / 255)
-        return ((pixels - torch.tensor(MEAN)) / torch.tensor(STD)).permute(2, 0, 1)
-
-    h, w = resize_shape(width, height, 109, False)
-    top, left = round((h - 96) / 2), round((w - 96) / 2)
-    expected = image.resize((w, h), Image.BILINEAR).crop((left, top, left + 96, top + 96))
-    torch.testing.assert_close(create_eval_transform(96)(image).double(), normalised(expected), rtol=0, atol=1e-5)
-    h, w = resize_shape(width, height, 96, True)
-    result = create_eval_transform(96, 'longer-side')(image)
-    assert result.shape == (3, h, w)
-    torch.testing.assert_close(
-        result.double(), normalised(image.resize((w, h), Image.BILINEAR)), rtol=0, atol=1e-5)
-
-
 @pytest.mark.parametrize('augmentation', ['full', 'senet', 'torch', 'autoaugment'])
 def test_recipe(augmentation, resize_golden):
     recipes = resize_golden['recipes']
@@ -215,7 +180,7 @@ def test_autoaugment_against_original(resize_golden):
 @pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'CMYK', 'I;16'])
 def test_any_mode(mode):
     image = picture(60, 45).convert('I').convert('I;16') if mode == 'I;16' else picture(60, 45, mode)
-    for transform in (create_transform(32), create_transform(32, 'autoaugment'), create_eval_transform(32)):
+    for transform in (create_transform(32), create_transform(32, 'autoaugment')):
         result = transform(image)
         assert result.shape == (3, 32, 32) and result.dtype == torch.float32 and result.isfinite().all()
 
@@ -225,16 +190,11 @@ def test_sizes_and_options():
     assert create_transform((24, 40))(picture(60, 45)).shape == (3, 24, 40)
     assert create_transform(32, interpolation='bicubic').transforms[1].interpolation.value == 'bicubic'
     assert not any(isinstance(step, Lighting) for step in create_transform(32, lighting=0).transforms)
-    half = create_eval_transform(32, mean=(0.5,) * 3, std=(0.5,) * 3)(picture(60, 45))
-    assert half.abs().max() <= 1
-    assert repr(Resize(32, largest=True)) == 'Resize(size=32, largest=True, bilinear)'
 
 
 def test_bad_arguments():
     for call in (
             lambda: create_transform(0), lambda: create_transform((3, 0, 32)), lambda: create_transform(32, 'strong'),
-            lambda: create_transform(32, interpolation='random'), lambda: create_transform(32, lighting=-1),
-            lambda: create_eval_transform(0), lambda: create_eval_transform(22.5),
-            lambda: create_eval_transform(32, 'squash'), lambda: resize_shape(10, 10, 0, True)):
+            lambda: create_transform(32, interpolation='random'), lambda: create_transform(32, lighting=-1)):
         with pytest.raises(ValueError, match='give'):
             call()

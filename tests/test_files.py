@@ -12,7 +12,7 @@ import yaml
 from PIL import Image
 
 from timm_multigrain.embed.protocol import Protocol, check_fitted
-from timm_multigrain.embed.shards import Descriptors, Shard, iter_shards, read_manifest, write_manifest, write_shard
+from timm_multigrain.embed.shards import Descriptors, iter_shards, read_manifest, write_manifest, write_shard
 from timm_multigrain.files import check_json, parse_json, read_json
 from timm_multigrain.hub import read_metrics
 from timm_multigrain.hub.card import load_card, make_card
@@ -156,7 +156,7 @@ def use_labels(folder, path):
 def use_shards(folder, path):
     shards = path.parent
     if path.name == 'manifest.json':
-        write_shard(shards, 0, {**MANIFEST}, Shard(('a', 'b'), torch.eye(3)[:2], {'c': 'why'}))
+        write_shard(shards, 0, {**MANIFEST}, Descriptors(('a', 'b'), torch.eye(3)[:2], {'c': 'why'}))
     str(Descriptors.load(shards))
     list(iter_shards(shards))
 
@@ -165,7 +165,7 @@ def shard_header(folder, path):
     """A shard of somebody else's, whose hash is right."""
     write_manifest(path.parent, MANIFEST)
     given = json.loads(path.read_bytes())
-    write_shard(path.parent, 0, read_manifest(path.parent), Shard(
+    write_shard(path.parent, 0, read_manifest(path.parent), Descriptors(
         given.get('names'), torch.eye(3)[:2], given.get('skipped')))
     use_shards(folder, path)
 

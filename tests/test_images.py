@@ -363,7 +363,7 @@ def test_nothing_but_regular_files_of_known_formats_is_opened(tmp_path, photo, m
 @pytest.mark.skipif(not os.path.exists('/proc/self/clear_refs'), reason='Linux tells the peak')
 @pytest.mark.parametrize('mode', ['RGB', 'RGBA', 'I;16', 'F', 'CMYK'])
 def test_memory_a_pixel(tmp_path, mode):
-    """8 bytes and what a strip takes, of a file that holds next to nothing, turned by its EXIF orientation."""
+    """12 bytes and what a strip takes, of a file that holds next to nothing, turned by its EXIF orientation."""
     side, exif = 5000, Image.Exif()
     exif[0x112] = 6
     kwargs = {'compression': 'tiff_lzw'} if mode in ('F', 'CMYK') else {}
@@ -372,7 +372,7 @@ def test_memory_a_pixel(tmp_path, mode):
     Path('/proc/self/clear_refs').write_text('5')
     before = memory('VmRSS')
     assert read_image(path).size == (side, side)
-    assert memory('VmHWM') - before < 8.5 * side ** 2 + 64e6
+    assert memory('VmHWM') - before < 12.5 * side ** 2 + 64e6
 
 
 def memory(what):
@@ -421,7 +421,7 @@ def test_all_images_are_opened_in_one_place():
     package = Path(timm_multigrain.__file__).parent
     openers = [path for path in package.rglob('*.py') if 'Image.open(' in path.read_text()]
     assert {str(path.relative_to(package)) for path in openers} == {
-        'images/sources.py', 'images/copies.py', 'hub/card.py'}
+        'images/pixels.py', 'images/copies.py', 'hub/card.py'}
 
 
 def test_file_objects(tmp_path, photo):

@@ -5,6 +5,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from timm_multigrain.images.walk import scan_folders
 from timm_multigrain.index.build import make_plan, sha256_of
@@ -33,7 +34,8 @@ def test_names_and_kinds(tmp_path):
         touch(root + b'/sub/' + name)
     for name in (b'note.txt', b'.hidden.jpg', b'.git/a.jpg', b'movie.mp4', b'paper.pdf', b'deep/er/x.heic'):
         touch(root + b'/' + name)
-    touch(root + b'/cache/0123abcd', b'\xff\xd8\xff\xe0 jpeg')
+    os.mkdir(root + b'/cache')
+    Image.new('L', (1, 1)).save(tmp_path / 'cache' / '0123abcd', 'JPEG')
     touch(root + b'/cache/README', b'no picture')
     os.mkfifo(root + b'/pipe.jpg')
     scan = scan_folders([root], by_content=True)

@@ -86,13 +86,9 @@ def test_folder_equals_memory(images, reference):
     assert sorted(contents(reference)) == ['manifest.json', *(f'shard-{i:05d}.safetensors' for i in range(6))]
 
 
-def test_other_batches_and_workers_go_on(tmp_path, images, reference):
+def test_missing_and_damaged_shards_are_made_again(tmp_path, images, reference):
     embed(images, tmp_path / 'out', batch_size=3, workers=1)
     assert_same(tmp_path / 'out', reference)
-
-
-def test_missing_and_damaged_shards_are_made_again(tmp_path, images, reference):
-    embed(images, tmp_path / 'out')
     whole = contents(reference)
     shard_path(tmp_path / 'out', 1).unlink()
     damaged = shard_path(tmp_path / 'out', 3)
@@ -106,11 +102,8 @@ def test_missing_and_damaged_shards_are_made_again(tmp_path, images, reference):
     damaged.write_bytes(b'')
     with pytest.raises(ValueError, match=r'shard-00003\.safetensors cannot be read'):
         Descriptors.load(tmp_path / 'out')
-
-
-def test_complete_folder_is_only_read(images, reference):
     before = {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}
-    embed(images, reference)
+    embed(images, reference)  # whole: only read
     assert before == {path.name: path.stat().st_mtime_ns for path in reference.iterdir()}
 
 
@@ -118,11 +111,11 @@ def test_other_settings_are_refused(tmp_path, images, reference):
     before = contents(reference)
     other = tiny_model(1)
     for kwargs, message in (
-            (dict(model=other), 'other model .*weights_sha256'),
-            (dict(protocol=Protocol(48)), r'other protocol \(kind longer-side, now crop\)'),
-            (dict(descriptor=False), r'other settings \(descriptor True, now False\)'),
-            (dict(dtype=torch.bfloat16), 'dtype float32, now bfloat16'), (dict(fast=True), 'fast False, now True'),
-            (dict(shard_size=5), r'other shard size \(4, now 5\)')):
+            (dict(model=other), 'of another extraction .*weights_sha256'),
+            (dict(protocol=Protocol(48)), r"protocol kind 'longer-side', now 'crop'"),
+            (dict(descriptor=False), 'settings descriptor True, now False'),
+            (dict(dtype=torch.bfloat16), "settings dtype 'float32', now 'bfloat16'"),
+            (dict(shard_size=5), 'shard_size 4, now 5')):
         with pytest.raises(ValueError, match=message):
             embed(images, reference, **kwargs)
     manifest = json.loads((shutil.copytree(reference, tmp_path / 'odd') / 'manifest.json').read_text())
@@ -134,7 +127,7 @@ def test_other_settings_are_refused(tmp_path, images, reference):
         assert str(e.value).isprintable()
     (tmp_path / 'one').mkdir()
     Image.new('RGB', (9, 9)).save(tmp_path / 'one' / 'x.png')
-    with pytest.raises(ValueError, match='other list of images'):
+    with pytest.raises(ValueError, match='images number 23, now 1'):
         embed(tmp_path / 'one', reference)
     with pytest.raises(FileExistsError, match='has no descriptors, it has no manifest'):
         embed(images, tmp_path / 'one')
@@ -150,19 +143,16 @@ def test_other_settings_are_refused(tmp_path, images, reference):
     assert contents(reference) == before
 
 
-def test_strict(tmp_path, images, reference):
+def test_strict_and_nothing_readable(tmp_path, images, reference):
     with pytest.raises(UnreadableImage, match=r'07\.png: is not an image'):
         embed(images, tmp_path / 'out', strict=True)
     with pytest.raises(UnreadableImage, match=r'07\.png: is not an image'):
         embed(images, reference, strict=True)
-
-
-def test_nothing_readable(tmp_path):
     (tmp_path / 'images').mkdir()
     for name in 'ab':
         (tmp_path / 'images' / f'{name}.png').write_bytes(b'')
     with pytest.raises(ValueError, match=r'None of 2 images could be read: .*a\.png: is empty'):
-        embed(tmp_path / 'images', tmp_path / 'out')
+        embed(tmp_path / 'images', tmp_path / 'new')
 
 
 def command(model_folder, images, out):
@@ -210,11 +200,10 @@ def test_several_processes(tmp_path, images, model_folder, reference):
         env=environment(WORLD_SIZE='2', RANK=str(rank), MASTER_ADDR='127.0.0.1', MASTER_PORT=port)) for rank in (0, 1)]
     for process in running:
         _, errors = process.communicate(timeout=200)
-        assert process.returncode == 2 and 'other protocol (flip False, now True)' in errors
+        assert process.returncode == 2 and 'protocol flip False, now True' in errors
 
 
 def test_terminated(tmp_path, images, model_folder):
-    number, said = signal.SIGTERM, 'terminated'
     many = tmp_path / 'list.json'
     names = [str(images / f'{i % 6:02d}.png') for i in range(20_000)]
     many.write_text(json.dumps(names))
@@ -224,9 +213,10 @@ def test_terminated(tmp_path, images, model_folder):
         stderr=subprocess.PIPE, text=True, start_new_session=True)
     while process.poll() is None and not list(out.glob('shard-*')):
         time.sleep(0.01)
-    process.send_signal(number)
+    process.send_signal(signal.SIGTERM)
     _, errors = process.communicate(timeout=60)
-    assert process.returncode == 128 + number and errors.splitlines()[-1] == f'timm-multigrain embed: {said}'
+    assert process.returncode == 128 + signal.SIGTERM
+    assert errors.splitlines()[-1] == 'timm-multigrain embed: terminated'
     assert 'Traceback' not in errors and not list(out.glob('.*'))
     with pytest.raises(ProcessLookupError):  # the worker has ended, too
         os.killpg(process.pid, 0)

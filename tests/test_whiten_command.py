@@ -16,8 +16,7 @@ from timm_multigrain.embed.extract import extract, extract_shards
 from timm_multigrain.embed.protocol import Protocol, check_fitted
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import find_classes
-from timm_multigrain.images.sources import find_images
-from timm_multigrain.images.subset import Subset
+from timm_multigrain.images.sources import Subset, find_images
 from timm_multigrain.measure.benchmarks.folder import Groups
 from timm_multigrain.measure.benchmarks.revisited import Revisited
 from timm_multigrain.models.config import fitted, note_fitted

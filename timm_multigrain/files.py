@@ -10,18 +10,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = [
-    'check_json', 'file_sha256', 'fsync', 'open_regular', 'parse_json', 'printable', 'read_json', 'write_bytes',
-    'write_text']
+    'check_json', 'file_sha256', 'fsync', 'open_regular', 'parse_json', 'printable', 'read_json', 'read_lines',
+    'write_bytes', 'write_text']
 
 MAX_JSON = 256 << 20  # bytes
+_WORDS = {str: 'a text', bool: 'true or false', int: 'an integer', float: 'a number', None: 'null'}
 
 
-def read_json(path: str | os.PathLike, what: str = '') -> Any:
-    """Content of a JSON file.
-
-    Args:
-        path: The file.
-        what: What it is, for the error.
+def read_json(path: str | os.PathLike, what: str = 'file') -> Any:
+    """Content of a JSON file; `what` it is, for the error.
 
     Raises:
         FileNotFoundError: File not found.
@@ -31,17 +28,13 @@ def read_json(path: str | os.PathLike, what: str = '') -> Any:
         with open(path, 'rb') as file:
             return parse_json(file.read(MAX_JSON + 1))
     except FileNotFoundError:
-        raise FileNotFoundError(f'{printable(path)}: {what or "file"} not found.') from None
+        raise FileNotFoundError(f'{printable(path)}: {what} not found.') from None
     except ValueError as e:
         raise ValueError(f'{printable(path)} is not JSON: {e}.') from e
 
 
 def parse_json(text: bytes | str) -> Any:
-    """The value of JSON text; NaN and infinities are refused.
-
-    Raises:
-        ValueError: It is not JSON.
-    """
+    """The value of JSON text; ValueError if it is not JSON, which NaN and infinities are not."""
     def refuse(name: str) -> None:
         raise ValueError(f'{name} is not a number in JSON')
 
@@ -65,14 +58,15 @@ def check_json(value: Any, form: Any, where: str) -> None:
     Raises:
         ValueError: It has another form; the message names the place.
     """
-    if isinstance(form, tuple):
-        fitting = [one for one in form if _fits(value, one)]
-        form = fitting[0] if fitting else form
-    if not _fits(value, form):
-        raise ValueError(f'{where} has to be {_in_words(form)}, not {printable(reprlib.repr(value))}.')
+    forms = form if isinstance(form, tuple) else (form,)
+    form = next((one for one in forms if _fits(value, one)), ...)
+    if form is ...:
+        words = ' or '.join('a list' if isinstance(one, list) else 'an object' if isinstance(one, dict) else _WORDS[one]
+                            for one in forms)
+        raise ValueError(f'{where} has to be {words}, not {printable(reprlib.repr(value))}.')
     if isinstance(form, list):
-        for number, part in enumerate(value):
-            check_json(part, form[0], f'{where}[{number}]')
+        for number, inner in enumerate(value):
+            check_json(inner, form[0], f'{where}[{number}]')
     elif isinstance(form, dict):
         missing = [name for name in form if name is not str and name not in value]
         if missing:
@@ -83,17 +77,9 @@ def check_json(value: Any, form: Any, where: str) -> None:
 
 def _fits(value: Any, form: Any) -> bool:
     if form is int or form is float:
-        number = isinstance(value, (int, float) if form is float else int) and not isinstance(value, bool)
+        number = isinstance(value, (int, form)) and not isinstance(value, bool)
         return number and (-2 ** 63 <= value < 2 ** 63 if isinstance(value, int) else math.isfinite(value))
     return value is None if form is None else isinstance(value, form if isinstance(form, type) else type(form))
-
-
-def _in_words(form: Any) -> str:
-    if isinstance(form, tuple):
-        return ' or '.join(map(_in_words, form))
-    if isinstance(form, (list, dict)):
-        return 'a list' if isinstance(form, list) else 'an object'
-    return {str: 'a text', bool: 'true or false', int: 'an integer', float: 'a number', None: 'null'}[form]
 
 
 def printable(name: str | os.PathLike) -> str:
@@ -103,12 +89,7 @@ def printable(name: str | os.PathLike) -> str:
 
 
 def read_lines(path: str | os.PathLike, what: str) -> list[str]:
-    """Lines of a UTF-8 text, stripped, without blank ones.
-
-    Raises:
-        FileNotFoundError: File not found.
-        ValueError: It is not text.
-    """
+    """Lines of a UTF-8 text, stripped, without blank ones; FileNotFoundError, or ValueError if it is not text."""
     try:
         lines = Path(path).read_text(encoding='utf-8').splitlines()
     except FileNotFoundError:
@@ -121,15 +102,10 @@ def read_lines(path: str | os.PathLike, what: str) -> list[str]:
 def open_regular(path: str | bytes | os.PathLike, flags: int = os.O_RDONLY, *, follow_links: bool = False) -> BinaryIO:
     """Open a file that must be a regular one, unbuffered: no FIFO to wait for, no device, by default no link.
 
-    To be written to, it must not have another name elsewhere either.
-
-    Args:
-        path: File.
-        flags: As of `os.open`; O_RDWR for writing.
-        follow_links: Take a link to a regular file, too.
+    To be written to (`flags` O_RDWR), it must not have another name elsewhere either.
 
     Raises:
-        OSError: Not a regular file, or it cannot be opened.
+        OSError: Not such a file, or it cannot be opened.
     """
     flags |= getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_CLOEXEC', 0) | getattr(os, 'O_BINARY', 0)
     if not follow_links:

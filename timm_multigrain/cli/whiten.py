@@ -75,8 +75,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _images(args: argparse.Namespace):
     """The images, and their groups or None."""
-    from timm_multigrain.images.sources import open_images
-    from timm_multigrain.images.subset import Subset
+    from timm_multigrain.images.sources import Subset, open_images
 
     if not args.learned:
         source, groups = open_images(args.images, args.split), None

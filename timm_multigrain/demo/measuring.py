@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from timm_multigrain.embed.embedder import embed_images
+from timm_multigrain.embed.embedder import embed_images, in_order
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
 from timm_multigrain.images.sources import ImageFiles, ImageSource
@@ -54,10 +54,8 @@ class Scores:
 
 def measure(model: MultiGrain, pictures: ImageFiles, protocol: Protocol, workers: int | None = None) -> Scores:
     """Top-1 of held-out pictures, and mAP of finding their edited copies among all of them."""
-    chunks = list(embed_images(model, EditedCopies(pictures), protocol, logits=True, errors='raise', workers=workers))
-    order = torch.from_numpy(np.argsort(np.concatenate([chunk.indices for chunk in chunks])))
-    vectors = torch.cat([chunk.vectors for chunk in chunks])[order]
-    predictions = torch.cat([chunk.logits for chunk in chunks])[order][::len(KINDS)].argmax(1)
+    found = in_order(list(embed_images(model, EditedCopies(pictures), protocol, logits=True, workers=workers)))
+    vectors, predictions = found.vectors, found.logits[::len(KINDS)].argmax(1)
     similarity = vectors[::len(KINDS)] @ vectors.T
     top1 = (predictions == torch.tensor(pictures.labels)).double().mean().item()
     kinds = range(1, len(KINDS))

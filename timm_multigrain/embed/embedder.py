@@ -1,5 +1,4 @@
 """Images through a model under a test protocol: read by worker processes, embedded in batches of one shape."""
-import contextlib
 import math
 import multiprocessing
 import os
@@ -7,6 +6,7 @@ import threading
 import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -14,7 +14,8 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from timm_multigrain.images.sources import ImageSource, UnreadableImage, printable
+from timm_multigrain.files import printable
+from timm_multigrain.images.sources import ImageSource, UnreadableImage
 from timm_multigrain.layers import GeM, l2_normalize
 from timm_multigrain.layers import gem as power_mean
 from timm_multigrain.models.folding import fold_batch_norm
@@ -27,6 +28,8 @@ __all__ = ['Decoded', 'Embedded', 'Embedder', 'decode', 'embed_images', 'in_orde
 _NARROW = 32  # pixels, the stride of most trunks
 _CHUNK = 4  # images a worker hands over at once
 _PENDING = 8  # batches of images that may wait for others of their shape
+
+OnError = Callable[[int, str], None] | None
 
 
 class Decoded(NamedTuple):
@@ -53,17 +56,12 @@ class Embedded(NamedTuple):
     sizes: list[tuple[int, int]]
 
 
-class _TooNarrow(ValueError):
-    """An input that has no pixels left somewhere in the trunk."""
-
-
 def embed_images(
         model: torch.nn.Module,
         source: ImageSource,
         protocol: Protocol,
         *,
-        errors: str = 'skip',
-        on_error: Callable[[int, str], None] = lambda number, reason: None,
+        on_error: OnError = None,
         progress: bool = True,
         **extraction,
 ) -> Iterator[Embedded]:
@@ -73,33 +71,21 @@ def embed_images(
         model: Model, moved to the device; in eval mode while this runs.
         source: Images.
         protocol: Size, crop, scales, flip.
-        errors: 'skip' unreadable images or 'raise' the first one.
-        on_error: Called with the number of each skipped image, and why.
+        on_error: Called with the number of each image that cannot be read, and why; None raises the first.
         progress: Show a bar if stderr is a terminal.
         **extraction: batch_size, workers, device, dtype, descriptor, logits, dim and fast of `Embedder`.
 
     Raises:
-        UnreadableImage: With errors='raise'.
+        UnreadableImage: Without ``on_error``.
         ValueError: Impossible arguments, or an embedding that is not finite.
     """
-    if errors not in ('skip', 'raise'):
-        raise ValueError(f"errors={errors!r}: give 'skip' or 'raise'.")
-    embedder = Embedder(model, protocol, **extraction)
-    stream = embedder.decode(source, range(len(source)))
-    return _embed(embedder, stream, len(source), errors == 'raise', on_error, progress)
+    def embed() -> Iterator[Embedded]:
+        stream = embedder.decode(source, range(len(source)), progress)
+        with embedder.evaluating(), closing(stream):
+            yield from embedder.embed(stream, on_error)
 
-
-def _embed(embedder, stream, total, strict, on_error, progress) -> Iterator[Embedded]:
-    def skip(item: Decoded) -> None:
-        if strict:
-            raise UnreadableImage(item.message)
-        on_error(item.index, item.message)
-        bar.update()
-
-    with progress_bar(total, progress) as bar, embedder.evaluating(), contextlib.closing(stream):
-        for out in embedder.embed(stream, skip):
-            bar.update(len(out.indices))
-            yield out
+    embedder = Embedder(model, protocol, **extraction)  # whose errors come at once
+    return embed()
 
 
 class Embedder:
@@ -135,8 +121,8 @@ class Embedder:
             dim: int | None = None,
             fast: bool = False,
     ):
-        if batch_size < 1:
-            raise ValueError(f'batch_size={batch_size}: give at least 1.')
+        if batch_size < 1 or (workers is not None and workers < 0):
+            raise ValueError(f'batch_size={batch_size}, workers={workers}: give at least 1, and at least 0.')
         if dim is not None and not (descriptor and model.whitened and 1 <= dim <= model.embed_dim):
             raise ValueError(f'dim={dim} needs descriptors of a whitened embedding of at least so many components; '
                              f'this one has {model.embed_dim}, {"" if model.whitened else "not "}whitened.')
@@ -154,7 +140,7 @@ class Embedder:
         self.descriptor, self.logits, self.dim, self.fast = descriptor, logits, dim, fast
         self.width = dim or model.embed_dim
 
-    @contextlib.contextmanager
+    @contextmanager
     def evaluating(self) -> Iterator[None]:
         """The model on its device and in eval mode, folded if that was asked for."""
         original, training = self.model, self.model.training
@@ -166,49 +152,64 @@ class Embedder:
         finally:
             self.model = original.train(training)
 
-    def decode(self, source: ImageSource, indices: Sequence[int]) -> Iterator[Decoded]:
-        """`decode` for this model and protocol."""
-        return decode(source, self.protocol, indices, self.workers, self.model.input_sizes)
+    def decode(self, source: ImageSource, indices: Sequence[int], progress: bool = False,
+               title: str = 'Embedding') -> Iterator[Decoded]:
+        """`decode` for this model and protocol, with a bar."""
+        with progress_bar(len(indices), progress, title) as bar:
+            for item in decode(source, self.protocol, indices, self.workers, self.model.input_sizes):
+                yield item
+                bar.update()
 
-    def embed(self, stream: Iterable[Decoded], skip: Callable[[Decoded], None]) -> Iterator[Embedded]:
+    def embed(self, stream: Iterable[Decoded], on_error: OnError = None) -> Iterator[Embedded]:
         """Results one batch late: a GPU works on the next batch while the last one's results are handed out.
 
         Args:
             stream: Decoded images.
-            skip: Called with each image that could not be read, or is too narrow for the model, and the message.
+            on_error: Called with the number of each image that could not be read, or is too narrow for the model, and
+                why; None raises the first.
 
         Raises:
+            UnreadableImage: Without ``on_error``.
             ValueError: An embedding that is not finite, or images of a size that the model cannot take.
         """
+        def skip(item: Decoded, message: str) -> None:
+            if on_error is None:
+                raise UnreadableImage(message)
+            on_error(item.index, message)
+
         waiting = deque()
         for items in self._batches(stream, skip):
             try:
                 waiting.append(self._launch(items))
-            except _TooNarrow as e:
-                for item in items:
-                    skip(item._replace(pixels=None, message=f'{printable(item.name)}: {e}'))
+            except RuntimeError as e:
+                height, width = items[0].pixels.shape[1:]
+                narrow = min(height, width) * min(self.protocol.scales) < _NARROW
+                if not narrow or isinstance(e, torch.OutOfMemoryError):
+                    raise
+                for item in items:  # no pixels are left somewhere in the trunk
+                    skip(item, f'{printable(item.name)}: its {width} x {height} pixels are too narrow for the model '
+                               f'({e})')
             if len(waiting) > 1:
                 yield self._collect(*waiting.popleft())
-        while waiting:
-            yield self._collect(*waiting.popleft())
+        for launched in waiting:
+            yield self._collect(*launched)
 
-    def _batches(self, stream: Iterable[Decoded], skip: Callable[[Decoded], None]) -> Iterator[list[Decoded]]:
+    def _batches(self, stream: Iterable[Decoded], skip: Callable[[Decoded, str], None]) -> Iterator[list[Decoded]]:
         """Batches of one shape; how many images may wait for others of their shape is bounded."""
         buckets, pending = defaultdict(list), 0
         for item in stream:
             if item.pixels is None:
-                skip(item)
+                skip(item, item.message)
                 continue
             shape = item.pixels.shape
             buckets[shape].append(item)
             pending += 1
-            if len(buckets[shape]) < self.batch_size:
-                if pending < _PENDING * self.batch_size:
-                    continue
+            if pending == _PENDING * self.batch_size:
                 shape = max(buckets, key=lambda shape: len(buckets[shape]))
-            batch = buckets.pop(shape)
-            pending -= len(batch)
-            yield batch
+            elif len(buckets[shape]) < self.batch_size:
+                continue
+            pending -= len(buckets[shape])
+            yield buckets.pop(shape)
         yield from buckets.values()
 
     @torch.inference_mode()
@@ -240,35 +241,27 @@ class Embedder:
         return Embedded(np.array([item.index for item in items]), vectors, logits, [item.size for item in items])
 
     def _forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        height, width = pixels.shape[-2:]
         x = self.protocol.normalize(pixels)
         if self.fast:
             x = x.contiguous(memory_format=torch.channels_last)
         scales, logits = [], []
-        try:
-            for views in self.protocol.views(x, self.model.input_sizes):
-                vectors = []
-                for view in views:
-                    embedding = self.model.forward_head(self.model.forward_features(view), pre_logits=True)
-                    if self.logits:
-                        logits.append(self.model.head.classify(embedding).float())
-                    embedding = embedding.float()
-                    vectors.append(l2_normalize(embedding[:, :self.dim]) if self.descriptor else embedding)
-                scales.append(self._mean(vectors))
-        except torch.OutOfMemoryError:
-            raise
-        except RuntimeError as e:
-            if min(height, width) * min(self.protocol.scales) >= _NARROW:
-                raise
-            raise _TooNarrow(f'its {width} x {height} pixels are too narrow for the model ({e})') from e
-        return self._mean(scales, gem=True), torch.stack(logits).mean(0) if logits else None
+        for views in self.protocol.views(x, self.model.input_sizes):
+            vectors = []
+            for view in views:
+                embedding = self.model.forward_head(self.model.forward_features(view), pre_logits=True)
+                if self.logits:
+                    logits.append(self.model.head.classify(embedding).float())
+                embedding = embedding.float()
+                vectors.append(l2_normalize(embedding[:, :self.dim]) if self.descriptor else embedding)
+            scales.append(self._mean(vectors))
+        return self._mean(scales, over_scales=True), torch.stack(logits).mean(0) if logits else None
 
-    def _mean(self, vectors: list[torch.Tensor], gem: bool = False) -> torch.Tensor:
-        """Mean over views, of descriptors normalised again; with ``gem`` GeM's mean where there is one to take."""
+    def _mean(self, vectors: list[torch.Tensor], over_scales: bool = False) -> torch.Tensor:
+        """Mean over views, of descriptors normalised again; over scales GeM's mean where the model pools with it."""
         if len(vectors) == 1:
             return vectors[0]
         stacked, pool = torch.stack(vectors), self.model.head.pool
-        if not (gem and self.descriptor and isinstance(pool, GeM) and not self.model.whitened):
+        if not (over_scales and self.descriptor and isinstance(pool, GeM) and not self.model.whitened):
             mean = stacked.mean(0)
         else:  # GeM's values are above 0
             mean = power_mean(stacked, pool.p, torch.finfo(stacked.dtype).tiny, dim=[0], fixed=pool.fixed)
@@ -286,8 +279,6 @@ def decode(
     if workers is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
         workers = min(8, max(0, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
-    if workers < 0:
-        raise ValueError(f'workers={workers} is negative: give 0 to read images in this process.')
     workers = min(workers, math.ceil(len(indices) / _CHUNK))
     loader = DataLoader(
         _Images(source, protocol, indices, sizes), batch_size=_CHUNK, num_workers=workers, collate_fn=list,
@@ -325,11 +316,14 @@ def _end_with_parent(_: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def in_order(batches: Sequence[Embedded]) -> tuple[list[int], torch.Tensor]:
-    """Numbers of the images in ascending order, and their vectors."""
+def in_order(batches: Sequence[Embedded]) -> Embedded:
+    """Batches put together, by ascending number of the images."""
     indices = np.concatenate([batch.indices for batch in batches])
     order = np.argsort(indices)
-    return indices[order].tolist(), torch.cat([batch.vectors for batch in batches])[torch.from_numpy(order)]
+    sizes = [size for batch in batches for size in batch.sizes]
+    logits = None if batches[0].logits is None else torch.cat([batch.logits for batch in batches])[order]
+    return Embedded(indices[order], torch.cat([batch.vectors for batch in batches])[order], logits,
+                    [sizes[i] for i in order])
 
 
 def none_readable(number: int, reasons: Iterable[str]) -> str:

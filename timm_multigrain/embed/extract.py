@@ -1,11 +1,11 @@
 """Extraction in memory, or into a folder that can be interrupted at any time, by any number of processes.
 
-The list is cut into fixed shards, which are dealt to the processes of torchrun. Shards that exist and are
-whole, by their hash, are not made again.
+The list is cut into fixed shards, which are dealt to the processes of torchrun. Shards that exist and are whole, by
+their hash, are not made again.
 """
-import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
@@ -17,20 +17,19 @@ import timm
 import torch
 import torch.distributed as dist
 
-from timm_multigrain.images.sources import ImageSource, UnreadableImage, printable
+from timm_multigrain.files import printable
+from timm_multigrain.images.sources import ImageSource, UnreadableImage
 from timm_multigrain.models.config import json_p
 from timm_multigrain.models.open import weights_sha256
 from timm_multigrain.version import __version__
 
-from .embedder import Decoded, Embedder, embed_images, in_order, none_readable, progress_bar
+from .embedder import Embedder, in_order, none_readable
 from .protocol import Protocol
-from .shards import DamagedShard, Descriptors, Shard, read_manifest, read_shard, write_manifest, write_shard
+from .shards import DamagedShard, Descriptors, read_manifest, read_shard, write_manifest, write_shard
 
 __all__ = ['Extraction', 'extract', 'extract_shards', 'skipped_lines']
 
 _WAIT = timedelta(days=30)  # processes wait for the slowest one
-_COMPARED = {'model': 'model', 'protocol': 'protocol', 'images': 'list of images', 'settings': 'settings',
-             'shard_size': 'shard size', 'versions': 'versions'}
 
 
 @dataclass(frozen=True)
@@ -70,6 +69,7 @@ def extract(
         *,
         strict: bool = False,
         shard_size: int = 1024,
+        progress: bool = True,
         **extraction,
 ) -> Descriptors:
     """Descriptors of all images, in the order of the source.
@@ -81,24 +81,22 @@ def extract(
         out_dir: Folder to keep them in, see `extract_shards`; in memory only if None.
         strict: Stop at the first image that cannot be read instead of leaving it out.
         shard_size: Images of a file in the folder.
-        **extraction: As of `embed_images`: batch_size, workers, device, dtype, descriptor, dim, fast, progress.
+        progress: Show a bar if stderr is a terminal.
+        **extraction: As of `Embedder`: batch_size, workers, device, dtype, descriptor, dim, fast.
 
     Raises:
         UnreadableImage: With ``strict``.
         ValueError: No image could be read, or as `extract_shards`.
     """
     if out_dir is not None:
-        extract_shards(model, source, protocol, out_dir, strict=strict, shard_size=shard_size, **extraction)
+        extract_shards(model, source, protocol, out_dir, strict=strict, shard_size=shard_size, progress=progress,
+                       **extraction)
         return Descriptors.load(out_dir)
-    skipped = {}
-    batches = list(embed_images(
-        model, source, protocol, errors='raise' if strict else 'skip', on_error=skipped.__setitem__, **extraction))
-    if not batches:
-        raise ValueError(none_readable(len(source), skipped.values()))
-    indices, vectors = in_order(batches)
-    return Descriptors(
-        tuple(source.names[i] for i in indices), vectors, {source.names[i]: skipped[i] for i in sorted(skipped)},
-        {'protocol': protocol.to_dict()})
+    embedder = Embedder(model, protocol, **extraction)
+    found, = _embed_stretches(embedder, source, [range(len(source))], strict, progress)
+    if not len(found):
+        raise ValueError(none_readable(len(source), found.skipped.values()))
+    return Descriptors(found.names, found.vectors, found.skipped, {'protocol': protocol.to_dict()})
 
 
 def extract_shards(
@@ -119,15 +117,11 @@ def extract_shards(
     of them return when all shards are done.
 
     Args:
-        model: Model.
-        source: Images.
-        protocol: Size, crop, scales, flip.
+        model, source, protocol, strict, progress: As of `extract`.
         out_dir: Folder, made if missing.
-        strict: Stop at the first image that cannot be read instead of leaving it out.
         shard_size: Images of a shard: what a killed process loses at most.
-        progress: Show a bar if stderr is a terminal.
         device: Where the model runs; where it is by default.
-        **extraction: batch_size, workers, dtype, descriptor, dim and fast of `embed_images`.
+        **extraction: batch_size, workers, dtype, descriptor, dim and fast of `Embedder`.
 
     Raises:
         UnreadableImage: With ``strict``.
@@ -143,40 +137,26 @@ def extract_shards(
         embedder = Embedder(model, protocol, device=device, **extraction)
         manifest = _manifest(embedder, source, shard_size)
         todo = agree(lambda: _prepare(folder, manifest))[rank::world]
+        stretches = [range(len(source))[number * shard_size:(number + 1) * shard_size] for number in todo]
         title = 'Embedding' if world == 1 else f'Embedding (process 1 of {world})'
-        with progress_bar(sum(len(_stretch(manifest, n)) for n in todo), progress and rank == 0, title) as bar:
-            for number, shard in _make(embedder, source, manifest, todo, strict, bar):
+        shards = _embed_stretches(embedder, source, stretches, strict, progress and rank == 0, title)
+        with closing(shards):
+            for number, shard in zip(todo, shards, strict=True):
                 write_shard(folder, number, manifest, shard)
         return agree(lambda: _finish(folder, manifest, strict))
 
 
-def _make(embedder: Embedder, source: ImageSource, manifest: dict, todo: Sequence[int], strict: bool,
-          bar) -> Iterator[tuple[int, Shard]]:
-    """The shards of these numbers, all read by the same workers."""
-    def skip(item: Decoded) -> None:
-        if strict:
-            raise UnreadableImage(item.message)
-        skipped[item.index] = item.message
-        bar.update()
-
-    if not todo:
-        return
-    stream = embedder.decode(source, [i for number in todo for i in _stretch(manifest, number)])
-    with embedder.evaluating(), contextlib.closing(stream):
-        for number in todo:
-            batches, skipped = [], {}
-            for batch in embedder.embed(islice(stream, len(_stretch(manifest, number))), skip):
-                batches.append(batch)
-                bar.update(len(batch.indices))
-            rows, vectors = in_order(batches) if batches else ([], torch.empty(0, embedder.width))
-            yield number, Shard(
+def _embed_stretches(embedder: Embedder, source: ImageSource, stretches: Sequence[range], strict: bool, progress: bool,
+                     title: str = 'Embedding') -> Iterator[Descriptors]:
+    """Descriptors of the images of each stretch of numbers, all read by the same workers."""
+    stream = embedder.decode(source, [i for stretch in stretches for i in stretch], progress, title)
+    with embedder.evaluating(), closing(stream):
+        for stretch in stretches:
+            skipped = {}
+            batches = list(embedder.embed(islice(stream, len(stretch)), None if strict else skipped.__setitem__))
+            rows, vectors = in_order(batches)[:2] if batches else ((), torch.empty(0, embedder.width))
+            yield Descriptors(
                 tuple(source.names[i] for i in rows), vectors, {source.names[i]: skipped[i] for i in sorted(skipped)})
-
-
-def _stretch(manifest: dict, number: int) -> range:
-    """The images of a shard."""
-    size = manifest['shard_size']
-    return range(number * size, min((number + 1) * size, manifest['images']['number']))
 
 
 def _manifest(embedder: Embedder, source: ImageSource, shard_size: int) -> dict:
@@ -204,10 +184,12 @@ def _prepare(folder: Path, manifest: dict) -> list[int]:
         folder.mkdir(parents=True, exist_ok=True)
         write_manifest(folder, manifest)
         return list(range(manifest['shards']))
-    for part, title in _COMPARED.items():
-        if found.get(part) != manifest[part]:
-            raise ValueError(f'{printable(folder)} holds descriptors of other {title} '
-                             f'({_difference(found.get(part), manifest[part])}): name another folder, or delete it.')
+    was, now = _flat(found), _flat(manifest)
+    differing = [name for name in {**now, **was} if was.get(name) != now.get(name)]
+    if differing:
+        name = differing[0]
+        raise ValueError(f'{printable(folder)} holds descriptors of another extraction ({printable(name)} '
+                         f'{printable(str(was.get(name)))}, now {now.get(name)}): name another folder, or delete it.')
     todo = []
     for number in range(manifest['shards']):
         try:
@@ -217,11 +199,10 @@ def _prepare(folder: Path, manifest: dict) -> list[int]:
     return todo
 
 
-def _difference(found: Any, wanted: Any) -> str:
-    if not isinstance(found, dict) or not isinstance(wanted, dict):
-        return f'{printable(str(found))}, now {wanted}'
-    key = next(key for key in {**wanted, **found} if found.get(key, 'not given') != wanted.get(key, 'not given'))
-    return f'{printable(key)} {printable(str(found.get(key, "not given")))}, now {wanted.get(key, "not given")}'
+def _flat(manifest: dict) -> dict[str, Any]:
+    """A manifest's settings by name, such as 'protocol size'."""
+    parts = {part: value if isinstance(value, dict) else {'': value} for part, value in manifest.items()}
+    return {f'{part} {name}'.strip(): repr(value) for part, values in parts.items() for name, value in values.items()}
 
 
 def _finish(folder: Path, manifest: dict, strict: bool) -> Extraction:
@@ -229,7 +210,7 @@ def _finish(folder: Path, manifest: dict, strict: bool) -> Extraction:
         path.unlink(missing_ok=True)
     number, skipped = 0, {}
     for shard in (read_shard(folder, n, manifest) for n in range(manifest['shards'])):
-        number += len(shard.names)
+        number += len(shard)
         skipped.update(shard.skipped)
     if strict and skipped:
         raise UnreadableImage(next(iter(skipped.values())))
@@ -238,7 +219,7 @@ def _finish(folder: Path, manifest: dict, strict: bool) -> Extraction:
     return Extraction(folder, number, manifest['settings']['components'], skipped)
 
 
-@contextlib.contextmanager
+@contextmanager
 def _processes(device: Any) -> Iterator[tuple[int, int, Callable, Any]]:
     """Rank, number of processes, a way to run something in the first one for all, and this process's device."""
     started = dist.is_available() and dist.is_initialized()

@@ -15,12 +15,11 @@ from torch import nn
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.multigrain import MultiGrain
 
-__all__ = ['POOLINGS', 'SUMS', 'System', 'Systems', 'UnitPool', 'choose_systems', 'pooled_by', 'with_own_head']
+__all__ = ['POOLINGS', 'SUMS', 'System', 'Systems', 'UnitPool', 'choose_systems', 'with_own_head']
 
-POOLINGS = ('gem', 'mac', 'spoc', 'rmac', 'crow', 'avg')
+POOLINGS = {'gem': 'GeM', 'mac': 'MAC', 'spoc': 'SPoC', 'rmac': 'R-MAC', 'crow': 'CroW', 'avg': 'average'}
 SUMS = ('spoc', 'rmac', 'crow')  # over positions or regions, of which there are more in a larger image
-_SHOWN = {'mac': 'MAC', 'spoc': 'SPoC', 'rmac': 'R-MAC', 'crow': 'CroW', 'avg': 'average'}
-_P = {'mac': 'inf', 'spoc': 1.0, 'avg': 1.0}
+_EXPONENTS = {'mac': 'inf', 'spoc': 1.0, 'avg': 1.0}
 
 
 @dataclass(frozen=True)
@@ -41,16 +40,16 @@ class System:
     @property
     def exponent(self) -> float | str | None:
         """The p of GeM that the pooling is, up to a factor: 1 for averages, 'inf' for the maximum."""
-        return 'inf' if self.p == math.inf else _P.get(self.pooling, self.p)
+        return 'inf' if self.p == math.inf else _EXPONENTS.get(self.pooling, self.p)
 
     @property
     def name(self) -> str:
         """The pooling as papers write it."""
-        return _SHOWN.get(self.pooling, 'GeM')
+        return POOLINGS.get(self.pooling, 'GeM')
 
     def __str__(self) -> str:
-        name = self.name if self.pooling != 'gem' or self.p is None else f'{self.name} p={self.p:g}'
-        return name if self.whitening is None else f'{name}, whitened {self.whitening}'
+        p = f' p={self.p:g}' if self.pooling == 'gem' and self.p is not None else ''
+        return self.name + p + ('' if self.whitening is None else f', whitened {self.whitening}')
 
 
 def choose_systems(model: MultiGrain, poolings: Sequence[str] = (), exponents: Sequence[float] = ()) -> list[System]:
@@ -67,24 +66,22 @@ def choose_systems(model: MultiGrain, poolings: Sequence[str] = (), exponents: S
     own = _own(model)
     if not poolings and not exponents:
         return [own]
+    poolings, exponents = list(dict.fromkeys(poolings)) or ['gem'], list(dict.fromkeys(exponents))
     for name in poolings:
         if name not in POOLINGS:
             raise ValueError(f'Unknown pooling {name!r}: take {", ".join(POOLINGS)}.')
     for p in exponents:
         if not p > 0:
             raise ValueError(f'p = {p} cannot be an exponent: it has to be above 0.')
-    poolings = list(dict.fromkeys(poolings)) or ['gem']
     if exponents and 'gem' not in poolings:
         raise ValueError(f'p is the exponent of gem, and the poolings are {", ".join(poolings)}: add gem.')
-    exponents = list(dict.fromkeys(exponents)) or [own.p or 3.0]
-    return [System(name, p) for name in poolings for p in (exponents if name == 'gem' else [None])]
+    return [System(name, p) for name in poolings
+            for p in ((exponents or [own.p or 3.0]) if name == 'gem' else [None])]
 
 
 def _own(model: MultiGrain) -> System:
-    p = model.gem_p
-    return System(
-        pooling=model.global_pool, p=p if isinstance(p, float) else None,
-        whitening=model.embed_dim if model.whitened else None, own=True)
+    return System(model.global_pool, model.gem_p if isinstance(model.gem_p, float) else None,
+                  model.embed_dim if model.whitened else None, own=True)
 
 
 class Systems(nn.Module):
@@ -92,7 +89,7 @@ class Systems(nn.Module):
 
     Args:
         systems: What each head computes.
-        models: A model for each, all with the same trunk, see `pooled_by`.
+        models: A model for each, all with the same trunk.
     """
     num_classes, whitened = 0, False
 
@@ -107,8 +104,20 @@ class Systems(nn.Module):
 
     @classmethod
     def of(cls, model: MultiGrain, systems: Sequence[System]) -> 'Systems':
-        """A model pooled in several ways; errors as of `pooled_by`."""
-        return cls(systems, [pooled_by(model, system) for system in systems])
+        """A model pooled in several ways.
+
+        Raises:
+            ValueError: The model has a whitening, which was fitted for its own pooling, and a system is another.
+        """
+        models = [with_own_head(model) for _ in systems]
+        for system, other in zip(systems, models, strict=True):
+            if model.whitened and not system.own:
+                raise ValueError(f'The model is whitened for its own pooling ({_own(model)}), not for {system}: '
+                                 'evaluate it as it is, or take the model without whitening and fit one to each.')
+            if not system.own:
+                name = f'gem{float(system.p)}' if system.pooling == 'gem' else system.pooling
+                other.head.reset_pool(name, **get_device_dtype(model))
+        return cls(systems, models)
 
     def __len__(self) -> int:
         return len(self.systems)
@@ -117,12 +126,9 @@ class Systems(nn.Module):
         """As the model's."""
         return self.models[0].forward_features(x)
 
-    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
         """The map to the embeddings side by side, (N, embed_dim)."""
         return torch.cat([head(x, pre_logits=True) for head in self.heads], 1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.forward_head(self.forward_features(x))
 
     def take(self, embeddings: torch.Tensor, number: int, normalize: bool = True) -> torch.Tensor:
         """One system's columns of embeddings side by side, L2-normalised or as they are."""
@@ -146,21 +152,4 @@ def with_own_head(model: MultiGrain) -> MultiGrain:
     """A model with the same trunk and a copy of the head."""
     other = copy.copy(model)
     other._modules = {**model._modules, 'head': copy.deepcopy(model.head)}
-    return other
-
-
-def pooled_by(model: MultiGrain, system: System) -> MultiGrain:
-    """A model with the same trunk and a head that pools as the system does.
-
-    Raises:
-        ValueError: The model has a whitening, which was fitted for its own pooling, and the system is another.
-    """
-    other = with_own_head(model)
-    if system.own:
-        return other
-    if model.whitened:
-        raise ValueError(f'The model is whitened for its own pooling ({_own(model)}), not for {system}: evaluate it as '
-                         'it is, or take the model without whitening and fit one to each.')
-    name = f'gem{float(system.p)}' if system.pooling == 'gem' else system.pooling
-    other.head.reset_pool(name, **get_device_dtype(model))
     return other

@@ -10,18 +10,21 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
 from timm_multigrain.files import printable
 from timm_multigrain.images.pixels import decode
-from timm_multigrain.images.transforms import create_eval_transform
+from timm_multigrain.images.transforms import check_size, filter_of
 from timm_multigrain.models.config import fitted, json_p, whitened_for
 from timm_multigrain.models.trunk import InputSizes
 
 __all__ = ['MS_SCALES', 'Protocol', 'check_fitted']
 
 MS_SCALES = (1., 2 ** -0.5, 0.5)
+_KINDS = ('crop', 'longer-side', 'thumbnail')
+_CROP_MODES = ('center', 'squash', 'border')
 _LONGEST = 32  # times the shorter side: what a centre crop has no use for
 
 
@@ -60,9 +63,15 @@ class Protocol:
     def __post_init__(self):
         if self.kind == 'thumbnail':
             object.__setattr__(self, 'interpolation', 'lanczos')
-        self._transform()  # its errors
         for name in ('scales', 'mean', 'std'):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
+        check_size(self.size)
+        filter_of(self.interpolation)
+        for name, value, known in (('kind', self.kind, _KINDS), ('crop_mode', self.crop_mode, _CROP_MODES)):
+            if value not in known:
+                raise ValueError(f'{name} is {value!r}: give one of {", ".join(known)}.')
+        if not 0 < self.crop_pct <= self.size:
+            raise ValueError(f'crop_pct is {self.crop_pct}: give a number above 0, such as 0.875.')
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):
             raise ValueError(f'scales are {self.scales}: give factors above 0, such as 1 0.7071 0.5')
 
@@ -84,12 +93,11 @@ class Protocol:
         return cls(**{k: v for k, v in values.items() if v is not None})
 
     def __str__(self) -> str:
-        name = f'longer side {self.size}, smaller images enlarged'
-        if self.kind == 'thumbnail':
-            name = f'longer side at most {self.size} (thumbnail), smaller images as they are'
-        if self.kind == 'crop':
-            name = f'crop {self.size}' + f', crop_pct {self.crop_pct:g}' * (self.crop_pct != 0.875)
-            name += f', {self.crop_mode}' * (self.crop_mode != 'center')
+        name = {
+            'longer-side': f'longer side {self.size}, smaller images enlarged',
+            'thumbnail': f'longer side at most {self.size} (thumbnail), smaller images as they are',
+            'crop': f'crop {self.size}' + f', crop_pct {self.crop_pct:g}' * (self.crop_pct != 0.875)
+                    + f', {self.crop_mode}' * (self.crop_mode != 'center')}[self.kind]
         name += f', {self.interpolation}' * (self.interpolation != 'bilinear')
         if self.scales != (1.,):
             name += ', scales ' + ' '.join(f'{scale:.4g}' for scale in self.scales)
@@ -98,6 +106,10 @@ class Protocol:
     def to_dict(self) -> dict:
         """Its attributes as JSON has them."""
         return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
+
+    def transform(self, image: Image.Image) -> torch.Tensor:
+        """PIL image to normalised float32 (3, H, W)."""
+        return self.normalize(self.pixels(image))
 
     def pixels(
             self,
@@ -113,26 +125,29 @@ class Protocol:
             sizes: The model's; an image of another size is resized to the nearest of them, without a crop at once.
         """
         image = given = decode(image, self.exif)
+        mode = T.InterpolationMode(self.interpolation)
         if self.kind == 'thumbnail':
             side = max(1, self.size * max(image.size) / max(whole or image.size))
             image = image.copy()
             image.thumbnail((side, side), Image.Resampling.LANCZOS)
+        elif self.kind == 'longer-side':
+            sides = [max(1, self.size * side // max(image.size)) for side in (image.height, image.width)]
+            image = T.functional.resize(image, sides, mode)
         else:
-            if self.kind == 'crop' and self.crop_mode == 'center':
-                image = _cut_long_ends(image)
-            image = T.Compose(self._transform().transforms[:-2])(image)  # up to ToTensor
+            image = self._crop(_cut_long_ends(image) if self.crop_mode == 'center' else image)
         if sizes is not None:
             height, width = sizes.nearest(image.height, image.width)
             if (width, height) != image.size:
-                interpolation = T.InterpolationMode(self.interpolation)
-                image = T.functional.resize(image if self.kind == 'crop' else given, [height, width], interpolation)
+                image = T.functional.resize(image if self.kind == 'crop' else given, [height, width], mode)
         # the layout decides which convolution runs, and so the last bits of the result
         return T.functional.pil_to_tensor(image).contiguous()
 
-    def _transform(self) -> T.Compose:
-        kind = 'longer-side' if self.kind == 'thumbnail' else self.kind
-        return create_eval_transform(
-            self.size, kind, self.mean, self.std, self.crop_pct, self.interpolation, self.crop_mode)
+    def _crop(self, image: Image.Image) -> Image.Image:
+        """timm's transform, up to the conversion to a tensor."""
+        transform = create_transform(
+            (3, self.size, self.size), crop_pct=self.crop_pct, crop_mode=self.crop_mode, mean=self.mean,
+            interpolation=self.interpolation, normalize=False)
+        return T.Compose(transform.transforms[:-1])(image)
 
     def normalize(self, pixels: torch.Tensor) -> torch.Tensor:
         """(..., 3, H, W) uint8 to float32, as ToTensor and Normalize do."""
@@ -171,12 +186,12 @@ def check_fitted(model: torch.nn.Module, protocol: Protocol) -> str | None:
     settings = fitted(model, 'whitening')
     if settings is None or not getattr(model, 'whitened', False):
         return None
-    here = protocol.to_dict()
-    differing = [f'{name} {printable(str(was))} there, {here[name]} here' for name, was in whitened_for(model).items()
+    here = {**protocol.to_dict(), 'p': json_p(model.gem_p)}
+    there = whitened_for(model)
+    if isinstance(model.gem_p, float) and settings.get('p') is not None:
+        there['p'] = settings['p']
+    differing = [f'{name} {printable(str(was))} there, {here[name]} here' for name, was in there.items()
                  if was != here[name]]
-    p = model.gem_p
-    if isinstance(p, float) and settings.get('p') not in (None, json_p(p)):
-        differing.append(f'p {printable(str(settings["p"]))} there, {p} here')
     if not differing:
         return None
     return f'The whitening was fitted for other settings ({"; ".join(differing)}): whiten the model again for these.'

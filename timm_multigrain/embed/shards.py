@@ -11,18 +11,16 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import safetensors
 import torch
 from safetensors.torch import save
 
-from timm_multigrain.files import check_json, fsync, parse_json, read_json, write_bytes, write_text
-from timm_multigrain.images.sources import printable
+from timm_multigrain.files import check_json, fsync, parse_json, printable, read_json, write_bytes, write_text
 
 __all__ = [
-    'DamagedShard', 'Descriptors', 'Shard', 'iter_shards', 'read_manifest', 'read_shard', 'shard_path',
-    'write_manifest', 'write_shard']
+    'DamagedShard', 'Descriptors', 'iter_shards', 'read_manifest', 'read_shard', 'shard_path', 'write_manifest',
+    'write_shard']
 
 MANIFEST = 'manifest.json'
 FORMAT = {'format': 'timm_multigrain descriptors', 'format_version': 1}
@@ -60,37 +58,27 @@ class Descriptors:
             FileExistsError: The folder holds other things.
             ValueError: A shard is missing or damaged.
         """
-        manifest = _manifest(folder)
-        shards = [read_shard(folder, number, manifest) for number in range(manifest['shards'])]
-        skipped = {name: reason for shard in shards for name, reason in shard.skipped.items()}
-        names = tuple(name for shard in shards for name in shard.names)
-        return cls(names, torch.cat([shard.vectors for shard in shards]), skipped, manifest)
+        manifest = read_manifest(folder)
+        shards = list(_read_shards(folder, manifest))
+        return cls(
+            tuple(name for shard in shards for name in shard.names), torch.cat([shard.vectors for shard in shards]),
+            {name: reason for shard in shards for name, reason in shard.skipped.items()}, manifest)
 
 
 def iter_shards(folder: str | os.PathLike) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
     """(names, vectors) of the descriptors in a folder, one checked shard at a time; errors as of `Descriptors.load`."""
-    manifest = _manifest(folder)
-    for number in range(manifest['shards']):
-        shard = read_shard(folder, number, manifest)
+    for shard in _read_shards(folder, read_manifest(folder)):
         yield shard.names, shard.vectors
 
 
-def _manifest(folder: str | os.PathLike) -> dict:
-    manifest = read_manifest(folder)
+def _read_shards(folder: str | os.PathLike, manifest: dict | None) -> Iterator[Descriptors]:
     if manifest is None:
         raise FileNotFoundError(f'{printable(folder)} has no descriptors: write them with timm-multigrain embed.')
-    return manifest
+    return (read_shard(folder, number, manifest) for number in range(manifest['shards']))
 
 
 class DamagedShard(ValueError):
     """A shard that is missing, damaged, or of another extraction."""
-
-
-class Shard(NamedTuple):
-    """Some of the descriptors: names and (n, D) float32 vectors, and why images were skipped."""
-    names: tuple[str, ...]
-    vectors: torch.Tensor
-    skipped: dict[str, str]
 
 
 def shard_path(folder: str | os.PathLike, number: int) -> Path:
@@ -103,22 +91,21 @@ def write_manifest(folder: str | os.PathLike, manifest: dict) -> None:
 
 
 def read_manifest(folder: str | os.PathLike) -> dict | None:
-    """The manifest of a folder; None if it does not exist or is empty.
+    """The manifest of a folder; None if the folder does not exist or is empty.
 
     Raises:
         FileExistsError: The path is a file, or a folder that holds other things than descriptors.
     """
     folder = Path(folder)
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if not folder.exists():
         return None
     try:
         manifest = read_json(folder / MANIFEST)
         check_json(manifest, {}, MANIFEST)
         if {key: manifest.pop(key, None) for key in FORMAT} == FORMAT:
             check_json(manifest, _FORM, MANIFEST)
-            if manifest['shards'] < 1:
-                raise ValueError('it has no shards')
-            return manifest
+            if manifest['shards'] > 0:
+                return manifest
         reason = 'its manifest.json is of something else, or of another version'
     except FileNotFoundError:
         if all(path.name.startswith(f'.{MANIFEST}-') for path in folder.iterdir()):  # killed while it was written
@@ -129,42 +116,38 @@ def read_manifest(folder: str | os.PathLike) -> dict | None:
     raise FileExistsError(f'{printable(folder)} has no descriptors, {reason}: name another folder.')
 
 
-def write_shard(folder: str | os.PathLike, number: int, manifest: dict, shard: Shard) -> None:
+def write_shard(folder: str | os.PathLike, number: int, manifest: dict, shard: Descriptors) -> None:
     names = {'names': shard.names, 'skipped': shard.skipped}
     header = {**names, 'sha256': _digest(manifest, number, names, shard.vectors)}
     write_bytes(shard_path(folder, number), save({'vectors': shard.vectors}, metadata={'shard': json.dumps(header)}))
     fsync(folder)
 
 
-def read_shard(folder: str | os.PathLike, number: int, manifest: dict) -> Shard:
+def read_shard(folder: str | os.PathLike, number: int, manifest: dict) -> Descriptors:
     """A shard, checked.
 
     Raises:
         DamagedShard: It is missing, damaged, or of another extraction.
     """
     path = shard_path(folder, number)
-    again = 'run the same extraction again, it makes the shard anew.'
     try:
         with safetensors.safe_open(path, framework='pt') as file:
             header = parse_json(file.metadata()['shard'])
             vectors = file.get_tensor('vectors')
         check_json(header, {'names': [str], 'skipped': {str: str}, 'sha256': str}, 'shard')
         names = {'names': header['names'], 'skipped': header['skipped']}
-        form = len(names['names']), manifest['settings']['components']
-        if vectors.dtype != torch.float32 or vectors.shape != form:
-            raise ValueError(f'it has {vectors.dtype} of shape {tuple(vectors.shape)} for {form[0]} names')
-    except FileNotFoundError:
-        raise DamagedShard(f'{printable(path)} is missing: {again}') from None
+        if vectors.dtype != torch.float32 or vectors.shape != (len(names['names']), manifest['settings']['components']):
+            raise ValueError(f'{vectors.dtype} of shape {tuple(vectors.shape)} for {len(names["names"])} names')
+        if header['sha256'] != _digest(manifest, number, names, vectors):
+            raise ValueError('another hash')
     except Exception as e:  # whatever a damaged header leads to
-        raise DamagedShard(f'{printable(path)} cannot be read ({type(e).__name__}: {e}): {again}') from e
-    if header['sha256'] != _digest(manifest, number, names, vectors):
-        raise DamagedShard(f'{printable(path)} is damaged or of another extraction: {again}')
-    return Shard(tuple(header['names']), vectors, header['skipped'])
+        reason = 'is missing' if isinstance(e, FileNotFoundError) else f'cannot be read ({type(e).__name__}: {e})'
+        raise DamagedShard(f'{printable(path)} {reason}: run the same extraction again, which makes it anew.') from e
+    return Descriptors(tuple(header['names']), vectors, header['skipped'])
 
 
 def _digest(manifest: dict, number: int, names: dict, vectors: torch.Tensor) -> str:
     """SHA-256 of a shard's content and of what it belongs to."""
     digest = hashlib.sha256(json.dumps([manifest, number, names, list(vectors.shape), str(vectors.dtype)]).encode())
-    if vectors.numel():
-        digest.update(memoryview(vectors.contiguous().numpy()).cast('B'))
+    digest.update(vectors.contiguous().numpy().tobytes())
     return digest.hexdigest()

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-from timm_multigrain.files import check_json, read_json, read_lines, write_text
+from timm_multigrain.files import check_json, printable, read_json, read_lines, write_text
 
-from .sources import ImageFiles, find_images, printable
-from .subset import Subset
+from .sources import ImageFiles, Subset, find_images
 
 __all__ = [
     'class_names', 'find_classes', 'first_of_each', 'match_classes', 'open_classes', 'read_class_names',
@@ -19,6 +18,7 @@ __all__ = [
 NAMES_FILE = 'class_names.json'
 _IMAGENET = {1000: 'imagenet-1k', 12000: 'imagenet-12k', 21841: 'imagenet-22k', 11221: 'imagenet-21k-miil'}
 _SPLITS = {'train': ('train', 'training'), 'validation': ('val', 'validation', 'test')}
+_GIVE_MAP = 'give a class map, a text file with the folder of each class, one per line.'
 
 
 def class_names(folders: Iterable[str]) -> list[str]:
@@ -30,7 +30,7 @@ def class_names(folders: Iterable[str]) -> list[str]:
 
 
 def _timm_order(name: str) -> list[str | int]:
-    return [int(part) if i % 2 else part for i, part in enumerate(re.split(r'(\d+)', name.lower()))]
+    return [int(text) if i % 2 else text for i, text in enumerate(re.split(r'(\d+)', name.lower()))]
 
 
 def write_class_names(folder: str | os.PathLike, names: Sequence[str]) -> Path:
@@ -63,8 +63,7 @@ def find_classes(folder: str | os.PathLike) -> ImageFiles:
         FileNotFoundError: Folder not found.
         ValueError: The folder has no subfolders with images.
     """
-    found = find_images(folder)
-    names = [name for name in found.names if '/' in name]
+    names = [name for name in find_images(folder).names if '/' in name]
     if not names:
         raise ValueError(f'{printable(folder)} has no folders of classes with images in them.')
     of_each = [name.split('/')[-2] for name in names]
@@ -80,7 +79,7 @@ def open_classes(
         split: str | None = None,
         class_map: str | os.PathLike | None = None,
 ) -> Subset:
-    """Images of a folder with a subfolder for each class.
+    """Images of a folder with a subfolder for each class, labelled with the rows of a model's classifier.
 
     Args:
         data: The folder, or one that holds it as its 'train', 'val', 'validation' or 'test'.
@@ -93,7 +92,12 @@ def open_classes(
         FileNotFoundError: Folder not found.
         ValueError: A class folder without images, or folders that do not match the model's classes.
     """
-    root = _find_split(Path(os.fsdecode(data)), split)
+    root = Path(os.fsdecode(data))
+    if split is not None and root.is_dir():
+        found = [root / name for name in _SPLITS.get(split, (split,)) if (root / name).is_dir()]
+        if not found and split not in _SPLITS:
+            raise FileNotFoundError(f'{printable(root)} has no subfolder {split}.')
+        root = found[0] if found else root
     source = find_classes(root)
     folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.')}
     empty = class_names(folders - {name.partition('/')[0] for name in source.names})
@@ -102,16 +106,6 @@ def open_classes(
                          f'{printable(empty[0])}. Fill or remove them.')
     rows = match_classes(model, source.class_names, class_map)
     return Subset(source, range(len(source)), [rows[label] for label in source.labels])
-
-
-def _find_split(root: Path, split: str | None) -> Path:
-    if split is None or not root.is_dir():
-        return root
-    names = _SPLITS.get(split, (split,))
-    found = next((root / name for name in names if (root / name).is_dir()), None)
-    if found is None and split not in _SPLITS:
-        raise FileNotFoundError(f'{printable(root)} has no subfolder {split}.')
-    return found or root
 
 
 def match_classes(
@@ -139,38 +133,35 @@ def match_classes(
         known, origin = _read_class_map(class_map, model.num_classes), f'class map {printable(class_map)}'
     else:
         known, origin = _known_names(model, folders)
+    if known is None and len(folders) != model.num_classes:
+        raise ValueError(f'{len(folders)} class folders ({_some(folders)}) for a model of {model.num_classes} classes, '
+                         f'and nothing says which they are: {_GIVE_MAP}')
     if known is None:
-        if len(folders) == model.num_classes:
-            return _by_order(folders)
-        raise ValueError(
-            f'{len(folders)} class folders ({_some(folders)}) for a model of {model.num_classes} classes, and '
-            'nothing says which they are: give a class map, a text file with the folder of each class, one per line.')
+        known = _by_order(folders)
     unknown = [name for name in folders if name not in known]
     if unknown:
         raise ValueError(f'{len(unknown)} of {len(folders)} class folders, such as {printable(unknown[0])}, are not '
-                         f'classes of the {origin} ({_some(list(known))}): give a class map, a text file with the '
-                         'folder of each class, one per line.')
+                         f'classes of the {origin} ({_some(list(known))}): {_GIVE_MAP}')
     return [known[name] for name in folders]
 
 
-def _by_order(names: Sequence[str]) -> list[int]:
+def _by_order(names: Sequence[str]) -> dict[str, int]:
     first = {}
     for name in names:
         same = first.setdefault(tuple(_timm_order(name)), name)
         if same != name:
             raise ValueError(f'timm has no fixed order of the classes {printable(same)} and {printable(name)}: rename '
-                             'one before training, or give a class map, a text file with the folder of each class, a '
-                             'line each.')
-    rows = {name: row for row, name in enumerate(class_names(names))}
-    return [rows[name] for name in names]
+                             f'one before training, or {_GIVE_MAP}')
+    return {name: row for row, name in enumerate(class_names(names))}
 
 
 def _known_names(model: torch.nn.Module, folders: Sequence[str]) -> tuple[dict[str, int] | None, str]:
-    cfg = getattr(model, 'pretrained_cfg', None) or {}
-    names = cfg.get('label_names')
+    names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     if names:
-        names = {str(row): name for row, name in names.items()} if isinstance(names, dict) else names
-        check_json(list(names) if isinstance(names, tuple) else names, ([str], {str: str}), 'label_names of the model')
+        names = list(names) if isinstance(names, tuple) else names
+        if isinstance(names, dict):
+            names = {str(row): name for row, name in names.items()}
+        check_json(names, ([str], {str: str}), 'label_names of the model')
         rows = {str(name): int(row) for row, name in (names.items() if isinstance(names, dict) else enumerate(names))}
         if set(folders) <= set(rows) or model.num_classes not in _IMAGENET:
             return rows, 'model'
@@ -192,7 +183,7 @@ def _read_class_map(path: str | os.PathLike, num_classes: int) -> dict[str, int]
 
 
 def _some(names: Sequence[str]) -> str:
-    return ', '.join(printable(name) for name in names[:3]) + ', ...' * (len(names) > 3)
+    return ', '.join(map(printable, names[:3])) + ', ...' * (len(names) > 3)
 
 
 def first_of_each(source: ImageFiles | Subset, number: int) -> Subset:

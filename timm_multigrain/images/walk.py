@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from .pixels import is_image
+
 __all__ = ['EXTENSIONS', 'FoundFile', 'Scan', 'scan_folders']
 
 EXTENSIONS = frozenset({
     '.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
     '.pnm', '.jp2', '.j2k', '.avif', '.heic', '.heif', '.hif', '.jxl'})  # .jxl: found, and listed as not readable
-_SIGNATURES = (b'\xff\xd8\xff', b'\x89PNG\r\n\x1a\n', b'GIF87a', b'GIF89a', b'II*\0', b'MM\0*', b'BM')
-_BRANDS = (b'heic', b'heix', b'mif1', b'msf1', b'avif')
 
 
 class FoundFile(NamedTuple):
@@ -50,7 +50,7 @@ class Scan:
 def scan_folders(
         folders: Iterable[str | bytes | os.PathLike],
         leave_out: Iterable[bytes] = (),
-        skip: Callable[[bytes], bool] | None = None,
+        skip: Callable[[bytes], bool] = lambda folder: False,
         by_content: bool = False,
 ) -> Scan:
     """All image files below some folders.
@@ -76,13 +76,12 @@ def scan_folders(
 
 class _Walk:
 
-    def __init__(self, skip: Callable[[bytes], bool] | None, by_content: bool, seen: set):
+    def __init__(self, skip: Callable[[bytes], bool], by_content: bool, seen: set):
         self.skip, self.by_content, self.seen = skip, by_content, seen
-        self.scan, self.links, self.files = Scan(), [], set()
+        self.scan, self.links = Scan(), []
 
     def enter(self, root: int, folder: bytes, below: bytes = b'') -> None:
-        """Depth first with a list, not the stack: folders may be nested deeper than Python's calls."""
-        pending = [below]
+        pending = [below]  # a list, not the stack: folders may be nested deeper than Python's calls
         while pending:
             path = pending.pop()
             full = os.path.join(folder, path)
@@ -96,26 +95,33 @@ class _Walk:
             except OSError as e:
                 self.scan.unreadable[full] = e.strerror or str(e)
                 continue
-            if self.skip is not None and self.skip(full):
-                continue
-            inside = []
-            for entry in entries:
-                name = os.path.join(path, entry.name)
-                if entry.name.startswith(b'.'):
-                    continue
-                if entry.is_symlink():
-                    self.links.append((root, folder, name))
-                elif entry.is_dir():
-                    inside.append(name)
-                else:
-                    self._file(root, folder, name, entry.stat)
-            pending += reversed(inside)
+            if not self.skip(full):
+                pending += reversed([inner for entry in entries if (inner := self._look(root, folder, path, entry))])
+
+    def _look(self, root: int, folder: bytes, path: bytes, entry: os.DirEntry) -> bytes | None:
+        """Take a file, note a link; the path of a folder is returned."""
+        path = os.path.join(path, entry.name)
+        if entry.name.startswith(b'.'):
+            return None
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except FileNotFoundError:  # removed since it was listed
+            return None
+        except OSError as e:
+            self.scan.unreadable[os.path.join(folder, path)] = e.strerror or str(e)
+            return None
+        if stat.S_ISDIR(status.st_mode):
+            return path
+        if stat.S_ISLNK(status.st_mode):
+            self.links.append((root, folder, path))
+        else:
+            self._take(root, folder, path, status)
+        return None
 
     def follow_links(self) -> None:
         """Last, so that files found without a link keep that path; links to folders before links to files."""
         to_files = []
-        while self.links:
-            root, folder, path = self.links.pop(0)
+        for root, folder, path in self.links:  # which grows meanwhile
             full = os.path.join(folder, path)
             try:
                 status = os.stat(full)
@@ -127,36 +133,18 @@ class _Walk:
             else:
                 to_files.append((root, folder, path, status))
         for root, folder, path, status in to_files:
-            if _identity(status) not in self.files:
-                self._file(root, folder, path, lambda status=status: status)
+            if _identity(status) not in self.seen:
+                self._take(root, folder, path, status)
 
-    def _file(self, root: int, folder: bytes, path: bytes, stat_of: Callable[[], os.stat_result]) -> None:
-        try:
-            status = stat_of()
-        except FileNotFoundError:  # removed since it was listed
-            return
-        except OSError as e:
-            self.scan.unreadable[os.path.join(folder, path)] = e.strerror or str(e)
-            return
+    def _take(self, root: int, folder: bytes, path: bytes, status: os.stat_result) -> None:
         if not stat.S_ISREG(status.st_mode):
             return
         suffix = os.path.splitext(os.fsdecode(path))[1].lower()
-        if suffix in EXTENSIONS or (not suffix and self.by_content and _looks_like_image(os.path.join(folder, path))):
-            self.files.add(_identity(status))
+        if suffix in EXTENSIONS or (self.by_content and not suffix and is_image(os.path.join(folder, path))):
+            self.seen.add(_identity(status))
             self.scan.files.append(FoundFile(root, path, status.st_size, status.st_mtime_ns))
         else:
             self.scan.other += 1
-
-
-def _looks_like_image(path: bytes) -> bool:
-    """By the first bytes, for files without a suffix, such as those of caches and of some cameras."""
-    try:
-        with open(path, 'rb') as file:
-            start = file.read(16)
-    except OSError:
-        return False
-    return start.startswith(_SIGNATURES) or (start[:4] == b'RIFF' and start[8:12] == b'WEBP') or (
-        start[4:8] == b'ftyp' and start[8:12] in _BRANDS)
 
 
 def _identity(status: os.stat_result) -> tuple[int, int]:

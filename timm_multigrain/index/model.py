@@ -5,11 +5,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 
-from timm_multigrain.embed.embedder import Embedded, embed_images
+from timm_multigrain.embed.embedder import Embedded, embed_images, in_order
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import check_json, printable
 from timm_multigrain.images.sources import ImageSource, decode, read_image
@@ -170,11 +169,5 @@ def embed_queries(
     """
     if not len(images):
         raise ValueError('No picture to search for: give at least one.')
-    parts = list(embed_images(model, _Queries(images, crop), protocol, errors='raise', logits=model.num_classes > 0,
-                              workers=0, progress=False))
-    indices = np.concatenate([part.indices for part in parts])
-    order = np.argsort(indices)
-    sizes = [size for part in parts for size in part.sizes]
-    return Embedded(
-        indices[order], torch.cat([part.vectors for part in parts])[order],
-        torch.cat([part.logits for part in parts])[order] if model.num_classes else None, [sizes[i] for i in order])
+    return in_order(list(embed_images(
+        model, _Queries(images, crop), protocol, logits=model.num_classes > 0, workers=0, progress=False)))

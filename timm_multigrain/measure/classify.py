@@ -139,9 +139,9 @@ def validate(
         raise ValueError(f'The labels are {int(truth.min())} to {int(truth.max())}, and the model has '
                          f'{model.num_classes} classes.')
     rows, skipped = [], {}
+    on_error = None if strict else lambda i, reason: skipped.update({source.names[i]: reason})
     for out in embed_images(
-            model, source, protocol, descriptor=False, logits=True, errors='raise' if strict else 'skip',
-            on_error=lambda i, reason: skipped.update({source.names[i]: reason}), **extraction):
+            model, source, protocol, descriptor=False, logits=True, on_error=on_error, **extraction):
         wanted = truth[torch.from_numpy(out.indices)]
         if not torch.isfinite(out.logits).all():
             raise ValueError('The logits are not finite: the weights are damaged, or bfloat16 or float32 is needed.')

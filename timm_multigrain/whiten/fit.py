@@ -38,12 +38,13 @@ from timm_multigrain.models.save import save_pretrained
 from .pca import ROWS, StreamingPCA, oas_shrinkage
 
 __all__ = [
-    'WhitenedModel', 'WhiteningFit', 'fit_learned_whitening', 'fit_whitening', 'fold_whitening', 'matching_pairs',
-    'save_fitted', 'whiten_model', 'with_constant', 'work_folder']
+    'WhitenedModel', 'WhiteningFit', 'fit_whitening', 'fold_whitening', 'matching_pairs', 'save_fitted', 'whiten_model',
+    'with_constant', 'work_folder']
 
 CONSTANT = 1e-10  # of the largest variance: below it, directions hold the rounding of float32 embeddings
 NOTHING = 1e-20  # of |z| = 1
 CHECKED = 4096  # images that classification before and after is compared on
+PAIRS = 1000  # of a group of matching images
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,15 +90,17 @@ def fit_whitening(
         embeddings: torch.Tensor | Iterable[torch.Tensor],
         dim: int | None = None,
         shrinkage: float | str | None = None,
+        pairs: np.ndarray | Sequence[tuple[int, int]] | None = None,
 ) -> WhiteningFit:
-    """Fit PCA whitening, in memory independent of the number of images.
+    """Fit PCA whitening, in memory independent of the number of images, or a learned one.
 
     Args:
         embeddings: Pooled embeddings, not normalised: (n, C), or batches of them.
         dim: Number k of components kept, strongest first; C + 1 by default. With fewer, the classifier that is
             folded in sees the embedding without the others, and its logits become approximate.
         shrinkage: Share s in [0, 1] of (1 - s) covariance + s (mean variance) identity, or 'oas' to estimate it (Chen
-            et al. 2010). None: 0 with C + 2 images or more, as the original; 'oas', with a warning, with fewer.
+            et al. 2010). None: 0 with C + 2 images (or pairs) or more, as the original; 'oas' with fewer.
+        pairs: (m, 2) numbers of matching images to learn from, see `matching_pairs`; the embeddings are (n, C) then.
 
     Raises:
         ValueError: No images, images that are all alike, too few for a shrinkage of 0, or impossible arguments.
@@ -110,98 +113,31 @@ def fit_whitening(
         True
     """
     pca = _accumulate(embeddings)
-    dim = _check(dim, shrinkage, pca.dim)
-    if pca.count < 2:
-        raise ValueError(f'{pca.count} image is not enough: whitening needs at least {pca.dim + 1}.')
-    if shrinkage is None and pca.count <= pca.dim:  # the covariance of n images has rank n - 1
-        warnings.warn(f'{pca.count} images are fewer than the {pca.dim + 1} that a whitening of {pca.dim} channels '
-                      'needs: its covariance is shrunk towards the identity. Give more images.', stacklevel=2)
-    if shrinkage == 0 and dim > pca.count - 1:
-        raise ValueError(
-            f'{pca.count} images have {pca.count - 1} components, and {dim} are asked for: give at least '
-            f'{dim + 1} images, dim={pca.count - 1}, or leave shrinkage out.')
-    values, proj = pca.eigh()
-    if not values[0] > NOTHING:
-        raise ValueError(f'The {pca.count} images all have the same embedding: nothing to whiten.')
-    values, scale, constant, shrinkage = _scale(values, pca.count, shrinkage)
-    return WhiteningFit(pca.mean, (proj / scale)[:, :dim], values[:dim], pca.count,
-                        int(constant[:dim].sum()), shrinkage)
-
-
-def fit_learned_whitening(
-        embeddings: torch.Tensor,
-        pairs: np.ndarray | Sequence[tuple[int, int]],
-        dim: int | None = None,
-        shrinkage: float | str | None = None,
-) -> WhiteningFit:
-    """Fit a learned whitening.
-
-    Args:
-        embeddings: (n, C) pooled embeddings, not normalised.
-        pairs: (m, 2) numbers of matching images, see `matching_pairs`.
-        dim: Number of components kept, all C + 1 by default.
-        shrinkage: Share of the identity in the covariance of the differences. 'oas' estimates it (Chen et al.
-            2010). None: 0 with C + 2 pairs or more, 'oas' with fewer.
-
-    Raises:
-        ValueError: No pairs, pairs of unknown images, or pairs that do not differ.
-    """
-    pairs = torch.as_tensor(np.asarray(pairs))
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
-        raise ValueError(f'pairs have the shape {tuple(pairs.shape)}: give (m, 2) numbers of matching images.')
-    if pairs.min() < 0 or pairs.max() >= len(embeddings):
-        raise ValueError(f'pairs name images {int(pairs.min())} to {int(pairs.max())} of {len(embeddings)}.')
-    every = _accumulate(embeddings)
-    dim = _check(dim, shrinkage, every.dim)
-    within = StreamingPCA(every.dim, centered=False)
-    for some in pairs.split(ROWS):
-        within.update(with_constant(embeddings[some[:, 0]]) - with_constant(embeddings[some[:, 1]]))
+    if dim is not None and not 1 <= dim <= pca.dim:
+        raise ValueError(f'dim={dim}: an embedding of {pca.dim - 1} channels and the constant one has 1 to {pca.dim}.')
+    if not (shrinkage in (None, 'oas') or (isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1)):
+        raise ValueError(f"shrinkage={shrinkage!r}: give a share from 0 to 1, or 'oas'.")
+    if pairs is None:
+        _check_number(pca.count, dim or pca.dim, shrinkage, pca.dim)
+    within = pca if pairs is None else _differences(embeddings, pairs)
     values, vectors = within.eigh()
     if not values[0] > NOTHING:
-        raise ValueError(f'The {len(pairs)} matching pairs are of identical images: nothing to learn.')
-    _, scale, constant, shrinkage = _scale(values, len(pairs), shrinkage)
-    vectors = vectors / scale
-    ratios, turn = torch.linalg.eigh(vectors.T @ every.covariance() @ vectors)
+        what = 'images all have the same embedding' if pairs is None else 'matching pairs are of identical images'
+        raise ValueError(f'The {within.count} {what}: nothing to whiten.')
+    if shrinkage is None:
+        shrinkage = 'oas' if within.count <= pca.dim else 0.
+    if shrinkage == 'oas':
+        shrinkage = oas_shrinkage(values, within.count)
+    values = (1 - shrinkage) * values + shrinkage * values.mean()
+    constant = values <= CONSTANT * values[0]
+    # Scaling constant directions up would only add noise; the whitening has to stay invertible.
+    vectors = vectors / torch.where(constant, values[0], values).sqrt()
+    if pairs is not None:
+        values, turn = torch.linalg.eigh(vectors.T @ pca.covariance() @ vectors)
+        values, vectors = values.flip(0).clamp(min=0), vectors @ turn.flip(1)
     return WhiteningFit(
-        every.mean, (vectors @ turn.flip(1))[:, :dim], ratios.flip(0)[:dim].clamp(min=0), every.count,
-        int(constant.sum()), shrinkage, 'learned')
-
-
-def matching_pairs(groups: Sequence[int], most: int = 1000, seed: int = 0) -> np.ndarray:
-    """Pairs of images of the same group.
-
-    Args:
-        groups: Group of each image; images of negative groups match none.
-        most: Pairs of a group; of a larger one, as many are drawn.
-        seed: Of the draw.
-
-    Returns:
-        (m, 2) int64.
-
-    Raises:
-        ValueError: No two images are of one group.
-    """
-    groups = np.asarray(groups)
-    rng = np.random.default_rng(seed)
-    pairs = [np.empty((0, 2), dtype=np.int64)]
-    for group in np.unique(groups[groups >= 0]):
-        members = np.flatnonzero(groups == group)
-        size = len(members)
-        if size * (size - 1) // 2 <= most:
-            first, second = np.triu_indices(size, 1)
-        else:
-            first = rng.integers(0, size, most)
-            second = (first + rng.integers(1, size, most)) % size
-        pairs.append(np.stack([members[first], members[second]], 1))
-    pairs = np.concatenate(pairs)
-    if not len(pairs):
-        raise ValueError(f'No two of {len(groups)} images are of one group: learned whitening needs matching images.')
-    return pairs
-
-
-def with_constant(embeddings: torch.Tensor) -> torch.Tensor:
-    """(n, C) pooled embeddings e to (n, C + 1) float64 z = [e; 1] / |[e; 1]|, as the network computes them."""
-    return l2_normalize(F.pad(embeddings.cpu().double(), (0, 1), value=1.))
+        pca.mean, vectors[:, :dim], values[:dim], pca.count, int(constant[:dim].sum()), float(shrinkage),
+        'pca' if pairs is None else 'learned')
 
 
 def _accumulate(embeddings: torch.Tensor | Iterable[torch.Tensor]) -> StreamingPCA:
@@ -218,27 +154,61 @@ def _accumulate(embeddings: torch.Tensor | Iterable[torch.Tensor]) -> StreamingP
     return pca
 
 
-def _check(dim: int | None, shrinkage: float | str | None, most: int) -> int:
-    """The number of components, all by default."""
-    if dim is not None and not 1 <= dim <= most:
-        raise ValueError(f'dim={dim}: an embedding of {most - 1} channels and the constant one has '
-                         f'1 to {most}.')
-    number = isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1
-    if shrinkage is not None and shrinkage != 'oas' and not number:
-        raise ValueError(f"shrinkage={shrinkage!r}: give a share from 0 to 1, or 'oas'.")
-    return dim or most
+def _check_number(count: int, dim: int, shrinkage: float | str | None, most: int) -> None:
+    """Whether so many images are enough: the covariance of n has rank n - 1."""
+    if count < 2:
+        raise ValueError(f'{count} image is not enough: whitening needs at least {most + 1}.')
+    if shrinkage is None and count <= most:
+        warnings.warn(f'{count} images are fewer than the {most + 1} that a whitening of {most} channels needs: its '
+                      'covariance is shrunk towards the identity. Give more images.', stacklevel=3)
+    if shrinkage == 0 and dim > count - 1:
+        raise ValueError(f'{count} images have {count - 1} components, and {dim} are asked for: give at least '
+                         f'{dim + 1} images, dim={count - 1}, or leave shrinkage out.')
 
 
-def _scale(values: torch.Tensor, count: int, shrinkage: float | str | None) -> tuple:
-    """Shrunk eigenvalues, what to divide each direction by, which of them are constant, and the shrinkage."""
-    if shrinkage is None:
-        shrinkage = 'oas' if count <= len(values) else 0.
-    if shrinkage == 'oas':
-        shrinkage = oas_shrinkage(values, count)
-    values = (1 - shrinkage) * values + shrinkage * values.mean()
-    constant = values <= CONSTANT * values[0]
-    # Scaling constant directions up would only add noise; the whitening has to stay invertible.
-    return values, torch.where(constant, values[0], values).sqrt(), constant, float(shrinkage)
+def _differences(embeddings: torch.Tensor, pairs: np.ndarray | Sequence[tuple[int, int]]) -> StreamingPCA:
+    """Scatter of the differences of matching images."""
+    pairs = torch.as_tensor(np.asarray(pairs))
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
+        raise ValueError(f'pairs have the shape {tuple(pairs.shape)}: give (m, 2) numbers of matching images.')
+    if pairs.min() < 0 or pairs.max() >= len(embeddings):
+        raise ValueError(f'pairs name images {int(pairs.min())} to {int(pairs.max())} of {len(embeddings)}.')
+    within = StreamingPCA(embeddings.shape[1] + 1, centered=False)
+    for some in pairs.split(ROWS):
+        within.update(with_constant(embeddings[some[:, 0]]) - with_constant(embeddings[some[:, 1]]))
+    return within
+
+
+def matching_pairs(groups: Sequence[int], seed: int = 0) -> np.ndarray:
+    """Pairs of images of the same group, (m, 2) int64; of a large group 1000 are drawn.
+
+    Args:
+        groups: Group of each image; images of negative groups match none.
+        seed: Of the draw.
+
+    Raises:
+        ValueError: No two images are of one group.
+    """
+    groups, rng = np.asarray(groups), np.random.default_rng(seed)
+    pairs = [np.empty((0, 2), dtype=np.int64)]
+    for group in np.unique(groups[groups >= 0]):
+        members = np.flatnonzero(groups == group)
+        size = len(members)
+        if size * (size - 1) // 2 <= PAIRS:
+            first, second = np.triu_indices(size, 1)
+        else:
+            first = rng.integers(0, size, PAIRS)
+            second = (first + rng.integers(1, size, PAIRS)) % size
+        pairs.append(np.stack([members[first], members[second]], 1))
+    pairs = np.concatenate(pairs)
+    if not len(pairs):
+        raise ValueError(f'No two of {len(groups)} images are of one group: learned whitening needs matching images.')
+    return pairs
+
+
+def with_constant(embeddings: torch.Tensor) -> torch.Tensor:
+    """(n, C) pooled embeddings e to (n, C + 1) float64 z = [e; 1] / |[e; 1]|, as the network computes them."""
+    return l2_normalize(F.pad(embeddings.cpu().double(), (0, 1), value=1.))
 
 
 @torch.no_grad()
@@ -257,8 +227,7 @@ def fold_whitening(model: MultiGrain, fit: WhiteningFit) -> None:
     if not model.head.pooled or model.num_features + 1 != len(fit.mean):
         raise ValueError(f'A whitening of {len(fit.mean) - 1} channels does not fit a model of {model.num_features} '
                          f'with global_pool={model.global_pool!r}.')
-    head, old = model.head, model.head.fc
-    training = model.training
+    head, old, training = model.head, model.head.fc, model.training
     model.set_whitening(fit.dim)
     stored = head.whitening.mean.dtype  # made on the CPU: not every device has float64
     head.whitening.mean.copy_(fit.mean.to(stored))
@@ -329,8 +298,7 @@ def whiten_model(
         source: Images, of the kind that will be searched, but not the test images. 20,000 in the paper; at least C + 2
             for a whitening of C channels and the constant one.
         protocol: How they are prepared, as the searched images will be; single scale, no flip.
-        dim: As of `fit_whitening`.
-        shrinkage: As of `fit_whitening`.
+        dim, shrinkage: As of `fit_whitening`.
         groups: Learn the whitening from matching images instead: the group of each image, -1 for none. All embeddings
             are in memory then.
         work_dir: Folder that keeps the embeddings, so that a run that was cut off goes on.
@@ -352,7 +320,7 @@ def whiten_model(
         else:
             described, group = Descriptors.load(folder), dict(zip(source.names, groups, strict=True))
             pairs = matching_pairs([group[name] for name in described.names])
-            fit = fit_learned_whitening(described.vectors, pairs, dim, shrinkage)
+            fit = fit_whitening(described.vectors, dim, shrinkage, pairs)
         sample = next(iter_shards(folder))[1][:CHECKED].to(next(model.parameters()).device)
     before = _first_classes(model, sample)
     fold_whitening(model, fit)
@@ -360,6 +328,16 @@ def whiten_model(
     result = WhitenedModel(fit, protocol, model.gem_p, agreement, extracted.skipped)
     note_fitted(model, 'whitening', result.to_dict())
     return result
+
+
+@torch.no_grad()
+def _first_classes(model: MultiGrain, pooled: torch.Tensor) -> torch.Tensor | None:
+    if not model.num_classes:
+        return None
+    training = model.training
+    out = model.eval().head.classify(model.head.whitening(pooled)).argmax(1)
+    model.train(training)
+    return out
 
 
 def save_fitted(model: MultiGrain, directory: str | os.PathLike, protocol: Protocol) -> Path:
@@ -376,13 +354,3 @@ def work_folder(work_dir: str | os.PathLike | None) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix='timm-multigrain-') as folder:
         yield Path(folder) / 'embeddings'
-
-
-@torch.no_grad()
-def _first_classes(model: MultiGrain, pooled: torch.Tensor) -> torch.Tensor | None:
-    if not model.num_classes:
-        return None
-    training = model.training
-    out = model.eval().head.classify(model.head.whitening(pooled)).argmax(1)
-    model.train(training)
-    return out

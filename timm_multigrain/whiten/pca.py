@@ -2,14 +2,13 @@
 
 Chunks of rows are centred by their own mean and added up by the pairwise formula of Chan, Golub, LeVeque ("Updating
 formulae and a pairwise algorithm for computing sample variances", 1979), which does not cancel however far the data are
-from the origin. The scatter matrix is symmetric, so only the blocks on and above its diagonal are computed.
+from the origin.
 """
 import torch
 
 __all__ = ['StreamingPCA', 'oas_shrinkage']
 
 ROWS = 1024  # vectors at a time
-COLUMNS = 256  # width of a block of the scatter matrix
 
 
 class StreamingPCA:
@@ -27,7 +26,7 @@ class StreamingPCA:
     def __init__(self, dim: int, centered: bool = True):
         self.dim, self.centered, self.count = dim, centered, 0
         self.mean = torch.zeros(dim, dtype=torch.float64)
-        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)  # valid on and above its blocks on the diagonal
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
 
     def update(self, vectors: torch.Tensor) -> 'StreamingPCA':
         """Add (n, dim) vectors of any floating dtype and device.
@@ -37,25 +36,19 @@ class StreamingPCA:
         """
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise ValueError(f'vectors have the shape {tuple(vectors.shape)}: give (n, {self.dim}).')
-        for start in range(0, len(vectors), ROWS):
-            rows = vectors[start:start + ROWS].cpu().to(torch.float64, copy=True)  # not every device has float64
+        for chunk in vectors.split(ROWS) if len(vectors) else ():
+            rows = chunk.cpu().to(torch.float64)  # not every device has float64
             if not torch.isfinite(rows).all():
-                bad = start + int((~torch.isfinite(rows).all(1)).nonzero()[0])
-                raise ValueError(f'Vector {bad} of the batch holds NaN or infinity.')
-            self._add(rows)
+                raise ValueError('The vectors hold NaN or infinity.')
+            total = self.count + len(rows)
+            if self.centered:
+                mean = rows.mean(0)
+                rows, step = rows - mean, mean - self.mean
+                self._scatter.addr_(step, step, alpha=self.count * len(rows) / total)
+                self.mean += step * (len(rows) / total)
+            self._scatter.addmm_(rows.T, rows)
+            self.count = total
         return self
-
-    def _add(self, rows: torch.Tensor) -> None:
-        total = self.count + len(rows)
-        if self.centered:
-            mean = rows.mean(0)
-            rows -= mean
-            step = mean - self.mean
-            self._scatter.addr_(step, step, alpha=self.count * len(rows) / total)
-            self.mean += step * (len(rows) / total)
-        self.count = total
-        for i in range(0, self.dim, COLUMNS):
-            self._scatter[i:i + COLUMNS, i:].addmm_(rows[:, i:i + COLUMNS].T, rows[:, i:])
 
     def covariance(self) -> torch.Tensor:
         """(dim, dim) float64; divisor n - 1, or n about the origin.
@@ -66,8 +59,7 @@ class StreamingPCA:
         freedom = self.count - self.centered
         if freedom < 1:
             raise ValueError(f'{self.count} vectors have no covariance: give at least {1 + self.centered}.')
-        upper = self._scatter.triu()
-        return upper.add_(upper.triu(1).T).div_(freedom)
+        return (self._scatter + self._scatter.T) / (2 * freedom)
 
     def eigh(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues (dim,), largest first, and eigenvectors (dim, dim), a column each, of the covariance."""
@@ -76,14 +68,10 @@ class StreamingPCA:
 
 
 def oas_shrinkage(eigenvalues: torch.Tensor, count: int) -> float:
-    """Shrinkage towards the identity that approximates the one of least error, for ``count`` normal vectors.
+    """Shrinkage towards the identity of least error, about, for the covariance of ``count`` normal vectors.
 
     Chen, Wiesel, Eldar, Hero, "Shrinkage algorithms for MMSE covariance estimation", IEEE Trans. Signal Processing 58,
-    2010, eq. 23.
-
-    Args:
-        eigenvalues: Of the covariance, (dim,).
-        count: Number of vectors.
+    2010, eq. 23, from the (dim,) eigenvalues of the covariance.
     """
     dim = len(eigenvalues)
     square, trace = float(eigenvalues.square().sum()), float(eigenvalues.sum())
