@@ -3,9 +3,6 @@ import hashlib
 import json
 import os
 import shutil
-import signal
-import subprocess
-import sys
 import time
 import zlib
 
@@ -18,13 +15,16 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.sources import ImageFiles, UnreadableImage, read_image
-from timm_multigrain.index import Index, IndexInUse, OtherModel, build, build_index
+from timm_multigrain.index import Index, IndexInUse, OtherModel, build_index
 from timm_multigrain.index.store import index_lock
 
+from .small_index import forked
+from .test_images_walk import forbid
 from .tiny import tiny_model
 
 PROTOCOL = Protocol(size=64)
 LABELS = ['boat', 'car', 'tree']
+NAMES = ('images', 'new', 'changed', 'moved', 'copied', 'removed', 'unchanged')
 
 
 def picture(seed: int, size=(90, 70), mode='RGB') -> Image.Image:
@@ -47,8 +47,23 @@ def pictures(tmp_path):
     return folder
 
 
-def update(pictures, model=None, **options):
-    return build_index([pictures], pictures.parent / 'index', model, **{'workers': 0, 'progress': False, **options})
+@pytest.fixture
+def embedded(monkeypatch):
+    """Names of the files that go through the model."""
+    names, load = [], ImageFiles.load
+
+    def counted(self, i, exif=True):
+        names.append(os.path.basename(self.paths[i]))
+        return load(self, i, exif)
+    monkeypatch.setattr(ImageFiles, 'load', counted)
+    return names
+
+
+def update(folders, model=None, **options):
+    """Update the index beside the pictures; of one folder or several."""
+    folders = folders if isinstance(folders, list) else [folders]
+    return build_index(folders, options.pop('index', folders[0].parent / 'index'), model,
+                       **{'workers': 0, 'progress': False, **options})
 
 
 def make(pictures, model_folder, **options):
@@ -59,9 +74,17 @@ def opened(pictures):
     return Index.open(pictures.parent / 'index')
 
 
-def check_against_the_slow_way(index, model=None):
+def counts(report):
+    return [getattr(report, name) for name in NAMES]
+
+
+def files_in(folder):
+    return sorted(str(path) for path in folder.rglob('*.png'))
+
+
+def check_against_the_slow_way(index):
     """Every row recomputed image by image."""
-    model, protocol = tiny_model() if model is None else model, index.protocol()
+    model, protocol = tiny_model(), index.protocol()
     for row, path in enumerate(index.paths):
         image, record = read_image(path), index.records(row)
         with torch.no_grad():
@@ -80,45 +103,62 @@ def check_against_the_slow_way(index, model=None):
 
 def test_one_pass_against_the_slow_way(pictures, model_folder):
     report = make(pictures, model_folder, workers=1)
-    assert (report.images, report.new, report.unchanged, report.other) == (8, 8, 0, 0)
-    assert '8 images: 8 new' in str(report)
+    assert counts(report) == [8, 8, 0, 0, 0, 0, 0] and '8 images: 8 new' in str(report)
     index = opened(pictures)
-    assert sorted(index.paths) == sorted(str(p) for p in pictures.rglob('*.png'))
+    assert sorted(index.paths) == files_in(pictures)
     check_against_the_slow_way(index)
     info = index.info
     assert info['images'] == 8 and info['folders'] == [str(pictures)] and info['protocol']['size'] == 64
     assert info['model']['p'] and info['model']['source'] == model_folder and info['versions']['timm']
 
 
-def test_update(pictures, model_folder, monkeypatch):
+def test_update(pictures, model_folder, embedded):
+    for name in ('twin.png', 'twin-gone.png'):
+        picture(50).save(pictures / name)
+    (pictures / 'bad.png').write_bytes(b'b')
+    (pictures / 'bad-gone.png').touch()
     make(pictures, model_folder)
-    embedded = []
-    init = ImageFiles.__init__
+    assert len(embedded) == 12
+    embedded.clear()
+    assert update(pictures).unchanged == 10 and not embedded
 
-    def counted(self, paths, *args, **kwargs):
-        init(self, paths, *args, **kwargs)
-        embedded.extend(map(os.path.basename, self.paths))
-    monkeypatch.setattr(ImageFiles, '__init__', counted)
-    again = update(pictures)
-    assert again.unchanged == 8 and not embedded and 'unchanged' in str(again)
-
+    times = os.stat(pictures / '4.png')
     picture(100).save(pictures / '0.png')
     os.utime(pictures / '2.png', ns=(5, 5))
+    (pictures / '4.png').write_bytes(bytes(times.st_size))  # of the same size, and no picture any more
     os.rename(pictures / 'sub', pictures / 'elsewhere')
-    (pictures / '4.png').unlink()
+    os.rename(pictures / 'twin-gone.png', pictures / 'zz.png')  # moved, though its twin is still there
+    (pictures / 'bad-gone.png').unlink()
     shutil.copy(pictures / '6.png', pictures / 'copy.png')
     picture(101).save(pictures / 'new.png')
+    (pictures / '6.png').unlink()  # what was copied has moved
     report = update(pictures)
-    assert sorted(embedded) == ['0.png', 'new.png']
-    names = ('images', 'new', 'changed', 'moved', 'copied', 'removed', 'unchanged')
-    assert [getattr(report, name) for name in names] == [9, 1, 1, 4, 1, 1, 2]
+    assert sorted(embedded) == ['0.png', '4.png', 'new.png']
+    assert counts(report) == [10, 1, 1, 6, 0, 1, 2] and 'unchanged' in str(report)
+    assert {os.path.basename(path) for path in report.skipped} == {'bad.png', '4.png'}
     index = opened(pictures)
-    assert sorted(index.paths) == sorted(str(p) for p in pictures.rglob('*.png'))
-    check_against_the_slow_way(index)
+    assert sorted(index.paths) == sorted(set(files_in(pictures)) - {str(pictures / f'{n}.png') for n in ('bad', '4')})
+    shutil.copy(pictures / 'new.png', pictures / 'copy of new.png')
+    assert counts(update(pictures)) == [11, 0, 0, 0, 1, 0, 10] and len(embedded) == 3
+    check_against_the_slow_way(opened(pictures))
     assert index.records(index.paths.index(str(pictures / '2.png'))).mtime_ns == 5
 
 
-def test_many_updates_against_a_new_index(pictures, model_folder, tmp_path):
+def test_images_elsewhere_and_in_closed_folders_stay(pictures, model_folder, monkeypatch):
+    make(pictures, model_folder)
+    for path in (pictures / 'sub' / '1.png', pictures / '0.png'):
+        path.unlink()
+    index = pictures.parent / 'index'
+    assert counts(update(pictures / 'sub', index=index)) == [7, 0, 0, 0, 0, 1, 3]
+    (pictures / 'sub' / '3.png').unlink()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, 'scandir', forbid(os.fsencode(pictures / 'sub')))
+        report = update(pictures)
+    assert report.unreadable == {str(pictures / 'sub'): 'Permission denied'}
+    assert counts(report) == [6, 0, 0, 0, 0, 1, 3] and update(pictures).removed == 1
+
+
+def test_many_updates_against_a_new_index(pictures, model_folder):
     make(pictures, model_folder, kind='hnsw')
     rng = np.random.default_rng(0)
     for turn in range(12):
@@ -137,7 +177,7 @@ def test_many_updates_against_a_new_index(pictures, model_folder, tmp_path):
         update(pictures)
         index = opened(pictures)
         index.store.check()
-        assert sorted(index.paths) == sorted(str(p) for p in pictures.rglob('*.png'))
+        assert sorted(index.paths) == files_in(pictures)
     check_against_the_slow_way(index)
     assert index.store.state['generation'] > 1
 
@@ -169,8 +209,8 @@ def test_bad_and_odd_images(pictures, model_folder):
         picture(10 + i).save(pictures / 'x.png')
         os.rename(pictures / 'x.png', pictures / name)
     report = make(pictures, model_folder, workers=1)
-    assert {os.path.basename(path) for path in report.skipped} == bad and report.new_skipped == 5
     reasons = {os.path.basename(path): reason for path, reason in report.skipped.items()}
+    assert set(reasons) == bad and report.new_skipped == 5
     assert reasons['empty.jpg'] == 'is empty' and '900000000 pixels' in reasons['bomb.png']
     assert 'truncated' in reasons['cut.jpg'] and 'pillow-heif' in reasons['photo.heic']
     index = opened(pictures)
@@ -195,40 +235,22 @@ def test_heic_where_there_is_a_decoder(pictures, model_folder):
     assert opened(pictures).search_images([pictures / 'photo.HEIC'], 1)[0][0].path == str(pictures / 'photo.HEIC')
 
 
-def test_an_image_that_becomes_unreadable_goes(pictures, model_folder):
-    make(pictures, model_folder)
-    (pictures / '0.png').write_bytes(b'')
-    report = update(pictures)
-    assert report.images == 7 and list(report.skipped.values()) == ['is empty']
-
-
-def test_a_file_that_changes_while_it_is_read(pictures, model_folder, monkeypatch):
+@pytest.mark.parametrize('vanishes', [False, True])
+def test_a_file_that_changes_or_vanishes_while_it_is_read(pictures, model_folder, monkeypatch, vanishes):
     load = ImageFiles.load
 
-    def changing(self, i, exif=True):
+    def disturbed(self, i, exif=True):
         image = load(self, i, exif)
         if self.paths[i].endswith('/0.png'):
-            picture(50, (91, 71)).save(self.paths[i])
+            os.unlink(self.paths[i]) if vanishes else picture(50, (91, 71)).save(self.paths[i])
         return image
-    monkeypatch.setattr(ImageFiles, 'load', changing)
+    monkeypatch.setattr(ImageFiles, 'load', disturbed)
     report = make(pictures, model_folder)
-    assert report.skipped == {str(pictures / '0.png'): 'it was changing while it was read'}
-    assert len(opened(pictures)) == 7
+    assert report.images == 7
+    assert report.skipped == ({} if vanishes else {str(pictures / '0.png'): 'it was changing while it was read'})
     monkeypatch.undo()
-    assert update(pictures).new == 1 and not opened(pictures).skipped
+    assert update(pictures).new == (not vanishes) and not opened(pictures).skipped
     check_against_the_slow_way(opened(pictures))
-
-
-def test_a_file_that_vanishes(pictures, model_folder, monkeypatch):
-    load = ImageFiles.load
-
-    def vanishing(self, i, exif=True):
-        if self.paths[i].endswith('/0.png'):
-            os.unlink(self.paths[i])
-        return load(self, i, exif)
-    monkeypatch.setattr(ImageFiles, 'load', vanishing)
-    report = make(pictures, model_folder)
-    assert report.images == 7 and not report.skipped
 
 
 def test_other_model_and_other_protocol(pictures, model_folder, tmp_path):
@@ -252,16 +274,14 @@ def test_other_model_and_other_protocol(pictures, model_folder, tmp_path):
         assert index.search_images([picture(0)], 1)[0][0].path.endswith('/0.png')
     finally:
         shutil.move(tmp_path / 'moved', model_folder)
-    with pytest.raises(ValueError, match='the index'):
-        opened(pictures).search(np.ones((1, 3)))
 
 
 def test_a_model_without_a_name_is_kept_inside(pictures):
-    model = tiny_model(num_classes=0)
-    make(pictures, model)
+    make(pictures, tiny_model(num_classes=0), half=True)
     index = opened(pictures)
-    assert index.records(0).classes == () and index.label_names is None
-    assert index.search_images([pictures / '0.png'], 1)[0][0].path == str(pictures / '0.png')
+    assert index.records(0).classes == () and index.label_names is None and index.vectors.dtype == np.float16
+    hit = index.search_images([pictures / '0.png'], 1)[0][0]
+    assert hit.path == str(pictures / '0.png') and hit.score == pytest.approx(1, abs=1e-3)
     with pytest.raises(ValueError, match='predicts no classes'):
         index.search(index.vectors[:1], class_name='boat')
     picture(9).save(pictures / '9.png')
@@ -269,19 +289,19 @@ def test_a_model_without_a_name_is_kept_inside(pictures):
 
 
 def test_places_that_cannot_be(pictures, model_folder, tmp_path):
-    with pytest.raises(FileNotFoundError, match='is not a folder'):
-        build_index([tmp_path / 'nothing'], tmp_path / 'i', model_folder)
-    with pytest.raises(FileExistsError, match='holds other things'):
-        build_index([pictures], pictures, model_folder)
-    with pytest.raises(FileExistsError, match='is a file'):
-        build_index([pictures], pictures / '0.png', model_folder)
-    with pytest.raises(ValueError, match='name the model'):
-        build_index([pictures], tmp_path / 'i')
-    with pytest.raises(ValueError, match='give the folders'):
-        build_index([], tmp_path / 'i', model_folder)
+    for folders, out, model, error, message in (
+            ([tmp_path / 'nothing'], 'i', model_folder, FileNotFoundError, 'is not a folder'),
+            ([pictures], 'pictures', model_folder, FileExistsError, 'holds other things'),
+            ([pictures], 'pictures/0.png', model_folder, FileExistsError, 'is a file'),
+            ([pictures], 'i', None, ValueError, 'name the model'),
+            ([], 'i', model_folder, ValueError, 'give the folders')):
+        with pytest.raises(error, match=message):
+            build_index(folders, tmp_path / out, model)
     assert not (tmp_path / 'i').exists()
-    build_index([pictures], pictures / 'index', model_folder, PROTOCOL, workers=0, progress=False)
-    assert build_index([pictures], pictures / 'index', workers=0).unchanged == 8
+    make(pictures, model_folder, index=pictures / 'index')
+    assert update(pictures, index=pictures / 'index').unchanged == 8
+    with index_lock(pictures / 'index'), pytest.raises(IndexInUse):
+        update(pictures, index=pictures / 'index')
 
 
 def test_an_empty_folder_is_taken_for_a_disk_that_is_not_there(pictures, model_folder):
@@ -297,21 +317,20 @@ def test_an_empty_folder_is_taken_for_a_disk_that_is_not_there(pictures, model_f
     assert opened(pictures).search(np.ones((1, 96), dtype=np.float32))[1].shape == (1, 0)
 
 
-def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tmp_path, monkeypatch, capsys):
+def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tmp_path, embedded, capsys):
     other, index = tmp_path / 'other', tmp_path / 'index'
     other.mkdir()
     picture(20).save(other / 'other.png')
     (pictures / 'bad.png').touch()
-    build_index([pictures, other], index, model_folder, PROTOCOL, workers=0, progress=False)
+    make([pictures, other], model_folder)
     assert len(Index.open(index).skipped) == 1
     moved = tmp_path / 'elsewhere' / 'renamed'
     moved.parent.mkdir()
     os.rename(pictures, moved)
     (moved / '0.png').unlink()
-    monkeypatch.setattr(build._Update, '_embed', lambda self, files, *args, **kwargs: [] if [
-        os.path.basename(file.path) for file in files] == [b'bad.png'] else pytest.fail('something is embedded again'))
-    report = build_index([moved], index, workers=0, progress=False)
-    assert (report.moved, report.new, report.removed, report.images) == (7, 0, 0, 9)
+    embedded.clear()
+    report = update(moved, index=index)
+    assert counts(report) == [9, 0, 0, 7, 0, 0, 0] and embedded == ['bad.png']
     here = [*map(str, moved.rglob('[1-9].png')), str(other / 'other.png')]
     assert sorted(Index.open(index).paths) == sorted([*here, str(pictures / '0.png')])
     # what has not moved with it stays until it is given up, by name or with all that is missing
@@ -321,23 +340,12 @@ def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tm
         build_index([tmp_path / 'typo'], index, remove_missing=True, workers=0, progress=False)
     assert build_index([moved], index, remove_missing=True, workers=0, progress=False).removed == 0
     assert main(['index', str(pictures), '-o', str(index), '--remove-missing', '--workers', '0']) == 0
-    assert '8 images: 1 removed' in capsys.readouterr().out and not Index.open(index).skipped
+    assert '8 images: 1 removed' in capsys.readouterr().out
+    assert Index.open(index).skipped == {str(moved / 'bad.png'): 'is empty'}
     shutil.rmtree(other)
     report = build_index([], index, remove_missing=True, workers=0, progress=False)
-    assert (report.removed, report.unchanged, report.images) == (1, 7, 7)
+    assert counts(report) == [7, 0, 0, 0, 0, 1, 7]
     assert build_index([], index, workers=0, progress=False).unchanged == 7
-
-
-def test_half(pictures, model_folder):
-    make(pictures, model_folder, half=True)
-    index = opened(pictures)
-    assert index.vectors.dtype == np.float16 and len(index) == 8
-    with torch.no_grad():
-        for row, path in enumerate(index.paths):
-            vector = tiny_model().embed(PROTOCOL.normalize(PROTOCOL.pixels(read_image(path)))[None])[0].numpy()
-            assert np.allclose(index.vectors[row], vector, atol=1e-3)
-    scores, rows = index.search(np.asarray(index.vectors)[:4], 8)
-    assert np.allclose(scores, np.sort(scores)[:, ::-1]) and (np.sort(rows) == np.arange(8)).all()
 
 
 def test_search_images(pictures, model_folder):
@@ -354,71 +362,57 @@ def test_search_images(pictures, model_folder):
     rows = [i for i in range(8) if index.records(i).classes[0][0] == name]
     hits = index.search_images([picture(0)], 99, class_name=name)[0]
     assert sorted(hit.path for hit in hits) == sorted(index.paths[i] for i in rows)
-    with pytest.raises(ValueError, match=r"does not know the class 'bot'.*'boat'"):
-        index.search_images([picture(0)], class_name='bot')
-    with pytest.raises(ValueError, match='has nothing of picture 1, which is 90 x 70'):
-        index.search_images([picture(0)], crop=(90, 0, 5, 5))
-    with pytest.raises(UnreadableImage, match='no such file'):
-        index.search_images(['nothing.jpg'])
-    for k in (0, -1):
-        with pytest.raises(ValueError, match='at least one'):
-            index.search_images([picture(0)], k)
+    for error, message, arguments in (
+            (ValueError, r"does not know the class 'bot'.*'boat'", {'class_name': 'bot'}),
+            (ValueError, 'has nothing of picture 1, which is 90 x 70', {'crop': (90, 0, 5, 5)}),
+            (UnreadableImage, 'no such file', {'images': ['nothing.jpg']}),
+            (ValueError, 'at least one', {'k': 0})):
+        with pytest.raises(error, match=message):
+            index.search_images(**{'images': [picture(0)], **arguments})
+    with pytest.raises(ValueError, match='the index'):
+        index.search(np.ones((1, 3)))
 
 
-def cli(*args, **kwargs):
-    return subprocess.run([sys.executable, '-m', 'timm_multigrain', *map(str, args)], capture_output=True, **kwargs)
-
-
-@pytest.mark.slow
 def test_commands(pictures, model_folder, tmp_path, capsys):
     os.rename(pictures / '0.png', os.fsencode(pictures) + b'/<b>\n\xff.png')
-    index = tmp_path / 'index'
-    options = ['--model', model_folder, '--size', '64', '--workers', '0']
-    run = cli('index', pictures, '-o', index, *options)
-    assert run.returncode == 0 and b'8 images: 8 new' in run.stdout, run.stderr
-    run = cli('search', index, pictures / '2.png', pictures / '4.png',
-              '-k', '8', '--html', tmp_path / 'out' / 'page.html')
-    assert run.returncode == 0, run.stderr
-    text = run.stdout.decode()
-    assert '<b>\\n\\udcff.png' in text and len(text.splitlines()) == 2 * (1 + 8) + 1
-    assert [text.splitlines()[i].endswith(name) for i, name in ((1, '/2.png'), (11, '/4.png'))] == [True, True]
-    page = (tmp_path / 'out' / 'page.html').read_text(encoding='utf-8')
-    assert page.count('<img src="data:image/jpeg;base64,') == 18 and "default-src 'none'" in page
-    assert page.count('>The query<') == 2 and '&lt;b&gt;' in page and '<b>' not in page and 'http:' not in page
-    capsys.readouterr()
-    assert main(['search', str(index), str(pictures / '2.png'), '-k', '2', '--json', '-', '--crop', '0,0,50,50']) == 0
-    lines = json.loads(capsys.readouterr().out)
-    assert [line['rank'] for line in lines] == [1, 2] and {'query', 'path', 'score', 'classes'} <= lines[0].keys()
+    index, page = str(tmp_path / 'index'), tmp_path / 'out' / 'page.html'
+    assert main(['index', str(pictures), '-o', index, '--model', model_folder, '--size', '64', '--workers', '0']) == 0
+    assert '8 images: 8 new' in capsys.readouterr().out
+    queries = [str(pictures / '2.png'), str(pictures / '4.png')]
+    assert main(['search', index, *queries, '-k', '8', '--html', str(page)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.endswith('<b>\\n\\udcff.png') for line in lines) and len(lines) == 2 * (1 + 8) + 1
+    assert lines[1].endswith('/2.png') and lines[11].endswith('/4.png')
+    text = page.read_text(encoding='utf-8')
+    assert text.count('<img src="data:image/jpeg;base64,') == 18 and "default-src 'none'" in text
+    assert text.count('>The query<') == 2 and '&lt;b&gt;' in text and '<b>' not in text and 'http:' not in text
+    assert main(['search', index, queries[0], '-k', '2', '--json', '-', '--crop', '0,0,50,50']) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [hit['rank'] for hit in found] == [1, 2] and {'query', 'path', 'score', 'classes'} <= found[0].keys()
     for arguments, message in [
             ([index, 'nothing.png'], 'nothing.png: no such file'),
-            ([tmp_path / 'no', pictures / '2.png'], 'was not found'),
-            ([index, pictures / '2.png', '--class', 'x'], 'does not know the class')]:
-        assert main(['search', *map(str, arguments)]) == 2 and message in capsys.readouterr().err
+            ([str(tmp_path / 'no'), queries[0]], 'was not found'),
+            ([index, queries[0], '--class', 'x'], 'does not know the class')]:
+        assert main(['search', *arguments]) == 2 and message in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        main(['search', str(index), str(pictures / '2.png'), '--crop', '1,2,3'])
+        main(['search', index, queries[0], '--crop', '1,2,3'])
     assert 'is not left,top,width,height' in capsys.readouterr().err
-    with index_lock(index):
-        run = cli('index', pictures, '-o', index)
-    assert run.returncode == 2 and b'being written to by another process' in run.stderr
+    with index_lock(tmp_path / 'index'):
+        assert main(['index', str(pictures), '-o', index]) == 2
+    assert 'being written to by another process' in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_killed_indexing_goes_on(pictures, model_folder, tmp_path):
-    for i in range(200):
+def test_killed_indexing_goes_on(pictures, model_folder):
+    for i in range(60):
         picture(i).save(pictures / f'many{i}.bmp')
-    index, seen = tmp_path / 'index', [0]
-    arguments = [sys.executable, '-m', 'timm_multigrain', 'index', str(pictures), '-o', str(index), '--model',
-                 model_folder, '--size', '64', '--batch-size', '4', '--workers', '1']
-    for _ in range(2):
-        with subprocess.Popen(arguments, stderr=subprocess.DEVNULL) as process:
-            while process.poll() is None and count(index) < seen[-1] + 40:
-                time.sleep(0.05)
-            process.send_signal(signal.SIGKILL)
-        Index.open(index).store.check()
-        seen.append(len(Index.open(index)))
-        assert seen[-1] >= seen[-2]
-    report = build_index([pictures], index, workers=0, progress=False)
-    assert report.unchanged >= seen[-1] and report.images == 208 and report.unchanged + report.new == 208
+    index = pictures.parent / 'index'
+    with forked(lambda pipe: make(pictures, model_folder, batch_size=4)):
+        while count(index) < 20:
+            time.sleep(0.01)
+    Index.open(index).store.check()
+    seen = count(index)
+    report = update(pictures)
+    assert 20 <= seen < 68 and counts(report)[:2] == [68, 68 - report.unchanged] and report.unchanged >= seen
     check_against_the_slow_way(Index.open(index))
 
 
@@ -427,9 +421,3 @@ def count(index):
         return len(Index.open(index))
     except (FileNotFoundError, ValueError):
         return 0
-
-
-def test_two_threads(pictures, model_folder):
-    make(pictures, model_folder)
-    with index_lock(pictures.parent / 'index'), pytest.raises(IndexInUse):
-        update(pictures)

@@ -67,13 +67,13 @@ def test_same_neighbours(index, address):
     queries = np.concatenate([unit_vectors(20, seed=5), index.vectors[:len(NAMES)]])
     for class_name in (None, 'car'):
         scores, rows = index.search(queries, 7, class_name)
-        for found, own_scores, own_rows in zip(there.search(queries, 7, class_name), scores, rows, strict=True):
+        for found, own_scores, own_rows in zip(there.hits(queries, 7, class_name), scores, rows, strict=True):
             assert [hit.path for hit in found] == [index.path_of(row) for row in own_rows]
             assert [hit.record for hit in found] == [index.records(row) for row in own_rows]
             assert np.abs(np.array([hit.score for hit in found]) - own_scores).max() < 1e-6
     for bad, options in ((queries[:, :5], {}), (queries, {'k': 0}), (queries, {'class_name': 'ship'})):
         with pytest.raises(ValueError, match=r"shape|k is 0|does not know the class 'ship'"):
-            there.search(bad, **options)
+            there.hits(bad, **options)
     there.client.close()
 
 
@@ -91,7 +91,7 @@ def test_exporting_again_sends_what_has_changed(index, address):
     assert (mirrored.written, mirrored.removed, mirrored.others) == (0, 2, 0)
     there = MilvusIndex(address)
     assert len(there) == len(changed)
-    found = there.search(index.vectors[:1], 1)[0]
+    found = there.hits(index.vectors[:1], 1)[0]
     assert found[0].path != index.path_of(0)
     there.client.close()
 
@@ -155,7 +155,7 @@ def test_a_killed_export_goes_on(tmp_path, address):
     assert len(there) == 20_000
     queries = unit_vectors(5, dim=64, seed=8)
     _, rows = Index.open(folder).search(queries, 5)
-    assert [[hit.path for hit in part] for part in there.search(queries, 5)] == [
+    assert [[hit.path for hit in part] for part in there.hits(queries, 5)] == [
         [f'/pictures/{row}.jpg' for row in part] for part in rows.tolist()]
 
 

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import threading
 import time
-from contextlib import closing, contextmanager
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ from timm_multigrain.index.ann import update_structure
 from timm_multigrain.index.records import NewerFormat, NotWritten
 from timm_multigrain.index.store import FILE, Store, Writer, index_lock, is_index
 
-from .small_index import add_images, unit_vectors, write_index, writer_of
+from .small_index import add_images, forked, unit_vectors, write_index, writer_of
 
 
 def everything(folder):
@@ -206,26 +206,6 @@ def test_a_folder_that_nobody_can_write_to(folder, tmp_path):
     finally:
         for path in (folder, *folder.iterdir()):
             path.chmod(path.stat().st_mode | 0o200)
-
-
-@contextmanager
-def forked(function, *args):
-    """A process that runs a function, quicker than a new one; the other end of the pipe it is given, and its number."""
-    read, write = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.close(read)
-        try:
-            function(write, *args)
-        finally:
-            os._exit(0)
-    os.close(write)
-    with open(read, 'rb', buffering=0) as pipe:
-        try:
-            yield pipe, child
-        finally:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
 
 
 def fill(pipe, folder, limit):

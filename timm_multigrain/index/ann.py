@@ -61,7 +61,7 @@ class Structure:
 
     def candidates(self, queries: np.ndarray, k: int) -> np.ndarray:
         """Rows of the vector file where the k nearest are likely to be, (Q, n) int64; -1 fills up."""
-        wanted = min(self.rows, max(self._settings['candidates'], 4 * k))
+        wanted = min(self.rows, max(self._settings.get('candidates', CANDIDATES[0]), 4 * k))
         return _candidates(self._index, queries, wanted, self._settings, self._selector)
 
 
@@ -207,5 +207,5 @@ def _candidates(index, queries: np.ndarray, count: int, settings: dict, selector
     if 'probes' in settings:
         parameters = faiss.SearchParametersIVF(nprobe=settings['probes'], **chosen)
     else:
-        parameters = faiss.SearchParametersHNSW(efSearch=max(settings['ef'], count), **chosen)
+        parameters = faiss.SearchParametersHNSW(efSearch=max(settings.get('ef', 0), count), **chosen)
     return index.search(np.ascontiguousarray(queries, dtype=np.float32), count, params=parameters)[1]

@@ -1,10 +1,9 @@
 """Make or update an index: find the images, compare them with what is indexed, embed what is new, commit by batches."""
-import hashlib
 import os
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from timm_multigrain.embed.embedder import Embedded, embed_images
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.files import printable
+from timm_multigrain.files import file_sha256, printable
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.images.walk import FoundFile, Scan, scan_folders
 from timm_multigrain.models.open import open_model
@@ -28,7 +27,7 @@ from .model import SAVED, describe_model, open_described, protocol_from_json
 from .records import RECORD, OtherModel, top_classes
 from .store import FILE, Store, Writer, index_lock, is_index
 
-__all__ = ['BuildReport', 'Plan', 'build_index', 'make_plan', 'sha256_of']
+__all__ = ['BuildReport', 'build_index', 'sha256_of']
 
 
 @dataclass
@@ -196,9 +195,8 @@ def _check_model(store: Store, model, protocol, model_options) -> tuple[torch.nn
     return model, own
 
 
-@dataclass
-class Plan:
-    """Work of an update. Rows are those of the store.
+class _Update:
+    """One run over the folders; ``report`` fills as it goes on. Rows are those of the store.
 
     Attributes:
         embed: Files to go through the model, new or changed.
@@ -206,109 +204,13 @@ class Plan:
         renew: (file, row) of files with a known content that is nowhere else: they take over what the row has.
         copy: (file, row) of new files with the content of a file that stays.
         gone: Rows of deleted files.
-        unchanged: Number of files that are as they were.
-        moved: How many of `renew` are at another place; the others are as they were but for the time.
-        recovered: (root, path) of files that were listed as unreadable and are deleted.
     """
-    embed: list[FoundFile] = field(default_factory=list)
-    replaces: dict[bytes, int] = field(default_factory=dict)
-    renew: list[tuple[FoundFile, int]] = field(default_factory=list)
-    copy: list[tuple[FoundFile, int]] = field(default_factory=list)
-    gone: list[int] = field(default_factory=list)
-    unchanged: int = 0
-    moved: int = 0
-    recovered: list[tuple[int, bytes]] = field(default_factory=list)
-
-
-def make_plan(
-        store: Store,
-        scan: Scan,
-        folders: Sequence[bytes],
-        retry: bool = False,
-        vanished: Sequence[bytes] = (),
-        forget: Sequence[bytes] = (),
-) -> Plan:
-    """Compare a scan with an index.
-
-    Files of the same size and time as when they were indexed are taken to be unchanged. Others are read: what has a
-    known content keeps its descriptor.
-
-    Args:
-        store: The index.
-        scan: The files that exist.
-        folders: The folders that were scanned; images of other folders are left alone.
-        retry: Try files again that could not be read and have not changed.
-        vanished: Indexed folders that were not found: their images may be found in `folders`, and stay otherwise.
-        forget: Indexed folders that were not found, whose images go if they are not found elsewhere.
-    """
-    plan, suspects, present = Plan(), [], set()
-    known = {path: row for row, path in enumerate(store.paths())}
-    skipped = {os.path.join(store.roots[root], name): entry for (root, name), entry in store.skipped.items()}
-    sizes, times, hashes = (store.records[name] for name in ('bytes', 'mtime_ns', 'sha256'))
-    for file in scan.files:
-        path = os.path.join(folders[file.root], file.path)
-        present.add(path)
-        row = known.pop(path, None)
-        if row is None:
-            if retry or path not in skipped or skipped[path][1:] != (file.size, file.mtime_ns):
-                suspects.append(file)
-        elif (sizes[row], times[row]) == (file.size, file.mtime_ns):
-            plan.unchanged += 1
-        elif sizes[row] == file.size and sha256_of(path) == hashes[row].tobytes():
-            plan.renew.append((file, row))
-        else:
-            plan.embed.append(file)
-            plan.replaces[path] = row
-
-    def is_gone(path: bytes) -> bool:  # whether a path that the scan has not met would have been met if it existed
-        return any(_below(path, folder) for folder in [*folders, *forget]) and not any(
-            _below(path, other) for other in scan.unreadable)
-
-    gone = {row for path, row in known.items() if is_gone(path)}
-    absent = gone | {row for path, row in known.items() if any(_below(path, folder) for folder in vanished)}
-    plan.recovered = [(root, name) for root, name in store.skipped
-                      if (path := os.path.join(store.roots[root], name)) not in present and is_gone(path)]
-    by_hash, known_sizes = defaultdict(list), set(sizes.tolist())
-    # the last of a list is taken first: the row of an absent file before one of an existing file
-    for row in sorted(range(len(hashes)), key=lambda row: (row in absent, row)):
-        by_hash[hashes[row].tobytes()].append(row)
-    for file in suspects:  # only those of a known size are read
-        digest = sha256_of(os.path.join(folders[file.root], file.path)) if file.size in known_sizes else None
-        rows = by_hash.get(digest)
-        if not rows:
-            plan.embed.append(file)
-        elif rows[-1] in absent:
-            absent.remove(rows[-1])
-            plan.renew.append((file, rows.pop()))
-            plan.moved += 1
-        else:
-            plan.copy.append((file, rows[-1]))
-    plan.gone = sorted(gone & absent)
-    return plan
-
-
-def sha256_of(path: bytes | str) -> bytes | None:
-    """Hash of a file; None if it cannot be read."""
-    digest = hashlib.sha256()
-    try:
-        with open(path, 'rb') as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError:
-        return None
-    return digest.digest()
-
-
-def _below(path: bytes, folder: bytes) -> bool:
-    return path == folder or path.startswith(folder.rstrip(b'/') + b'/')
-
-
-class _Update:
-    """One run over the folders; ``report`` fills as it goes on."""
 
     def __init__(self, store: Store, writer: Writer, model: torch.nn.Module | None, protocol: Protocol, options: dict):
         self.store, self.writer, self.model, self.protocol, self.options = store, writer, model, protocol, options
         self.report = BuildReport()
+        self.embed, self.replaces, self.renew, self.copy, self.gone = [], {}, [], [], []
+        self.skipped = {os.path.join(store.roots[root], name): (root, name) for root, name in store.skipped}
 
     def run(self, named: list[bytes], retry: bool, remove_missing: bool) -> None:
         store, report = self.store, self.report
@@ -316,21 +218,16 @@ class _Update:
         self.folders = [folder for folder in named if os.path.isdir(folder)]
         vanished, forget = self._missing_roots(named, remove_missing)
         scan = scan_folders(self.folders, leave_out=[os.fsencode(store.folder)], skip=is_index, by_content=True)
-        plan = make_plan(store, scan, self.folders, retry, vanished, forget)
+        present = self._compare(scan, retry, vanished, forget)
         if not remove_missing:
-            self._refuse_if_all_gone(plan, scan)
-        report.other, report.unchanged = scan.other, plan.unchanged
-        report.unreadable = {os.fsdecode(path): reason for path, reason in scan.unreadable.items()}
+            self._refuse_if_all_gone(scan)
         self.roots = [self._root_number(folder) for folder in self.folders]
-        self.replaces = plan.replaces
-        self.skipped = {os.path.join(store.roots[root], name): (root, name) for root, name in store.skipped}
-        self._take_over(plan)
-        if plan.embed:
-            self._embed(plan.embed)
+        self._take_over([path for path in self.skipped if path not in present and self._is_gone(path, scan, forget)])
+        if self.embed:
+            self._embed()
         after = Store(store.folder)
-        report.images = len(after.ids)
-        report.skipped = {os.fsdecode(os.path.join(after.roots[root], name)): reason
-                          for (root, name), (reason, *_) in after.skipped.items()}
+        report.images, report.other, report.skipped = len(after.ids), scan.other, after.skipped_paths()
+        report.unreadable = {os.fsdecode(path): reason for path, reason in scan.unreadable.items()}
 
     def _missing_roots(self, named: list[bytes], remove_missing: bool) -> tuple[list[bytes], list[bytes]]:
         """Indexed folders that were not found: those whose images stay, unless they are found elsewhere, and others."""
@@ -346,10 +243,58 @@ class _Update:
             (forget if not number or folder in named else vanished).append(folder)
         return vanished, forget
 
-    def _refuse_if_all_gone(self, plan: Plan, scan: Scan) -> None:
+    def _compare(self, scan: Scan, retry: bool, vanished: list[bytes], forget: list[bytes]) -> set[bytes]:
+        """Sort what a scan has found and what it has not; the paths that exist.
+
+        Files of the same size and time as when they were indexed are taken to be unchanged. Others of a known size are
+        read: what has a known content keeps its descriptor.
+        """
+        store, suspects, present = self.store, [], set()
+        known = {path: row for row, path in enumerate(store.paths())}
+        sizes, times, hashes = (store.records[name] for name in ('bytes', 'mtime_ns', 'sha256'))
+        for file in scan.files:
+            path = self._path(file)
+            present.add(path)
+            row = known.pop(path, None)
+            if row is None:
+                if retry or store.skipped.get(self.skipped.get(path), ())[1:] != (file.size, file.mtime_ns):
+                    suspects.append(file)
+            elif (sizes[row], times[row]) == (file.size, file.mtime_ns):
+                self.report.unchanged += 1
+            elif sizes[row] == file.size and sha256_of(path) == hashes[row].tobytes():
+                self.report.unchanged += 1
+                self.renew.append((file, row))
+            else:
+                self.embed.append(file)
+                self.replaces[path] = row
+        gone = {row for path, row in known.items() if self._is_gone(path, scan, forget)}
+        absent = gone | {row for path, row in known.items() if any(_below(path, folder) for folder in vanished)}
+        by_hash, known_sizes = defaultdict(list), set(sizes.tolist())
+        # the last of a list is taken first: the row of an absent file before one of an existing file
+        for row in sorted(range(len(hashes)), key=lambda row: (row in absent, row)):
+            by_hash[hashes[row].tobytes()].append(row)
+        for file in suspects:
+            rows = by_hash.get(sha256_of(self._path(file))) if file.size in known_sizes else None
+            if not rows:
+                self.embed.append(file)
+            elif rows[-1] in absent:
+                absent.remove(rows[-1])
+                self.renew.append((file, rows.pop()))
+                self.report.moved += 1
+            else:
+                self.copy.append((file, rows[-1]))
+        self.gone = sorted(gone & absent)
+        return present
+
+    def _is_gone(self, path: bytes, scan: Scan, forget: list[bytes]) -> bool:
+        """Whether a path that the scan has not met would have been met if it existed."""
+        return any(_below(path, folder) for folder in [*self.folders, *forget]) and not any(
+            _below(path, other) for other in scan.unreadable)
+
+    def _refuse_if_all_gone(self, scan: Scan) -> None:
         """An empty folder where a thousand images were is more often a disk that is not mounted."""
         for number, folder in enumerate(self.folders):
-            gone = sum(self.store.roots[root] == folder for root in self.store.records['root'][plan.gone])
+            gone = sum(self.store.roots[root] == folder for root in self.store.records['root'][self.gone])
             if gone and not any(file.root == number for file in scan.files):
                 raise FileNotFoundError(
                     f'None of the {gone:,} indexed images below {os.fsdecode(folder)!r} was found: mount the disk, '
@@ -363,25 +308,25 @@ class _Update:
         inside = _below(folder, os.path.dirname(index))
         return self.writer.add_root(os.path.relpath(folder, index) if inside else folder)
 
-    def _take_over(self, plan: Plan) -> None:
-        """Everything that needs no model, in one commit."""
-        for found in (plan.renew, plan.copy):
+    def _take_over(self, recovered: list[bytes]) -> None:
+        """Everything that needs no model, in one commit; recovered are skipped files that were deleted."""
+        for found in (self.renew, self.copy):
             names, rows = [file.path for file, _ in found], [row for _, row in found]
             records = self.store.records[rows]
             records['root'] = [self.roots[file.root] for file, _ in found]
             records['mtime_ns'] = [file.mtime_ns for file, _ in found]
-            if found is plan.renew:
+            if found is self.renew:
                 self.writer.replace(self.store.ids[rows], names, records)
             else:
                 self.writer.add(names, records, self.store.file[self.store.vector_rows[rows]])
-        self.writer.remove(self.store.ids[plan.gone])
-        for root, name in plan.recovered:
-            self.writer.unskip(root, name)
+        self.writer.remove(self.store.ids[self.gone])
+        for path in recovered:
+            self._unskip(path)
         self.writer.commit()
-        self.report.moved, self.report.copied, self.report.removed = plan.moved, len(plan.copy), len(plan.gone)
-        self.report.unchanged += len(plan.renew) - plan.moved
+        self.report.copied, self.report.removed = len(self.copy), len(self.gone)
 
-    def _embed(self, files: list[FoundFile]) -> None:
+    def _embed(self) -> None:
+        files = self.embed
         if self.model is None:
             self.model = open_described(self.store.config['model'], self.store.folder)
         with ThreadPoolExecutor(4) as pool:
@@ -423,11 +368,10 @@ class _Update:
             records['classes'][:, :classes.shape[1]] = classes
             records['probabilities'][:, :classes.shape[1]] = probabilities
         for file in files:
-            if self._drop_old(file):
-                self.report.changed += 1
-            else:
-                self.report.new += 1
-            self._unskip(file)
+            changed = self._drop_old(file)
+            self.report.changed += changed
+            self.report.new += not changed
+            self._unskip(self._path(file))
         self.writer.add([file.path for file in files], records, batch.vectors.numpy()[keep])
 
     def _drop_old(self, file: FoundFile) -> bool:
@@ -437,16 +381,28 @@ class _Update:
             self.writer.remove([self.store.ids[row]])
         return row is not None
 
-    def _unskip(self, file: FoundFile) -> None:
-        if self._path(file) in self.skipped:
-            self.writer.unskip(*self.skipped[self._path(file)])
+    def _unskip(self, path: bytes) -> None:
+        if path in self.skipped:
+            self.writer.unskip(*self.skipped[path])
 
     def _unreadable(self, file: FoundFile, message: str) -> None:
         """List it, unless it has been removed since the scan. Committed with the next batch."""
         path = self._path(file)
         self.report.removed += self._drop_old(file)
         if os.path.lexists(path):
+            self._unskip(path)
             reason = message.removeprefix(f'{printable(path)}: ')
-            self._unskip(file)
             self.writer.skip(self.roots[file.root], file.path, reason, file.size, file.mtime_ns)
             self.report.new_skipped += 1
+
+
+def sha256_of(path: bytes | str) -> bytes | None:
+    """Hash of a file; None if it cannot be read."""
+    try:
+        return bytes.fromhex(file_sha256(path))
+    except OSError:
+        return None
+
+
+def _below(path: bytes, folder: bytes) -> bool:
+    return path == folder or path.startswith(folder.rstrip(b'/') + b'/')

@@ -20,7 +20,7 @@ from .records import Record
 from .store import Store
 from .vectors import Vectors
 
-__all__ = ['Hit', 'Index', 'check_queries', 'class_numbers']
+__all__ = ['Collection', 'Hit', 'Index']
 
 APPROXIMATE_UP_TO = 1000  # images asked for, with which a structure is of use
 CHUNK = 1 << 25  # bytes of descriptors that are compared at a time
@@ -34,13 +34,90 @@ class Hit:
     record: Record
 
 
-class Index:
+class Collection:
+    """What can be searched by picture: an index, or a collection of another store that an index was exported to.
+
+    Attributes:
+        path: Where it is.
+        config: Its 'model' and its 'protocol', as an index describes them.
+    """
+    path: str | os.PathLike
+    config: dict
+    _model = None
+
+    def protocol(self) -> Protocol:
+        """The preprocessing it was built with, which queries go through too."""
+        return protocol_from_json(self.config['protocol'])
+
+    def model(self, model: str | torch.nn.Module | None = None) -> torch.nn.Module:
+        """The model it was built with, opened once.
+
+        Args:
+            model: A model, or what `open_model` opens, to take in place of the one the index names; it must have the
+                same weights.
+
+        Raises:
+            OtherModel: It has other weights.
+            OSError, ValueError, RuntimeError: It cannot be opened.
+        """
+        if model is not None or self._model is None:
+            self._model = open_described(self.config['model'], self.path, model)
+        return self._model
+
+    def search_images(
+            self,
+            images: Sequence[str | os.PathLike | Image.Image],
+            k: int = 10,
+            crop: Sequence[float] | None = None,
+            class_name: str | None = None,
+            exact: bool = False,
+    ) -> list[list[Hit]]:
+        """The k nearest images of each picture, nearest first; a picture that is in the index is among them.
+
+        Args:
+            images: Files or pictures.
+            k: Images per query.
+            crop: (x, y, width, height) in pixels, the part of each picture to search for.
+            class_name: Only images whose most probable class has this name.
+            exact: As of `Index.search`.
+
+        Raises:
+            UnreadableImage: A file is not a readable image.
+            ValueError: As `Index.search`, or a crop outside of the picture.
+        """
+        queries = embed_queries(self.model(), self.protocol(), images, crop)
+        return self.hits(queries.vectors, k, class_name, exact)
+
+    def hits(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
+        """The k nearest images of each descriptor, nearest first; arguments and errors as of `Index.search`."""
+        raise NotImplementedError
+
+    def _check(self, vectors, k: int, class_name: str | None) -> tuple[np.ndarray, list[int]]:
+        """Queries (Q, D) float32, and the numbers of the classes of a name; ValueError for what cannot be searched."""
+        if isinstance(vectors, torch.Tensor):
+            vectors = vectors.detach().cpu().float().numpy()
+        vectors, described = np.asarray(vectors, dtype=np.float32), self.config['model']
+        if vectors.ndim != 2 or vectors.shape[1] != described['dim']:
+            raise ValueError(f'descriptors must have shape (queries, {described["dim"]}), got {vectors.shape}: were '
+                             "they made by the index's model?")
+        if not np.isfinite(vectors).all():
+            raise ValueError(f'Row {int(np.argmax(~np.isfinite(vectors).all(axis=1)))} of the descriptors is not '
+                             'finite.')
+        if k < 1:
+            raise ValueError(f'k is {k}: ask for at least one image.')
+        names = described['label_names'] or [str(i) for i in range(described['num_classes'])]
+        numbers = [i for i, name in enumerate(names) if name == class_name]
+        if class_name is not None and not numbers:
+            near = difflib.get_close_matches(class_name, names, n=3, cutoff=0.4) or names[:5]
+            hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'its model predicts no classes.'
+            raise ValueError(f'{self.path} does not know the class {class_name!r}: {hint}')
+        return vectors, numbers
+
+
+class Index(Collection):
     """An index folder as of its last commit, for reading. `Index.build` makes or updates one.
 
     Row i of everything here is the same image. Descriptors are mapped, and checked when they are first touched.
-
-    Args:
-        path: The folder.
 
     Raises:
         FileNotFoundError: Not found, or not an index.
@@ -49,9 +126,8 @@ class Index:
     """
 
     def __init__(self, path: str | os.PathLike):
-        self.path = Path(path)
-        self.store = Store(path)
-        self._model = None
+        self.path, self.store = Path(path), Store(path)
+        self.config = self.store.config
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> 'Index':
@@ -100,40 +176,19 @@ class Index:
     @property
     def label_names(self) -> list[str] | None:
         """Names of the model's classes, None if it has no classes or they have no names."""
-        return self.store.config['model']['label_names']
+        return self.config['model']['label_names']
 
     @property
     def skipped(self) -> dict[str, str]:
         """Files below the folders that are not readable images: path to reason."""
-        return {os.fsdecode(os.path.join(self.store.roots[root], name)): reason
-                for (root, name), (reason, *_) in self.store.skipped.items()}
+        return self.store.skipped_paths()
 
     @property
     def info(self) -> dict:
         """How it was made: model, protocol, versions; and what is in it."""
         roots = [os.fsdecode(root) for root in self.store.roots]
-        return {**self.store.config, 'path': str(self.path), 'images': len(self), 'skipped': len(self.store.skipped),
+        return {**self.config, 'path': str(self.path), 'images': len(self), 'skipped': len(self.store.skipped),
                 'folders': roots, 'size': self.store.size, 'faiss': self.store.faiss}
-
-    def protocol(self) -> Protocol:
-        """The preprocessing it was built with, which queries go through too."""
-        return protocol_from_json(self.store.config['protocol'])
-
-    def model(self, model: str | torch.nn.Module | None = None, device: str | None = None) -> torch.nn.Module:
-        """The model it was built with, opened once.
-
-        Args:
-            model: A model, or what `open_model` opens, to take in place of the one the index names; it must have the
-                same weights.
-            device: Where to put it.
-
-        Raises:
-            OtherModel: It has other weights.
-            OSError, ValueError, RuntimeError: It cannot be opened.
-        """
-        if model is not None or self._model is None:
-            self._model = open_described(self.store.config['model'], self.path, model)
-        return self._model.to(device) if device else self._model
 
     @cached_property
     def structure(self) -> Structure | None:
@@ -168,41 +223,17 @@ class Index:
         Raises:
             ValueError: Wrong shape, values that are not finite, k below 1, or a class that the model does not know.
         """
-        queries = check_queries(vectors, self.vectors.shape[1])
-        if k < 1:
-            raise ValueError(f'k is {k}: ask for at least one image.')
+        queries, numbers = self._check(vectors, k, class_name)
         if class_name is not None:
-            numbers = class_numbers(self.store.config['model'], class_name, self.path)
             return self._exact(queries, k, np.flatnonzero(np.isin(self.columns['classes'][:, 0], numbers)))
         structure = None if exact or k > APPROXIMATE_UP_TO else self.structure
         found = None if structure is None else self._approximate(structure, queries, k)
         return self._exact(queries, k) if found is None else found
 
-    def search_images(
-            self,
-            images: Sequence[str | os.PathLike | Image.Image],
-            k: int = 10,
-            crop: Sequence[float] | None = None,
-            class_name: str | None = None,
-            exact: bool = False,
-    ) -> list[list[Hit]]:
-        """The k nearest images of each picture, nearest first; a picture that is in the index is among them.
-
-        Args:
-            images: Files or pictures.
-            k: Images per query.
-            crop: (x, y, width, height) in pixels, the part of each picture to search for.
-            class_name: Only images whose most probable class has this name.
-            exact: As of `search`.
-
-        Raises:
-            UnreadableImage: A file is not a readable image.
-            ValueError: As `search`, or a crop outside of the picture.
-        """
-        queries = embed_queries(self.model(), self.protocol(), images, crop).vectors
-        scores, rows = self.search(queries, k, class_name, exact)
+    def hits(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
+        found = (values.tolist() for values in self.search(vectors, k, class_name, exact))
         return [[Hit(self.path_of(row), score, self.records(row)) for score, row in zip(s, r, strict=True)]
-                for s, r in zip(scores.tolist(), rows.tolist(), strict=True)]
+                for s, r in zip(*found, strict=True)]
 
     def _exact(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of all rows or of these, ascending; among equals the first ones."""
@@ -227,27 +258,3 @@ class Index:
                 return None
             scores[i], found[i] = (values[0] for values in self._exact(queries[i:i + 1], k, rows))
         return scores, found
-
-
-def class_numbers(described: dict, class_name: str, path: str | os.PathLike) -> list[int]:
-    """Numbers of the classes of a name; ValueError if the model of the index does not know it."""
-    names = described['label_names'] or [str(i) for i in range(described['num_classes'])]
-    numbers = [i for i, name in enumerate(names) if name == class_name]
-    if not numbers:
-        near = difflib.get_close_matches(class_name, names, n=3, cutoff=0.4) or names[:5]
-        hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'its model predicts no classes.'
-        raise ValueError(f'{path} does not know the class {class_name!r}: {hint}')
-    return numbers
-
-
-def check_queries(vectors: np.ndarray | torch.Tensor, dim: int) -> np.ndarray:
-    """(Q, dim) float32; ValueError for another shape, or numbers that are not finite."""
-    if isinstance(vectors, torch.Tensor):
-        vectors = vectors.detach().cpu().float().numpy()
-    vectors = np.asarray(vectors, dtype=np.float32)
-    if vectors.ndim != 2 or vectors.shape[1] != dim:
-        raise ValueError(f'descriptors must have shape (queries, {dim}), got {vectors.shape}: were they made by the '
-                         "index's model?")
-    if not np.isfinite(vectors).all():
-        raise ValueError(f'Row {int(np.argmax(~np.isfinite(vectors).all(axis=1)))} of the descriptors is not finite.')
-    return vectors

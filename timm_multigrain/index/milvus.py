@@ -9,22 +9,18 @@ import logging
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from PIL import Image
 from tqdm import tqdm
 
-from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import check_json, parse_json
 
-from .index import Hit, Index, check_queries, class_numbers
-from .model import embed_queries, open_described, protocol_from_json
+from .index import Collection, Hit, Index
 from .records import OtherModel, Record, path_from_text, path_to_text
 
 if TYPE_CHECKING:
@@ -216,11 +212,8 @@ def _count(client: 'MilvusClient', collection: str) -> int:
     return int(client.query(collection, filter='', output_fields=['count(*)'])[0]['count(*)'])
 
 
-class MilvusIndex:
-    """A collection that an index was exported to, to be searched like the index.
-
-    Args:
-        address: 'milvus:URI#COLLECTION'.
+class MilvusIndex(Collection):
+    """A collection that an index was exported to, to be searched like the index; address: 'milvus:URI#COLLECTION'.
 
     Raises:
         FileNotFoundError: The file or collection was not found.
@@ -231,7 +224,7 @@ class MilvusIndex:
 
     def __init__(self, address: str):
         uri, self.collection = parse_address(address)
-        self.path, self.client, self._model = address, _connect(uri, create=False), None
+        self.path, self.client = address, _connect(uri, create=False)
         with _errors(f'{address} could not be read'):
             self.config = _read_config(self.client, uri, self.collection)
             self.client.load_collection(self.collection)
@@ -239,28 +232,14 @@ class MilvusIndex:
     def __len__(self) -> int:
         return _count(self.client, self.collection)
 
-    def protocol(self) -> Protocol:
-        """The preprocessing of the index, which queries go through too."""
-        return protocol_from_json(self.config['protocol'])
-
-    def model(self, model: str | torch.nn.Module | None = None) -> torch.nn.Module:
-        """As `Index.model`."""
-        if model is not None or self._model is None:
-            self._model = open_described(self.config['model'], self.path, model)
-        return self._model
-
-    def search(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
-        """The k nearest images of each descriptor, nearest first; arguments and errors as for `Index.search`."""
-        queries = check_queries(vectors, self.config['model']['dim'])
-        if not 1 <= k <= _MOST_HITS:
-            raise ValueError(f'k is {k}: ask for 1 to {_MOST_HITS:,} images.')
+    def hits(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
+        queries, _ = self._check(vectors, k, class_name)
+        if k > _MOST_HITS:
+            raise ValueError(f'k is {k}: Milvus gives at most {_MOST_HITS:,} images.')
         kind = self.client.describe_index(self.collection, 'vector')['index_type'] if exact else 'FLAT'
         if kind != 'FLAT':
             raise ValueError(f'{self.path} has an index of type {kind}, which is not exact: leave --exact out.')
-        chosen = ''
-        if class_name is not None:
-            class_numbers(self.config['model'], class_name, self.path)
-            chosen = f'class_name == {json.dumps(class_name, ensure_ascii=False)}'
+        chosen = '' if class_name is None else f'class_name == {json.dumps(class_name, ensure_ascii=False)}'
         # a few more, so that the order among equals, which Milvus leaves open, does not decide who is among the k
         with _errors(f'{self.path} could not be searched'):
             found = self.client.search(
@@ -268,13 +247,6 @@ class MilvusIndex:
                 output_fields=list(_ROW), search_params={'metric_type': 'IP'})
         hits = [[Hit(record.path, score, record) for record, score in map(_record, part)] for part in found]
         return [sorted(part, key=lambda hit: (-round(hit.score, 6), hit.path))[:k] for part in hits]
-
-    def search_images(
-            self, images: Sequence[str | os.PathLike | Image.Image], k: int = 10, crop: Sequence[float] | None = None,
-            class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
-        """As `Index.search_images`."""
-        queries = embed_queries(self.model(), self.protocol(), images, crop).vectors
-        return self.search(queries, k, class_name, exact)
 
 
 def _record(found: dict[str, Any]) -> tuple[Record, float]:

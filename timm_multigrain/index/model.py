@@ -24,13 +24,8 @@ _OPTIONS = {'pool': (str, None), 'p': (float, None), 'pretrained': bool, 'ema': 
 
 
 def describe_model(model: torch.nn.Module, source: str | None, options: Mapping[str, Any] | None = None) -> dict:
-    """What an index keeps of its model.
-
-    Args:
-        model: The MultiGrain.
-        source: File or folder that it was opened from, absolute; None if it is saved inside the index.
-        options: Keyword arguments of `open_model` that it was opened with.
-    """
+    """What an index keeps of its model, opened from a file or folder (an absolute path; None: it is saved inside the
+    index) with these keyword arguments of `open_model`."""
     p = getattr(model.head.pool, 'p', None)
     return {
         'name': model.pretrained_cfg.get('architecture') or 'multigrain', 'trunk': model.trunk_name,
@@ -44,18 +39,18 @@ def describe_model(model: torch.nn.Module, source: str | None, options: Mapping[
 
 def label_names_of(model: torch.nn.Module) -> list[str] | None:
     """Names of the model's classes: its own, ImageNet's where its weights are tagged as of that, or None."""
+    from timm.data import ImageNetInfo, infer_imagenet_subset
+
     cfg = model.pretrained_cfg
     names = cfg.get('label_names')
     if isinstance(names, dict):  # timm's form for rows with gaps between them
         return [names.get(str(row), str(row)) for row in range(model.num_classes)]
     if names and len(names) == model.num_classes:
         return list(names)
-    from timm.data import ImageNetInfo, infer_imagenet_subset
     subset = infer_imagenet_subset(model)
     if subset is None or not re.search(r'in\d+k', cfg.get('tag') or ''):
         return None
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(row) for row in range(model.num_classes)]
+    return [ImageNetInfo(subset).index_to_description(row) for row in range(model.num_classes)]
 
 
 def open_described(
@@ -64,10 +59,10 @@ def open_described(
         model: str | torch.nn.Module | None = None,
         options: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
-    """The model of an index.
+    """The model of an index as `describe_model` has described it.
 
     Args:
-        described: What `describe_model` has given.
+        described: The description.
         folder: The index.
         model: A model, or what `open_model` opens, where the user says it is; None for where the index says it is.
         options: Keyword arguments of `open_model` besides the index's own.
@@ -142,11 +137,7 @@ class _Queries(ImageSource):
 
 
 def cut(image: Image.Image, crop: Sequence[float], name: str) -> Image.Image:
-    """The part (x, y, width, height) of a picture, what reaches beyond its edges left off.
-
-    Raises:
-        ValueError: Nothing of the crop lies in the picture.
-    """
+    """The part (x, y, width, height) of a picture, what reaches beyond its edges left off; ValueError for nothing."""
     x, y, width, height = crop
     box = (max(0, round(x)), max(0, round(y)), min(image.width, round(x + width)), min(image.height, round(y + height)))
     if box[0] >= box[2] or box[1] >= box[3]:

@@ -21,14 +21,11 @@ RECORD = np.dtype([
 
 @dataclass(frozen=True)
 class Record:
-    """An indexed image.
+    """An indexed image as it was then: its pixels as the picture is shown, its bytes and time as those of the file.
 
     Attributes:
-        path: Where it was when it was indexed, as os.fsdecode gives it: bytes that are not UTF-8 are surrogate escapes.
-        width: Pixels, as the picture is shown (turned as its EXIF orientation says, where the index does so).
-        height: Pixels.
-        bytes: Size of the file.
-        sha256: Hash of the file, hexadecimal.
+        path: As os.fsdecode gives it: bytes that are not UTF-8 are surrogate escapes.
+        sha256: Hexadecimal.
         mtime_ns: When the file was last changed, nanoseconds since 1970.
         classes: (name, probability) of the most probable classes, best first; empty for a model without classes.
     """
@@ -52,11 +49,8 @@ _BYTES = 'bytes:'  # marks a path in percent encoding
 
 def path_to_text(path: str) -> str:
     """A path as Unicode for other stores; one whose bytes are not UTF-8 is percent-encoded, and marked."""
-    try:
-        path.encode('utf-8')
-    except UnicodeEncodeError:
-        return _BYTES + quote_from_bytes(os.fsencode(path))
-    return _BYTES + quote_from_bytes(os.fsencode(path)) if path.startswith(_BYTES) else path
+    plain = not any('\udc80' <= c <= '\udcff' for c in path)
+    return path if plain and not path.startswith(_BYTES) else _BYTES + quote_from_bytes(os.fsencode(path))
 
 
 def path_from_text(text: str) -> str:
@@ -96,6 +90,5 @@ def writing(folder):
     except NotWritten:
         raise
     except (OSError, sqlite3.Error) as e:
-        reason = getattr(e, 'strerror', None) or e
-        raise NotWritten(f'{folder} could not be written to ({reason}): what was committed to it before is whole; make '
-                         'room on that disk and run the same again.') from e
+        raise NotWritten(f'{folder} could not be written to ({getattr(e, "strerror", None) or e}): what was committed '
+                         'to it before is whole; make room on that disk and run the same again.') from e

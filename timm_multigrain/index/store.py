@@ -51,21 +51,17 @@ _TABLES = {  # columns, key, and the text of a row that its checksum is of, whic
     'chunks': ('start INTEGER, rows INTEGER, crc32 INTEGER', 'start', b'%x %x %x')}
 _SCHEMA = [f'CREATE TABLE {name} ({columns}, checksum INTEGER, PRIMARY KEY ({key})) WITHOUT ROWID'
            for name, (columns, key, _) in _TABLES.items()]
-_CONFIG = {  # anybody can write it, with a checksum that is right
-    'dtype': str, 'protocol': {}, 'model': {
+_SETTINGS = {  # anybody can write them, with a checksum that is right
+    'config': {'dtype': str, 'protocol': {}, 'model': {
         'name': str, 'source': (str, None), 'pool': str, 'weights_sha256': str, 'dim': int, 'num_classes': int,
-        'label_names': ([str], None), 'options': {}}}
-_STATE = {
-    'generation': int,  # of the file of vectors
-    'faiss': ({'number': int, 'kind': str, 'rows': int, 'settings': {str: int}, 'size': int, 'crc32': int}, None),
-    'totals': {name: [int] for name in _TABLES if name != 'settings'}}
+        'label_names': ([str], None), 'options': {}}},
+    'state': {  # the generation is that of the file of vectors
+        'generation': int, 'totals': {name: [int] for name in _TABLES if name != 'settings'}, 'faiss': (
+            {'number': int, 'kind': str, 'rows': int, 'settings': {str: int}, 'size': int, 'crc32': int}, None)}}
 
 
 class Store:
     """An index as of its last commit. Later commits do not change it; open it again to see them.
-
-    Args:
-        folder: The index.
 
     Attributes:
         config: What describes model and preprocessing.
@@ -84,20 +80,19 @@ class Store:
 
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
+        if not os.path.lexists(self.folder / FILE):
+            why = 'is not an index' if self.folder.is_dir() else 'was not found'
+            raise FileNotFoundError(f'{self.folder} {why}: make one with timm-multigrain index DIR -o {self.folder}')
         for attempt in range(3):  # a writer may begin or end meanwhile
             try:
-                self._read()
+                self._read(self.folder / FILE)
                 return
             except (DamagedIndex, PermissionError):
                 if attempt == 2:
                     raise
                 time.sleep(0.01)
 
-    def _read(self) -> None:
-        path = self.folder / FILE
-        if not os.path.lexists(path):
-            why = 'is not an index' if self.folder.is_dir() else 'was not found'
-            raise FileNotFoundError(f'{self.folder} {why}: make one with timm-multigrain index DIR -o {self.folder}')
+    def _read(self, path: Path) -> None:
         _check_files(self.folder)
         log = any(os.path.lexists(f'{path}{end}') for end in ('-wal', '-shm'))
         try:
@@ -106,7 +101,7 @@ class Store:
                 db.execute('BEGIN')
                 _check_schema(db, self.folder)
                 tables = {name: db.execute(f'SELECT * FROM {name}').fetchall() for name in _TABLES}
-            self._check(tables)
+            self._take(tables)
         except NewerFormat:
             raise
         except (sqlite3.Error, ValueError, OverflowError, TypeError) as e:
@@ -115,8 +110,8 @@ class Store:
                                       'folder writable once and open it again.') from e
             raise DamagedIndex(path, printable(str(e))) from e
 
-    def _check(self, tables: dict[str, list[tuple]]) -> None:
-        """Take over the rows of all tables; one of the caught errors if they are not what was written."""
+    def _take(self, tables: dict[str, list[tuple]]) -> None:
+        """Take over the rows of all tables; one of the errors above if they are not what was written."""
         totals = {}
         for name, rows in tables.items():
             form, checksums = _TABLES[name][2], [row[-1] for row in rows]
@@ -124,34 +119,44 @@ class Store:
                 raise ValueError(f'the checksum of a row of {name} differs')
             totals[name] = [len(rows), sum(checksums)]
         settings = {name.decode(): parse_json(value) for name, value, _ in tables['settings']}
-        check_json(settings, {'config': _CONFIG, 'state': _STATE}, 'settings')
+        check_json(settings, _SETTINGS, 'settings')
         self.config, self.state = settings['config'], settings['state']
-        _check_settings(self.config, self.state['faiss'])
-        self.dtype, self.dim = np.dtype(self.config['dtype']).newbyteorder('<'), self.config['model']['dim']
         for name, wanted in self.state['totals'].items():
             if totals[name] != wanted:
                 raise ValueError(f'{totals[name][0]} of {name} are not the ones that were written')
         self._roots = [path for _, path, _ in tables['roots']]
         self.ids = np.array([row[0] for row in tables['images']], dtype=np.int64)
         self.names = [row[1] for row in tables['images']]
-        data = b''.join([row[2] for row in tables['images']])
-        self.records = np.frombuffer(data, dtype=RECORD)
-        if len(self.records) != len(self.ids):
-            raise ValueError(f'a record does not have {RECORD.itemsize} bytes')
+        self.records = np.frombuffer(b''.join([row[2] for row in tables['images']]), dtype=RECORD)
         self.skipped = {(root, name): (reason.decode(), size, mtime_ns)
                         for root, name, reason, size, mtime_ns, _ in tables['skipped']}
-        used = {*np.unique(self.records['root']).tolist(), *(root for root, _ in self.skipped)}
-        if not used <= set(range(len(self._roots))) or b'\0' in b''.join(
-                [*self._roots, *self.names, *(name for _, name in self.skipped)]):
-            raise ValueError('a file lies in no folder of the index')
-        if (self.records['classes'] >= max(1, self.config['model']['num_classes'])).any():
-            raise ValueError('an image is of a class that the model does not have')
         chunks = np.array(tables['chunks'], dtype=np.int64).reshape(-1, 4)
-        if (chunks[:, 1] < 1).any() or (chunks[:, 0] != np.cumsum(chunks[:, 1]) - chunks[:, 1]).any():
-            raise ValueError('the chunks of the vectors have gaps')
+        self.dim, self.dtype = self.config['model']['dim'], np.dtype(self.config['dtype']).newbyteorder('<')
+        self._check(chunks)
         self.file = VectorFile(self.vectors_path, self.dim, self.dtype, chunks)
         if len(self.records) and self.records['vector'].max() >= len(self.file):
             raise ValueError('an image has a vector beyond the last one')
+
+    def _check(self, chunks: np.ndarray) -> None:
+        """What checksums do not tell: whoever makes an index makes them, too."""
+        names, classes = self.config['model']['label_names'], self.config['model']['num_classes']
+        roots = {*np.unique(self.records['root']).tolist(), *(root for root, _ in self.skipped)}
+        paths = b''.join([*self._roots, *self.names, *(name for _, name in self.skipped)])
+        numbers = [1] if self.faiss is None else [
+            self.faiss['number'], self.faiss['rows'], *self.faiss['settings'].values()]
+        checks = {
+            f'vectors of {self.dim} {self.config["dtype"]}':
+                self.config['dtype'] in ('float32', 'float16') and 0 < self.dim < 1 << 20,
+            'not a name for each class': classes >= 0 and (names is None or len(names) == classes),
+            'settings of the structure below 1': min(numbers) >= 1,
+            f'a record that does not have {RECORD.itemsize} bytes': len(self.records) == len(self.ids),
+            'a file in no folder of the index': roots <= set(range(len(self._roots))) and b'\0' not in paths,
+            'an image of an unknown class': (self.records['classes'] < max(1, classes)).all(),
+            'chunks of vectors with gaps':
+                (chunks[:, 1] > 0).all() and (chunks[:, 0] == np.cumsum(chunks[:, 1]) - chunks[:, 1]).all()}
+        for what, good in checks.items():
+            if not good:
+                raise ValueError(f'it has {what}')
 
     @cached_property
     def roots(self) -> list[bytes]:
@@ -167,6 +172,11 @@ class Store:
         """Absolute paths of all images."""
         roots = [os.path.join(root, b'') for root in self.roots]
         return [roots[root] + name for root, name in zip(self.records['root'].tolist(), self.names, strict=True)]
+
+    def skipped_paths(self) -> dict[str, str]:
+        """Paths of the files that could not be read, as os.fsdecode gives them, to the reason."""
+        return {os.fsdecode(os.path.join(self.roots[root], name)): reason
+                for (root, name), (reason, *_) in self.skipped.items()}
 
     @property
     def faiss(self) -> dict | None:
@@ -193,10 +203,7 @@ class Store:
 
 
 class Writer:
-    """Adds to an index whose lock is held.
-
-    Args:
-        store: Its last commit.
+    """Adds to an index whose lock is held, from its last commit on.
 
     Raises:
         NotWritten: The folder cannot be written to, here and in all that follows. What was committed before is whole,
@@ -204,9 +211,8 @@ class Writer:
     """
 
     def __init__(self, store: Store):
-        self.folder, self.dim, self.dtype = store.folder, store.dim, store.dtype
+        self.folder, self.dim, self.dtype, self.num_vectors = store.folder, store.dim, store.dtype, len(store.file)
         self.state = json.loads(json.dumps(store.state))
-        self.num_vectors = len(store.file)
         self._next = int(store.ids[-1]) + 1 if len(store.ids) else 0
         with writing(self.folder):
             self._file = open_regular(store.vectors_path, os.O_RDWR | (0 if self.num_vectors else os.O_CREAT))
@@ -220,14 +226,9 @@ class Writer:
 
     @classmethod
     def create(cls, folder: str | os.PathLike, config: dict) -> None:
-        """Make an existing folder an index without images. The lock must be held.
-
-        Args:
-            folder: The folder.
-            config: Model, protocol, dim and dtype of the descriptors.
-        """
+        """Make an existing folder an index without images; config is that of `Store`. The lock must be held."""
         unfinished = Path(folder) / f'.{FILE}-{uuid.uuid4().hex[:8]}'
-        state = {'generation': 1, 'faiss': None, 'totals': {name: [0, 0] for name in _STATE['totals']}}
+        state = {'generation': 1, 'faiss': None, 'totals': {name: [0, 0] for name in _TABLES if name != 'settings'}}
         with writing(folder):
             try:
                 with closing(sqlite3.connect(unfinished)) as db:
@@ -249,13 +250,7 @@ class Writer:
         return number
 
     def add(self, names: Sequence[bytes], records: np.ndarray, vectors: np.ndarray) -> None:
-        """Add images.
-
-        Args:
-            names: Their paths below their folders.
-            records: (n,) of `RECORD`; their place among the vectors is filled in.
-            vectors: Their descriptors, (n, D).
-        """
+        """Add n images: paths below their folders, (n,) of `RECORD` (where 'vector' is set), descriptors (n, D)."""
         records['vector'] = np.arange(self.num_vectors, self.num_vectors + len(records))
         self._append(vectors)
         self._insert_images(range(self._next, self._next + len(names)), names, records)
@@ -293,13 +288,12 @@ class Writer:
 
     def set_faiss(self, described: dict | None) -> None:
         """Commit another structure for search and delete the last one."""
-        old = self.state['faiss']
-        if old != described:
+        if self.state['faiss'] != described:
             self.state['faiss'] = described
             with writing(self.folder):
                 self._db.execute('BEGIN IMMEDIATE')
-            self.commit()
-            self._delete_leftovers()
+                self.commit()
+                self._delete_leftovers()
 
     def compact_if_worthwhile(self) -> None:
         """Write the file of vectors anew once a quarter of it is of images that were removed.
@@ -310,6 +304,8 @@ class Writer:
             return
         store = Store(self.folder)
         rows = np.unique(store.vector_rows)  # an image may share the vector of another
+        records = store.records.copy()
+        records['vector'] = np.searchsorted(rows, store.vector_rows)
         self.state.update(generation=self.state['generation'] + 1, faiss=None)
         with writing(self.folder):
             self._file.close()
@@ -317,11 +313,8 @@ class Writer:
                                       os.O_RDWR | os.O_CREAT | os.O_EXCL)
             self._delete('chunks', self._db.execute('SELECT start FROM chunks').fetchall())
             self.num_vectors = 0
-            step = max(1, CHUNK // (self.dim * self.dtype.itemsize))
-            for start in range(0, len(rows), step):
-                self._append(store.file[rows[start:start + step]])
-            records = store.records.copy()
-            records['vector'] = np.searchsorted(rows, store.vector_rows)
+            for start in range(0, len(rows), self._step):
+                self._append(store.file[rows[start:start + self._step]])
             self.replace(store.ids, store.names, records)
             self.commit()
             self._delete_leftovers()
@@ -331,11 +324,15 @@ class Writer:
         self._db.close()
         self._file.close()
 
+    @property
+    def _step(self) -> int:
+        """Vectors under one checksum."""
+        return max(1, CHUNK // (self.dim * self.dtype.itemsize))
+
     def _append(self, vectors: np.ndarray) -> None:
         vectors = np.ascontiguousarray(vectors, dtype=self.dtype)
-        step = max(1, CHUNK // (self.dim * self.dtype.itemsize))
-        for start in range(0, len(vectors), step):
-            chunk = vectors[start:start + step]
+        for start in range(0, len(vectors), self._step):
+            chunk = vectors[start:start + self._step]
             with writing(self.folder):
                 data = memoryview(chunk).cast('B')
                 while len(data):
@@ -348,16 +345,14 @@ class Writer:
             (int(i), name, record.tobytes()) for i, name, record in zip(ids, names, records, strict=True)])
 
     def _insert(self, table: str, rows: Iterable[tuple]) -> None:
-        rows = [_row(table, *row) for row in rows]
-        total = self.state['totals'][table]
+        rows, total = [_row(table, *row) for row in rows], self.state['totals'][table]
         total[:] = total[0] + len(rows), total[1] + sum(row[-1] for row in rows)
         with writing(self.folder):
             marks = ', '.join('?' * (_TABLES[table][0].count(',') + 2))
             self._db.executemany(f'INSERT INTO {table} VALUES ({marks})', rows)
 
     def _delete(self, table: str, keys: Iterable[tuple]) -> None:
-        where = ' AND '.join(f'{column} = ?' for column in _TABLES[table][1].split(', '))
-        total = self.state['totals'][table]
+        where, total = _TABLES[table][1].replace(', ', ' = ? AND ') + ' = ?', self.state['totals'][table]
         with writing(self.folder):
             for key in keys:
                 found = self._db.execute(f'SELECT checksum FROM {table} WHERE {where}', key).fetchone()
@@ -375,11 +370,7 @@ class Writer:
 
 @contextmanager
 def index_lock(folder: Path):
-    """Hold the folder's lock, which the system takes back when the process ends, however it ends.
-
-    Raises:
-        IndexInUse: Another process or thread holds it.
-    """
+    """Hold the folder's lock, which the system takes back when the process ends; IndexInUse if another one has it."""
     _check_files(folder)
     with writing(folder):
         db = _connect(folder / 'lock', 'mode=rwc', timeout=0)
@@ -418,11 +409,7 @@ def _connect(path: Path, mode: str, timeout: float = 30) -> sqlite3.Connection:
 
 
 def _check_files(folder: Path) -> None:
-    """SQLite opens its files itself: they have to be regular ones, and what it writes to must have no other name.
-
-    Raises:
-        DamagedIndex: One of them is something else.
-    """
+    """SQLite opens its files itself: DamagedIndex unless they are regular ones, with no other name to be written to."""
     for name in (FILE, f'{FILE}-wal', f'{FILE}-shm', 'lock'):
         path = folder / name
         if os.path.lexists(path):
@@ -443,16 +430,3 @@ def _check_schema(db: sqlite3.Connection, folder: Path) -> None:
                           f'{FORMAT}: update the package, or make the index anew.')
     if db.execute('SELECT sql FROM sqlite_master ORDER BY rowid').fetchall() != [(text.encode(),) for text in _SCHEMA]:
         raise ValueError('its tables are not those of an index')
-
-
-def _check_settings(config: dict, faiss: dict | None) -> None:
-    dim, names, classes = (config['model'][name] for name in ('dim', 'label_names', 'num_classes'))
-    if config['dtype'] not in ('float32', 'float16') or not 0 < dim < 1 << 20:
-        raise ValueError(f'vectors of {dim} {config["dtype"]} are not in an index')
-    if classes < 0 or (names is not None and len(names) != classes):
-        raise ValueError(f'it does not have a name for each of {classes} classes')
-    if faiss is not None:
-        numbers = faiss['settings']
-        if 'candidates' not in numbers or not numbers.keys() & {'probes', 'ef'} or (
-                min(faiss['number'], faiss['rows'], *numbers.values()) < 1):
-            raise ValueError('settings of the structure are missing or below 1')

@@ -30,11 +30,8 @@ class VectorFile:
     """
 
     def __init__(self, path: Path, dim: int, dtype: np.dtype, chunks: np.ndarray):
-        self.path, self._starts, self._crc32 = path, chunks[:, 0], chunks[:, 2]
-        self._good = np.zeros(len(chunks), dtype=bool)
-        rows = int(chunks[:, 1].sum())
+        rows, mapped = int(chunks[:, 1].sum()), b''
         wanted = rows * dim * dtype.itemsize
-        mapped = b''
         if rows:
             try:
                 with open_regular(path) as file:
@@ -43,33 +40,30 @@ class VectorFile:
                     mapped = mmap.mmap(file.fileno(), wanted, access=mmap.ACCESS_READ)
             except FileNotFoundError:
                 raise DamagedIndex(path, 'it is missing') from None
-        self._rows = np.frombuffer(mapped, dtype=dtype).reshape(rows, dim)
+        self.path, self._rows = path, np.frombuffer(mapped, dtype=dtype).reshape(rows, dim)
+        self._starts, self._ends, self._crc32 = chunks[:, 0], chunks[:, 0] + chunks[:, 1], chunks[:, 2]
+        self._good = np.zeros(len(chunks), dtype=bool)
 
     def __len__(self) -> int:
         return len(self._rows)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Rows by a slice without step, as a view, or by (n,) int64, as a copy.
+        """Rows by a slice, or by (n,) int64; those that lie together are a view.
 
         Raises:
             DamagedIndex: A chunk that they are in is not what was committed.
         """
         if isinstance(rows, slice):
-            start, stop, _ = rows.indices(len(self))
-            if start >= stop:
-                return self._rows[:0]
-            chunks = np.arange(self._chunk_of(start), self._chunk_of(stop - 1) + 1)
-        else:
-            chunks = np.unique(self._chunk_of(rows))
-        for i in chunks[~self._good[chunks]]:
-            stop = self._starts[i + 1] if i + 1 < len(self._starts) else len(self)
-            if zlib.crc32(self._rows[self._starts[i]:stop]) != self._crc32[i]:
-                raise DamagedIndex(self.path, f'the checksum of rows {self._starts[i]} to {stop - 1} differs')
-            self._good[i] = True
-        return self._rows[rows]
-
-    def _chunk_of(self, rows):
-        return np.searchsorted(self._starts, rows, side='right') - 1
+            rows = np.arange(len(self))[rows]
+        together = len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()
+        chunks = np.searchsorted(self._ends, rows[[0, -1]] if together else rows, side='right')
+        for i in range(chunks[0], chunks[1] + 1) if together else np.unique(chunks):
+            if not self._good[i]:
+                if zlib.crc32(self._rows[self._starts[i]:self._ends[i]]) != self._crc32[i]:
+                    where = f'rows {self._starts[i]} to {self._ends[i] - 1}'
+                    raise DamagedIndex(self.path, f'the checksum of {where} differs')
+                self._good[i] = True
+        return self._rows[rows[0]:rows[-1] + 1] if together else self._rows[rows]
 
 
 class Vectors:
@@ -80,10 +74,6 @@ class Vectors:
     Args:
         file: The file.
         rows: (N,) int64, the row of the file that each image has.
-
-    Attributes:
-        shape: (N, D).
-        dtype: float32 or float16.
     """
     ndim = 2
 
@@ -97,15 +87,10 @@ class Vectors:
     def __getitem__(self, key) -> np.ndarray:
         """Rows by number, slice, list of numbers or mask."""
         rows = self._rows[key]
-        if rows.ndim == 0:
-            return self.file[int(rows):int(rows) + 1][0]
-        if len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all():
-            return self.file[int(rows[0]):int(rows[-1]) + 1]
-        return self.file[rows]
+        return self.file[rows] if rows.ndim else self.file[rows[None]][0]
 
     def __array__(self, dtype=None, copy=None) -> np.ndarray:
-        array = self[:]
-        return array.astype(dtype) if dtype is not None and dtype != array.dtype else array
+        return self[:].astype(dtype or self.dtype, copy=False)
 
     def chunks(self) -> Iterator[np.ndarray]:
         """All rows in order, (n, D), 32 MiB at a time."""

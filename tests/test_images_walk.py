@@ -1,18 +1,15 @@
-"""Finding images: every name a file can have, links, folders that cannot be entered; and telling what has changed."""
+"""Finding images: every name a file can have, links, folders that cannot be entered or lie deep."""
 import inspect
 import os
 import sys
 
-import numpy as np
 import pytest
 from PIL import Image
 
 from timm_multigrain.images.walk import scan_folders
-from timm_multigrain.index.build import make_plan, sha256_of
-from timm_multigrain.index.records import RECORD
-from timm_multigrain.index.store import Store, is_index
+from timm_multigrain.index.store import is_index
 
-from .small_index import record, unit_vectors, write_index, writer_of
+from .small_index import unit_vectors, write_index
 
 ODD_NAMES = [b'new\nline.jpg', b'bad\xff\xfebyte.png', b' space .jpg ', b'-rf.jpg', 'ü\u202e.JPEG'.encode(),
              b'a;b$(c).gif', b'..jpg', b'%s.webp', b'"\'.tif']
@@ -26,6 +23,15 @@ def touch(path, content=b'x'):
     os.makedirs(os.path.dirname(path), exist_ok=True)
     with open(path, 'wb') as file:
         file.write(content)
+
+
+def forbid(folder, scandir=os.scandir):
+    """A scandir that may not enter a folder; root may enter all."""
+    def guarded(path):
+        if path == folder:
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+    return guarded
 
 
 def test_names_and_kinds(tmp_path):
@@ -85,13 +91,7 @@ def test_folders_that_cannot_be_entered(tmp_path, monkeypatch):
     root = os.fsencode(tmp_path)
     touch(root + b'/closed/1.jpg')
     touch(root + b'/open/2.jpg')
-    scandir = os.scandir
-
-    def guarded(path):
-        if path == root + b'/closed':
-            raise PermissionError(13, 'Permission denied', path)
-        return scandir(path)
-    monkeypatch.setattr(os, 'scandir', guarded)
+    monkeypatch.setattr(os, 'scandir', forbid(root + b'/closed'))
     scan = scan_folders([root])
     assert found(scan) == [(0, b'open/2.jpg')] and scan.unreadable == {root + b'/closed': 'Permission denied'}
 
@@ -107,64 +107,3 @@ def test_very_deep_folders(tmp_path):
         assert len(scan_folders([os.fsencode(tmp_path)]).files) == 1
     finally:
         sys.setrecursionlimit(limit)
-
-
-def index_of(tmp_path, files):
-    """An index that holds these files as they are now."""
-    path = write_index(tmp_path / 'index', unit_vectors(0), root=tmp_path / 'pictures')
-    rows = []
-    for name in files:
-        status, digest = os.stat(tmp_path / 'pictures' / name), sha256_of(tmp_path / 'pictures' / name)
-        rows.append(record(bytes=status.st_size, mtime_ns=status.st_mtime_ns, sha256=list(digest)))
-    with writer_of(path) as writer:
-        writer.add([os.fsencode(name) for name in files], np.array(rows, dtype=RECORD), unit_vectors(len(files)))
-        writer.skip(0, b'bad.jpg', 'is empty', 1, os.stat(tmp_path / 'pictures' / 'bad.jpg').st_mtime_ns)
-        writer.skip(0, b'bad-gone.jpg', 'is empty', 0, 5)
-        writer.commit()
-    return Store(path)
-
-
-def test_plan(tmp_path):
-    pictures = tmp_path / 'pictures'
-    names = ['same.jpg', 'touched.jpg', 'changed.jpg', 'resized.jpg', 'moved.jpg', 'gone.jpg', 'twin.jpg',
-             'twin-gone.jpg']
-    for i, name in enumerate(names):
-        touch(str(pictures / name), b'twin' if name.startswith('twin') else b'content %d' % i)
-    touch(str(pictures / 'bad.jpg'), b'b')
-    store = index_of(tmp_path, names)
-    os.utime(pictures / 'touched.jpg', ns=(1, 1))
-    touch(str(pictures / 'changed.jpg'), b'CONTENT 2')
-    os.utime(pictures / 'changed.jpg', ns=(2, 2))
-    touch(str(pictures / 'resized.jpg'), b'longer content')
-    os.makedirs(pictures / 'sub')
-    os.rename(pictures / 'moved.jpg', pictures / 'sub' / 'elsewhere.jpg')
-    (pictures / 'gone.jpg').unlink()
-    os.rename(pictures / 'twin-gone.jpg', pictures / 'zz.jpg')
-    touch(str(pictures / 'copy.jpg'), b'content 0')
-    touch(str(pictures / 'new.jpg'), b'new')
-    folders = [os.fsencode(pictures)]
-    plan = make_plan(store, scan_folders(folders), folders)
-    names = [file.path for file in plan.embed]
-    assert plan.unchanged == 2 and names == [b'changed.jpg', b'resized.jpg', b'new.jpg']
-    assert {os.path.basename(path): number for path, number in plan.replaces.items()} == {
-        b'changed.jpg': 2, b'resized.jpg': 3}
-    assert [(file.path, row) for file, row in plan.renew] == [
-        (b'touched.jpg', 1), (b'zz.jpg', 7), (b'sub/elsewhere.jpg', 4)]
-    assert [(file.path, row) for file, row in plan.copy] == [(b'copy.jpg', 0)]
-    assert plan.gone == [5] and plan.moved == 2
-    assert plan.recovered == [(0, b'bad-gone.jpg')]
-    assert len(make_plan(store, scan_folders(folders), folders, retry=True).embed) == 4
-
-
-def test_images_elsewhere_are_left_alone(tmp_path):
-    for name in ('a/1.jpg', 'b/2.jpg', 'bad.jpg'):
-        touch(str(tmp_path / 'pictures' / name), name.encode())
-    store = index_of(tmp_path, ['a/1.jpg', 'b/2.jpg'])
-    (tmp_path / 'pictures' / 'b' / '2.jpg').unlink()
-    (tmp_path / 'pictures' / 'a' / '1.jpg').unlink()
-    folders = [os.fsencode(tmp_path / 'pictures' / 'a')]
-    assert make_plan(store, scan_folders(folders), folders).gone == [0]
-    folders = [os.fsencode(tmp_path / 'pictures')]
-    scan = scan_folders(folders)
-    scan.unreadable[folders[0] + b'/a'] = 'Permission denied'
-    assert make_plan(store, scan, folders).gone == [1]
