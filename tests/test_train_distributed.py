@@ -13,6 +13,8 @@ import torch
 
 import timm_multigrain  # noqa: F401 - registers the models
 
+from .test_train_evaluation import figures_of, load
+
 ROOT = Path(__file__).resolve().parents[1]
 STANDIN = Path(__file__).with_name('standin_train.py')
 SCRIPTS = [STANDIN, *(Path(f) / 'train.py' for f in os.environ.get('TIMM_SCRIPTS', '').split(os.pathsep) if f)]
@@ -61,10 +63,12 @@ def test_two_processes_train_one_model(script, noise_folder, tmp_path):
 @pytest.mark.slow
 def test_the_device_module_under_torchrun(noise_folder, tmp_path):
     settings = ['--device-modules', 'timm_multigrain.auto', '--model-kwargs', 'trunk=test_resnet',
-                'mg_sampling=uniform', 'mg_instances=class']
+                'mg_sampling=uniform', 'mg_instances=class', 'mg_eval=True']
     script = shutil.copy(SCRIPTS[-1], tmp_path)  # out of its checkout, whose timm/ would hide the installed one
     done = _torchrun(script, *_flags(noise_folder, tmp_path, 'auto'), *settings)
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint, rows = _result(tmp_path, 'auto')
     assert 'beta' in checkpoint['task_state']['instance_loss'] and 'train_beta' in rows[0]
+    for name, value in figures_of(load(checkpoint), noise_folder / 'validation', 64).items():
+        assert float(rows[-1][f'eval_{name}']) == pytest.approx(value)
     assert float(rows[-1]['train_effective_negatives']) == pytest.approx(6)  # of this process, 3 of each class

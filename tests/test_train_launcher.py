@@ -40,6 +40,8 @@ from timm_multigrain.train import launcher
 from timm_multigrain.train.options import TrainOptions
 from timm_multigrain.train.plugin import TrainPlugin
 
+from .test_train_evaluation import figures_of, load
+
 FOLDERS = [Path(folder) for folder in os.environ.get('TIMM_SCRIPTS', '').split(os.pathsep) if folder]
 SCRIPTS = [Path(__file__).with_name('standin_train.py'), *(folder / 'train.py' for folder in FOLDERS)]
 IMAGES = 24  # of the training set
@@ -613,6 +615,21 @@ def test_instances(train, images, tmp_path):
                           '--mg-classif-weight', weight)
             assert ids(other) == ids(run) and ('train_instance_loss' in other.rows[0]) == (weight == '0')
     assert len(held.instances) == IMAGES
+
+
+@pytest.mark.parametrize('flags', [
+    (), ('--no-prefetcher', '-j', '1', '-vb', '4', '--mg-classif-weight', '1'), ('--torchcompile', 'eager'),
+    ('--amp', '--amp-dtype', 'bfloat16')])
+def test_figures_of_retrieval(train, images, flags):
+    run = train('--mg-eval', *flags)
+    expected = figures_of(load(run.checkpoint), images / 'validation', 32)
+    found = {name: run.rows[0][f'eval_{name}'] for name in expected}
+    if '--amp' in flags:
+        assert all(0 < value <= 100 for value in found.values())
+    else:
+        assert found == pytest.approx(expected)
+    same = train(*flags, '--mg-epoch-len-factor', '1')
+    assert {k: v for k, v in run.rows[0].items() if k[5:] not in expected} == same.rows[0]
 
 
 @pytest.mark.parametrize('flags', [(), ('--mg-fast-loader', '-j', '1'), ('--train-img-sizes', '32', '48')])

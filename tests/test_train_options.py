@@ -27,7 +27,7 @@ def test_defaults():
     assert loss.margin == 0.2 and loss.follows
     assert _parse('--mg-repeats', '1', '--mg-classif-weight', '1').plain
     for extra in (['--mg-lighting', '.1'], ['--mg-epoch-len-factor', '2'], ['--mg-fast-loader'],
-                  ['--mg-instances', 'class']):
+                  ['--mg-instances', 'class'], ['--mg-eval']):
         assert not _parse('--mg-repeats', '1', '--mg-classif-weight', '1', *extra).plain
 
 
@@ -36,11 +36,11 @@ def test_every_flag_reaches_its_field():
         '--mg-repeats', '4', '--mg-classif-weight', '0.25', '--mg-instance-loss', 'margin', '--mg-margin', '0.3',
         '--mg-beta-init', '1.1', '--mg-beta-lr', '0.01', '--mg-sampling', 'batch', '--mg-gather',
         '--mg-epoch-len-factor', '2', '--mg-lighting', '0.1', '--mg-fast-loader', '--mg-instances', 'folder',
-        '--mg-decode', 'timm', '--mg-strict', '--mg-instance-loss-kwargs', 'margin=0.4')
+        '--mg-decode', 'timm', '--mg-strict', '--mg-eval', '--mg-instance-loss-kwargs', 'margin=0.4')
     assert asdict(options) == {
         'repeats': 4, 'classif_weight': 0.25, 'instance_loss': 'margin', 'margin': 0.3, 'beta_init': 1.1,
         'beta_lr': 0.01, 'sampling': 'batch', 'gather': True, 'epoch_len_factor': 2., 'lighting': 0.1,
-        'fast_loader': True, 'instances': 'folder', 'decode': 'timm', 'strict': True,
+        'fast_loader': True, 'instances': 'folder', 'decode': 'timm', 'strict': True, 'eval': True,
         'instance_loss_kwargs': {'margin': 0.4}}
     assert options.create_loss().margin == 0.4
     assert all(asdict(options)[f.name] != f.default for f in fields(options) if f.name != 'instance_loss')
@@ -132,6 +132,7 @@ def test_flags_that_do_go_together():
     assert conflict(argparse.Namespace(batch_size=12), TrainOptions()) is None  # a script without those flags
     only_classes = TrainOptions(classif_weight=1)
     assert conflict(_args(batch_size=3, torchscript=True), only_classes) is None
+    assert '--mg-eval' in conflict(_args(torchscript=True), TrainOptions(classif_weight=1, eval=True))
     assert 'give at least 3' in conflict(_args(batch_size=2), only_classes)
 
 

@@ -80,6 +80,9 @@ class TrainOptions:
         "EXIF, transparent parts on a ground, 16 bits reduced to 8) or timm (Pillow's conversion to RGB)", str, 'WAY')
     strict: bool = _option(
         False, 'stop at an image that cannot be read, instead of going on with the next one in its place', bool)
+    eval: bool = _option(
+        False, 'add recall1, map and copy_map to the metrics, also for --eval-metric: Recall@1 and mAP of the '
+        'validation images, and mAP of edited copies of them, in per cent', bool)
 
     def __post_init__(self):
         _check_values(self)
@@ -96,7 +99,7 @@ class TrainOptions:
         """Whether nothing of train.py is changed at all."""
         changed = (
             self.joint, self.repeats != 1, self.instances != 'copy', self.epoch_len_factor != 1, self.lighting,
-            self.fast_loader, self.strict)
+            self.fast_loader, self.strict, self.eval)
         return not any(changed)
 
     def loss_kwargs(self) -> dict[str, Any]:
@@ -162,6 +165,8 @@ def conflict(args: argparse.Namespace, options: TrainOptions) -> str | None:
             return f'{flag} ({value}) does not go with MultiGrain training: {reason}'
     if options.joint and getattr(args, 'torchscript', False):
         return '--torchscript does not go with the instance loss, which needs the embedding: use --torchcompile'
+    if options.eval and getattr(args, 'torchscript', False):
+        return '--torchscript does not go with --mg-eval, which needs the embedding: use --torchcompile'
     if options.joint and 'adahessian' in str(getattr(args, 'opt', '')):
         return ('--opt adahessian needs second derivatives, and the boundary of the margin loss has none: '
                 'choose another optimizer')

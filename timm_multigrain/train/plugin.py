@@ -18,7 +18,7 @@ from timm.utils import unwrap_model
 from torch import nn
 from torch.optim import Optimizer
 
-from timm_multigrain.data import InstanceDataset, Lighting, create_loader
+from timm_multigrain.data import DecodedDataset, InstanceDataset, Lighting, create_loader
 from timm_multigrain.data.labels import label_instances
 from timm_multigrain.data.transforms import insert_lighting
 from timm_multigrain.images.labels import write_class_names
@@ -26,6 +26,7 @@ from timm_multigrain.images.sources import EXTENSIONS, UnreadableImage
 from timm_multigrain.models.weights import new_classifier
 from timm_multigrain.task import MultiGrainTask, MultiGrainTrainableModule
 
+from .evaluation import EditedImages, RetrievalValidation
 from .monitor import Monitor
 from .options import PREFIX, TrainOptions, conflict, resume_problem, stop
 
@@ -46,9 +47,10 @@ class TrainPlugin:
     """
 
     def __init__(self, script: ModuleType, options: TrainOptions, args: argparse.Namespace):
+        self.script = script
         self.options = options
         self.args = args
-        names = 'create_model', 'create_dataset', 'create_optimizer_v2', 'create_loader', 'utils'
+        names = 'create_model', 'create_dataset', 'create_optimizer_v2', 'validate', 'utils'
         self.original = {name: getattr(script, name, None) for name in names}
         self.train_one_epoch_of_script = script.train_one_epoch
         self.monitor = Monitor(self.network_lr)
@@ -71,6 +73,8 @@ class TrainPlugin:
             stop(problem)
         if self.options.decode != 'timm':
             add_img_extensions(sorted(EXTENSIONS))  # of the files that all commands find
+        if self.options.eval and self.original['validate'] is None:
+            stop(f'{script.__file__} has no function validate, which --mg-eval adds to')
         script.ClassificationTask = self.create_task
         script.create_loader = self.create_loader
         script.create_optimizer_v2 = self.create_optimizer
@@ -108,6 +112,8 @@ class TrainPlugin:
                 dataset, ids = label_instances(dataset, options.instances, numbers, is_training)
             self._check_classes(dataset, is_training)
             if not is_training:
+                if options.eval:
+                    self._watch(dataset, ids, *args, **decoding, **kwargs)
                 return create_loader(dataset, *args, is_training=False, **decoding, **kwargs)
             if options.joint and len(dataset) < 2:
                 raise ValueError(f'the training set holds {len(dataset)} image: an instance loss needs at least 2')
@@ -121,6 +127,12 @@ class TrainPlugin:
         except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
             stop(e)
         return loader
+
+    def _watch(self, dataset: Any, ids: Any, *args: Any, decode: str, strict: bool, **kwargs: Any) -> None:
+        """Rebind `validate` for the figures of retrieval."""
+        edited = EditedImages(DecodedDataset(dataset, decode, strict))
+        copies = create_loader(edited, *args, is_training=False, **kwargs | {'persistent_workers': False})
+        self.script.validate = RetrievalValidation(self.original['validate'], len(dataset), ids, copies, edited.rows)
 
     def _check_classes(self, dataset: Any, is_training: bool) -> None:
         numbers = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
