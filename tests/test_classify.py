@@ -22,7 +22,7 @@ from timm_multigrain.images.labels import (
 )
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.measure.classify import ranks_of_truth, validate
-from timm_multigrain.measure.figures import read_metrics
+from timm_multigrain.measure.results import read_metrics
 from timm_multigrain.models.open import open_model
 
 from .tiny import tiny_model
@@ -75,7 +75,7 @@ def test_rectangles_and_damaged_images(model, tmp_path):
     (tmp_path / 'c' / 'x.png').write_bytes(b'no')
     source = open_classes(tmp_path, model)
     result = validate(model, source, PROTOCOL, workers=0)
-    assert result.num_images == 2 and 'c/x.png' in result.skipped and result.labels.tolist() == [0, 1]
+    assert len(result.ranks) == 2 and 'c/x.png' in result.skipped and result.labels.tolist() == [0, 1]
     assert '2 classes among 3' in str(result) and 'could not be read' in str(result)
     with pytest.raises(ValueError, match=r'x\.png'):
         validate(model, source, PROTOCOL, workers=0, strict=True)

@@ -5,7 +5,6 @@ import pickle
 import random
 import types
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -20,12 +19,10 @@ from timm_multigrain.hub.publish import _figures
 from timm_multigrain.images.labels import match_classes
 from timm_multigrain.images.sources import ImageFiles, open_images
 from timm_multigrain.index.milvus import _CONFIG, _record
-from timm_multigrain.measure.archives import _read_manifest
-from timm_multigrain.measure.benchmarks.disc21 import load_disc21
-from timm_multigrain.measure.benchmarks.folder import load_folder
-from timm_multigrain.measure.benchmarks.holidays import read_turns
-from timm_multigrain.measure.benchmarks.revisited import load_revisited
-from timm_multigrain.measure.figures import parse_metrics
+from timm_multigrain.measure import archives
+from timm_multigrain.measure.benchmarks import load_benchmark
+from timm_multigrain.measure.benchmarks.groups import read_turns
+from timm_multigrain.measure.results import parse_metrics
 from timm_multigrain.measure.tune_p import tune_p
 from timm_multigrain.models.config import whitened_for
 from timm_multigrain.train.options import TrainOptions
@@ -112,8 +109,7 @@ def folder(tmp_path_factory):
 
 NAMES = ['a', 'b', 'c', 'd']
 TRUTH = {'imlist': NAMES[1:], 'qimlist': ['a'],
-         'gnd': [{'bbx': [0., 0., 9., 9.], 'easy': [0], 'hard': [1], 'junk': np.array([2])}]}
-PLAIN_TRUTH = {**TRUTH, 'gnd': [{**TRUTH['gnd'][0], 'junk': [2]}]}
+         'gnd': [{'bbx': [0., 0., 9., 9.], 'easy': [0], 'hard': [1], 'junk': [2]}]}
 FIGURE = {'task': 'classification', 'dataset': 'ImageNet-1k', 'metric': 'top1', 'value': 78.6, 'size': 500, 'p': 4,
           'protocol': 'longer side', 'whitening': None, 'source_name': 's', 'source_url': 'https://x.org'}
 SETTINGS = {'p': 3., 'protocol': {'size': 64, 'kind': 'crop'}}
@@ -176,15 +172,16 @@ def tune(folder, path):
 
 
 PARSERS = {
-    'gnd.json': (PLAIN_TRUTH, lambda folder, path: use_benchmark(
-        load_revisited(folder, 'roxford5k', path, subset=True))),
-    'gnd.pkl': (TRUTH, lambda folder, path: use_benchmark(load_revisited(folder, 'roxford5k', path, subset=True))),
+    'gnd.json': (TRUTH, lambda folder, path: use_benchmark(
+        load_benchmark('roxford5k', folder, ground_truth=path, subset=True))),
+    'gnd.pkl': (TRUTH, lambda folder, path: use_benchmark(
+        load_benchmark('roxford5k', folder, ground_truth=path, subset=True))),
     'gt.json': ({f'{name}.jpg': i // 2 for i, name in enumerate(NAMES)}, lambda folder, path: use_benchmark(
-        load_folder(folder, path))),
+        load_benchmark('folder', folder, ground_truth=path))),
     'turns.json': ({'100000.jpg': 90, '100100.jpg': -90}, lambda folder, path: read_turns(path)),
     'turns.txt': (b'100000.jpg 90\n# c\n100100.jpg -90\n', lambda folder, path: read_turns(path)),
-    'truth.csv': (b'query_id,reference_id\nQ00000,R000000\nQ00001,R000001\n', lambda folder, path: load_disc21(
-        folder, path, subset=True)),
+    'truth.csv': (b'query_id,reference_id\nQ00000,R000000\nQ00001,R000001\n', lambda folder, path: load_benchmark(
+        'disc21', folder, ground_truth=path, subset=True)),
     'list.json': ([f'{name}.jpg' for name in NAMES], lambda folder, path: open_images(path).fingerprint()),
     'list.txt': (b'a.jpg\nb.jpg\n', lambda folder, path: open_images(path).fingerprint()),
     'map.txt': (b'a\nb\nc\n', lambda folder, path: match_classes(MODEL, ['a', 'b', 'c'], path)),
@@ -193,7 +190,7 @@ PARSERS = {
     'README.md': (None, use_card),
     'notes.json': (SETTINGS, use_notes),
     'downloads.json': ({'http://a/b.tar': {'bytes': 1, 'sha256': 'a', 'done': True}},
-                       lambda folder, path: _read_manifest(path.parent)),
+                       lambda folder, path: archives.read_manifest(path.parent)),
     'config.json': (CONFIG, lambda folder, path: check_json(read_json(path), _CONFIG, 'config')),
     'row.json': (ROW, lambda folder, path: _record({'entity': json.loads(path.read_bytes()), 'distance': 1.})),
     'recipe.yaml': (OPTIONS, lambda folder, path: TrainOptions.from_mapping(yaml.safe_load(path.read_bytes()))),

@@ -17,10 +17,10 @@ from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import open_classes
 from timm_multigrain.layers import GeM
-from timm_multigrain.measure.benchmarks.folder import load_folder
+from timm_multigrain.measure import tune_p as module
+from timm_multigrain.measure.benchmarks import load_benchmark
 from timm_multigrain.measure.classify import validate
-from timm_multigrain.measure.p_result import PResult
-from timm_multigrain.measure.tune_p import _Scan, scan_p_groups, tune_p
+from timm_multigrain.measure.tune_p import PResult, scan_p_groups, tune_p
 from timm_multigrain.models.config import fitted
 from timm_multigrain.models.open import open_model
 
@@ -103,15 +103,8 @@ def test_the_scan(model, source):
     assert result.best == best[2]
 
 
-def test_scan_and_recipe_in_one_pass_change_nothing(model, source):
-    both = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0)
-    assert both.trace == tune_p(model, source, PROTOCOL, grid=(), workers=0).trace
-    assert both.values == tune_p(
-        model, source, PROTOCOL, grid=(1, 3), finetune=False, workers=0).values
-
-
 def test_scan_of_groups(model, pictures):
-    groups = load_folder(pictures / 'train')
+    groups = load_benchmark('folder', pictures / 'train')
     result = scan_p_groups(model, groups, PROTOCOL, (1, 8), workers=0)
     assert result.grid == (1, 3, 8)
     x = extract(model, groups.database, PROTOCOL, workers=0).vectors
@@ -141,14 +134,13 @@ def test_p_is_kept_where_nothing_is_surely_better(won, lost, changed):
     """Of 200 images some become hits at p = 2 and some none any more; (won - lost) ** 2 > 4 (won + lost) by hand."""
     hits = torch.tensor([[False] * lost + [True] * won + [False] * (200 - lost - won),
                          [True] * lost + [False] * (200 - lost)])  # at p = 2 and 3
-    model = argparse.Namespace(gem_p=3., head=argparse.Namespace(pool=None, classify=None))
-    scan = _Scan(model, (2., 3.))
+    state = {'count': 0, 'hits': [0., 0.], 'changed': [0., 0.], 'loss': [0., 0.]}
     for pair in hits.T:
-        scan.classify = lambda _, pair=pair: torch.stack([pair.float() * 2, torch.ones(2)], 1)
-        scan.pool = GeM(3.)
-        scan.add(torch.ones(1, 1, 1, 1), 0)
-    values, noise = (scan.hits / 200).tolist(), (scan.changed.sqrt() / 200).tolist()
-    result = PResult('top-1', scan.grid, values, noise, 3., 200, PROTOCOL)
+        classify = lambda _, pair=pair: torch.stack([pair.float() * 2, torch.ones(2)], 1)  # noqa: E731
+        model = argparse.Namespace(gem_p=3., head=argparse.Namespace(pool=GeM(3.), classify=classify))
+        module._scan(state, model, torch.ones(1, 1, 1, 1), 0, (2., 3.))
+    values, noise = [hit / 200 for hit in state['hits']], [changed ** 0.5 / 200 for changed in state['changed']]
+    result = PResult('top-1', (2., 3.), values, noise, 3., 200, PROTOCOL)
     assert values == [won / 200, lost / 200]
     assert (result.how, result.p) == (('best', 2) if changed else ('kept', 3))
     assert str(result).endswith('best of the grid' if changed else 'no other is surely better')
@@ -174,21 +166,21 @@ def test_damaged_images_are_left_out(model, pictures, tmp_path):
 
 
 def test_going_on_gives_the_same(model, source, tmp_path, monkeypatch):
-    from timm_multigrain.measure import tune_p as module
     monkeypatch.setattr(module, 'SAVED_EVERY', 1)
     whole = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0)
-    state, calls = tmp_path / 'state.json', []
+    assert whole.trace == tune_p(model, source, PROTOCOL, grid=(), workers=0).trace  # scanning changes nothing
+    state, calls, scan = tmp_path / 'state.json', [], module._scan
 
-    def interrupted(self, maps, label, add=module._Scan.add):
-        calls.append(label)
+    def interrupted(*args):
+        calls.append(args)
         if len(calls) == 11:
             raise KeyboardInterrupt
-        add(self, maps, label)
+        scan(*args)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(module._Scan, 'add', interrupted)
+        patch.setattr(module, '_scan', interrupted)
         tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0, state_file=state)
-    assert json.loads(state.read_text())['done'] == 8
+    assert json.loads(state.read_text())['step'] == 2
     again = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0, state_file=state)
     assert again.to_json() == whole.to_json()
     with pytest.raises(ValueError, match='not the progress of a run with this model'):
@@ -263,7 +255,7 @@ main(sys.argv[1:])
 '''
     arguments = ['tune-p', str(folder), str(pictures), '-o', str(tmp_path / 'a'), '--grid', '1', '3', *SETTINGS]
     assert subprocess.run([sys.executable, '-c', script, *arguments], capture_output=True).returncode == -9
-    assert json.loads((tmp_path / 'a-progress.json').read_text())['done'] == 4
+    assert json.loads((tmp_path / 'a-progress.json').read_text())['step'] == 1
     assert main(arguments) == 0
     assert main([argument.replace('/a', '/b') if argument.endswith('/a') else argument for argument in arguments]) == 0
     assert (tmp_path / 'a-p.json').read_bytes() == (tmp_path / 'b-p.json').read_bytes()

@@ -17,8 +17,7 @@ from timm_multigrain.embed.protocol import Protocol, check_fitted
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import find_classes
 from timm_multigrain.images.sources import Subset, find_images
-from timm_multigrain.measure.benchmarks.folder import Groups
-from timm_multigrain.measure.benchmarks.revisited import Revisited
+from timm_multigrain.measure.benchmarks import BENCHMARKS
 from timm_multigrain.models.config import fitted, note_fitted
 from timm_multigrain.models.open import open_model
 from timm_multigrain.whiten.fit import fit_whitening, whiten_model
@@ -104,12 +103,14 @@ def test_commands_share_one_default(saved, command):
         if command is index:
             protocol = command._protocol_options(args)
             return Protocol.for_model(model) if protocol is None else protocol(model)
-        return command._protocols(args, model, Groups)[0] if command is evaluate else protocol_from_args(args, model)
+        if command is evaluate:
+            return command._protocols(args, model, BENCHMARKS['folder'])[0]
+        return protocol_from_args(args, model)
     assert get() == Protocol.for_model(model, kind='crop' if command is validate else 'longer-side')
     assert get('--protocol', 'thumbnail', '--size', '99', '--flip', '--no-exif') == Protocol.for_model(
         model, kind='thumbnail', size=99, flip=True, exif=False)
     if command is evaluate:
-        protocols = [evaluate._protocols(parser.parse_args([*needed, *flags]), model, Revisited)
+        protocols = [evaluate._protocols(parser.parse_args([*needed, *flags]), model, BENCHMARKS['roxford5k'])
                      for flags in ([], ['--protocol', 'longer-side', '--exif', '--size', '40', '50'])]
         assert protocols == [[Protocol.for_model(model, kind='thumbnail', exif=False)], [
             Protocol.for_model(model, size=40), Protocol.for_model(model, size=50)]]

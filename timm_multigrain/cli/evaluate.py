@@ -69,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     from timm_multigrain.measure.evaluate import compare
     from timm_multigrain.models.open import open_model
 
-    after = _after(args)
+    qe, dba = _expansion(args, 'qe'), _expansion(args, 'dba')
     if args.download:
         download_benchmark(args.benchmark, args.data)
     if args.download_distractors:
@@ -82,8 +82,8 @@ def run(args: argparse.Namespace) -> int:
               for label, name in _labels(args.models).items()}
     result = compare(
         models, benchmark, protocols=lambda model: _protocols(args, model, benchmark), poolings=args.pool,
-        exponents=args.p,
-        whiten=args.whiten, dim=args.dim, distractors=args.distractors, after=after, work_dir=args.work_dir,
+        exponents=args.p, whiten=args.whiten, dim=args.dim, distractors=args.distractors, qe=qe, dba=dba,
+        score_norm=args.score_norm, work_dir=args.work_dir,
         command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **extraction_from_args(args))
     if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images, and one reports the result
         return 0
@@ -108,14 +108,9 @@ def _protocols(args: argparse.Namespace, model, benchmark) -> list:
             for size in sizes]
 
 
-def _after(args: argparse.Namespace):
-    from timm_multigrain.measure.evaluate import AfterRanking
-
-    pairs = {}
-    for name in ('qe', 'dba'):
-        given = getattr(args, name)
-        try:
-            pairs[name] = given and (int(given[0]), float(given[1]))
-        except ValueError:
-            raise ValueError(f'--{name} {" ".join(given)}: give a number of images and alpha, such as 10 3.') from None
-    return AfterRanking(**pairs, score_norm=args.score_norm)
+def _expansion(args: argparse.Namespace, name: str) -> tuple[int, float] | None:
+    given = getattr(args, name)
+    try:
+        return given and (int(given[0]), float(given[1]))
+    except ValueError:
+        raise ValueError(f'--{name} {" ".join(given)}: give a number of images and alpha, such as 10 3.') from None

@@ -92,13 +92,13 @@ def _tune(args: argparse.Namespace, model, protocol):
 
 
 def _scan_groups(args: argparse.Namespace, model, protocol):
-    from timm_multigrain.measure.benchmarks.folder import load_folder
+    from timm_multigrain.measure.benchmarks import load_benchmark
     from timm_multigrain.measure.tune_p import GRID, scan_p_groups
 
     if args.choose == 'tuned':
         raise ValueError('--choose tuned: p is fine-tuned on classes, and mAP is scanned only.')
     return scan_p_groups(
-        model, load_folder(args.data), protocol, GRID if args.grid is None else args.grid,
+        model, load_benchmark('folder', args.data), protocol, GRID if args.grid is None else args.grid,
         work_dir=_progress(args, '-embeddings'), **extraction_from_args(args))
 
 

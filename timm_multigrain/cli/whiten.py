@@ -80,8 +80,8 @@ def _images(args: argparse.Namespace):
     if not args.learned:
         source, groups = open_images(args.images, args.split), None
     else:
-        from timm_multigrain.measure.benchmarks.folder import load_folder
-        truth = load_folder(args.images)
+        from timm_multigrain.measure.benchmarks import load_benchmark
+        truth = load_benchmark('folder', args.images)
         source, groups = truth.database, truth.groups.tolist()
     if args.limit is not None:
         if args.limit < 1:

@@ -13,7 +13,7 @@ from torch import nn
 
 from timm_multigrain.files import check_json
 from timm_multigrain.images.sources import printable
-from timm_multigrain.measure.figures import Metric
+from timm_multigrain.measure.results import Metric
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard

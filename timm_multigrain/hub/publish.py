@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from timm_multigrain.files import file_sha256, read_json, write_text
-from timm_multigrain.measure.figures import Metric, parse_metrics
+from timm_multigrain.measure.results import Metric, parse_metrics
 from timm_multigrain.models.download import hub_errors
 from timm_multigrain.models.save import CARD, model_folder, write_model
 from timm_multigrain.models.weights import CONFIG, WEIGHTS

@@ -1,9 +1,8 @@
 """Archives of published image sets: downloaded, checked and unpacked so that nothing lands outside of their folder.
 
-What a download was is kept in `downloads.json` beside it: address, length and SHA-256. Where the right hash is known it
-is compared; where it is not, the first download is trusted, and a later one of the same address has to be equal.
+What a download was is kept in `downloads.json` beside it: address, length and SHA-256. The first download is trusted,
+and a later one of the same address has to be equal.
 """
-import errno
 import gzip
 import json
 import os
@@ -11,12 +10,10 @@ import tarfile
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
-from timm_multigrain.files import check_json, file_sha256, read_json, write_text
-from timm_multigrain.images.sources import printable
+from timm_multigrain.files import check_json, file_sha256, printable, read_json, write_text
 from timm_multigrain.models.download import download
 
 __all__ = ['RemoteFile', 'fetch_files', 'unpack']
@@ -25,23 +22,14 @@ MANIFEST = 'downloads.json'
 ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.zip')
 MAX_RATIO = 100  # unpacked over packed: photographs hardly shrink at all
 MAX_FILES = 200_000
-MAX_DIRECTORY = 16 << 20  # bytes of a zip
-MAX_HEADER = 1 << 20  # bytes of what a tar says of a file
-_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO)
+MAX_HEADER = 1 << 20  # bytes that a tar says of a file
+MAX_DIRECTORY = 16 << 20  # bytes that a zip says of its files
 
 
-@dataclass(frozen=True)
-class RemoteFile:
-    """A file of a published set.
-
-    Attributes:
-        url: Address. What ends in .tar, .tar.gz, .tgz or .zip is unpacked, other files are kept as they are.
-        folder: Where it goes, relative to the set's folder.
-        sha256: Hash, where it is known.
-    """
+class RemoteFile(NamedTuple):
+    """Address of a file, and where it goes, relative to the set's folder; .tar, .tar.gz, .tgz and .zip are unpacked."""
     url: str
     folder: str = '.'
-    sha256: str | None = None
 
     @property
     def name(self) -> str:
@@ -58,44 +46,48 @@ def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike,
         report: Takes a sentence for each file.
 
     Raises:
-        FileNotFoundError, RuntimeError: As `timm_multigrain.models.download.download`.
-        ValueError: The content is not what is known of it, or an archive that is damaged or not safe to unpack.
+        FileNotFoundError, RuntimeError: The download fails.
+        ValueError: The content is not what it was, or an archive that is damaged or not safe to unpack.
     """
     root = Path(root)
+    manifest = read_manifest(root)
     for remote in remotes:
-        entry = _read_manifest(root).get(remote.url, {})
+        entry = manifest.setdefault(remote.url, {})
         if entry.get('done'):
             report(f'{remote.name}: there already, SHA-256 {printable(str(entry.get("sha256")))}')
             continue
         archive = remote.name.endswith(ARCHIVES)
         path = root / (f'.{remote.name}' if archive else Path(remote.folder) / remote.name)
         download(remote.url, path, f'download it by other means and unpack it into {root / remote.folder}')
-        sha256 = file_sha256(path)
-        expected = remote.sha256 or entry.get('sha256')
-        if expected and sha256 != expected:
+        sha256, size = file_sha256(path), path.stat().st_size
+        if sha256 != entry.get('sha256', sha256):
             path.unlink()
-            known = 'is known of it' if remote.sha256 else f'{root / MANIFEST} has from its first download'
-            raise ValueError(f'{remote.url} has SHA-256 {sha256}, not the {expected} that {known}: the file was '
-                             'changed or damaged on its way, and was deleted.')
-        size = path.stat().st_size
-        _note(root, remote.url, bytes=size, sha256=sha256, done=not archive)
+            raise ValueError(f'{remote.url} has SHA-256 {sha256}, not the {entry["sha256"]} that {root / MANIFEST} has '
+                             'from its first download: the file was changed or damaged on its way, and was deleted.')
+        entry.update(bytes=size, sha256=sha256, done=not archive)
+        write_text(root / MANIFEST, json.dumps(manifest, indent=2) + '\n')
         if archive:
             unpack(path, root / remote.folder)
             path.unlink()
-            _note(root, remote.url, done=True)
-        how = 'as known' if remote.sha256 else 'not known beforehand: trusted, and kept for the next time'
-        report(f'{remote.name}: {size} bytes, SHA-256 {sha256} ({how})')
+            entry['done'] = True
+            write_text(root / MANIFEST, json.dumps(manifest, indent=2) + '\n')
+        report(f'{remote.name}: {size} bytes, SHA-256 {sha256}')
+
+
+def read_manifest(root: Path) -> dict[str, dict]:
+    """What was downloaded into a folder, by address; ValueError for a damaged file."""
+    path = root / MANIFEST
+    manifest = read_json(path) if path.exists() else {}
+    check_json(manifest, {str: {str: (str, int, bool)}}, printable(path))
+    return manifest
 
 
 def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
-    """Unpack a tar, tar.gz or zip archive of files and folders, all of it or nothing; old files are replaced.
-
-    Returns:
-        Number of files.
+    """Unpack a tar, tar.gz or zip archive of files and folders, all of it or nothing; the number of files.
 
     Raises:
         ValueError: The archive is damaged, larger than any set of photographs, or holds a link, a device or a path that
-            leads out of the folder.
+            leads out of the folder; or the disk does not take it.
     """
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -103,8 +95,6 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
         try:
             (_unzip if file.read(2) == b'PK' else _untar)(archive, work)
         except Exception as e:  # a damaged archive raises whatever its headers lead to
-            if isinstance(e, OSError) and e.errno in _OF_THE_DISK:
-                raise
             reason = printable(str(e)[:300]) or type(e).__name__
             raise ValueError(f'{printable(archive)} was not unpacked: {reason}.') from e
         files = [path for path in Path(work).rglob('*') if path.is_file()]
@@ -118,65 +108,56 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
 
 
 class _Reader:
-    """A file that gives a limited number of bytes, of which headers get a few: both formats read those into memory."""
+    """A file of which so many bytes may be read: whole headers are read into memory, whatever size they claim."""
 
-    def __init__(self, file: BinaryIO, size: int, header: int):
-        self.file, self.size, self.left, self.header = file, size, MAX_RATIO * max(size, 1 << 16), header
+    def __init__(self, file: BinaryIO, left: int):
+        self.file, self.left = file, left
 
     def read(self, size: int = -1) -> bytes:
-        size = size if size >= 0 else self.size - self.file.tell()  # a zip is read to its end
-        self.left, self.header = self.left - size, self.header - size
-        if self.left < 0 or self.header < 0:
-            raise ValueError('it is larger, unpacked or in its headers, than any set of photographs')
-        return self.file.read(size)
+        if size > self.left:
+            raise ValueError('it is larger in its headers than any set of photographs')
+        content = self.file.read(self.left if size < 0 else size)
+        self.left -= len(content)
+        return content
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.file, name)
 
 
 def _untar(archive: Path, folder: str) -> None:
-    if not hasattr(tarfile, 'data_filter'):
-        raise ValueError('tar archives need Python 3.10.12, 3.11.4, or newer')
     with open(archive, 'rb') as file:
         zipped = file.read(2) == b'\x1f\x8b'
+    left = _room(archive)
     with (gzip.open if zipped else open)(archive, 'rb') as file:
-        reader = _Reader(file, archive.stat().st_size, MAX_HEADER)
+        reader = _Reader(file, MAX_HEADER)
         with tarfile.open(fileobj=reader, mode='r|') as tar:
             for number, info in enumerate(tar):
-                _check(number, info.name, info.isdir() or (info.isreg() and not info.issparse()))
-                reader.header = info.size + MAX_HEADER
+                left -= info.size
+                _check(number, info.name, info.isdir() or (info.isreg() and not info.issparse()), left)
+                reader.left = info.size + MAX_HEADER
                 tar.extract(info, folder, filter='data')
-                reader.header = MAX_HEADER
+                reader.left = MAX_HEADER
 
 
 def _unzip(archive: Path, folder: str) -> None:
+    left, root = _room(archive), Path(folder).resolve()
     with open(archive, 'rb') as file:
-        reader = _Reader(file, archive.stat().st_size, MAX_DIRECTORY)
+        reader = _Reader(file, MAX_DIRECTORY)
         with zipfile.ZipFile(reader) as zipped:
             for number, info in enumerate(zipped.infolist()):
                 plain = info.external_attr >> 28 in (0, 0o4, 0o10)  # of a Unix file mode: not said, folder, file
-                inside = (Path(folder) / info.filename).resolve().is_relative_to(Path(folder).resolve())
-                _check(number, info.filename, plain and inside)
-                reader.left -= info.file_size
-                reader.header = info.compress_size + MAX_HEADER
+                left -= info.file_size
+                _check(number, info.filename, plain and (root / info.filename).resolve().is_relative_to(root), left)
+                reader.left = info.compress_size + MAX_HEADER
                 zipped.extract(info, folder)
 
 
-def _check(number: int, name: str, plain: bool) -> None:
+def _room(archive: Path) -> int:
+    return MAX_RATIO * max(archive.stat().st_size, 1 << 16)
+
+
+def _check(number: int, name: str, plain: bool, left: int) -> None:
     if not plain:
         raise ValueError(f'{name!r} is not a plain file of the folder')
-    if number >= MAX_FILES:
-        raise ValueError(f'it holds more than {MAX_FILES} files')
-
-
-def _read_manifest(root: Path) -> dict[str, dict]:
-    path = root / MANIFEST
-    manifest = read_json(path) if path.exists() else {}
-    check_json(manifest, {str: {str: (str, int, bool)}}, printable(path))
-    return manifest
-
-
-def _note(root: Path, url: str, **entry) -> None:
-    manifest = _read_manifest(root)
-    manifest[url] = {**manifest.get(url, {}), **entry}
-    write_text(root / MANIFEST, json.dumps(manifest, indent=2) + '\n')
+    if number >= MAX_FILES or left < 0:
+        raise ValueError(f'it holds more than {MAX_FILES} files, or is larger, unpacked, than any set of photographs')

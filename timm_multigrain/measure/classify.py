@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from timm_multigrain.embed.embedder import embed_images, none_readable
 from timm_multigrain.embed.extract import skipped_lines
@@ -13,8 +14,7 @@ from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.config import json_p
 from timm_multigrain.models.multigrain import MultiGrain
 
-from .figures import Metric
-from .results import Result
+from .results import Metric, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -61,51 +61,39 @@ class ClassificationResult(Result):
         """Mean cross-entropy."""
         return float(self.losses.mean())
 
-    @property
-    def num_images(self) -> int:
-        return len(self.ranks)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {'top1': self.top1, 'top5': self.top5, 'loss': self.loss, 'num_images': self.num_images,
-                'num_classes': self.num_classes, 'protocol': self.protocol.to_dict(), 'p': json_p(self.p),
-                'whitening': self.whitening, 'skipped': self.skipped, 'per_class': self.per_class()}
-
     def per_class(self) -> dict[int, float]:
         """Top-1 of the images of each class that has some."""
         return {int(label): float((self.ranks[self.labels == label] < 1).mean()) for label in np.unique(self.labels)}
 
-    def metrics(self, dataset: str, command: str | None = None) -> list[dict[str, Any]]:
-        """The figures as `timm-multigrain publish --metrics` takes them.
+    def to_dict(self) -> dict[str, Any]:
+        return {'top1': self.top1, 'top5': self.top5, 'loss': self.loss, 'num_images': len(self.ranks),
+                'num_classes': self.num_classes, 'protocol': self.protocol.to_dict(), 'p': json_p(self.p),
+                'whitening': self.whitening, 'skipped': self.skipped, 'per_class': self.per_class()}
 
-        Args:
-            dataset: Name of the data set.
-            command: What repeats the measurement.
-        """
-        p = json_p(self.p)
-        common = dict(
-            task='classification', dataset=dataset, size=self.protocol.size, p=None if isinstance(p, list) else p,
-            protocol=str(self.protocol), whitening=self.whitening, command=command)
-        figures = {'top1': self.top1, 'top5': self.top5}
-        return [asdict(Metric(metric=name, value=100 * value, **common)) for name, value in figures.items()]
+    def metrics(self, dataset: str, command: str | None = None) -> list[dict[str, Any]]:
+        """The figures of a data set of this name as `timm-multigrain publish --metrics` takes them."""
+        p = None if isinstance(self.p, list) else json_p(self.p)
+        return [asdict(Metric(
+            task='classification', dataset=dataset, metric=name, value=100 * getattr(self, name),
+            size=self.protocol.size, p=p, protocol=str(self.protocol), whitening=self.whitening, command=command))
+            for name in ('top1', 'top5')]
 
     def plot(self, axes: 'Axes') -> None:
         """Top-1 of the classes, from the worst to the best."""
-        values = np.sort(100 * np.array(list(self.per_class().values())))
-        axes.plot(values, drawstyle='steps-mid')
+        axes.plot(np.sort(100 * np.array(list(self.per_class().values()))), drawstyle='steps-mid')
         axes.axhline(100 * self.top1, color='gray', linestyle='--', linewidth=1)
         axes.set(xlabel='classes, worst first', ylabel='top-1, %', ylim=(-2, 102), title=str(self).splitlines()[0])
 
     def __str__(self) -> str:
         classes = len(np.unique(self.labels))
         among = f' of {classes} classes among {self.num_classes}' if classes != self.num_classes else ''
-        text = f'top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} % over {self.num_images} images{among}'
+        text = f'top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} % over {len(self.ranks)} images{among}'
         return '\n'.join([text, *skipped_lines(self.skipped)])
 
 
 def ranks_of_truth(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """(n, K) logits and (n,) classes to (n,) ranks, 0 for the first; ties count against the true class."""
-    truth = logits.gather(1, labels[:, None])
-    return (logits >= truth).sum(1) - 1
+    return (logits >= logits.gather(1, labels[:, None])).sum(1) - 1
 
 
 def validate(
@@ -145,7 +133,7 @@ def validate(
         wanted = truth[torch.from_numpy(out.indices)]
         if not torch.isfinite(out.logits).all():
             raise ValueError('The logits are not finite: the weights are damaged, or bfloat16 or float32 is needed.')
-        losses = torch.nn.functional.cross_entropy(out.logits.double(), wanted, reduction='none')
+        losses = F.cross_entropy(out.logits.double(), wanted, reduction='none')
         rows += zip(out.indices, ranks_of_truth(out.logits, wanted).tolist(), losses.tolist(), strict=True)
     if not rows:
         raise ValueError(none_readable(len(source), skipped.values()))

@@ -1,26 +1,30 @@
 """Measures of retrieval: of INRIA Holidays, of revisited Oxford and Paris, of UKBench, and of copy detection.
 
-Ties count against the system: among equal scores every wrong item comes before every right one, so that constant scores
-earn the worst value rather than a lucky one. Scores are a matrix (Q, N), or (Q, n) chunks of it in database order, from
-an object that can be iterated twice; higher is nearer; any real dtype, infinities allowed.
+Scores are a matrix (Q, N), or (Q, n) chunks of it in database order, from an object that can be iterated twice; higher
+is nearer; any real dtype, infinities allowed. The database is never ranked: the rank of a labelled item follows from
+the number of unlabelled items that score at least as much, counted chunk by chunk. Ties count against the system: among
+equal scores every wrong item comes before every right one, and constant scores earn the worst value, not a lucky one.
 """
 from collections import Counter
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
 
 from timm_multigrain.search.exact import Array, Scores
 
-from .ranks import Indices, outranking, ranks, to_indices
 from .results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ['CopyResult', 'RetrievalResult', 'RevisitedQuery', 'RevisitedResult', 'UKBScore', 'average_precision',
-           'mean_average_precision', 'micro_average_precision', 'revisited_scores', 'ukb_score']
+           'best_pairs', 'count_above', 'mean_average_precision', 'micro_average_precision', 'ranks',
+           'revisited_scores', 'ukb_score']
+
+Indices = Sequence[int] | Array
 
 KAPPAS = (1, 5, 10)
 PRECISION = 0.9  # at which the recall of copy detection is quoted
@@ -83,7 +87,7 @@ def average_precision(ranks_of_relevant: Indices, num_relevant: int) -> float:
             query itself) are taken out of the list.
         num_relevant: Number of relevant items, found or not; with none the result is NaN.
     """
-    places = np.sort(to_indices(ranks_of_relevant, 'ranks_of_relevant'))
+    places = np.sort(_to_indices(ranks_of_relevant))
     found = np.arange(len(places))
     before = np.where(places == 0, 1., found / np.maximum(places, 1))
     return float((before + (found + 1) / (places + 1)).sum() / 2 / num_relevant) if num_relevant else np.nan
@@ -109,9 +113,9 @@ def mean_average_precision(
     for query, items in enumerate(relevant):
         if not len(items):
             raise ValueError(f'relevant[{query}] is empty: leave queries without a relevant item out.')
-    above = outranking(scores, relevant=relevant, ignore=[()] * len(relevant) if ignore is None else ignore)
-    return RetrievalResult(np.array([
-        average_precision(ranks(own[:len(items)]), len(items)) for own, items in zip(above, relevant, strict=True)]))
+    above = count_above(scores, relevant, *([] if ignore is None else [ignore]))
+    places = [ranks(own[:len(items)]) for own, items in zip(above, relevant, strict=True)]
+    return RetrievalResult(np.array([average_precision(own, len(own)) for own in places]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,7 +135,7 @@ class RevisitedResult(Result):
 
     @property
     def parts(self) -> list[RetrievalResult]:
-        """Those that were measured."""
+        """The protocols that were measured."""
         return [part for part in (self.easy, self.medium, self.hard) if part is not None]
 
     def to_dict(self) -> dict[str, Any]:
@@ -165,38 +169,31 @@ def revisited_scores(
     """
     if not any(len(query.easy) or len(query.hard) for query in queries):
         raise ValueError('No query has an easy or a hard image: nothing to find.')
-    # Each protocol takes out the images that are labelled otherwise, so that what is wrong is unlabelled in all three.
-    above = outranking(scores, **{name: [getattr(query, name) for query in queries]
-                                  for name in ('easy', 'hard', 'junk')})
-    split = [(own, len(query.easy), len(query.easy) + len(query.hard))
+    # What a protocol takes out is labelled, so that what is wrong is unlabelled in all three.
+    above = count_above(scores, *([getattr(query, name) for query in queries] for name in ('easy', 'hard', 'junk')))
+    split = [np.split(own, [len(query.easy), len(query.easy) + len(query.hard)])
              for own, query in zip(above, queries, strict=True)]
     return RevisitedResult(
-        _protocol('Easy', [own[:hard] for own, hard, _ in split], kappas),
-        _protocol('Medium', [own[:junk] for own, _, junk in split], kappas),
-        _protocol('Hard', [own[hard:junk] for own, hard, junk in split], kappas))
+        _protocol('Easy', [easy for easy, _, _ in split], kappas),
+        _protocol('Medium', [np.concatenate([easy, hard]) for easy, hard, _ in split], kappas),
+        _protocol('Hard', [hard for _, hard, _ in split], kappas))
 
 
 def _protocol(name: str, above: Sequence[np.ndarray], kappas: Sequence[int]) -> RetrievalResult | None:
     if not any(map(len, above)):
         return None
     places = [ranks(own) for own in above]
-    ap = np.array([average_precision(own, len(own)) for own in places])
-    return RetrievalResult(ap, {k: np.array([_precision_at(own, k) for own in places]) for k in kappas}, name)
-
-
-def _precision_at(places: np.ndarray, k: int) -> float:
-    """Precision at k, or at the last relevant image if that comes earlier; NaN without images."""
-    depth = min(k, places[-1] + 1) if len(places) else np.nan
-    return np.count_nonzero(places < depth) / depth
+    last = np.array([own[-1] + 1 if len(own) else np.nan for own in places])
+    precisions = {}
+    for k in kappas:
+        depths = np.minimum(k, last)
+        precisions[k] = [(own < depth).sum() for own, depth in zip(places, depths, strict=True)] / depths
+    return RetrievalResult(np.array([average_precision(own, len(own)) for own in places]), precisions, name)
 
 
 @dataclass(frozen=True, eq=False)
 class UKBScore(Result):
-    """Mean number of relevant images among the first four.
-
-    Attributes:
-        found: Relevant images among the first four of each query, (Q,) int64, 0 to 4.
-    """
+    """Relevant images `found` among the first four of each query, (Q,) int64, 0 to 4."""
     found: np.ndarray = field(repr=False)
 
     @property
@@ -204,12 +201,8 @@ class UKBScore(Result):
         """Mean of `found`, 4 at best."""
         return float(self.found.mean())
 
-    @property
-    def num_queries(self) -> int:
-        return len(self.found)
-
     def to_dict(self) -> dict[str, Any]:
-        return {'score': self.score, 'num_queries': self.num_queries, 'found': self.found}
+        return {'score': self.score, 'num_queries': len(self.found), 'found': self.found}
 
     def plot(self, axes: 'Axes') -> None:
         """How many queries found 0, 1, 2, 3 and all 4."""
@@ -217,7 +210,7 @@ class UKBScore(Result):
         axes.set(xlabel='relevant images among the first four', ylabel='queries', title=str(self))
 
     def __str__(self) -> str:
-        return f'UKB score {self.score:.3f} of {UKB_GROUP} over {self.num_queries} queries'
+        return f'UKB score {self.score:.3f} of {UKB_GROUP} over {len(self.found)} queries'
 
 
 def ukb_score(scores: Scores, groups: Indices) -> UKBScore:
@@ -236,8 +229,7 @@ def ukb_score(scores: Scores, groups: Indices) -> UKBScore:
         raise ValueError(f'groups need {UKB_GROUP} images each; other numbers are {odd or 0!r:.60}: leave those out, '
                          'or the score is not comparable.')
     members = np.argsort(places, kind='stable').reshape(-1, UKB_GROUP)[places]
-    above = outranking(scores, group=members)
-    return UKBScore(np.array([(ranks(own) < UKB_GROUP).sum() for own in above]))
+    return UKBScore(np.array([(ranks(own) < UKB_GROUP).sum() for own in count_above(scores, members)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -329,6 +321,101 @@ def micro_average_precision(
     order = np.lexsort((correct, -scores))  # false ones first among equal scores
     places = np.flatnonzero(correct[order])
     return CopyResult(places, scores[order][places], len(truth))
+
+
+def count_above(scores: Scores, *labelled: Sequence[Indices]) -> list[np.ndarray]:
+    """For each labelled item, the number of unlabelled items that score at least as much for its query.
+
+    Memory is that of a chunk. Chunks are read twice up to the last labelled item, and once beyond it.
+
+    Args:
+        scores: (Q, N) or chunks.
+        labelled: Lists of database indices for each of the Q queries; those of a query have no item in common.
+
+    Returns:
+        Per query the numbers for its first list, then its second, and so on, (L,) int64.
+    """
+    if isinstance(scores, Iterator):
+        raise ValueError('scores are a generator, and are read twice: pass a list of the chunks, or SimilarityChunks.')
+    items = [np.concatenate([_to_indices(own) for own in lists]) for lists in zip(*labelled, strict=True)]
+    for query, own in enumerate(items):
+        if len(np.unique(own)) < len(own):
+            raise ValueError(f'Query {query}: an item is labelled more than once.')
+    levels = _scores_of(items, scores)
+    above = [-_count_reaching(own, own) for own in levels]  # labelled ones do not count
+    for chunk in _chunks(scores, len(items)):
+        for count, row, own in zip(above, chunk, levels, strict=True):
+            count += _count_reaching(row, own)
+    return above
+
+
+def ranks(above: np.ndarray) -> np.ndarray:
+    """Of items with so many unlabelled ones above each, (L,), their 0-based ranks when other labelled ones are out."""
+    return np.sort(above) + np.arange(len(above))
+
+
+def best_pairs(scores: Iterable[Array], limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, columns and scores of the `limit` highest scores over all queries together, best first.
+
+    Memory is a few times the limit and a chunk. Among equal scores at the limit the choice is arbitrary.
+    """
+    values, pairs, threshold, start = np.empty(0, np.float32), np.empty((2, 0), np.int64), -np.inf, 0
+    for chunk in _chunks(scores):
+        rows, columns = np.nonzero(chunk >= threshold)
+        values = np.concatenate([values, chunk[rows, columns]])
+        pairs = np.concatenate([pairs, [rows, columns + start]], axis=1)
+        start += chunk.shape[1]
+        if len(values) > 2 * limit:
+            best = np.argpartition(-values, limit - 1)[:limit]
+            values, pairs = values[best], pairs[:, best]
+            threshold = values.min()
+    order = np.argsort(-values, kind='stable')[:limit]
+    return *pairs[:, order], values[order]
+
+
+def _scores_of(items: list[np.ndarray], scores: Scores) -> list[np.ndarray]:
+    """The scores of the labelled items of each query."""
+    last, start, levels = max((own.max(initial=-1) for own in items), default=-1), 0, [own[:0] for own in items]
+    for chunk in _chunks(scores, len(items)):
+        if not start:
+            levels = [np.empty(len(own), chunk.dtype) for own in items]
+        for own, level, row in zip(items, levels, chunk, strict=True):
+            inside = (own >= start) & (own < start + len(row))
+            level[inside] = row[own[inside] - start]
+        start += chunk.shape[1]
+        if start > last:
+            return levels
+    if start <= last:
+        raise ValueError(f'Item {last} is labelled, and there are {start}.')
+    return levels
+
+
+def _count_reaching(scores: np.ndarray, levels: np.ndarray) -> np.ndarray:
+    """Number of scores that are at least as high as each level."""
+    if len(levels) <= 8:  # comparing with each takes less time than sorting
+        return np.array([np.count_nonzero(scores >= level) for level in levels], dtype=np.int64)
+    return len(scores) - np.searchsorted(np.sort(scores), levels)
+
+
+def _chunks(scores: Scores, num_queries: int | None = None) -> Iterator[np.ndarray]:
+    """The chunks as numpy arrays, half precision as float32."""
+    for chunk in [scores] if isinstance(scores, Array) else scores:
+        if isinstance(chunk, torch.Tensor):
+            chunk = chunk.detach().cpu()
+            chunk = (chunk.float() if chunk.dtype in (torch.bfloat16, torch.float16) else chunk).numpy()
+        if chunk.ndim != 2 or chunk.dtype.kind not in 'fiub' or num_queries not in (None, len(chunk)):
+            raise ValueError(f'scores have shape {chunk.shape} and dtype {chunk.dtype}: give real numbers, '
+                             f'({"queries" if num_queries is None else num_queries}, items).')
+        if np.isnan(chunk).any():
+            raise ValueError('scores contain NaN.')
+        yield chunk.astype(np.float32) if chunk.dtype == np.float16 else chunk
+
+
+def _to_indices(values: Indices) -> np.ndarray:
+    values = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
+    if values.size and (values.ndim != 1 or values.dtype.kind not in 'iu' or values.min() < 0):
+        raise ValueError(f'Items are integers from 0, not {values.dtype} {values.tolist()!r:.60}.')
+    return values.astype(np.int64, copy=False).ravel()
 
 
 def _to_list(values: Iterable | Array) -> list:

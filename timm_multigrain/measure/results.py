@@ -1,23 +1,39 @@
-"""What every measured result can do (print itself, be saved as JSON, be drawn), and the results of benchmarks."""
+"""What every measured result can do (print itself, be saved as JSON, be drawn), results of benchmarks, and figures.
+
+A file of figures, which `timm-multigrain evaluate` and `validate` write and `publish` takes, is a JSON list of objects,
+one per figure; the fields of `Metric` from split on may be left out:
+
+    [{"task": "classification", "dataset": "ImageNet-1k", "metric": "top1", "value": 78.6,
+      "size": 500, "p": 4, "protocol": "longer side", "whitening": null, "split": "validation"}]
+"""
 import json
 import math
 import os
+import re
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from timm_multigrain.files import write_text
-
-from .figures import Metric
+from timm_multigrain.files import check_json, read_json, write_text
 
 if TYPE_CHECKING:
+    from huggingface_hub import EvalResult
     from matplotlib.axes import Axes
 
-__all__ = ['BenchmarkResult', 'Comparison', 'Figure', 'Result']
+__all__ = ['BenchmarkResult', 'Metric', 'Result', 'SystemResult', 'parse_metrics', 'read_metrics']
 
+# Our tasks, and what the Hub calls them.
+TASKS = {
+    'classification': ('image-classification', 'Image Classification'),
+    'retrieval': ('image-retrieval', 'Image Retrieval'),
+    'copy-detection': ('image-copy-detection', 'Image Copy Detection'),
+}
+_SETTINGS = ('size', 'p', 'protocol', 'whitening')
+_HUB_METRICS = {'top1': 'accuracy', 'top5': 'top_5_accuracy'}
 _UNITS = {'N-S': 'of 4'}
 _SAVED_ONLY = ('mP@1', 'mP@5')  # papers print mP@10
 
@@ -42,11 +58,7 @@ class Result(ABC):
         return write_text(path, self.to_json())
 
     def draw(self, path: str | os.PathLike) -> Path:
-        """Draw into a picture; the ending of its name says which kind (.png, .svg, .pdf).
-
-        Raises:
-            ImportError: If matplotlib is not installed.
-        """
+        """Draw into a picture; the ending of its name says which kind (.png, .svg, .pdf). It needs matplotlib."""
         try:
             from matplotlib.figure import Figure
         except ImportError as e:
@@ -69,17 +81,50 @@ def _plain(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class Figure:
-    """One measured value.
+class Metric:
+    """A figure and how it was measured; ValueError for a field of the wrong kind.
 
     Attributes:
-        metric: 'mAP', 'mP@10', 'N-S', 'uAP', 'recall@P90'.
-        value: In the unit it is quoted in: percent, or of 4 for N-S.
-        split: Part of the set, such as 'Medium'.
+        task: 'classification', 'retrieval' or 'copy-detection'.
+        dataset: Name of the data set, such as 'ImageNet-1k' or 'INRIA Holidays'.
+        metric: 'top1', 'top5', 'mAP', 'mP@10', 'N-S', 'uAP', 'recall@P90' and the like.
+        value: In the unit the metric is quoted in: percent, or of 4 for N-S.
+        size: Pixels of the side that the protocol names.
+        p: Exponent of the pooling at the test (p*), 'inf' for the maximum; None where the model has several or none.
+        protocol: Which side the size is of, the crop, what becomes of smaller images and of queries that are cut out,
+            such as 'shorter side 256, centre crop'.
+        whitening: Components of the whitened descriptor, or words for it; None without.
+        split: Part of the data set.
+        source_name: Who published the figure, if it was not measured on these very weights here.
+        source_url: Where.
+        command: What repeats the measurement.
     """
+    task: str
+    dataset: str
     metric: str
     value: float
+    size: int
+    p: float | str | None
+    protocol: str
+    whitening: int | str | None
     split: str | None = None
+    source_name: str | None = None
+    source_url: str | None = None
+    command: str | None = None
+
+    def __post_init__(self):
+        check_json(vars(self), _FORM, 'it')
+        if self.task not in TASKS:
+            raise ValueError(f'task is {self.task!r}, and has to be one of {", ".join(TASKS)}.')
+        if isinstance(self.p, str) and self.p != 'inf':
+            raise ValueError(f'p is {self.p!r}, and has to be a number, "inf" or null.')
+        for name, value in vars(self).items():
+            if isinstance(value, str) and not (value.strip() and value.isprintable()):
+                raise ValueError(f'{name} is {value!r}, and has to be a printable text.')
+            if name in ('size', 'p', 'whitening') and isinstance(value, (int, float)) and value <= 0:
+                raise ValueError(f'{name} is {value}, and has to be above 0.')
+        if self.source_name and not self.source_url:
+            raise ValueError('source_name needs source_url.')
 
     @property
     def column(self) -> str:
@@ -87,83 +132,94 @@ class Figure:
         name = f'{self.metric} {self.split}' if self.split else self.metric
         return f'{name} ({_UNITS[self.metric]})' if self.metric in _UNITS else name
 
+    def to_eval_result(self) -> 'EvalResult':
+        """The figure as the Hub's model-index takes it, the settings among the metric's arguments."""
+        from huggingface_hub import EvalResult
+
+        task_type, task_name = TASKS[self.task]
+        args = {name: 'none' if getattr(self, name) is None else getattr(self, name) for name in _SETTINGS}
+        if self.command:
+            args['command'] = self.command
+        return EvalResult(
+            task_type=task_type, task_name=task_name, dataset_name=self.dataset,
+            dataset_type='-'.join(re.findall(r'[^\W_]+', self.dataset.lower())), dataset_split=self.split,
+            metric_type=_HUB_METRICS.get(self.metric, self.metric), metric_name=self.metric, metric_value=self.value,
+            metric_args=args, source_name=self.source_name, source_url=self.source_url)
+
+    @classmethod
+    def from_eval_result(cls, result: 'EvalResult') -> 'Metric | None':
+        """The figure that `to_eval_result` wrote; None for one that came from elsewhere."""
+        args = result.metric_args if isinstance(result.metric_args, dict) else {}
+        tasks = {kind: task for task, (kind, _) in TASKS.items()}
+        try:
+            return cls(
+                task=tasks[result.task_type], dataset=result.dataset_name, metric=result.metric_name,
+                value=result.metric_value, split=result.dataset_split, source_name=result.source_name,
+                source_url=result.source_url, command=args.get('command'),
+                **{name: None if args[name] == 'none' else args[name] for name in _SETTINGS})
+        except (KeyError, ValueError):
+            return None
+
+
+_FORM = {
+    'task': str, 'dataset': str, 'metric': str, 'value': float, 'size': int, 'p': (float, str, None), 'protocol': str,
+    'whitening': (int, str, None), **dict.fromkeys(('split', 'source_name', 'source_url', 'command'), (str, None))}
+
+
+def read_metrics(path: str | os.PathLike) -> list[Metric]:
+    """Figures of a JSON file; FileNotFoundError, or ValueError if it does not follow the schema."""
+    entries = read_json(path, 'file of figures')
+    try:
+        return parse_metrics(entries)
+    except ValueError as e:
+        raise ValueError(f'{path}: {e}') from e
+
+
+def parse_metrics(entries: Sequence[Metric | dict[str, Any]]) -> list[Metric]:
+    """Figures of a list of objects; ValueError for an unknown field, one that is missing, or one of the wrong kind."""
+    if not isinstance(entries, (list, tuple)):
+        raise ValueError(f'a list of figures is needed, not {type(entries).__name__}.')
+    return [entry if isinstance(entry, Metric) else _parse(entry, number) for number, entry in enumerate(entries, 1)]
+
+
+def _parse(entry: Any, number: int) -> Metric:
+    check_json(entry, {f.name: _FORM[f.name] for f in fields(Metric) if f.default is MISSING}, f'figure {number}')
+    unknown = [name for name in entry if name not in _FORM]
+    if unknown:
+        raise ValueError(f'figure {number} has an unknown field {unknown[0]!r}: the fields are {", ".join(_FORM)}.')
+    try:
+        return Metric(**entry)
+    except ValueError as e:
+        raise ValueError(f'figure {number}: {e}') from e
+
+
+class SystemResult(NamedTuple):
+    """A model and how it describes images, its figures, what it was measured on, and what else there is to know."""
+    system: str
+    metrics: tuple[Metric, ...]
+    images: str
+    notes: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class BenchmarkResult(Result):
-    """One system on one benchmark.
+    """One system on a benchmark, or several side by side."""
+    systems: tuple[SystemResult, ...]
 
-    Attributes:
-        benchmark: Name of the set, with what makes it another than the published one.
-        task: 'retrieval' or 'copy-detection'.
-        system: The model and how it describes images, in words.
-        figures: What was measured.
-        size: Pixels of the side that the protocol names.
-        pooling: The pooling by name.
-        p: Its exponent, 'inf' for the maximum, None where it has none.
-        protocol: Preprocessing and what was done after the first ranking, in words.
-        whitening: Components of the whitened descriptor, None without.
-        num_queries: Queries.
-        num_database: Images searched, distractors among them.
-        notes: What else there is to know, such as distractors that could not be read.
-        command: What repeats the measurement.
-    """
-    benchmark: str
-    task: str
-    system: str
-    figures: tuple[Figure, ...]
-    size: int
-    pooling: str
-    p: float | str | None
-    protocol: str
-    whitening: int | None
-    num_queries: int
-    num_database: int
-    notes: tuple[str, ...] = ()
-    command: str | None = None
-
-    def metrics(self) -> list[Metric]:
-        """The figures as `timm-multigrain publish --metrics` takes them."""
-        protocol = self.protocol if self.pooling == 'GeM' else f'{self.protocol}, {self.pooling}'
-        return [Metric(
-            task=self.task, dataset=self.benchmark, metric=figure.metric, value=round(figure.value, 4), size=self.size,
-            p=self.p, protocol=protocol, whitening=self.whitening, split=figure.split, command=self.command)
-            for figure in self.figures]
-
-    def value(self, metric: str, split: str | None = None) -> float:
-        """One figure.
-
-        Raises:
-            KeyError: It was not measured.
-        """
-        for figure in self.figures:
-            if (figure.metric, figure.split) == (metric, split):
-                return figure.value
-        raise KeyError(f'{self.benchmark} has no {metric} of {split}: {", ".join(f.column for f in self.figures)}')
-
-    def to_dict(self) -> dict[str, Any]:
-        return Comparison((self,)).to_dict()
-
-    def to_json(self) -> str:
-        return Comparison((self,)).to_json()
-
-    def plot(self, axes: 'Axes') -> None:
-        Comparison((self,)).plot(axes)
-
-    def __str__(self) -> str:
-        return str(Comparison((self,)))
-
-
-@dataclass(frozen=True)
-class Comparison(Result):
-    """Systems side by side on one benchmark."""
-    results: tuple[BenchmarkResult, ...]
-
+    @property
     def metrics(self) -> list[Metric]:
         """All figures as `timm-multigrain publish --metrics` takes them."""
-        return [metric for result in self.results for metric in result.metrics()]
+        return [metric for system in self.systems for metric in system.metrics]
+
+    def value(self, metric: str, split: str | None = None, system: int = -1) -> float:
+        """One figure, of the last system by default; KeyError if it was not measured."""
+        found = {(m.metric, m.split): m.value for m in self.systems[system].metrics}
+        if (metric, split) not in found:
+            raise KeyError(f'{metric} of {split} was not measured: {", ".join(map(str, found))}')
+        return found[metric, split]
 
     def to_dict(self) -> dict[str, Any]:
-        return {'figures': [dict(vars(metric)) for metric in self.metrics()]}
+        return {'figures': [asdict(metric) for metric in self.metrics]}
 
     def to_json(self) -> str:
         """`metrics` as a JSON list."""
@@ -171,38 +227,33 @@ class Comparison(Result):
 
     def plot(self, axes: 'Axes') -> None:
         """The first metric of every split: a group of bars per split, a bar per system."""
-        first = self.results[0]
-        shown = [figure for figure in first.figures if figure.metric == first.figures[0].metric]
-        width = 0.8 / len(self.results)
-        for number, result in enumerate(self.results):
-            places = [place + (number - (len(self.results) - 1) / 2) * width for place in range(len(shown))]
-            axes.bar(places, [result.value(f.metric, f.split) for f in shown], width,
-                     label=f'{result.system}, {result.size} px')
-        axes.set_xticks(range(len(shown)), [figure.split or first.benchmark for figure in shown])
-        axes.set(ylabel=f'{shown[0].metric} {_UNITS.get(shown[0].metric, "%")}', title=first.benchmark)
+        first = self.systems[0].metrics[0]
+        shown = [m for m in self.systems[0].metrics if m.metric == first.metric]
+        width = 0.8 / len(self.systems)
+        for number, system in enumerate(self.systems):
+            places = [place + (number - (len(self.systems) - 1) / 2) * width for place in range(len(shown))]
+            axes.bar(places, [self.value(m.metric, m.split, number) for m in shown], width,
+                     label=f'{system.system}, {system.metrics[0].size} px')
+        axes.set_xticks(range(len(shown)), [m.split or m.dataset for m in shown])
+        axes.set(ylabel=f'{first.metric} {_UNITS.get(first.metric, "%")}', title=first.dataset)
         axes.legend(fontsize=7)
 
     def __str__(self) -> str:
         """A Markdown table: a row per system, a column per figure, the best of each column in bold."""
-        heads = [f'{r.benchmark}: {r.num_queries} queries, {r.num_database} images searched; {r.protocol}'
-                 for r in self.results]
-        notes = [note for result in self.results for note in result.notes]
-        columns = list(dict.fromkeys(
-            figure.column for r in self.results for figure in r.figures if figure.metric not in _SAVED_ONLY))
-        values = [{figure.column: figure.value for figure in r.figures} for r in self.results]
-        best = {column: f'{max(row[column] for row in values if column in row):.2f}' for column in columns}
+        values = [{m.column: f'{m.value:.2f}' for m in system.metrics if m.metric not in _SAVED_ONLY}
+                  for system in self.systems]
+        columns = list(dict.fromkeys(column for row in values for column in row))
+        best = {column: max((row[column] for row in values if column in row), key=float) for column in columns}
         rows = [['system', 'size', *columns]]
-        for result, row in zip(self.results, values, strict=True):
-            shown = {column: f'{row[column]:.2f}' if column in row else '–' for column in columns}
-            bold = [f'**{text}**' if len(values) > 1 and text == best[column] else text
-                    for column, text in shown.items()]
-            rows.append([result.system, str(result.size), *bold])
-        return '\n'.join([*dict.fromkeys(heads), '', *_markdown(rows), '', *dict.fromkeys(notes)]).rstrip()
-
-
-def _markdown(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ['| ' + ' | '.join([row[0].ljust(widths[0])] + [
-        cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]) + ' |' for row in rows]
-    lines.insert(1, '|-' + '-|-'.join('-' * width for width in widths) + '-|')
-    return lines
+        for system, row in zip(self.systems, values, strict=True):
+            cells = [row.get(column, '–') for column in columns]
+            rows.append([system.system, str(system.metrics[0].size), *(
+                f'**{cell}**' if len(values) > 1 and cell == best[column] else cell
+                for column, cell in zip(columns, cells, strict=True))])
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ['| ' + ' | '.join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) + ' |'
+                 for row in rows]
+        lines.insert(1, '|-' + '-|-'.join('-' * width for width in widths) + '-|')
+        heads = dict.fromkeys(system.images for system in self.systems)
+        notes = dict.fromkeys(note for system in self.systems for note in system.notes)
+        return '\n'.join([*heads, '', *lines, '', *notes]).rstrip()

@@ -17,23 +17,16 @@ import torch
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import average_precision, mean_average_precision
 
-from .benchmark import Benchmark, Figure, Scores, SetFolder, some
+from .base import Benchmark, Figure, Scores, some
 
-__all__ = ['DOWNLOADS', 'Copydays', 'load_copydays']
+__all__ = ['Copydays']
 
-TITLE = 'INRIA Copydays'
-SOURCE = ('its archives copydays_original.tar.gz, _crop, _jpeg and _strong are at '
-          'https://lear.inrialpes.fr/~jegou/data.php; unpack each into a folder of that name')
-_ADDRESS = 'http://pascal.inrialpes.fr/data2/holidays/copydays'
-DOWNLOADS = tuple(RemoteFile(f'{_ADDRESS}_{name}.tar.gz', name) for name in ('original', 'crop', 'jpeg', 'strong'))
-
-NUM_ORIGINALS = 157
-NUM_STRONG = 229
-NUM_FAMILIES = 20
+NUM_ORIGINALS, NUM_STRONG, NUM_FAMILIES = 157, 229, 20
 NEAREST = 100  # of a query, for the micro average precision
 # Folder names in use, to the family; the ones of crop and jpeg have a folder for each strength.
 _FAMILIES = {'original': 'original', 'originals': 'original', 'strong': 'strong', 'crop': 'crop', 'crops': 'crop',
              'jpeg': 'jpeg', 'jpegqual': 'jpeg'}
+_ADDRESS = 'http://pascal.inrialpes.fr/data2/holidays/copydays'
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,25 +35,26 @@ class Copydays(Benchmark):
     families: np.ndarray = None
     truth: np.ndarray = None
 
-    task = 'copy-detection'
+    name, task = 'INRIA Copydays', 'copy-detection'
+    source = ('its archives copydays_original.tar.gz, _crop, _jpeg and _strong are at '
+              'https://lear.inrialpes.fr/~jegou/data.php; unpack each into a folder of that name')
+    downloads = tuple(RemoteFile(f'{_ADDRESS}_{part}.tar.gz', part) for part in ('original', 'crop', 'jpeg', 'strong'))
 
     def measure(self, scores: Scores) -> list[Figure]:
         ap = mean_average_precision(scores, self.truth[:, None]).ap
         kinds = np.array([family.partition(' ')[0] for family in self.families])
         figures = []
         for kind in ('strong', 'crop', 'jpeg', 'original'):
-            strengths = sorted(set(self.families[kinds == kind]), key=_strength)
+            strengths = sorted(set(self.families[kinds == kind]), key=lambda family: (len(family), family))
             figures += [Figure('mAP', 100 * ap[self.families == family].mean(), family) for family in strengths]
             if len(strengths) > 1:
                 figures.append(Figure('mAP', 100 * ap[kinds == kind].mean(), f'{kind}, all'))
-        whole = len(set(self.families)) == NUM_FAMILIES
-        split = 'all' if whole else ', '.join(dict.fromkeys(kinds))
+        split = 'all' if len(set(self.families)) == NUM_FAMILIES else ', '.join(dict.fromkeys(kinds))
         return [*figures, Figure('uAP', 100 * self._micro_average_precision(scores), split)]
 
     def _micro_average_precision(self, scores: Scores) -> float:
         """Trapezoidal average precision of the nearest images of all queries in one ranking, wrong first if equal."""
-        best = torch.empty(len(self.truth), 0)
-        places, start = torch.empty(len(self.truth), 0, dtype=torch.int64), 0
+        best, places, start = torch.empty(len(self.truth), 0), torch.empty(len(self.truth), 0, dtype=torch.int64), 0
         for chunk in scores:
             columns = torch.arange(start, start + chunk.shape[1]).expand(len(chunk), -1)
             start += chunk.shape[1]
@@ -71,42 +65,54 @@ class Copydays(Benchmark):
         order = np.lexsort((right, -best.flatten().numpy()))
         return average_precision(np.flatnonzero(right[order]), len(self.truth))
 
+    @classmethod
+    def load(cls, data: str | os.PathLike, subset: bool = False) -> 'Copydays':
+        """Copydays in a folder with original/, strong/, crops/<percent>/ and jpeg/<quality>/ or jpegqual/<quality>/.
 
-def load_copydays(data: str | os.PathLike, subset: bool = False) -> Copydays:
-    """Copydays in a folder with original/, strong/, crops/<percent>/ and jpeg/<quality>/ or jpegqual/<quality>/.
+        The families that have no folder are left out, the strong one must be there.
 
-    The families that have no folder are left out, the strong one must be there.
+        Args:
+            data: The folder.
+            subset: Use the images found, whatever the counts.
 
-    Args:
-        data: The folder.
-        subset: Use the images found, whatever the counts.
+        Raises:
+            FileNotFoundError: The originals, the strong copies, or some of them are missing.
+            ValueError: The original of a copy was not found, or an image twice.
+        """
+        data = cls.folder(data)
+        found: dict[str, dict[int, str]] = {'original': {}, 'strong': {}}
+        for path in data.names:
+            family, number = _place(path)
+            if family is not None:
+                if number in found.setdefault(family, {}):
+                    raise ValueError(f'{data.path} has the {family} image {number} twice ({found[family][number]}, '
+                                     f'{path}): leave one.')
+                found[family][number] = path
+        cls._check_counts(data.path, found, subset)
+        places = {number // 100: place for place, number in enumerate(found['original'])}
+        copies = [(family, number, path) for family in sorted(found) for number, path in found[family].items()]
+        orphans = [path for _, number, path in copies if number // 100 not in places]
+        if orphans:
+            raise ValueError(f'{data.path} has {len(orphans)} copies without their original: {some(orphans)}; '
+                             f'{cls.source}.')
+        return cls(
+            title=cls.name + f' ({len(copies) - len(places)} copies of {len(places)} originals)' * subset,
+            database=data.files(found['original'].values()), queries=data.files(path for *_, path in copies),
+            families=np.array([family for family, *_ in copies]),
+            truth=np.array([places[number // 100] for _, number, _ in copies]))
 
-    Raises:
-        FileNotFoundError: The originals, the strong copies, or some of them are missing.
-        ValueError: The original of a copy was not found, or an image twice.
-    """
-    data = SetFolder(data, TITLE, SOURCE)
-    found: dict[str, dict[int, str]] = {}
-    for path in data.names:
-        family, number = _place(path)
-        if family is None:
-            continue
-        if number in found.setdefault(family, {}):
-            raise ValueError(f'{data.path} has the {family} image {number} twice ({found[family][number]}, {path}): '
-                             'leave one.')
-        found[family][number] = path
-    _check_counts(data.path, found, subset)
-    originals = found['original']
-    places = {number // 100: place for place, number in enumerate(originals)}
-    copies = [(family, number, path) for family in sorted(found) for number, path in found[family].items()]
-    orphans = [path for _, number, path in copies if number // 100 not in places]
-    if orphans:
-        raise ValueError(f'{data.path} has {len(orphans)} copies without their original: {some(orphans)}; {SOURCE}.')
-    return Copydays(
-        title=TITLE if not subset else f'{TITLE} ({len(copies) - len(originals)} copies of {len(originals)} originals)',
-        database=data.files(originals.values()), queries=data.files(path for *_, path in copies),
-        families=np.array([family for family, *_ in copies]),
-        truth=np.array([places[number // 100] for _, number, _ in copies]))
+    @classmethod
+    def _check_counts(cls, data: Path, found: dict[str, dict[int, str]], subset: bool) -> None:
+        for family, expected in (('original', NUM_ORIGINALS), ('strong', NUM_STRONG)):
+            number = len(found[family])
+            if not number or (number != expected and not subset):
+                raise FileNotFoundError(f'{data}/{family} holds {number} images of {cls.name}, not {expected}: '
+                                        f'{cls.source}.')
+        for family in [] if subset else found:
+            missing = sorted(set(found['original']) - set(found[family])) if family[-1].isdigit() else []
+            if missing:
+                raise FileNotFoundError(f'{data} lacks {len(missing)} of the {NUM_ORIGINALS} images of "{family}": '
+                                        f'{some([f"{n}.jpg" for n in missing])}; {cls.source}.')
 
 
 def _place(path: str) -> tuple[str | None, int]:
@@ -114,31 +120,7 @@ def _place(path: str) -> tuple[str | None, int]:
     *folders, base = path.split('/')
     match = re.fullmatch(r'(\d{5,7})\.jpe?g', base.lower())
     family = next((_FAMILIES[name.lower()] for name in folders if name.lower() in _FAMILIES), None)
-    if match is None or family is None:
-        return None, 0
     if family in ('crop', 'jpeg'):
         strength = next((name for name in reversed(folders) if name.isdigit()), None)
-        if strength is None:
-            return None, 0
-        family = f'{family} {strength}'
-    return family, int(match[1])
-
-
-def _check_counts(data: Path, found: dict[str, dict[int, str]], subset: bool) -> None:
-    counts = {family: len(numbers) for family, numbers in found.items()}
-    for family, expected in (('original', NUM_ORIGINALS), ('strong', NUM_STRONG)):
-        number = counts.get(family, 0)
-        if not number or (number != expected and not subset):
-            raise FileNotFoundError(f'{data}/{family} holds {number} images of {TITLE}, not {expected}: '
-                                    f'{SOURCE}.')
-    if subset:
-        return
-    for family in found:
-        missing = sorted(set(found['original']) - set(found[family])) if family[-1].isdigit() else []
-        if missing:
-            raise FileNotFoundError(f'{data} lacks {len(missing)} of the {NUM_ORIGINALS} images of "{family}": '
-                                    f'{some([f"{n}.jpg" for n in missing])}; {SOURCE}.')
-
-
-def _strength(family: str) -> int:
-    return int(family.rpartition(' ')[2]) if family[-1].isdigit() else 0
+        family = strength and f'{family} {strength}'
+    return (family, int(match[1])) if match and family else (None, 0)

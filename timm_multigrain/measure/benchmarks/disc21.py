@@ -13,16 +13,12 @@ from pathlib import Path
 
 from timm_multigrain.files import read_lines
 from timm_multigrain.images.sources import ImageFiles, ImageSource
-from timm_multigrain.measure.metrics import micro_average_precision
-from timm_multigrain.measure.ranks import best_pairs
+from timm_multigrain.measure.metrics import best_pairs, micro_average_precision
 
-from .benchmark import Benchmark, Figure, Scores, SetFolder, some
+from .base import Benchmark, Figure, Scores, some
 
-__all__ = ['Disc21', 'load_disc21', 'read_pairs']
+__all__ = ['Disc21', 'read_pairs']
 
-TITLE = 'DISC21'
-SOURCE = 'it is given out, against its terms of use, at https://ai.meta.com/datasets/disc21-dataset'
-NUM_REFERENCES = 1_000_000
 MAX_PAIRS = 500_000
 
 
@@ -32,61 +28,60 @@ class Disc21(Benchmark):
     pairs: list = None
     training: ImageSource | None = None
 
-    task = 'copy-detection'
-    published = {'kind': 'thumbnail', 'exif': False}
+    name, task, published = 'DISC21', 'copy-detection', {'kind': 'thumbnail', 'exif': False}
+    source = 'it is given out, against its terms of use, at https://ai.meta.com/datasets/disc21-dataset'
+    num_references = 1_000_000
 
     def measure(self, scores: Scores) -> list[Figure]:
         result = micro_average_precision(*best_pairs(scores, MAX_PAIRS), self.pairs)
         return [Figure('uAP', 100 * result.uap), Figure('recall@P90', 100 * result.recall_at_p90)]
 
+    @classmethod
+    def load(cls, data: str | os.PathLike, ground_truth: str | os.PathLike | None = None,
+             queries: str | os.PathLike | None = None, subset: bool = False) -> 'Disc21':
+        """DISC21 in a folder with Q*.jpg, R*.jpg and T*.jpg (training) in it or below it, and the ground truth as CSV.
 
-def load_disc21(data: str | os.PathLike, ground_truth: str | os.PathLike | None = None,
-                queries: str | os.PathLike | None = None, subset: bool = False) -> Disc21:
-    """DISC21 in a folder with Q*.jpg, R*.jpg and T*.jpg (training) in it or below it, and the ground truth as CSV.
+        Args:
+            data: The folder.
+            ground_truth: The CSV file; None for the only one in the folder.
+            queries: Text file with one query name per line. None: those that the ground truth has a row for, which is
+                right only if it has rows without a reference for the queries that have none.
+            subset: Search only the queries and references that the ground truth names, as the organisers' "subset 1".
 
-    Args:
-        data: The folder.
-        ground_truth: The CSV file; None for the only one in the folder.
-        queries: Text file with one query name per line. None: those that the ground truth has a row for, which is
-            right only if it has rows without a reference for the queries that have none.
-        subset: Search only the queries and references that the ground truth names, as the organisers' "subset 1".
-
-    Raises:
-        FileNotFoundError: Ground truth or images are missing.
-        ValueError: The ground truth is not of this form, or does not say which queries there are.
-    """
-    data = SetFolder(data, TITLE, SOURCE)
-    path = Path(ground_truth) if ground_truth else _only_csv(data.path)
-    named, pairs = read_pairs(path)
-    if queries is not None:
-        named = [Path(line).stem for line in read_lines(queries, 'list of queries') if not line.startswith('#')]
-        if len(set(named)) < len(named):
-            raise ValueError(f'{queries} names a query twice.')
-        unknown = sorted({query for query, _ in pairs}.difference(named))
-        if unknown:
-            raise ValueError(f'{queries} lacks {len(unknown)} queries that {path} has a reference for: '
-                             f'{some(unknown)}.')
-    elif not subset and len(named) == len({query for query, _ in pairs}):
-        raise ValueError(f'{path} has no row for queries without a reference, so it does not say which queries there '
-                         'are: give a list of them, or ask for the subset of the queries and references it names.')
-    if subset:
-        references = sorted({reference for _, reference in pairs})
-        title = f'{TITLE} ({len(named)} queries, {len(references)} references)'
-    else:
-        references = [f'R{number:06}' for number in range(NUM_REFERENCES)]
-        title = f'{TITLE} ({len(named)} queries)'
-    places = {name: place for place, name in enumerate(references)}
-    rows = {name: row for row, name in enumerate(named)}
-    absent = sorted({reference for _, reference in pairs}.difference(places))
-    if absent:
-        raise ValueError(f'{path} names {len(absent)} references that {TITLE} does not have: {some(absent)}.')
-    training = [name for name in data.names if re.match(r'T\d{6}', name.rpartition('/')[2])]
-    located = data.locate([*named, *references])
-    return Disc21(
-        title=title, queries=ImageFiles(located[:len(named)], names=named),
-        database=ImageFiles(located[len(named):], names=references),
-        training=data.files(training) if training else None,
-        pairs=[(rows[query], places[reference]) for query, reference in pairs])
+        Raises:
+            FileNotFoundError: Ground truth or images are missing.
+            ValueError: The ground truth is not of this form, or does not say which queries there are.
+        """
+        data = cls.folder(data)
+        path = Path(ground_truth) if ground_truth else _only_csv(data.path)
+        named, pairs = read_pairs(path)
+        matched = {query for query, _ in pairs}
+        if queries is not None:
+            named = [Path(line).stem for line in read_lines(queries, 'list of queries') if not line.startswith('#')]
+            if len(set(named)) < len(named):
+                raise ValueError(f'{queries} names a query twice.')
+            if unknown := sorted(matched.difference(named)):
+                raise ValueError(f'{queries} lacks {len(unknown)} queries that {path} has a reference for: '
+                                 f'{some(unknown)}.')
+        elif not subset and len(named) == len(matched):
+            raise ValueError(
+                f'{path} has no row for queries without a reference, so it does not say which queries there are: give '
+                'a list of them, or ask for the subset of the queries and references it names.')
+        references = [f'R{number:06}' for number in range(cls.num_references)]
+        if subset:
+            references = sorted({reference for _, reference in pairs})
+        places = {name: place for place, name in enumerate(references)}
+        rows = {name: row for row, name in enumerate(named)}
+        if absent := sorted({reference for _, reference in pairs}.difference(places)):
+            raise ValueError(f'{path} names {len(absent)} references that {cls.name} does not have: {some(absent)}.')
+        training = [name for name in data.names if re.match(r'T\d{6}', name.rpartition('/')[2])]
+        located = data.locate([*named, *references])
+        return cls(
+            title=f'{cls.name} ({len(named)} queries' + f', {len(references)} references' * subset + ')',
+            queries=ImageFiles(located[:len(named)], names=named),
+            database=ImageFiles(located[len(named):], names=references),
+            training=data.files(training) if training else None,
+            pairs=[(rows[query], places[reference]) for query, reference in pairs])
 
 
 def read_pairs(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]]]:
@@ -101,24 +96,21 @@ def read_pairs(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]
         with open(path, encoding='utf-8', newline='') as file:
             rows = [row for row in csv.reader(file) if row]
     except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: ground truth not found; {SOURCE}.') from None
+        raise FileNotFoundError(f'{path}: ground truth not found; {Disc21.source}.') from None
     except (csv.Error, UnicodeDecodeError) as e:
         raise ValueError(f'{path} is not a CSV file: {e}.') from e
     if rows and rows[0][:2] == ['query_id', 'reference_id']:
         del rows[0]
-    wrong = next((row for row in rows if len(row) != 2 or not row[0].strip()), None)
-    if wrong is not None:
-        raise ValueError(f'{path}: {",".join(wrong)!r} is not a query and a reference or nothing.')
+    for row in rows:
+        if len(row) != 2 or not row[0].strip():
+            raise ValueError(f'{path}: {",".join(row)!r} is not a query and a reference or nothing.')
     rows = [(query.strip(), reference.strip()) for query, reference in rows]
-    if len(set(rows)) < len(rows):
-        twice = [','.join(row) for row, count in Counter(rows).items() if count > 1]
+    if twice := [','.join(row) for row, count in Counter(rows).items() if count > 1]:
         raise ValueError(f'{path} has lines twice: {some(twice)}.')
     pairs = [row for row in rows if row[1]]
     if not pairs:
         raise ValueError(f'{path} has no query with a reference.')
-    matched = {query for query, _ in pairs}
-    both = sorted(query for query, reference in rows if not reference and query in matched)
-    if both:
+    if both := sorted({query for query, _ in pairs} & {query for query, reference in rows if not reference}):
         raise ValueError(f'{path} says of {len(both)} queries both that they have a reference and that they have none: '
                          f'{some(both)}.')
     return list(dict.fromkeys(query for query, _ in rows)), pairs
@@ -126,7 +118,9 @@ def read_pairs(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]
 
 def _only_csv(data: Path) -> Path:
     found = sorted(data.rglob('*ground*truth*.csv'))
-    if len(found) != 1:
-        there = f'several files of ground truth ({some([str(path.relative_to(data)) for path in found])}): name one.'
-        raise FileNotFoundError(f'{data} has ' + (there if found else f'no ground truth of {TITLE} (.csv); {SOURCE}.'))
+    if not found:
+        raise FileNotFoundError(f'{data} has no ground truth of {Disc21.name} (.csv); {Disc21.source}.')
+    if len(found) > 1:
+        names = some([str(path.relative_to(data)) for path in found])
+        raise FileNotFoundError(f'{data} has several files of ground truth ({names}): name one.')
     return found[0]

@@ -4,28 +4,40 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
 
-from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names, printable
-from timm_multigrain.measure.results import Figure
+from timm_multigrain.files import printable
+from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
+from timm_multigrain.measure.archives import RemoteFile
 
 __all__ = ['Benchmark', 'Figure', 'Scores', 'SetFolder', 'some']
 
 Scores = Iterable[torch.Tensor]
 
 
+class Figure(NamedTuple):
+    """One measured value, in percent, or of 4 for 'N-S'; `split` is a part of the set."""
+    metric: str
+    value: float
+    split: str | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class Benchmark(ABC):
-    """A set of images with ground truth.
+    """A set of images with ground truth, made by its `load(data, ...)` from the layout it is published in.
 
     Attributes:
         title: Name in tables and figures, with what makes it another than the published one.
         database: Images to search among.
         queries: Images to search with; None where they are images of the database.
         query_rows: Which images of the database the queries are, (Q,) integers; None where they are others.
+        name: Name of the published set.
+        source: Where it is to be had.
+        downloads: Its files, where they have a public address.
+        task: 'retrieval' or 'copy-detection'.
         published: How the public evaluation prepares the images, as arguments of `Protocol.for_model`.
     """
     title: str
@@ -33,6 +45,9 @@ class Benchmark(ABC):
     queries: ImageSource | None = None
     query_rows: np.ndarray | None = None
 
+    name: ClassVar[str]
+    source: ClassVar[str]
+    downloads: ClassVar[Sequence[RemoteFile]] = ()
     task: ClassVar[str] = 'retrieval'
     published: ClassVar[dict] = {'exif': False}  # the public evaluators open files as they are stored
 
@@ -49,18 +64,14 @@ class Benchmark(ABC):
                 distractors. It can be iterated more than once.
         """
 
+    @classmethod
+    def folder(cls, data: str | os.PathLike) -> 'SetFolder':
+        """The files in a folder of the set; FileNotFoundError if it is not a folder."""
+        return SetFolder(data, cls.name, cls.source)
+
 
 class SetFolder:
-    """The folder of a set, whose images are found by name wherever an archive put them.
-
-    Args:
-        folder: The folder.
-        title: Name of the set, for errors.
-        source: Where it is to be had, for errors.
-
-    Raises:
-        FileNotFoundError: Not found, or not a folder.
-    """
+    """The folder of a set, whose images are found by name wherever an archive put them."""
 
     def __init__(self, folder: str | os.PathLike, title: str, source: str):
         self.path, self.title, self.source = Path(folder), title, source
