@@ -124,7 +124,7 @@ def test_search_part_and_copies(page, pictures, url):
 
 def test_a_report_fits_and_needs_no_server(page, tmp_path):
     columns = [f'column {i}' for i in range(12)]
-    table = Table(['Model', *columns], [['a', *range(12)], ['b', *range(12)]], dict.fromkeys(columns, 'max'))
+    table = Table(['Model', *columns], [['a', *range(12)], ['b', *range(12)]], columns)
     path = write_report(tmp_path / 'report.html', 'A title', 'Text.', [table], {'a': {'loss': ([0, 1], [1, 0])}})
     page.driver.get_log('performance')
     page.driver.get(path.as_uri())

@@ -83,10 +83,11 @@ def test_rectangles_and_damaged_images(model, tmp_path):
 
 def test_labels_that_do_not_fit(model, noise_folder):
     source = open_classes(noise_folder, model, 'train')
-    for labels, message in (([0], '1 labels'), ([3] * 36, '3 to 3, and the model has 3'), ([-1] * 36, '-1 to -1')):
-        with pytest.raises(ValueError, match=message):
-            validate(model, source, PROTOCOL, labels=labels, workers=0)
-    with pytest.raises(ValueError, match='0 labels'):
+    for label in (3, -1):
+        source.labels = [label] * 36
+        with pytest.raises(ValueError, match=f'{label} to {label}, and the model has 3'):
+            validate(model, source, PROTOCOL, workers=0)
+    with pytest.raises(ValueError, match='have no labels'):
         validate(model, ImageFiles(['x.png']), PROTOCOL, workers=0)
 
 

@@ -8,8 +8,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from PIL import Image
 
 from timm_multigrain.cli.evaluate import _BENCHMARKS
@@ -118,27 +116,24 @@ def test_turns_of_another_form(tmp_path):
                 read_turns(tmp_path / name)
 
 
-def test_ukbench_as_published(tmp_path, monkeypatch):
+def test_ukbench(tmp_path, shared_data, monkeypatch):
+    part = shared_data / 'instances' / 'ukbench'
+    benchmark = load_benchmark('ukbench', part, subset=True)
+    assert len(benchmark.database) == benchmark.num_queries == 56 and '56 of its images' in benchmark.title
+    with pytest.raises(FileNotFoundError, match=r'lacks 10144 of the 10200 .*ukbench00056\.jpg'):
+        load_benchmark('ukbench', part)
+    with pytest.raises(ValueError, match='lacks images of 1 groups of UKBench: ukbench00004 to 00007'):
+        load_benchmark('ukbench', touch(tmp_path, [f'ukbench{i:05}.jpg' for i in range(7)]), subset=True)
+    with pytest.raises(ValueError, match='has no image of UKBench'):
+        load_benchmark('ukbench', touch(tmp_path / 'x', ['a.jpg']), subset=True)
     monkeypatch.setattr(BENCHMARKS['ukbench'], 'num_images', 40)
-    names = [f'ukbench{i:05}.jpg' for i in range(40)]
-    touch(tmp_path, [f'{folder}/{name}' for name in names for folder in ('full', 'thumbnails')])
-    benchmark = load_benchmark('ukbench', tmp_path)
+    touch(tmp_path / 'y', [f'{folder}/ukbench{i:05}.jpg' for i in range(40) for folder in ('full', 'thumbnails')])
+    benchmark = load_benchmark('ukbench', tmp_path / 'y')
     assert all('full' in str(path) for path in benchmark.database.paths) and benchmark.title == 'UKBench'
     scores = np.random.default_rng(0).standard_normal((40, 40)).astype(np.float32)
     figure, = benchmark.measure(chunks(scores))
     wanted = np.mean([sum(i // 4 == q // 4 for i in np.argsort(-scores[q])[:4]) for q in range(40)])
     assert figure.metric == 'N-S' and figure.value == pytest.approx(wanted, rel=1e-12)
-
-
-def test_ukbench_subset(tmp_path, shared_data):
-    benchmark = load_benchmark('ukbench', shared_data / 'instances' / 'ukbench', subset=True)
-    assert len(benchmark.database) == benchmark.num_queries == 56 and '56 of its images' in benchmark.title
-    with pytest.raises(FileNotFoundError, match=r'lacks 10144 of the 10200 .*ukbench00056\.jpg'):
-        load_benchmark('ukbench', shared_data / 'instances' / 'ukbench')
-    with pytest.raises(ValueError, match='lacks images of 1 groups of UKBench: ukbench00004 to 00007'):
-        load_benchmark('ukbench', touch(tmp_path, [f'ukbench{i:05}.jpg' for i in range(7)]), subset=True)
-    with pytest.raises(ValueError, match='has no image of UKBench'):
-        load_benchmark('ukbench', touch(tmp_path / 'x', ['a.jpg']), subset=True)
 
 
 def make_copydays(root, blocks=6):
@@ -299,29 +294,14 @@ HOSTILE = {
 
 
 @pytest.mark.parametrize('kind', HOSTILE)
-@pytest.mark.parametrize('protocol', [0, 2, 4])
-def test_pickles_are_not_run(tmp_path, monkeypatch, kind, protocol):
+def test_pickles_are_not_run(tmp_path, monkeypatch, kind):
     monkeypatch.chdir(tmp_path)
     value, path = HOSTILE[kind], tmp_path / 'a.pkl'
-    path.write_bytes(value if isinstance(value, bytes) else pickle.dumps({'gnd': [value]}, protocol))
-    with pytest.raises(ValueError, match=r'a\.pkl (is not a whole pickle|has to be|lacks)') as error:
-        read_ground_truth(path)
-    assert not RAN and os.listdir(tmp_path) == ['a.pkl'] and '\n' not in str(error.value)
-
-
-@settings(max_examples=100, deadline=None)
-@given(data=st.data())
-def test_damaged_pickles_are_refused_or_read(tmp_path_factory, data):
-    """Whatever the bytes, the answer is a ground truth or a ValueError."""
-    content = bytearray(pickle.dumps(small_truth(), data.draw(st.integers(0, 5))))
-    for _ in range(data.draw(st.integers(0, 5))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    path = tmp_path_factory.mktemp('p') / 'a.pkl'
-    path.write_bytes(content)
-    try:
-        assert len(read_ground_truth(path)[2]) == 2
-    except ValueError as e:
-        assert str(path) in str(e)
+    for protocol in (0, 2, 4):
+        path.write_bytes(value if isinstance(value, bytes) else pickle.dumps({'gnd': [value]}, protocol))
+        with pytest.raises(ValueError, match=r'a\.pkl (is not a whole pickle|has to be|lacks)') as error:
+            read_ground_truth(path)
+        assert not RAN and os.listdir(tmp_path) == ['a.pkl'] and '\n' not in str(error.value)
 
 
 def write_csv(root, lines, name='dev_ground_truth.csv'):

@@ -18,7 +18,7 @@ from timm_multigrain.hub import read_metrics, save_pretrained
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.layers import create_pool, gem, l2_normalize
 from timm_multigrain.measure.benchmarks import BENCHMARKS, load_benchmark
-from timm_multigrain.measure.evaluate import add_whitened, compare, evaluate
+from timm_multigrain.measure.evaluate import add_whitened, evaluate
 from timm_multigrain.measure.results import BenchmarkResult, Metric, SystemResult
 from timm_multigrain.whiten.fit import fit_whitening
 
@@ -78,7 +78,7 @@ def figures_of(benchmark, scores):
 
 def test_every_system_of_one_pass(model, pictures):
     benchmark = load_benchmark('folder', pictures)
-    result = compare({'tiny': model}, benchmark, protocols=[PROTOCOL], poolings=['gem', 'mac', 'spoc', 'rmac', 'crow'],
+    result = evaluate({'tiny': model}, benchmark, protocols=PROTOCOL, poolings=['gem', 'mac', 'spoc', 'rmac', 'crow'],
                      exponents=[1, 2.5])
     fmt = {'input_fmt': model.output_fmt}
     pools = [lambda x: gem(x, 1), lambda x: gem(x, 2.5), *(create_pool(name, **fmt) for name in (
@@ -87,7 +87,7 @@ def test_every_system_of_one_pass(model, pictures):
     assert values(result) == pytest.approx(wanted, abs=1e-4)
     assert [m.p for m in result.metrics] == [1, 2.5, 'inf', 1, None, None]
     assert len(set(wanted)) > 3  # they do differ
-    own = evaluate(model, benchmark, protocol=PROTOCOL)  # GeM with p = 3
+    own = evaluate(model, benchmark, protocols=PROTOCOL)  # GeM with p = 3
     assert own.value('mAP') == pytest.approx(by_hand(describe(model, benchmark, gem), benchmark), abs=1e-4)
     metric, = own.metrics
     assert (metric.p, metric.whitening, metric.size) == (3, None, 40)
@@ -97,7 +97,7 @@ def test_every_system_of_one_pass(model, pictures):
 def test_several_views_equal_a_system_alone(model, pictures):
     """Averages over views are taken of each system's descriptors, so a shared pass must not be taken."""
     protocol = replace(PROTOCOL, scales=(1, 0.7), flip=True)
-    result = compare({'tiny': model}, 'folder', pictures, [protocol], poolings=['gem', 'spoc'], exponents=[2])
+    result = evaluate({'tiny': model}, 'folder', pictures, protocol, poolings=['gem', 'spoc'], exponents=[2])
     for metric, pool in zip(result.metrics, ['gem', 'spoc'], strict=True):
         alone = tiny_model()
         alone.reset_classifier(3, pool)
@@ -109,7 +109,7 @@ def test_several_views_equal_a_system_alone(model, pictures):
 def test_whitening_beside_without(model, pictures, noise_folder):
     """Fitted on other images at the same size, from the same pass."""
     benchmark = load_benchmark('folder', pictures)
-    result = compare({'tiny': model}, benchmark, protocols=[PROTOCOL], poolings=['gem', 'crow'], exponents=[3],
+    result = evaluate({'tiny': model}, benchmark, protocols=PROTOCOL, poolings=['gem', 'crow'], exponents=[3],
                      whiten=noise_folder, dim=8)
     assert [(row.system, row.metrics[0].whitening) for row in result.systems] == [
         ('tiny, GeM p=3', None), ('tiny, CroW', None), ('tiny, GeM p=3, whitened 8', 8), ('tiny, CroW, whitened 8', 8)]
@@ -160,7 +160,7 @@ def test_query_crops_distractors_and_notes(model, pictures, tmp_path):
         (more / f'{path.parent.name}{path.name}').write_bytes(path.read_bytes())
     (more / 'broken.jpg').write_bytes(b'x')
     benchmark = load_benchmark('rparis6k', tmp_path, ground_truth=tmp_path / 'gnd.json', subset=True)
-    result = evaluate(model, benchmark, protocol=PROTOCOL, distractors=more)
+    result = evaluate(model, benchmark, protocols=PROTOCOL, distractors=more)
     row, = result.systems
     assert '2 queries, 10 images searched' in row.images and result.metrics[0].dataset.endswith('+ 5 distractors')
     assert 'broken.jpg' in row.notes[1] and 'broken.jpg' in str(result)
@@ -203,7 +203,7 @@ def test_queries_as_published(model, tmp_path):
         queries = torch.cat([model.embed(prepare('q0', (4, 4, 28, 24), side=12)),  # half of 24, as 80 becomes 40
                              model.embed(prepare('q1', (4, 4, 28, 24)))])  # the whole has less than 40
         database = torch.cat([model.embed(prepare(name)) for name in 'abcde'])
-    result = evaluate(model, benchmark, protocol=protocol, work_dir=tmp_path / 'cache')
+    result = evaluate(model, benchmark, protocols=protocol, work_dir=tmp_path / 'cache')
     assert values(result) == figures_of(benchmark, queries @ database.T)
     vectors = [load_file(path)['vectors'] for path in (tmp_path / 'cache').rglob('*.safetensors')]
     found, = (l2_normalize(v) for v in vectors if len(v) == 2)
@@ -228,7 +228,7 @@ def test_after_the_first_ranking(model, pictures):
 
     augmented = expand(vectors)
     queries = expand(augmented)
-    result = evaluate(model, benchmark, protocol=PROTOCOL, qe=(2, 3.), dba=(2, 3.))
+    result = evaluate(model, benchmark, protocols=PROTOCOL, qe=(2, 3.), dba=(2, 3.))
     assert values(result) == figures_of(benchmark, queries @ augmented.T)
     assert result.metrics[0].protocol == (
         'longer side 40, smaller images enlarged, query expansion k=2 alpha=3, database augmentation k=2 alpha=3')
@@ -252,7 +252,7 @@ def disc(root, pictures, monkeypatch):
 
 def test_score_normalisation(model, pictures, tmp_path, monkeypatch):
     benchmark = load_benchmark('disc21', disc(tmp_path, pictures, monkeypatch))
-    result = evaluate(model, benchmark, protocol=PROTOCOL, score_norm=True)
+    result = evaluate(model, benchmark, protocols=PROTOCOL, score_norm=True)
     assert result.metrics[0].task == 'copy-detection'
     parts = [l2_normalize(describe(model, replace(benchmark, database=source), create_pool('gem')))
              for source in (benchmark.queries, benchmark.database, benchmark.training)]
@@ -288,7 +288,7 @@ def test_cache_is_used_and_told_apart(model, pictures, tmp_path, monkeypatch):
 def test_a_run_that_was_cut_off_goes_on(model, pictures, tmp_path, monkeypatch):
     """Of the 12 images the first 4, a whole shard, need not be described again."""
     kwargs = dict(exponents=[3., 1.], shard_size=4, batch_size=2, work_dir=tmp_path / 'cache')
-    whole = compare({'model': model}, 'folder', pictures, [PROTOCOL], **kwargs | {'work_dir': tmp_path / 'whole'})
+    whole = evaluate({'model': model}, 'folder', pictures, PROTOCOL, **kwargs | {'work_dir': tmp_path / 'whole'})
     seen, forward = [], type(model).forward_features
 
     def cut_off(self, x, *args, **kwargs):
@@ -299,10 +299,10 @@ def test_a_run_that_was_cut_off_goes_on(model, pictures, tmp_path, monkeypatch):
 
     monkeypatch.setattr(type(model), 'forward_features', cut_off)
     with pytest.raises(KeyboardInterrupt):
-        compare({'model': model}, 'folder', pictures, [PROTOCOL], **kwargs)
+        evaluate({'model': model}, 'folder', pictures, PROTOCOL, **kwargs)
     monkeypatch.setattr(type(model), 'forward_features', lambda *args: seen.append(args[1].shape) or forward(*args))
     seen.clear()
-    assert compare({'model': model}, 'folder', pictures, [PROTOCOL], **kwargs) == whole
+    assert evaluate({'model': model}, 'folder', pictures, PROTOCOL, **kwargs) == whole
     assert len(seen) == 8
 
 
@@ -326,15 +326,13 @@ def test_choose_systems(model):
             ([], [math.nan], 'p = nan cannot')):
         with pytest.raises(ValueError, match=message):
             choose_systems(model, poolings, exponents)
-    with pytest.raises(ValueError, match='2 systems are asked for, GeM p=1, GeM p=2'):
-        evaluate(model, 'folder', '', exponents=[1, 2])
 
 
 def test_a_models_own_exponents_stay(pictures):
     """Systems beside the model's own never touch it."""
     model = tiny_model(per_channel_p=True)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    compare({'tiny': model}, 'folder', pictures, [PROTOCOL], poolings=['gem', 'mac'], exponents=[2])
+    evaluate({'tiny': model}, 'folder', pictures, PROTOCOL, poolings=['gem', 'mac'], exponents=[2])
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     own, = choose_systems(model)
     assert own.exponent is None and str(own) == 'GeM'

@@ -71,7 +71,7 @@ def write(folder, **changes):
                  Neighbor(picture(), -0.25, 'dog', 'other')]
     arguments = {
         'title': 'The title', 'intro': 'The intro.',
-        'tables': [Table(['model', 'top-1', 'time'], [['a', 50.0, 7], ['b', 62.54, 9]], {'top-1': 'max'}, 'Table')],
+        'tables': [Table(['model', 'top-1', 'time'], [['a', 50.0, 7], ['b', 62.54, 9]], ['top-1'], 'Table')],
         'curves': {
             'a': {'loss': ([0, 10], [2.0, 1.0])},
             'b': {'loss': ([0, 10], [2.5, 0.5]), 'margin': ([0, 10], [1, 0])},
@@ -123,13 +123,13 @@ def test_best_cells():
 
     rows = [['a', 1.0, 3, 5.04], ['b', 2.0, 3, 5.01], ['c', None, 4, math.nan], ['d', 'n/a', 5, 4.0]]
     assert best() == []
-    assert best(best={'x': 'max'}) == ['2.0']
-    assert best(best={'y': 'min'}) == ['3', '3']
-    assert best(best={'z': 'max'}) == ['5.0', '5.0'] and best(best={'z': 'max'}, digits=2) == ['5.04']
+    assert best(best=['x']) == ['2.0']
+    assert best(best=['y']) == ['5']
+    assert best(best=['z']) == ['5.0', '5.0'] and best(best=['z'], digits=2) == ['5.04']
     text = str(Table('mxyz', rows, digits=2))
     assert text.splitlines()[1:4] == ['a  1.00  3  5.04', 'b  2.00  3  5.01', 'c     –  4     –']
     rows = rows[2:]
-    assert best(best={'x': 'max', 'z': 'max'}) == []
+    assert best(best=['x', 'z']) == []
 
 
 def test_charts(tmp_path):

@@ -31,12 +31,7 @@ class Found(NamedTuple):
 
 
 class Answers:
-    """The questions of the web app to one index.
-
-    Args:
-        index: The index.
-        max_pixels: Larger pictures are refused before they are decoded.
-    """
+    """The questions of the web app to one index; pictures above `max_pixels` are refused before they are decoded."""
 
     def __init__(self, index: 'Index', max_pixels: int):
         self.index, self.max_pixels = index, max_pixels
@@ -59,11 +54,7 @@ class Answers:
         return find_copies(self.index)
 
     def read(self, path: str) -> Image.Image:
-        """A picture to search for.
-
-        Raises:
-            UnreadableImage: It is not a picture, or too large; the message does not contain its path.
-        """
+        """A picture to search for; UnreadableImage, whose message has no path, if it is not one or too large."""
         try:
             return read_image(path, exif=self.index.protocol().exif, max_pixels=self.max_pixels)
         except UnreadableImage as e:
@@ -73,17 +64,7 @@ class Answers:
     def search(
             self, image: Image.Image, crop: tuple | None, k: int, class_name: str | None,
     ) -> tuple[dict[str, float], list[Found]]:
-        """The most probable classes with their probabilities, and the nearest images, nearest first.
-
-        Args:
-            image: Picture.
-            crop: The part (x, y, width, height) to search for, in pixels.
-            k: Images wanted.
-            class_name: Only images of this class.
-
-        Raises:
-            ValueError: The crop is outside of the picture, or the class was not found.
-        """
+        """The most probable classes of a picture or of a part (x, y, width, height), and the k nearest images."""
         image = cut(image, crop, 'the picture') if crop else image
         with self._lock:
             embedded = embed_queries(self.index.model(), self.index.protocol(), [image])
@@ -97,7 +78,6 @@ class Answers:
                          for score, r in zip(scores[0].tolist(), records, strict=True)]
 
     def cover(self, group: CopyGroup) -> Found:
-        """A group of copies."""
         kind = 'identical' if group.kind == 'exact' else 'similar'
         surplus = file_size(sum(file.record.bytes for file in group.files[1:]))
         return Found(self.thumbnail(group.keep), f'{len(group.files)} {kind} · {surplus} to gain')
@@ -110,7 +90,6 @@ class Answers:
                 for mark, r in zip(marks[:MAX_HITS], (file.record for file in group.files), strict=False)]
 
     def describe(self, record: Record) -> str:
-        """A few lines on an image, plain text."""
         lines = [self.name(record.path), f'{record.width} x {record.height} pixels, {file_size(record.bytes)}']
         if record.classes:
             lines.append(', '.join(f'{printable(name)} {probability:.0%}' for name, probability in record.classes[:3]))

@@ -161,11 +161,7 @@ def _read(answers: Answers, file):
 
 
 def _box(corners, size: tuple[int, int]) -> tuple[int, int, int, int] | None:
-    """(x, y, width, height) of two corners in a picture of this size; None while there are not two.
-
-    Raises:
-        ValueError: The part is too narrow or too low.
-    """
+    """(x, y, width, height) of two corners in a picture of this size; None while there are not two."""
     if len(corners) < 2:
         return None
     (x0, x1), (y0, y1) = (sorted(max(0, min(int(corner[axis]), size[axis])) for corner in corners) for axis in (0, 1))
@@ -220,7 +216,7 @@ def launch_app(
         max_temporary: int = MAX_TEMPORARY,
         block: bool = True,
 ) -> 'gradio.Blocks':
-    """Run the app.
+    """Run the app, which needs gradio.
 
     Args:
         index: The index.
@@ -233,11 +229,6 @@ def launch_app(
         max_pixels: Larger pictures are refused.
         max_temporary: Bytes of all uploads and small pictures that are kept.
         block: Return only when it is interrupted.
-
-    Raises:
-        ImportError: gradio is not installed.
-        OSError: The port is taken.
-        OtherModel, ValueError: The model of the index cannot be opened.
     """
     gr = _gradio()
     from starlette.middleware import Middleware

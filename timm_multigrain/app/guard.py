@@ -4,6 +4,7 @@ import os
 import stat
 from collections.abc import Callable, Collection
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +40,11 @@ class _Body:
         return message if self.size <= self.max_bytes else {'type': 'http.disconnect'}
 
 
+@dataclass
 class Guard:
     """ASGI middleware.
 
-    Args:
+    Attributes:
         app: The application.
         hosts: Names and addresses it may be asked by, beside the address that a connection came in on.
         uploads: Folder of the uploaded files, the only ones that a request may name.
@@ -50,12 +52,12 @@ class Guard:
         max_total: Bytes kept in the folder.
         max_files: Files kept in the folder.
     """
-
-    def __init__(
-            self, app: Callable, hosts: Collection[str], uploads: str, max_bytes: int, max_total: int, max_files: int):
-        self.app, self.hosts = app, {host.lower() for host in hosts}
-        self.uploads, self.max_bytes = os.path.realpath(uploads), max_bytes
-        self.max_total, self.max_files = max_total, max_files
+    app: Callable
+    hosts: Collection[str]
+    uploads: str
+    max_bytes: int
+    max_total: int
+    max_files: int
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
         if scope['type'] not in ('http', 'websocket'):
@@ -90,7 +92,7 @@ class Guard:
             return [value.strip() for value in joined.split(',') if value.strip()]
 
         asked = values('host') + values('x-forwarded-host')
-        own = {*self.hosts, (scope.get('server') or ('',))[0]}
+        own = {*(host.lower() for host in self.hosts), (scope.get('server') or ('',))[0]}
         if not values('host') or not all(_name(host) in own for host in asked):
             raise _Refused(421, f'This app is not {asked[0][:100] if asked else "known"}: start it with '
                                 '--allow-host NAME if it is to be reached by that name.')
@@ -131,7 +133,7 @@ class Guard:
             path = value.get('path')
             if path is not None and not (
                     isinstance(path, str) and '\0' not in path
-                    and os.path.realpath(path).startswith(os.path.join(self.uploads, ''))):
+                    and os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.uploads), ''))):
                 raise _Refused(403, 'Only files that were uploaded here can be used, and no addresses.')
             value = list(value.values())
         if isinstance(value, list):

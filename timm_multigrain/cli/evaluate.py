@@ -66,7 +66,7 @@ def _add_after(add) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from timm_multigrain.measure.benchmarks import download_benchmark, load_benchmark
-    from timm_multigrain.measure.evaluate import compare
+    from timm_multigrain.measure.evaluate import evaluate
     from timm_multigrain.models.open import open_model
 
     qe, dba = _expansion(args, 'qe'), _expansion(args, 'dba')
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
                                upright=args.upright, queries=args.queries)
     models = {label: open_model(name, pretrained=not args.no_pretrained, ema=not args.no_ema)
               for label, name in _labels(args.models).items()}
-    result = compare(
+    result = evaluate(
         models, benchmark, protocols=lambda model: _protocols(args, model, benchmark), poolings=args.pool,
         exponents=args.p, whiten=args.whiten, dim=args.dim, distractors=args.distractors, qe=qe, dba=dba,
         score_norm=args.score_norm, work_dir=args.work_dir,

@@ -74,7 +74,7 @@ def run_demo(
 def _table(title: str, rows: dict[str, dict[str, float]]) -> Table:
     headers = list(next(iter(rows.values())))
     return Table(['Model', *headers], [[name, *row.values()] for name, row in rows.items()],
-                 dict.fromkeys(headers, 'max'), title)
+                 headers, title)
 
 
 def _curves(history: dict[str, list[float]], epochs: int) -> dict[str, tuple[list[float], list[float]]]:

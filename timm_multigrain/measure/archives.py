@@ -44,10 +44,6 @@ def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike,
         remotes: Files of the set.
         root: Folder of the set, made if missing.
         report: Takes a sentence for each file.
-
-    Raises:
-        FileNotFoundError, RuntimeError: The download fails.
-        ValueError: The content is not what it was, or an archive that is damaged or not safe to unpack.
     """
     root = Path(root)
     manifest = read_manifest(root)

@@ -1,5 +1,4 @@
 """Classification at any test resolution (Berman et al., arXiv 1902.05509, table 2): top-1 and top-5."""
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +30,6 @@ class ClassificationResult(Result):
             the system.
         losses: Cross-entropy of each image, (n,) float64.
         labels: True class of each image, (n,) int64.
-        protocol: Test protocol.
-        p: Exponent of the pooling.
-        num_classes: Classes of the model.
         whitening: Components of the embedding, if it is whitened.
         skipped: Images that could not be read, and why.
     """
@@ -101,7 +97,6 @@ def validate(
         source: ImageSource,
         protocol: Protocol,
         *,
-        labels: Sequence[int] | None = None,
         strict: bool = False,
         **extraction: Any,
 ) -> ClassificationResult:
@@ -109,20 +104,14 @@ def validate(
 
     Args:
         model: Model with a classifier.
-        source: Images.
+        source: Images with their classes.
         protocol: Size and crop; logits are averaged over several views.
-        labels: Class of each image, those of the source by default.
         strict: Stop at the first image that cannot be read instead of leaving it out.
         **extraction: As of `embed_images`: batch_size, workers, device, dtype, progress.
-
-    Raises:
-        UnreadableImage: With ``strict``.
-        ValueError: No classifier, no labels, or labels that the model does not have.
     """
-    labels = source.labels if labels is None else labels
-    if labels is None or len(labels) != len(source):
-        raise ValueError(f'{len(source)} images with {0 if labels is None else len(labels)} labels: give one for each.')
-    truth = torch.as_tensor(labels, dtype=torch.int64)
+    if source.labels is None:
+        raise ValueError('The images have no labels: give a folder of each class.')
+    truth = torch.as_tensor(source.labels, dtype=torch.int64)
     if len(truth) and (truth.min() < 0 or truth.max() >= model.num_classes):
         raise ValueError(f'The labels are {int(truth.min())} to {int(truth.max())}, and the model has '
                          f'{model.num_classes} classes.')

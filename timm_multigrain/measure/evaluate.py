@@ -1,7 +1,7 @@
-"""Measure models on a benchmark: describe its images, rank the database for each query, judge the ranking.
+"""Measure models on a benchmark: describe its images, compare the database with each query, judge the ranking.
 
     benchmark = load_benchmark('rparis6k', 'data/rparis6k')
-    result = evaluate(model, benchmark, protocol=Protocol.for_model(model, size=1024, **benchmark.published))
+    result = evaluate(model, benchmark, protocols=Protocol.for_model(model, size=1024, **benchmark.published))
     print(result)
     result.save('results.json')
 
@@ -31,7 +31,7 @@ from timm_multigrain.whiten.fit import fit_whitening, fold_whitening, work_folde
 from .benchmarks import Benchmark, load_benchmark
 from .results import BenchmarkResult, Metric, SystemResult
 
-__all__ = ['add_whitened', 'compare', 'evaluate']
+__all__ = ['add_whitened', 'evaluate']
 
 Images = ImageSource | str | os.PathLike
 SCORE_METRICS = ('uAP', 'recall@P90')  # those that compare scores of different queries
@@ -40,37 +40,10 @@ R1M = 1_001_001
 
 
 def evaluate(
-        model: MultiGrain,
+        models: MultiGrain | Mapping[str, MultiGrain],
         benchmark: str | Benchmark,
         data: str | os.PathLike | None = None,
-        protocol: Protocol | None = None,
-        *,
-        name: str = 'model',
-        **kwargs: Any,
-) -> BenchmarkResult:
-    """Measure one model with its own pooling, or with the one system that `poolings` and `exponents` name.
-
-    Args:
-        model: The model, in eval mode.
-        benchmark: Name of one, see `timm_multigrain.measure.benchmarks.BENCHMARKS`, or one that is loaded.
-        data: Its folder.
-        protocol: Preprocessing; by default as in the public evaluation of the benchmark, at the model's own size.
-        name: What to call the model.
-        **kwargs: As `compare` takes them. With `whiten` the result is the whitened one.
-    """
-    systems = choose_systems(model, kwargs.get('poolings', ()), kwargs.get('exponents', ()))
-    if len(systems) > 1:
-        raise ValueError(f'{len(systems)} systems are asked for, {", ".join(map(str, systems))}: compare() measures '
-                         'several.')
-    result = compare({name: model}, benchmark, data, None if protocol is None else [protocol], **kwargs)
-    return BenchmarkResult(result.systems[-1:])
-
-
-def compare(
-        models: Mapping[str, MultiGrain],
-        benchmark: str | Benchmark,
-        data: str | os.PathLike | None = None,
-        protocols: Sequence[Protocol] | Callable[[MultiGrain], Sequence[Protocol]] | None = None,
+        protocols: Protocol | Sequence[Protocol] | Callable[[MultiGrain], Sequence[Protocol]] | None = None,
         *,
         poolings: Sequence[str] = (),
         exponents: Sequence[float] = (),
@@ -84,14 +57,16 @@ def compare(
         command: str | None = None,
         **extraction: Any,
 ) -> BenchmarkResult:
-    """Measure models, with every pooling at every protocol, on one benchmark; a trunk runs once for all its poolings.
+    """Measure a model on a benchmark, or several, with every pooling at every protocol.
+
+    A trunk runs once for all its poolings.
 
     Args:
-        models: Models in eval mode, by what to call them.
-        benchmark: Name of one, or one that is loaded.
+        models: A model in eval mode, or several by what to call them.
+        benchmark: Name of one, see `timm_multigrain.measure.benchmarks.BENCHMARKS`, or one that is loaded.
         data: Its folder.
-        protocols: Preprocessings, each a row of the table; by default as in the public evaluation of the benchmark, at
-            the model's own size. Or a function that gives those of a model, where the models differ in normalisation.
+        protocols: Preprocessing, or several; by default as in the public evaluation of the benchmark, at the model's
+            own size. Or a function that gives those of a model, where the models differ in normalisation.
         poolings: Comparison systems, see `POOLINGS`; none: the model's own pooling.
         exponents: A GeM for each.
         whiten: Images to fit a whitening on, for every system at every protocol; it is measured beside the system
@@ -121,9 +96,10 @@ def compare(
         raise ValueError(f'{benchmark.title} has no training images to normalise scores with: name a folder of some.')
     rows = []
     with work_folder(work_dir) as folder:
-        for name, model in models.items():
+        for name, model in ({'model': models} if isinstance(models, torch.nn.Module) else models).items():
             given = protocols(model) if callable(protocols) else protocols
-            for protocol in given or [Protocol.for_model(model, **benchmark.published)]:
+            given = given or Protocol.for_model(model, **benchmark.published)
+            for protocol in [given] if isinstance(given, Protocol) else given:
                 systems = Systems.of(model, choose_systems(model, poolings, exponents))
                 if whiten is not None:
                     systems = add_whitened(systems, whiten, protocol, dim, folder, **extraction)

@@ -65,11 +65,8 @@ class PResult(Result):
         values: The criterion at each, in [0, 1].
         noise: Noise of the difference of each value to that at the model's p, in the same unit.
         start: The model's p.
-        num_images: Images that count.
-        protocol: Test protocol.
         losses: Mean cross-entropy at each; None for 'mAP'.
-        tuned: Fine-tuned p, if it was fine-tuned.
-        trace: p after each step.
+        tuned: Fine-tuned p, if it was fine-tuned; `trace` has p after each step.
         skipped: Images that could not be read, and why.
         choose: What `p` is: 'tuned', 'best', or None: the best where it is worth it, the fine-tuned without a grid.
     """
@@ -126,8 +123,9 @@ class PResult(Result):
         finite = [(p, 100 * value) for p, value in zip(self.grid, self.values, strict=True) if p < math.inf]
         if finite:
             axes.plot(*zip(*finite, strict=True), marker='o', color='tab:blue')
-        for name, p, color, style in (('start', self.start, 'gray', ':'), ('best of the grid', self.best, 'tab:blue',
-                                      '--'), ('fine-tuned', self.tuned, 'tab:red', '-')):
+        for name, p, color, style in (
+                ('start', self.start, 'gray', ':'), ('best of the grid', self.best, 'tab:blue', '--'),
+                ('fine-tuned', self.tuned, 'tab:red', '-')):
             if p is not None and p < math.inf:
                 axes.axvline(p, color=color, linestyle=style, linewidth=1, label=f'{name}: {p:.3g}')
         axes.set(xlabel='exponent p of GeM', ylabel=f'{self.criterion}, %',
@@ -163,10 +161,8 @@ def tune_p(
         lr: float = 0.005,
         seed: int = 0,
         state_file: str | os.PathLike | None = None,
-        workers: int | None = None,
-        device: str | torch.device | None = None,
-        dtype: torch.dtype | None = None,
         progress: bool = True,
+        **extraction: Any,
 ) -> PResult:
     """Fine-tune p on labelled images and scan a grid, in one pass; the model keeps its p.
 
@@ -180,14 +176,8 @@ def tune_p(
         lr: Learning rate of the first step.
         seed: Of the order of the images.
         state_file: JSON file from which a run that was killed goes on; it is not removed at the end.
-        workers: Processes that read images.
-        device: Where the model runs.
-        dtype: torch.bfloat16 or torch.float16 to run the trunk under autocast.
         progress: Show a bar if stderr is a terminal.
-
-    Raises:
-        ValueError: Another pooling than GeM with one p, a whitened model, no classifier or labels, an impossible grid,
-            or a state file of another run.
+        **extraction: workers, device and dtype of `extract`.
     """
     grid = _check(model, protocol, grid)
     if not model.num_classes or source.labels is None:
@@ -195,11 +185,11 @@ def tune_p(
                          'images, or groups of images of an instance to scan_p_groups.')
     if finetune and model.gem_p == math.inf:
         raise ValueError('p = inf has no gradient to follow: start from a finite one, such as 3.')
-    embedder = Embedder(model, protocol, batch_size=batch_size, workers=workers, device=device, dtype=dtype)
+    embedder = Embedder(model, protocol, batch_size=batch_size, **extraction)
     order = np.random.default_rng(seed).permutation(len(source)).tolist()
     steps = math.ceil(len(order) / batch_size)
     settings = [weights_sha256(model), source.fingerprint(), list(source.labels), protocol.to_dict(),
-                [str(p) for p in grid], finetune, batch_size, lr, seed, str(dtype)]
+                [str(p) for p in grid], finetune, batch_size, lr, seed, str(embedder.dtype)]
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()
     state = _start(state_file, key, grid, model.gem_p if finetune else 0.)
     with embedder.evaluating(), progress_bar(len(order), progress, 'Finding p') as bar, contextlib.closing(
@@ -248,10 +238,6 @@ def scan_p_groups(
         grid: Exponents to scan, beside the model's own.
         work_dir: Folder that keeps the embeddings, so that a run that was cut off goes on.
         **extraction: As of `extract`: batch_size, workers, device, dtype, progress.
-
-    Raises:
-        UnreadableImage: An image that cannot be read.
-        ValueError: Another pooling than GeM with one p, a whitened model, or an impossible grid.
     """
     grid = _check(model, protocol, grid)
     if not grid:

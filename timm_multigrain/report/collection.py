@@ -49,16 +49,7 @@ def write_search_page(
         crop: Sequence[float] | None = None,
         class_name: str | None = None,
 ) -> Path:
-    """Write a page with each query and the pictures found for it.
-
-    Args:
-        path: HTML file.
-        index: Name of what was searched.
-        images: The queries.
-        found: Their hits, nearest first.
-        crop: The part (x, y, width, height) of the queries that was searched for; it is outlined.
-        class_name: The class that was asked for.
-    """
+    """Write a page with each query, its searched part (x, y, width, height) outlined, and the pictures found for it."""
     return write_page(
         path, 'search.html', title='Search results', index=os.fspath(index), class_name=class_name,
         queries=list(zip(images, found, strict=True)), query_picture=lambda image: _query_picture(image, crop),
@@ -67,14 +58,7 @@ def write_search_page(
 
 
 def write_copies_page(path: str | os.PathLike, copies: Copies, title: str = 'Copies', exif: bool = True) -> Path:
-    """Write a page with the groups of copies in pictures, the file to keep marked.
-
-    Args:
-        path: HTML file.
-        copies: What was found.
-        title: Heading.
-        exif: Turn the pictures as their EXIF orientation says.
-    """
+    """Write a page with the groups of copies in pictures, the file to keep marked."""
     kinds, room = [], MAX_GROUPS
     for kind, heading in KINDS.items():
         groups = copies.of_kind(kind)

@@ -23,13 +23,7 @@ THUMBNAIL = 200  # pixels of the longer side
 
 
 def write_page(path: str | os.PathLike, template: str, **values: object) -> Path:
-    """Fill in a template and write the page; a file of that name is replaced in one step.
-
-    Args:
-        path: HTML file; its folder is made if missing.
-        template: File name in templates/.
-        **values: Its variables.
-    """
+    """Fill the values into a template of templates/ and write the page; an old file is replaced in one step."""
     return write_text(path, _environment().get_template(template).render(values))
 
 

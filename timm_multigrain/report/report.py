@@ -4,8 +4,9 @@ import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from markupsafe import Markup
 from PIL import Image
@@ -28,24 +29,23 @@ class Table:
     Attributes:
         headers: One per column; the first column names the rows.
         rows: Cells, text or numbers; None and NaN show as a dash.
-        best: Header of each column whose best number is to stand out, to 'max' or 'min'.
+        best: Headers of the columns whose highest number is to stand out.
         title: Shown above the table.
         digits: Decimals of the floats.
     """
     headers: Sequence[str]
     rows: Sequence[Sequence[str | float | None]]
-    best: Mapping[str, str] = field(default_factory=dict)
+    best: Sequence[str] = ()
     title: str = ''
     digits: int = 1
 
     def cells(self) -> list[list[tuple[str, bool]]]:
         """The rows, each cell with its text and whether it is the best of its column, to the digits shown."""
         best = {}
-        for header, which in self.best.items():
-            column = self.headers.index(header)
+        for column in map(self.headers.index, self.best):
             numbers = [row[column] for row in self.rows if _is_number(row[column])]
             if len(numbers) > 1:
-                best[column] = self._text(max(numbers) if which == 'max' else min(numbers))
+                best[column] = self._text(max(numbers))
         return [[(self._text(value), _is_number(value) and best.get(column) == self._text(value))
                  for column, value in enumerate(row)] for row in self.rows]
 
@@ -60,8 +60,7 @@ class Table:
         return '\n'.join('  '.join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows)
 
 
-@dataclass(frozen=True)
-class Neighbor:
+class Neighbor(NamedTuple):
     """Image found for a query; `relation` is 'copy' (of the query), 'class' (same class) or 'other'."""
     image: Image.Image
     score: float
@@ -69,20 +68,13 @@ class Neighbor:
     relation: str
 
 
-@dataclass(frozen=True)
-class Answer:
+class Answer(NamedTuple):
     """What one model finds for a query, nearest first, and what it predicts."""
     model: str
     neighbors: Sequence[Neighbor]
     prediction: str = ''
 
-    @property
-    def copies(self) -> int:
-        return sum(neighbor.relation == 'copy' for neighbor in self.neighbors)
-
-
-@dataclass(frozen=True)
-class Query:
+class Query(NamedTuple):
     """An image that was searched for, and the answers of the models."""
     image: Image.Image
     caption: str
@@ -107,15 +99,12 @@ def write_report(
         title: Heading and title of the page.
         intro: Paragraph below it.
         tables: Result tables.
-        curves: Run name to series name to (steps, values); one chart per series, one line per run. Values
-            that are not finite leave a gap.
+        curves: Run name to series name to (steps, values); one chart per series, one line per run, for which
+            matplotlib is needed. Values that are not finite leave a gap.
         gallery: Queries with their nearest images.
         notes: Remarks, one list item each.
         command: Command line that repeats the results.
         curves_x: What the steps of the curves count.
-
-    Raises:
-        ImportError: There are curves to draw, and matplotlib is not installed.
     """
     curves = curves or {}
     styles = {run: LINE_STYLES[i % len(LINE_STYLES)] for i, run in enumerate(curves)}

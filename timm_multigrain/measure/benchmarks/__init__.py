@@ -29,7 +29,7 @@ def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:
             folder), `queries` (disc21). None counts as not given.
 
     Raises:
-        ValueError: Unknown name, an option that the benchmark does not have, or ground truth of another form.
+        ValueError: Unknown name or option, or ground truth of another form.
         FileNotFoundError: The folder, its ground truth or some of its images are missing.
     """
     load = _find(name).load
@@ -47,10 +47,6 @@ def download_benchmark(name: str, data: str | os.PathLike, report: Callable[[str
         name: One of `BENCHMARKS`, or 'revisitop1m' for the million distractors of Revisited Oxford and Paris.
         data: Folder, made if missing.
         report: Takes a sentence for each file.
-
-    Raises:
-        ValueError: It has no public address, and where to get it; or as `fetch_files`.
-        FileNotFoundError, RuntimeError: The download fails.
     """
     downloads = DISTRACTORS if name == 'revisitop1m' else _find(name).downloads
     if not downloads:

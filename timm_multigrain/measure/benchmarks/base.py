@@ -57,26 +57,16 @@ class Benchmark(ABC):
 
     @abstractmethod
     def measure(self, scores: Scores) -> list[Figure]:
-        """Judge a ranking.
-
-        Args:
-            scores: Similarities as (Q, n) chunks of columns, in the order of the database and then of the
-                distractors. It can be iterated more than once.
-        """
-
-    @classmethod
-    def folder(cls, data: str | os.PathLike) -> 'SetFolder':
-        """The files in a folder of the set; FileNotFoundError if it is not a folder."""
-        return SetFolder(data, cls.name, cls.source)
+        """Judge similarities, (Q, n) chunks of columns in the order of the database and then of the distractors."""
 
 
 class SetFolder:
     """The folder of a set, whose images are found by name wherever an archive put them."""
 
-    def __init__(self, folder: str | os.PathLike, title: str, source: str):
-        self.path, self.title, self.source = Path(folder), title, source
+    def __init__(self, folder: str | os.PathLike, benchmark: type[Benchmark]):
+        self.path, self.benchmark = Path(folder), benchmark
         if not self.path.is_dir():
-            raise FileNotFoundError(f'{title} not found: {folder} is not a folder; {source}.')
+            raise FileNotFoundError(f'{benchmark.name} not found: {folder} is not a folder; {benchmark.source}.')
         self.names = image_names(self.path)
 
     def files(self, names: Iterable[str]) -> ImageFiles:
@@ -85,15 +75,9 @@ class SetFolder:
         return ImageFiles([self.path / name for name in names], names=names)
 
     def locate(self, names: Sequence[str], prefer: str | None = None) -> list[Path]:
-        """Files of these names, in their order, wherever they are below the folder.
+        """Files of these names (with or without suffix), in their order, wherever they are below the folder.
 
-        Args:
-            names: File names, without a suffix if it does not matter.
-            prefer: Name of a folder whose file wins over files of the same name elsewhere.
-
-        Raises:
-            FileNotFoundError: Some were not found.
-            ValueError: A name was found more than once.
+        A file in a folder named `prefer` wins over files of the same name elsewhere.
         """
         wanted, found = set(names), {}
         for path in self.names:
@@ -102,8 +86,8 @@ class SetFolder:
                 found.setdefault(key, []).append(path)
         missing = [name for name in names if name not in found]
         if missing:
-            raise FileNotFoundError(f'{self.path} lacks {len(missing)} of the {len(names)} images of {self.title}: '
-                                    f'{some(missing)}; {self.source}.')
+            raise FileNotFoundError(f'{self.path} lacks {len(missing)} of the {len(names)} images of '
+                                    f'{self.benchmark.name}: {some(missing)}; {self.benchmark.source}.')
         for name, paths in found.items():
             inside = [path for path in paths if prefer in path.split('/')[:-1]]
             found[name] = inside if len(inside) == 1 else paths

@@ -17,7 +17,7 @@ import torch
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import average_precision, mean_average_precision
 
-from .base import Benchmark, Figure, Scores, some
+from .base import Benchmark, Figure, Scores, SetFolder, some
 
 __all__ = ['Copydays']
 
@@ -69,17 +69,9 @@ class Copydays(Benchmark):
     def load(cls, data: str | os.PathLike, subset: bool = False) -> 'Copydays':
         """Copydays in a folder with original/, strong/, crops/<percent>/ and jpeg/<quality>/ or jpegqual/<quality>/.
 
-        The families that have no folder are left out, the strong one must be there.
-
-        Args:
-            data: The folder.
-            subset: Use the images found, whatever the counts.
-
-        Raises:
-            FileNotFoundError: The originals, the strong copies, or some of them are missing.
-            ValueError: The original of a copy was not found, or an image twice.
+        The families that have no folder are left out, the strong one must be there. With `subset` whatever the counts.
         """
-        data = cls.folder(data)
+        data = SetFolder(data, cls)
         found: dict[str, dict[int, str]] = {'original': {}, 'strong': {}}
         for path in data.names:
             family, number = _place(path)

@@ -4,7 +4,6 @@
 query and reference, cut after 500,000 of them as the challenge demands; most queries have no reference, and a good
 system gives those low scores. The training images serve to normalise scores.
 """
-import csv
 import os
 import re
 from collections import Counter
@@ -15,7 +14,7 @@ from timm_multigrain.files import read_lines
 from timm_multigrain.images.sources import ImageFiles, ImageSource
 from timm_multigrain.measure.metrics import best_pairs, micro_average_precision
 
-from .base import Benchmark, Figure, Scores, some
+from .base import Benchmark, Figure, Scores, SetFolder, some
 
 __all__ = ['Disc21', 'read_pairs']
 
@@ -47,12 +46,8 @@ class Disc21(Benchmark):
             queries: Text file with one query name per line. None: those that the ground truth has a row for, which is
                 right only if it has rows without a reference for the queries that have none.
             subset: Search only the queries and references that the ground truth names, as the organisers' "subset 1".
-
-        Raises:
-            FileNotFoundError: Ground truth or images are missing.
-            ValueError: The ground truth is not of this form, or does not say which queries there are.
         """
-        data = cls.folder(data)
+        data = SetFolder(data, cls)
         path = Path(ground_truth) if ground_truth else _only_csv(data.path)
         named, pairs = read_pairs(path)
         matched = {query for query, _ in pairs}
@@ -85,28 +80,13 @@ class Disc21(Benchmark):
 
 
 def read_pairs(path: str | os.PathLike) -> tuple[list[str], list[tuple[str, str]]]:
-    """All queries of a ground truth, and its pairs of query and reference; a query may have no reference.
-
-    Raises:
-        FileNotFoundError: File not found.
-        ValueError: A line is not a query and a reference or nothing, or comes twice; or no query has a reference.
-    """
-    path = Path(path)
-    try:
-        with open(path, encoding='utf-8', newline='') as file:
-            rows = [row for row in csv.reader(file) if row]
-    except FileNotFoundError:
-        raise FileNotFoundError(f'{path}: ground truth not found; {Disc21.source}.') from None
-    except (csv.Error, UnicodeDecodeError) as e:
-        raise ValueError(f'{path} is not a CSV file: {e}.') from e
-    if rows and rows[0][:2] == ['query_id', 'reference_id']:
-        del rows[0]
-    for row in rows:
-        if len(row) != 2 or not row[0].strip():
-            raise ValueError(f'{path}: {",".join(row)!r} is not a query and a reference or nothing.')
-    rows = [(query.strip(), reference.strip()) for query, reference in rows]
-    if twice := [','.join(row) for row, count in Counter(rows).items() if count > 1]:
+    """All queries of a ground truth, and its pairs of query and reference; a query may have no reference."""
+    lines = [line for line in read_lines(path, 'ground truth') if not line.startswith('query_id,')]
+    if wrong := [line for line in lines if line.count(',') != 1 or line.startswith(',')]:
+        raise ValueError(f'{path}: {some(wrong)} is not a query and a reference or nothing.')
+    if twice := [line for line, count in Counter(lines).items() if count > 1]:
         raise ValueError(f'{path} has lines twice: {some(twice)}.')
+    rows = [tuple(map(str.strip, line.split(','))) for line in lines]
     pairs = [row for row in rows if row[1]]
     if not pairs:
         raise ValueError(f'{path} has no query with a reference.')

@@ -49,12 +49,8 @@ class Groups(Benchmark):
             ground_truth: JSON object of paths, relative to the file's own folder, and the numbers of their groups, -1
                 for a distractor, -2 for an image to leave out; what lies outside of `data` is passed over. None:
                 gt.json of the folder, if there is one, or else the subfolders.
-
-        Raises:
-            FileNotFoundError: The folder, the ground truth, or images that it names are missing.
-            ValueError: It is not of this form, or no image has another one to find.
         """
-        images = cls.folder(data)
+        images = SetFolder(data, cls)
         data = images.path
         if ground_truth is None and (data / TRUTH).is_file():
             ground_truth = data / TRUTH
@@ -129,12 +125,8 @@ class Holidays(Groups):
             data: The folder.
             upright: List of turns, see `read_turns`.
             subset: Use the complete scenes instead of asking for all of them.
-
-        Raises:
-            FileNotFoundError: Images are missing.
-            ValueError: The list of turns names other images, or no scene is whole.
         """
-        data, title = cls.folder(data), cls.name
+        data, title = SetFolder(data, cls), cls.name
         scenes = [[f'{scene}{number:02}.jpg' for number in range(int(count, 36))]
                   for scene, count in enumerate(_COUNTS, 1000)]
         if subset:
@@ -173,12 +165,7 @@ class TurnedImages(ImageSource):
 
 
 def read_turns(path: str | os.PathLike) -> dict[str, int]:
-    """Degrees to turn images clockwise by: a JSON object of names, or a text with a name and a number per line.
-
-    Raises:
-        FileNotFoundError: File not found.
-        ValueError: A line of another form, a name twice, or a turn that is not a multiple of 90.
-    """
+    """Degrees to turn images clockwise by: a JSON object of names, or a text with a name and a number per line."""
     if os.fspath(path).endswith('.json'):
         entries = read_json(path)
         check_json(entries, {str: int}, str(path))
@@ -215,15 +202,9 @@ class UKBench(Groups):
     def load(cls, data: str | os.PathLike, subset: bool = False) -> 'UKBench':
         """UKBench in a folder, in full/ or anywhere below it.
 
-        Args:
-            data: The folder.
-            subset: Use the images found instead of asking for all of them; groups have to be complete.
-
-        Raises:
-            FileNotFoundError: Images are missing.
-            ValueError: A subset has no image, or not all four of a group.
+        With `subset` the images found, in complete groups, instead of all of them.
         """
-        data, title, numbers = cls.folder(data), cls.name, list(range(cls.num_images))
+        data, title, numbers = SetFolder(data, cls), cls.name, list(range(cls.num_images))
         if subset:
             there = (re.fullmatch(r'(?:.*/)?ukbench(\d{5})\.jpg', name) for name in data.names)
             numbers = sorted({int(match[1]) for match in there if match})

@@ -19,7 +19,7 @@ from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import RevisitedQuery, revisited_scores
 
-from .base import Benchmark, Figure, Scores, some
+from .base import Benchmark, Figure, Scores, SetFolder, some
 
 __all__ = ['DISTRACTORS', 'RevisitedOxford', 'RevisitedParis', 'read_ground_truth']
 
@@ -58,12 +58,8 @@ class RevisitedOxford(Benchmark):
             data: The folder.
             ground_truth: Another file of ground truth, .pkl or .json.
             subset: Take a ground truth of other counts than the published one.
-
-        Raises:
-            FileNotFoundError: Ground truth or images are missing.
-            ValueError: The ground truth is not of this form, or has other counts.
         """
-        data, title = cls.folder(data), cls.name
+        data, title = SetFolder(data, cls), cls.name
         path = Path(ground_truth) if ground_truth else data.path / f'gnd_{cls.short_name}.pkl'
         if not path.is_file():
             raise FileNotFoundError(f'{path}: ground truth of {title} not found; {cls.source}.')
@@ -90,11 +86,7 @@ class RevisitedParis(RevisitedOxford):
 
 
 def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], list[dict[str, Any]]]:
-    """Images, queries, and for each query its box `bbx` and the indices of its `easy`, `hard` and `junk` images.
-
-    Raises:
-        FileNotFoundError, ValueError: Not found, or not of this form.
-    """
+    """Images, queries, and for each query its box `bbx` and the indices of its `easy`, `hard` and `junk` images."""
     path = Path(path)
     content = read_json(path) if path.suffix == '.json' else _read_pickle(path)
     check_json(content, _FORM, printable(path))
@@ -118,8 +110,9 @@ def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], li
 
 class _Unpickler(pickle._Unpickler):
     """Of plain values, without a class or a call. In the one written in C a few bytes ask for a memo of gigabytes."""
-    # The hash of a tuple of tuples that are one and the same would take forever.
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items() if 'tuple' not in load.__name__}
+    # The hash of a tuple of tuples that are one and the same takes forever, a bytearray the memory that it claims.
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
+                if 'tuple' not in load.__name__ and 'bytearray' not in load.__name__}
 
     def find_class(self, module: str, name: str) -> None:
         raise ValueError(f'it calls {module}.{name}')
