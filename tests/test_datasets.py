@@ -286,7 +286,7 @@ HOSTILE = {
     'import': Call(__import__, 'os'), 'loader': Call(np.load, 'x'), 'array': np.ones(2), 'object array': np.array(
         [1, 'x'], dtype=object), 'function itself': note_run, 'loop of tuples': (([],),),
     'extension': opcodes(b'\x82\x05'), 'persistent id': opcodes(b'X\x01\x00\x00\x00a', b'Q'),
-    'dotted name': opcodes(b'cbuiltins\nset.__class__\n'), 'instance': b'(ios\nsystem\n.',
+    'dotted name': opcodes(b'cbuiltins\nset.__class__\n'), 'instance': b"(S'touch x'\nios\nsystem\n.",
     'state of a list': opcodes(b']', b'}X\x01\x00\x00\x00aK\x01u', b'b'), 'cut off': pickle.dumps([1] * 100)[:-3],
     'nothing': b'', 'large': b'x' * (17 << 20), 'tuples as a key': opcodes(
         b'}K\x01' + b'q\x00h\x00\x86' * 40 + b'K\x01s'), 'memo of gigabytes': opcodes(b'K\x01r\xff\xff\xff\x7f0'),
