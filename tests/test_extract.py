@@ -117,12 +117,6 @@ def test_raw_and_logits(source, model):
                 torch.testing.assert_close(logits, model(x)[0], atol=1e-5, rtol=1e-5)
 
 
-def test_dim(source):
-    model = tiny_model(whitening=12)
-    torch.testing.assert_close(extract(model, source, Protocol(**LONGER), workers=0, dim=5).vectors,
-                               one_by_one(model, source, Protocol(**LONGER), dim=5), atol=1e-5, rtol=0)
-
-
 def test_fast_and_half_precision(source):
     torch.manual_seed(0)
     model = open_model('test_resnet', pretrained=False)
@@ -151,25 +145,20 @@ def test_the_mode_of_the_model_comes_back(source):
     assert model.training
 
 
-def bad_source(source, tmp_path):
+def test_unreadable_images_are_listed(source, model, tmp_path):
     (tmp_path / 'empty.jpg').write_bytes(b'')
-    return ImageFiles([source.paths[0], tmp_path / 'empty.jpg', source.paths[1], tmp_path / 'missing.jpg'], 'abcd')
-
-
-@pytest.mark.parametrize('workers', [1])
-def test_unreadable_images_are_listed(source, model, tmp_path, workers):
-    bad = bad_source(source, tmp_path)
-    got = extract(model, bad, Protocol(**LONGER), workers=workers)
+    bad = ImageFiles([source.paths[0], tmp_path / 'empty.jpg', source.paths[1], tmp_path / 'missing.jpg'], 'abcd')
+    got = extract(model, bad, Protocol(**LONGER), workers=1)
     assert got.names == ('a', 'c') and list(got.skipped) == ['b', 'd']
     assert got.skipped['b'] == f'{tmp_path}/empty.jpg: is empty' and 'no such file' in got.skipped['d']
     torch.testing.assert_close(
         got.vectors, extract(model, source, Protocol(**LONGER), workers=0).vectors[:2], atol=1e-5, rtol=0)
     with pytest.raises(UnreadableImage, match='is empty'):
-        extract(model, bad, Protocol(**LONGER), workers=workers, strict=True)
+        extract(model, bad, Protocol(**LONGER), workers=1, strict=True)
     with pytest.raises(ValueError, match=r'None of 1 images could be read: .*no such file'):
-        extract(model, ImageFiles([tmp_path / 'missing.jpg']), Protocol(), workers=workers)
+        extract(model, ImageFiles([tmp_path / 'missing.jpg']), Protocol(), workers=1)
     with pytest.raises(ValueError, match='the list is empty'):
-        extract(model, ImageFiles([]), Protocol(), workers=workers)
+        extract(model, ImageFiles([]), Protocol(), workers=1)
 
 
 def test_images_too_narrow_for_the_trunk_are_listed(source):
@@ -182,7 +171,10 @@ def test_images_too_narrow_for_the_trunk_are_listed(source):
     assert len(extract(model, source, Protocol(64), workers=0)) == len(SHAPES)
 
 
-def test_boxes(source, model):
+def test_dim_and_boxes(source, model):
+    whitened = tiny_model(whitening=12)
+    torch.testing.assert_close(extract(whitened, source, Protocol(**LONGER), workers=0, dim=5).vectors,
+                               one_by_one(whitened, source, Protocol(**LONGER), dim=5), atol=1e-5, rtol=0)
     box = (3, 4, 40, 30)
     got = extract(model, ImageFiles(source.paths[:1], boxes=[box]), Protocol(**LONGER), workers=0)
     with torch.inference_mode():
@@ -250,17 +242,6 @@ def test_the_nearest_size_that_the_trunk_can_take(tmp_path, trunk, step, protoco
     if trunk is not None:
         descriptor = extract(model, open_images(path), protocol, workers=0).vectors
         assert descriptor.shape == (1, model.embed_dim) and torch.isfinite(descriptor).all()
-
-
-def test_photos(shared_data):
-    """Photographs of two protocols and many shapes."""
-    folders = shared_data / 'photos', shared_data / 'instances' / 'paris'
-    paths = [path for folder in folders for path in sorted(folder.rglob('*.[jJ][pP]*'))[:12]]
-    model = tiny_model()
-    protocol = Protocol(160, 'longer-side')
-    source = ImageFiles(paths)
-    found = extract(model, source, protocol, workers=1).vectors
-    torch.testing.assert_close(found, one_by_one(model, source, protocol), atol=1e-5, rtol=0)
 
 
 @pytest.mark.slow

@@ -93,7 +93,8 @@ def test_pictures_that_are_gone(index, tmp_path, capfd):
     assert '2 groups left out' in str(copies)
     assert main(['dedup', str(moved), '--list', '--identical']) == 1
     out, err = capfd.readouterr()
-    assert out == '' and '4 files, such as' in err and f'run timm-multigrain index -o {moved}, then this again' in err
+    assert out == '' and '4 of the files, such as' in err
+    assert f'Run timm-multigrain index -o {moved}, then this again' in err
 
 
 def scan(name, seed, cover):

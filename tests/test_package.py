@@ -59,7 +59,7 @@ def test_command(capsys):
 def test_help_needs_neither_torch_nor_timm():
     command = 'import sys; sys.argv[0] = "timm-multigrain"; from timm_multigrain.cli import main'
     out = _python(
-        f'{command}\nfor words in (["--help"], *([name, "--help"] for name in main._COMMANDS)):\n'
+        f'{command}\nfor words in (["--help"], *([name, "--help"] for name in main.COMMANDS)):\n'
         '    try:\n        main.main(words)\n    except SystemExit as e:\n        assert e.code == 0, words\n'
         'print([name for name in ("numpy", "timm", "torch") if name in sys.modules])')
     assert out.splitlines()[-1] == '[]'

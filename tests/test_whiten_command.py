@@ -10,13 +10,12 @@ import torch
 
 from timm_multigrain.cli import embed, evaluate, index, tune_p, validate
 from timm_multigrain.cli import whiten as whiten_command
-from timm_multigrain.cli.arguments import protocol_from_args
+from timm_multigrain.cli.arguments import protocol_of
 from timm_multigrain.cli.main import main
-from timm_multigrain.embed.extract import extract, extract_shards
+from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.protocol import Protocol, check_fitted
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.images.labels import find_classes
-from timm_multigrain.images.sources import Subset, find_images
+from timm_multigrain.images.sources import find_images
 from timm_multigrain.measure.benchmarks import BENCHMARKS
 from timm_multigrain.models.config import fitted, note_fitted
 from timm_multigrain.models.open import open_model
@@ -39,7 +38,7 @@ def whiten(model, images, out, *flags) -> int:
 def test_in_python_and_by_the_command(saved, noise_folder, tmp_path, capsys):
     assert whiten(saved, noise_folder, tmp_path / 'w') == 0
     shown, warned = capsys.readouterr()
-    assert 'Warning: 42 images are fewer than' in warned and 'UserWarning' not in warned
+    assert 'warning: 42 images are fewer than' in warned and 'UserWarning' not in warned
     assert '42 images' in shown and 'First class the same as before for 100.00 % of the images' in shown
     assert sorted(path.name for path in tmp_path.iterdir()) == ['w']  # the embeddings are gone
     model = open_model(saved)
@@ -77,9 +76,9 @@ def test_settings_are_recorded_and_compared(saved, noise_folder, tmp_path, capsy
     assert same == Protocol.for_model(model) == Protocol.for_model(model, 'crop')  # it brings its protocol
     model.set_gem_p(2)
     args = argparse.Namespace(size=None, protocol=None, scales=None, flip=None, exif=None, default_kind='crop')
-    assert protocol_from_args(args, model) == same and not capsys.readouterr().err
+    assert protocol_of(args, model) == same and not capsys.readouterr().err
     args.size, args.protocol = 64, 'crop'
-    assert protocol_from_args(args, model).kind == 'crop'
+    assert protocol_of(args, model).kind == 'crop'
     assert 'warning: The whitening was fitted for other settings' in capsys.readouterr().err
     for settings in ({'protocol': None}, {'protocol': 3}, {}, {'protocol': {'scales': [2]}}):  # of other programs
         note_fitted(model, 'whitening', settings)
@@ -105,7 +104,7 @@ def test_commands_share_one_default(saved, command):
             return Protocol.for_model(model) if protocol is None else protocol(model)
         if command is evaluate:
             return command._protocols(args, model, BENCHMARKS['folder'])[0]
-        return protocol_from_args(args, model)
+        return protocol_of(args, model)
     assert get() == Protocol.for_model(model, kind='crop' if command is validate else 'longer-side')
     assert get('--protocol', 'thumbnail', '--size', '99', '--flip', '--no-exif') == Protocol.for_model(
         model, kind='thumbnail', size=99, flip=True, exif=False)
@@ -116,17 +115,13 @@ def test_commands_share_one_default(saved, command):
             Protocol.for_model(model, size=40), Protocol.for_model(model, size=50)]]
 
 
-def test_learned_from_groups(saved, noise_folder, tmp_path, capsys):
-    assert whiten(saved, noise_folder / 'train', tmp_path / 'w', '--learned') == 0
-    assert 'Learned whitening' in capsys.readouterr().out
-    assert fitted(open_model(tmp_path / 'w'), 'whitening')['kind'] == 'learned'
-
-
-def test_damaged_images_are_listed(saved, noise_folder, tmp_path, capsys):
+def test_learned_from_groups_with_a_damaged_image(saved, noise_folder, tmp_path, capsys):
     shutil.copytree(noise_folder / 'train', tmp_path / 'images')
     (tmp_path / 'images' / 'a' / 'broken.png').write_bytes(b'no image')
-    assert whiten(saved, tmp_path / 'images', tmp_path / 'w') == 0
-    assert '1 images could not be read and were skipped:\n' in capsys.readouterr().out
+    assert whiten(saved, tmp_path / 'images', tmp_path / 'w', '--learned') == 0
+    shown = capsys.readouterr().out
+    assert 'Learned whitening' in shown and '1 images could not be read and were skipped:\n' in shown
+    assert fitted(open_model(tmp_path / 'w'), 'whitening')['kind'] == 'learned'
     assert whiten(saved, tmp_path / 'images', tmp_path / 'v', '--strict') == 2
     assert 'broken.png' in capsys.readouterr().err
 
@@ -140,12 +135,14 @@ def test_refusals(saved, noise_folder, tmp_path, capsys):
             ((saved, noise_folder, tmp_path / 'full'), 'is not a saved model'),
             ((saved, tmp_path / 'nowhere', tmp_path / 'v'), 'nowhere'),
             ((saved, noise_folder, tmp_path / 'v', '--flip'), 'one view at a time'),
-            ((saved, noise_folder, tmp_path / 'v', '--shrinkage', 'x'), '--shrinkage x'),
             ((saved, noise_folder, tmp_path / 'v', '--shrinkage', '0'), 'give at least'),
             ((saved, noise_folder, tmp_path / 'v', '--dim', '9999'), 'dim=9999'),
             ((saved, noise_folder, tmp_path / 'v', '--limit', '0'), '--limit 0')):
         assert whiten(*arguments) == 2
         assert message in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        whiten(saved, noise_folder, tmp_path / 'v', '--shrinkage', 'x')
+    assert "'x': give a share from 0 to 1, or 'oas'" in capsys.readouterr().err
     assert (tmp_path / 'full' / 'notes.txt').read_text() == 'mine'
 
 
@@ -158,7 +155,7 @@ def slow(folder, number, *args):
     if number == 1:
         os.kill(os.getpid(), 9)
 extract.write_shard = slow
-extract.extract_shards.__kwdefaults__['shard_size'] = 8
+extract.extract.__kwdefaults__['shard_size'] = 8
 from timm_multigrain.cli.main import main
 sys.exit(main(sys.argv[1:]))
 '''
@@ -171,16 +168,9 @@ def test_a_killed_run_goes_on(saved, noise_folder, tmp_path, monkeypatch):
     shards = sorted((tmp_path / 'w-embeddings').glob('*.safetensors'))
     assert len(shards) == 2 and not (tmp_path / 'w').exists()
     before = [path.stat().st_mtime_ns for path in shards]
-    monkeypatch.setitem(extract_shards.__kwdefaults__, 'shard_size', 8)
+    monkeypatch.setitem(extract.__kwdefaults__, 'shard_size', 8)
     assert main([*arguments, '--work-dir', str(tmp_path / 'w-embeddings')]) == 0
     assert [path.stat().st_mtime_ns for path in shards] == before
     assert whiten(saved, noise_folder, tmp_path / 'v') == 0
     one, other = (open_model(tmp_path / name).head.whitening.proj for name in ('w', 'v'))
     torch.testing.assert_close(one.abs(), other.abs(), rtol=1e-3, atol=1e-4)
-
-
-def test_subset(noise_folder):
-    source = find_classes(noise_folder / 'train')
-    part = Subset(source, [5, 0])
-    assert part.names == [source.names[5], source.names[0]] and part.labels == [source.labels[5], source.labels[0]]
-    assert part.load(0).tobytes() == source.load(5).tobytes() and part.fingerprint() != source.fingerprint()

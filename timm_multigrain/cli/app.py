@@ -10,12 +10,14 @@ import argparse
 import os
 import sys
 
+from . import arguments
+
 PASSWORD = 'MULTIGRAIN_PASSWORD'
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add(parser, 'index')
     add = parser.add_argument
-    add('index', metavar='INDEX', help='index folder')
     add('--host', default='127.0.0.1', help='address to listen on; 0.0.0.0 lets other computers in (%(default)s)')
     add('--port', type=int, help='port (default: the first free one from 7860 on)')
     add('--allow-host', nargs='+', default=[], metavar='NAME', help='other names that it is reached by, as by a proxy')
@@ -25,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--max-upload', type=float, default=32, metavar='MB', help='largest picture, megabytes (%(default)s)')
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     auth = _auth(args.auth) if args.auth is not None else None
     if not 0 < args.max_upload <= 1000:
         raise ValueError(f'--max-upload {args.max_upload:g}: give megabytes above 0, up to 1000.')
@@ -39,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
               file=sys.stderr)
     launch_app(Index.open(args.index), host=args.host, port=args.port, title=args.title, allow_hosts=args.allow_host,
                auth=auth, max_upload=round(args.max_upload * 1e6))
-    return 0
 
 
 def _auth(text: str) -> tuple[str, str]:

@@ -1,42 +1,50 @@
-"""Arguments that commands share: which model, which protocol, on which device."""
+"""Arguments that commands share: which model, which protocol, on which device, and others of one name and meaning."""
 import argparse
 import json
 import sys
 
-__all__ = [
-    'add_extraction_arguments', 'add_model_arguments', 'add_protocol_arguments', 'extraction_from_args',
-    'model_from_args', 'names_protocol', 'protocol_from_args', 'write_json']
+MODEL = 'folder, checkpoint of train.py, multigrain_NAME[.TAG], hf-hub:USER/NAME, or any timm model'
+_SHARED = {
+    '--no-pretrained': dict(action='store_true', help='random weights'),
+    '--no-ema': dict(action='store_true', help="a checkpoint's plain weights, not the averaged ones"),
+    '--strict': dict(action='store_true', help='stop at an image that cannot be read instead of leaving it out'),
+    '--class-map': dict(metavar='FILE', help='text file: the folder of each class of the model, one per line'),
+    '--work-dir': dict(metavar='DIR', help='folder that keeps the embeddings, for a run that is killed to go on'),
+    'images': dict(metavar='IMAGES', help='folder, list file, or data set of timm'),
+    'index': dict(metavar='INDEX', help='index folder'),
+}
 
-_PROTOCOLS = ('crop', 'longer-side', 'thumbnail')
-_DTYPES = ('float32', 'bfloat16', 'float16')
+
+def add(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Arguments that mean the same in several commands."""
+    for name in names:
+        parser.add_argument(name, **_SHARED[name])
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, positional: bool = True) -> None:
+def add_model(parser: argparse.ArgumentParser, positional: bool = True) -> None:
     """MODEL, --pool, --p, --no-pretrained, --no-ema."""
-    add = parser.add_argument_group('model').add_argument
     if positional:
-        parser.add_argument('model', metavar='MODEL', help='folder, checkpoint of train.py, multigrain_NAME[.TAG], '
-                                                           'hf-hub:USER/NAME, or any timm model')
-    add('--pool', metavar='NAME', help='pooling: gem, mac, spoc, rmac, crow, avg (default: the model\'s)')
-    add('--p', type=float, metavar='P', help="exponent of GeM (default: the model's)")
-    add('--no-pretrained', action='store_true', help='random weights')
-    add('--no-ema', action='store_true', help="a checkpoint's plain weights, not the averaged ones")
+        parser.add_argument('model', metavar='MODEL', help=MODEL)
+    group = parser.add_argument_group('model')
+    group.add_argument('--pool', metavar='NAME', help="pooling: gem, mac, spoc, rmac, crow, avg (default: the model's)")
+    group.add_argument('--p', type=float, metavar='P', help="exponent of GeM (default: the model's)")
+    add(group, '--no-pretrained', '--no-ema')
 
 
-def model_from_args(args: argparse.Namespace):
-    """The model that the arguments name, see `open_model`."""
+def open_model(args: argparse.Namespace):
+    """The model that the arguments name, see `timm_multigrain.open_model`."""
     from timm_multigrain.models.open import open_model
 
     return open_model(args.model, pool=args.pool, p=args.p, pretrained=not args.no_pretrained, ema=not args.no_ema)
 
 
-def add_protocol_arguments(parser: argparse.ArgumentParser, kind: str = 'longer-side', sizes: bool = False) -> None:
+def add_protocol(parser: argparse.ArgumentParser, kind: str = 'longer-side', sizes: bool = False) -> None:
     """--size (several with `sizes`), --protocol (`kind` by default), --scales, --flip, --exif."""
     parser.set_defaults(default_kind=kind)
     add = parser.add_argument_group('protocol').add_argument
     add('--size', type=int, nargs='+' if sizes else None, metavar='N',
         help="side of the crop, or longer side, in pixels (default: what a whitening was fitted for, or the model's)")
-    add('--protocol', choices=_PROTOCOLS,
+    add('--protocol', choices=('crop', 'longer-side', 'thumbnail'),
         help="crop: shorter side size / the model's crop_pct, centre crop; longer-side: nothing is cut off; "
              'thumbnail: the same, smaller images are not enlarged (default: '
              + ("as the benchmark's public evaluation, or " if sizes else '')
@@ -52,7 +60,7 @@ def names_protocol(args: argparse.Namespace) -> bool:
     return any(value is not None for value in (args.size, args.protocol, args.scales, args.flip, args.exif))
 
 
-def protocol_from_args(args: argparse.Namespace, model, **published):
+def protocol_of(args: argparse.Namespace, model, **published):
     """The protocol that the arguments describe.
 
     What they leave open is as `published`, else as the model's whitening was fitted for, else the command's default
@@ -76,24 +84,24 @@ def protocol_from_args(args: argparse.Namespace, model, **published):
     return protocol
 
 
-def add_extraction_arguments(parser: argparse.ArgumentParser, batch_size: str = '32') -> None:
+def add_extraction(parser: argparse.ArgumentParser, batch_size: str = '32') -> None:
     """--batch-size, --workers, --device, --dtype, --fast."""
     add = parser.add_argument_group('extraction').add_argument
     add('--batch-size', type=int, metavar='N', help=f'images per batch (default: {batch_size})')
     add('--workers', type=int, metavar='N', help='processes that read images (default: from the number of cores)')
     add('--device', metavar='NAME', help='cpu, cuda, cuda:1 (default: a GPU if there is one)')
-    add('--dtype', choices=_DTYPES, default='float32', help='arithmetic (%(default)s)')
+    add('--dtype', choices=('float32', 'bfloat16', 'float16'), default='float32', help='arithmetic (%(default)s)')
     add('--fast', action='store_true', help='fold batch norms, images channels last: equal up to rounding only')
 
 
-def extraction_from_args(args: argparse.Namespace) -> dict:
+def extraction_of(args: argparse.Namespace) -> dict:
     """Keyword arguments of `embed_images` and `extract`."""
     import torch
 
     device = args.device or ('cuda' if torch.cuda.is_available() else 'cpu')
-    dtype = None if args.dtype == 'float32' else getattr(torch, args.dtype)
     batch_size = 32 if args.batch_size is None else args.batch_size
-    return {'batch_size': batch_size, 'workers': args.workers, 'device': device, 'dtype': dtype, 'fast': args.fast}
+    return {'batch_size': batch_size, 'workers': args.workers, 'device': device, 'dtype': getattr(torch, args.dtype),
+            'fast': args.fast}
 
 
 def write_json(file: str, value) -> None:

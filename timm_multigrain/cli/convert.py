@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                                         'local-dir:FOLDER (default: inferred from the file)')
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from timm_multigrain.files import file_sha256
     from timm_multigrain.models.open import open_model
     from timm_multigrain.models.save import save_pretrained
@@ -31,4 +31,3 @@ def run(args: argparse.Namespace) -> int:
         if path.name != 'README.md':
             print(f'sha256 {file_sha256(path)}  {path.name}')
     print(f"timm.create_model('local-dir:{folder}', pretrained=True) gives the same outputs.")
-    return 0

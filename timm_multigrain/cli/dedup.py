@@ -16,12 +16,12 @@ import os
 import sys
 import unicodedata
 
-from .arguments import write_json
+from . import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add(parser, 'index')
     add = parser.add_argument
-    add('index', metavar='INDEX', help='index folder')
     add('--html', metavar='FILE', help='write a page with the groups in pictures')
     add('--list', action='store_true', help='print the surplus files, one per line')
     add('-0', '--null', action='store_true', help='end the lines of --list with a null byte, for xargs -0')
@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.images.sources import printable
+    from timm_multigrain.files import printable
     from timm_multigrain.index import Index
     from timm_multigrain.index.dedup import FALSE_POSITIVES, find_copies, measure_recall
 
@@ -54,15 +54,15 @@ def run(args: argparse.Namespace) -> int:
         page = write_copies_page(args.html, copies, f'Copies in {args.index}', index.protocol().exif)
         print(f'Page: {page}', file=sys.stderr)
     if args.json:
-        write_json(args.json, copies.to_dict())
+        arguments.write_json(args.json, copies.to_dict())
     if args.list:
         _print_list(copies.surplus, args.null)
     elif args.json != '-':
         print(copies)
     if copies.changed:
-        print(f'timm-multigrain dedup: {len(copies.changed):,} files, such as {printable(copies.changed[0])}, are not '
-              f'what was indexed any more, and the {copies.left_out:,} groups with them are left out: run '
-              f'timm-multigrain index -o {printable(args.index)}, then this again.', file=sys.stderr)
+        print(f'timm-multigrain dedup: changed since they were indexed: {len(copies.changed):,} of the files, such as '
+              f'{printable(copies.changed[0])}; groups left out with them: {copies.left_out:,}. Run timm-multigrain '
+              f'index -o {printable(args.index)}, then this again.', file=sys.stderr)
         return 1
     return 0
 
@@ -73,7 +73,7 @@ def _print_list(paths: list[str], null: bool) -> None:
     Raises:
         ValueError: A name that would be several lines, or something else than a name to a terminal, without ``null``.
     """
-    from timm_multigrain.images.sources import printable
+    from timm_multigrain.files import printable
 
     for path in [] if null else paths:
         if any(unicodedata.category(c) == 'Cc' for c in path):

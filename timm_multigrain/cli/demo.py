@@ -7,6 +7,7 @@ seed, for classes only and jointly, prints a table, saves the joint model and wr
 import argparse
 import shlex
 import sys
+from dataclasses import fields
 from pathlib import Path
 
 
@@ -26,16 +27,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--workers', type=int, default=2, metavar='N', help='processes that read pictures (%(default)s)')
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from timm_multigrain.demo.run import run_demo
     from timm_multigrain.demo.training import TrainSettings
 
-    names = (
-        'model', 'img_size', 'epochs', 'batch_size', 'num_repeats', 'classif_weight', 'sampling', 'lr', 'seed',
-        'workers')
-    settings = TrainSettings(**{name: getattr(args, name) for name in names})
+    settings = TrainSettings(**{field.name: getattr(args, field.name) for field in fields(TrainSettings)})
     command = shlex.join(['timm-multigrain', *sys.argv[1:]])
     print(run_demo(args.output, settings, args.data_dir, command))
     output = Path(args.output).resolve()
     print(f'\nPage:  {output / "index.html"}\nModel: {output / "model"}')
-    return 0

@@ -10,43 +10,34 @@ timm_multigrain.embed.shards.Descriptors.load.
 import argparse
 import os
 
-from .arguments import (
-    add_extraction_arguments,
-    add_model_arguments,
-    add_protocol_arguments,
-    extraction_from_args,
-    model_from_args,
-    protocol_from_args,
-)
+from . import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    arguments.add_model(parser)
+    arguments.add(parser, 'images', '--strict')
     add = parser.add_argument
-    add('images', metavar='IMAGES', help='folder, list file, or data set of timm')
     add('-o', '--output', required=True, metavar='DIR', help='folder to write')
     add('--split', metavar='NAME', help='subfolder, or split of the data set')
     add('--dim', type=int, metavar='N', help='first components of a whitened descriptor')
     add('--raw', action='store_true', help='the pooled embedding as it is, not normalised')
     add('--shard-size', type=int, default=1024, metavar='N', help='images per file (%(default)s)')
-    add('--strict', action='store_true', help='stop at an image that cannot be read instead of leaving it out')
-    add_protocol_arguments(parser)
-    add_extraction_arguments(parser)
+    arguments.add_protocol(parser)
+    arguments.add_extraction(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.embed.extract import extract_shards
+def run(args: argparse.Namespace) -> None:
+    from timm_multigrain.embed.extract import extract
     from timm_multigrain.images.sources import open_images
 
     source = open_images(args.images, args.split)
-    model = model_from_args(args)
-    protocol = protocol_from_args(args, model)
+    model = arguments.open_model(args)
+    protocol = arguments.protocol_of(args, model)
     first = int(os.environ.get('RANK', 0)) == 0
     if first:
         print(f'{len(source)} images, {protocol}')
-    extraction = extract_shards(
+    found = extract(
         model, source, protocol, args.output, shard_size=args.shard_size, strict=args.strict, dim=args.dim,
-        descriptor=not args.raw, **extraction_from_args(args))
+        descriptor=not args.raw, **arguments.extraction_of(args))
     if first:
-        print(extraction)
-    return 0
+        print(found)

@@ -13,26 +13,14 @@ import os
 import shlex
 import sys
 
-from .arguments import add_extraction_arguments, add_protocol_arguments, extraction_from_args, protocol_from_args
+from . import arguments
 
 _BENCHMARKS = ('holidays', 'ukbench', 'copydays', 'roxford5k', 'rparis6k', 'disc21', 'folder')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument('models', nargs='+', metavar='MODEL', help='folder, checkpoint of train.py, '
-                        'multigrain_NAME[.TAG], hf-hub:USER/NAME, or any timm model')
-    _add_data(parser.add_argument_group('benchmark').add_argument)
-    _add_systems(parser.add_argument_group('what to measure').add_argument)
-    add_protocol_arguments(parser, sizes=True)
-    _add_after(parser.add_argument_group('after the first ranking').add_argument)
-    add_extraction_arguments(parser)
-    add = parser.add_argument_group('output').add_argument
-    add('--work-dir', metavar='DIR', help='keep descriptors in DIR: a run that was cut off goes on')
-    add('--json', metavar='FILE', help='write the figures to FILE')
-    add('--plot', metavar='FILE', help='draw them into FILE')
-
-
-def _add_data(add) -> None:
+    parser.add_argument('models', nargs='+', metavar='MODEL', help=arguments.MODEL)
+    add = parser.add_argument_group('benchmark').add_argument
     add('--benchmark', required=True, choices=_BENCHMARKS, help='which; folder: your own images')
     add('--data', required=True, metavar='DIR', help='its folder, as it is published')
     add('--download', action='store_true', help='download what is missing, or say where to get it')
@@ -44,32 +32,34 @@ def _add_data(add) -> None:
     add('--distractors', metavar='IMAGES', help='more images for the database: folder or list')
     add('--download-distractors', action='store_true',
         help='roxford5k, rparis6k: download R1M, a million images, into the folder of --distractors')
-
-
-def _add_systems(add) -> None:
+    group = parser.add_argument_group('what to measure')
+    add = group.add_argument
     add('--pool', nargs='+', default=[], metavar='NAME',
         help="poolings: gem, mac, spoc, rmac, crow, avg (default: the model's own)")
     add('--p', nargs='+', type=float, default=[], metavar='P', help='exponents of gem')
     add('--whiten', metavar='IMAGES', help='add each system with a whitening fitted on these images, at the same size '
                                            'and p: folder or list, none of the benchmark')
     add('--dim', type=int, metavar='N', help='components of the whitening (default: all)')
-    add('--no-pretrained', action='store_true', help='random weights')
-    add('--no-ema', action='store_true', help="a checkpoint's plain weights, not the averaged ones")
-
-
-def _add_after(add) -> None:
+    arguments.add(group, '--no-pretrained', '--no-ema')
+    arguments.add_protocol(parser, sizes=True)
+    add = parser.add_argument_group('after the first ranking').add_argument
     add('--qe', nargs=2, metavar=('K', 'ALPHA'), help='expand each query by its K nearest images')
     add('--dba', nargs=2, metavar=('K', 'ALPHA'), help='augment each database image by its K nearest ones')
     add('--score-norm', nargs='?', const=True, metavar='IMAGES',
         help='copy detection: also with scores normalised by these images (disc21: by its training images)')
+    arguments.add_extraction(parser)
+    group = parser.add_argument_group('output')
+    arguments.add(group, '--work-dir')
+    group.add_argument('--json', metavar='FILE', help='write the figures to FILE')
+    group.add_argument('--plot', metavar='FILE', help='draw them into FILE')
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from timm_multigrain.measure.benchmarks import download_benchmark, load_benchmark
     from timm_multigrain.measure.evaluate import evaluate
     from timm_multigrain.models.open import open_model
 
-    qe, dba = _expansion(args, 'qe'), _expansion(args, 'dba')
+    qe, dba = _neighbours('qe', args.qe), _neighbours('dba', args.dba)
     if args.download:
         download_benchmark(args.benchmark, args.data)
     if args.download_distractors:
@@ -84,14 +74,13 @@ def run(args: argparse.Namespace) -> int:
         models, benchmark, protocols=lambda model: _protocols(args, model, benchmark), poolings=args.pool,
         exponents=args.p, whiten=args.whiten, dim=args.dim, distractors=args.distractors, qe=qe, dba=dba,
         score_norm=args.score_norm, work_dir=args.work_dir,
-        command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **extraction_from_args(args))
+        command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **arguments.extraction_of(args))
     if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images, and one reports the result
-        return 0
+        return
     print(result)
     for path, write in ((args.json, result.save), (args.plot, result.draw)):
         if path:
             print(f'Written: {write(path)}')
-    return 0
 
 
 def _labels(names: list[str]) -> dict[str, str]:
@@ -104,12 +93,11 @@ def _labels(names: list[str]) -> dict[str, str]:
 def _protocols(args: argparse.Namespace, model, benchmark) -> list:
     """A protocol for each size."""
     sizes = dict.fromkeys(args.size or [None])
-    return [protocol_from_args(argparse.Namespace(**{**vars(args), 'size': size}), model, **benchmark.published)
+    return [arguments.protocol_of(argparse.Namespace(**{**vars(args), 'size': size}), model, **benchmark.published)
             for size in sizes]
 
 
-def _expansion(args: argparse.Namespace, name: str) -> tuple[int, float] | None:
-    given = getattr(args, name)
+def _neighbours(name: str, given: list[str] | None) -> tuple[int, float] | None:
     try:
         return given and (int(given[0]), float(given[1]))
     except ValueError:

@@ -9,10 +9,12 @@ searches there. A cluster's token is taken from MILVUS_TOKEN.
 """
 import argparse
 
+from . import arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    arguments.add(parser, 'index')
     add = parser.add_argument
-    add('index', metavar='INDEX', help='index folder')
     add('-o', '--output', required=True, metavar='TARGET',
         help='milvus:URI[#COLLECTION], URI being http://HOST:PORT or a local FILE.db; or FILE.parquet')
     add('--mirror', action='store_true', help='Milvus: remove the rows of images that are not in this index')
@@ -21,9 +23,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--batch-size', type=int, default=1000, metavar='N', help='Milvus: images sent at once (%(default)s)')
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from timm_multigrain.index.export import export_index
 
     print(export_index(
         args.index, args.output, mirror=args.mirror, index_type=args.index_type, batch_size=args.batch_size))
-    return 0

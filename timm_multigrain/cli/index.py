@@ -9,14 +9,7 @@ again, it finds what is new, changed, moved and removed, and leaves the rest alo
 import argparse
 import sys
 
-from .arguments import (
-    add_extraction_arguments,
-    add_model_arguments,
-    add_protocol_arguments,
-    extraction_from_args,
-    names_protocol,
-    protocol_from_args,
-)
+from . import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('dirs', nargs='*', metavar='DIR', help='folders of images, searched with their subfolders (default: '
                                                'those of the index)')
     add('-o', '--output', required=True, metavar='INDEX', help='index folder, created if it does not exist')
-    add('--model', metavar='MODEL', help='folder, checkpoint of train.py, multigrain_NAME[.TAG], hf-hub:USER/NAME, or '
-                                         "any timm model (default: the index's; needed for a new one)")
+    add('--model', metavar='MODEL', help=f"{arguments.MODEL} (default: the index's; needed for a new one)")
     add('--half', action='store_true', help='keep descriptors of a new index as 16-bit numbers, in half the space')
     add('--kind', choices=('auto', 'exact', 'hnsw', 'ivf-pq'), default='auto',
         help='structure for search: by the number of images, or this one (%(default)s)')
@@ -33,21 +25,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--remove-missing', action='store_true',
         help='forget the images of a folder even if all of them, or the folder itself, are gone')
     add('--list-skipped', action='store_true', help='print the files that could not be read, with the reason')
-    add_model_arguments(parser, positional=False)
-    add_protocol_arguments(parser)
-    add_extraction_arguments(parser)
+    arguments.add_model(parser, positional=False)
+    arguments.add_protocol(parser)
+    arguments.add_extraction(parser)
 
 
-def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.images.sources import printable
+def run(args: argparse.Namespace) -> None:
+    from timm_multigrain.files import printable
     from timm_multigrain.index import build_index
 
-    options = {'pool': args.pool, 'p': args.p, 'pretrained': not args.no_pretrained, 'ema': not args.no_ema}
-    defaults = {'pool': None, 'p': None, 'pretrained': True, 'ema': True}
-    changed = {key: value for key, value in options.items() if value != defaults[key]}
+    given = {'pool': args.pool, 'p': args.p, 'pretrained': False if args.no_pretrained else None,
+             'ema': False if args.no_ema else None}
+    given = {name: value for name, value in given.items() if value is not None}
     report = build_index(
-        args.dirs, args.output, args.model, _protocol_options(args), model_options=changed, half=args.half,
-        retry=args.retry, remove_missing=args.remove_missing, kind=args.kind, **extraction_from_args(args))
+        args.dirs, args.output, args.model, _protocol_options(args), model_options=given, half=args.half,
+        retry=args.retry, remove_missing=args.remove_missing, kind=args.kind, **arguments.extraction_of(args))
     for path, reason in report.unreadable.items():
         print(f'not searched: {printable(path)}: {reason}', file=sys.stderr)
     if args.list_skipped:
@@ -56,9 +48,8 @@ def run(args: argparse.Namespace) -> int:
     elif report.new_skipped:
         print(f'{report.new_skipped:,} files could not be read; --list-skipped shows them.', file=sys.stderr)
     print(report)
-    return 0
 
 
 def _protocol_options(args: argparse.Namespace):
     """What the command line says of the protocol, to be completed by the model's own; None if it says nothing."""
-    return (lambda model: protocol_from_args(args, model)) if names_protocol(args) else None
+    return (lambda model: arguments.protocol_of(args, model)) if arguments.names_protocol(args) else None

@@ -3,6 +3,7 @@
 A first argument that ends in .py is one of timm's scripts, to be run with this package registered.
 """
 import argparse
+import importlib
 import os
 import signal
 import sys
@@ -12,29 +13,11 @@ from contextlib import contextmanager
 
 import timm_multigrain
 
-from . import (
-    app,
-    convert,
-    dedup,
-    demo,
-    embed,
-    evaluate,
-    export,
-    index,
-    publish,
-    recipe,
-    search,
-    tune_p,
-    validate,
-    whiten,
-)
-
 __all__ = ['main']
 
-_COMMANDS = {
-    'demo': demo, 'recipe': recipe, 'embed': embed, 'evaluate': evaluate, 'validate': validate, 'whiten': whiten,
-    'tune-p': tune_p, 'index': index, 'search': search,
-    'dedup': dedup, 'app': app, 'export': export, 'convert': convert, 'publish': publish}
+COMMANDS = (
+    'demo', 'recipe', 'embed', 'evaluate', 'validate', 'whiten', 'tune-p', 'index', 'search', 'dedup', 'app', 'export',
+    'convert', 'publish')
 _LONGEST_LINE = 1000
 
 
@@ -46,13 +29,30 @@ def main(argv: list[str] | None = None) -> int:
         from timm_multigrain.train.launcher import launch
         launch(argv[0], argv[1:])
         return 0
+    args = _parse(argv)
+    try:
+        with _sigterm_interrupts(), warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            timm_multigrain._register()
+            return args.run(args) or 0
+    except (ValueError, OSError, RuntimeError, ImportError) as e:
+        print(f'timm-multigrain {args.command}: error: {_shown(str(e))}', file=sys.stderr)
+        return 2
+    except KeyboardInterrupt as e:
+        terminated = isinstance(e, _Terminated)
+        print(f'timm-multigrain {args.command}: {"terminated" if terminated else "interrupted"}', file=sys.stderr)
+        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+
+
+def _parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog='timm-multigrain',
         description='MultiGrain for timm: one image embedding for classes, instances and copies.',
         epilog="With a first argument that ends in .py, such as PATH/train.py, it runs that script of timm's.")
     parser.add_argument('--version', action='version', version=f'timm_multigrain {timm_multigrain.__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for name, module in _COMMANDS.items():
+    for name in COMMANDS:
+        module = importlib.import_module(f'.{name.replace("-", "_")}', __package__)
         text = module.__doc__.strip()
         command = commands.add_parser(
             name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -61,18 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # the usage of the subcommand helps more than the list of all
         commands.choices[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
-    try:
-        with _sigterm_interrupts(), warnings.catch_warnings():
-            warnings.showwarning = _show_warning
-            timm_multigrain._register()
-            return args.run(args)
-    except (ValueError, OSError, RuntimeError, ImportError) as e:
-        print(f'timm-multigrain {args.command}: error: {_shown(str(e))}', file=sys.stderr)
-        return 2
-    except KeyboardInterrupt as e:
-        terminated = isinstance(e, _Terminated)
-        print(f'timm-multigrain {args.command}: {"terminated" if terminated else "interrupted"}', file=sys.stderr)
-        return 128 + (signal.SIGTERM if terminated else signal.SIGINT)
+    return args
 
 
 class _Terminated(KeyboardInterrupt):
@@ -106,6 +95,6 @@ def _show_warning(message: Warning, category: type, filename: str, lineno: int, 
 
 def _shown(text: str) -> str:
     """A message that may quote names from a file of somebody else's, without their controls, its lines not endless."""
-    from timm_multigrain.images.sources import printable
+    from timm_multigrain.files import printable
     lines = map(printable, text.splitlines())
     return '\n'.join(line if len(line) <= _LONGEST_LINE else f'{line[:_LONGEST_LINE]}...' for line in lines)

@@ -8,10 +8,12 @@ saved as safetensors, loaded back and compared before anything is sent. Log in f
 import argparse
 import os
 
+from . import arguments
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add('model', metavar='MODEL', help='folder, checkpoint of train.py, multigrain_NAME.TAG, or any timm model')
+    add('model', metavar='MODEL', help=arguments.MODEL)
     add('repo_id', metavar='USER/NAME', help='repository, created if it does not exist')
     add('--license', metavar='ID', help="license of the weights, such as mit; that of the model's configuration if it "
                                         'names one')
@@ -27,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--dry-run', metavar='DIR', help='write what would be published to DIR and send nothing')
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from timm_multigrain.hub import publish, read_metrics
     from timm_multigrain.models.open import open_model
 
@@ -39,4 +41,3 @@ def run(args: argparse.Namespace) -> int:
         metrics=metrics, description=args.description or model.pretrained_cfg.get('description'),
         card=os.path.join(args.model, 'README.md'), private=args.private, revision=args.revision, create_pr=args.pr,
         dry_run=args.dry_run))
-    return 0

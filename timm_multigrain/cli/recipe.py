@@ -19,18 +19,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--list', action='store_true', help='list the recipes')
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     names = recipe_names()
     if args.name is None or args.list:
         width = max(map(len, names))
         for name in names:
             title = read_recipe(name).decode().splitlines()[0].lstrip('# ')
             print(f'{name:{width}}  {title}')
-        return 0
+        return
     # As bytes: as text the line ends would change where they are \r\n.
     sys.stdout.buffer.write(read_recipe(args.name))
     sys.stdout.buffer.flush()
-    return 0
 
 
 def recipe_names() -> list[str]:

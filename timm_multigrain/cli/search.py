@@ -4,13 +4,12 @@
     timm-multigrain search pictures.index query.jpg --crop 120,40,200,200 -k 20 --html found.html
 
 INDEX is a folder that `timm-multigrain index` has made, or milvus:URI, where one was exported to. Scores are cosine
-similarities of descriptors, 1 for the same picture. --json writes a list with
-what was found for each picture.
+similarities of descriptors, 1 for the same picture. --json writes a list with what was found for each picture.
 """
 import argparse
 import sys
 
-from .arguments import write_json
+from . import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--model', metavar='MODEL', help='where the model of the index is now, if it was moved')
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from timm_multigrain.index.milvus import open_collection
     from timm_multigrain.report.collection import search_json, search_table, write_search_page
 
@@ -35,16 +34,13 @@ def run(args: argparse.Namespace) -> int:
         index.model(args.model)
     options = {'exact': True} if args.exact else {}
     found = index.search_images(args.images, args.k, crop=args.crop, class_name=args.class_name, **options)
-    page = None
     if args.html:
         page = write_search_page(args.html, args.index, args.images, found, args.crop, args.class_name)
+        print(f'Page: {page.resolve()}', file=sys.stderr)
     if args.json:
-        write_json(args.json, search_json(args.images, found))
+        arguments.write_json(args.json, search_json(args.images, found))
     if args.json != '-':
         print(search_table(args.images, found))
-    if page:
-        print(f'Page: {page.resolve()}', file=sys.stderr)
-    return 0
 
 
 def _crop(text: str) -> tuple[float, ...]:

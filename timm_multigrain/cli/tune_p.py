@@ -11,21 +11,15 @@ the same command is given again.
 """
 import argparse
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
-from .arguments import (
-    add_extraction_arguments,
-    add_model_arguments,
-    add_protocol_arguments,
-    extraction_from_args,
-    model_from_args,
-    protocol_from_args,
-)
+from . import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    arguments.add_model(parser)
     add = parser.add_argument
     add('data', metavar='DATA', help='folder of class folders, or of groups of images of an instance')
     add('-o', '--output', metavar='DIR', help='folder of the model with the new p (default: save none)')
@@ -38,92 +32,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--per-class', type=int, default=50, metavar='N', help='images of each class, by name (%(default)s)')
     add('--split', metavar='NAME', default='train', help='subfolder of the class folders (default: train, if there is '
                                                          'one)')
-    add('--class-map', metavar='FILE', help='text file: the folder of each class of the model, one per line')
+    arguments.add(parser, '--class-map')
     add('--lr', type=float, default=0.005, help='learning rate of the first step (%(default)s)')
     add('--seed', type=int, default=0, help='of the order of the images (%(default)s)')
     add('--json', metavar='FILE', help='write what was found (default: OUTPUT-p.json)')
     add('--plot', metavar='FILE', help='draw it (default: OUTPUT-p.png, if matplotlib is installed)')
-    add_protocol_arguments(parser)
-    add_extraction_arguments(parser, batch_size='4 to fine-tune p, else 32')
+    arguments.add_protocol(parser)
+    arguments.add_extraction(parser, batch_size='4 to fine-tune p, else 32')
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from timm_multigrain.models.save import check_model_folder
 
     if args.output:
         check_model_folder(args.output)
-    model = model_from_args(args)
-    protocol = protocol_from_args(args, model)
-    if _criterion(args, model) == 'map':
-        result = _scan_groups(args, model, protocol)
-    else:
-        result = _tune(args, model, protocol)
-    result = replace(result, choose=args.choose)
+    model = arguments.open_model(args)
+    protocol = arguments.protocol_of(args, model)
+    groups = args.criterion == 'map' or (
+        args.criterion is None and (not model.num_classes or (Path(args.data) / 'gt.json').is_file()))
+    base = args.output and args.output.rstrip(os.sep)
+    result = replace((_scan_groups if groups else _tune)(args, model, protocol, base), choose=args.choose)
     print(result)
-    _write(args, result)
-    if args.output:
-        _save(args, model, protocol, result)
-    return 0
+    _write(result, args.json or (base and f'{base}-p.json'), args.plot or (base and f'{base}-p.png'), bool(args.plot))
+    if base:
+        _save(base, model, protocol, result)
 
 
-def _criterion(args: argparse.Namespace, model) -> str:
-    if args.criterion:
-        return args.criterion
-    return 'map' if not model.num_classes or (Path(args.data) / 'gt.json').is_file() else 'top1'
-
-
-def _tune(args: argparse.Namespace, model, protocol):
+def _tune(args: argparse.Namespace, model, protocol, base: str | None):
     from timm_multigrain.images.labels import first_of_each, open_classes
     from timm_multigrain.measure.tune_p import GRID, check_p_model, tune_p
 
     check_p_model(model)
-    source = first_of_each(open_classes(args.data, model, args.split, args.class_map), args.per_class)
-    print(f'{len(source)} images of {len(set(source.labels))} classes, {protocol}')
-    extraction = {k: v for k, v in extraction_from_args(args).items() if k in ('workers', 'device', 'dtype')}
     grid = GRID if args.grid is None else args.grid
     if args.choose == 'best' and not grid:
         raise ValueError('--choose best needs a grid: give exponents, such as --grid 1 2 3 4.')
     if args.fast:
         raise ValueError('--fast is for --criterion map: top-1 is scanned on the maps of the trunk.')
-    batch_size = 4 if args.batch_size is None else args.batch_size
-    return tune_p(
-        model, source, protocol, grid=grid, finetune=args.choose != 'best', batch_size=batch_size, lr=args.lr,
-        seed=args.seed, state_file=_progress(args, '-progress.json'), **extraction)
+    source = first_of_each(open_classes(args.data, model, args.split, args.class_map), args.per_class)
+    print(f'{len(source)} images of {len(set(source.labels))} classes, {protocol}')
+    extraction = {name: value for name, value in arguments.extraction_of(args).items() if name != 'fast'}
+    extraction['batch_size'] = 4 if args.batch_size is None else args.batch_size
+    return tune_p(model, source, protocol, grid=grid, finetune=args.choose != 'best', lr=args.lr, seed=args.seed,
+                  state_file=base and f'{base}-progress.json', **extraction)
 
 
-def _scan_groups(args: argparse.Namespace, model, protocol):
+def _scan_groups(args: argparse.Namespace, model, protocol, base: str | None):
     from timm_multigrain.measure.benchmarks import load_benchmark
     from timm_multigrain.measure.tune_p import GRID, scan_p_groups
 
     if args.choose == 'tuned':
         raise ValueError('--choose tuned: p is fine-tuned on classes, and mAP is scanned only.')
-    return scan_p_groups(
-        model, load_benchmark('folder', args.data), protocol, GRID if args.grid is None else args.grid,
-        work_dir=_progress(args, '-embeddings'), **extraction_from_args(args))
+    return scan_p_groups(model, load_benchmark('folder', args.data), protocol, GRID if args.grid is None else args.grid,
+                         work_dir=base and f'{base}-embeddings', **arguments.extraction_of(args))
 
 
-def _progress(args: argparse.Namespace, ending: str) -> str | None:
-    """Where a run that was killed goes on from."""
-    return args.output and args.output.rstrip(os.sep) + ending
-
-
-def _write(args: argparse.Namespace, result) -> None:
-    base = _progress(args, '-p')
-    json_file, plot = args.json or (base and f'{base}.json'), args.plot or (base and f'{base}.png')
+def _write(result, json_file: str | None, plot: str | None, must_plot: bool) -> None:
     if json_file:
         print(f'Written: {result.save(json_file)}')
     if plot and result.grid:
         try:
             print(f'Written: {result.draw(plot)}')
         except ImportError as e:
-            if args.plot:
+            if must_plot:
                 raise
             print(f'No plot: {e}')
 
 
-def _save(args: argparse.Namespace, model, protocol, result) -> None:
-    import shutil
-
+def _save(output: str, model, protocol, result) -> None:
+    """Save the model with the p that was found; what a killed run would have gone on from is removed."""
     from timm_multigrain.models.config import json_p, note_fitted
     from timm_multigrain.whiten.fit import save_fitted
 
@@ -131,6 +107,6 @@ def _save(args: argparse.Namespace, model, protocol, result) -> None:
     note_fitted(model, 'p', {
         'p': json_p(result.p), 'from': json_p(result.start), 'how': result.how, 'criterion': result.criterion,
         'images': result.num_images, 'protocol': protocol.to_dict()})
-    print(f'Written: {save_fitted(model, args.output, protocol)}')
-    Path(_progress(args, '-progress.json')).unlink(missing_ok=True)
-    shutil.rmtree(_progress(args, '-embeddings'), ignore_errors=True)
+    print(f'Written: {save_fitted(model, output, protocol)}')
+    Path(f'{output}-progress.json').unlink(missing_ok=True)
+    shutil.rmtree(f'{output}-embeddings', ignore_errors=True)

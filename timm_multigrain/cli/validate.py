@@ -12,46 +12,35 @@ import shlex
 import sys
 from pathlib import Path
 
-from .arguments import (
-    add_extraction_arguments,
-    add_model_arguments,
-    add_protocol_arguments,
-    extraction_from_args,
-    model_from_args,
-    protocol_from_args,
-    write_json,
-)
+from . import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add_model_arguments(parser)
+    arguments.add_model(parser)
     add = parser.add_argument
     add('data', metavar='DATA', help='folder of class folders')
     add('--split', metavar='NAME', default='validation', help='subfolder (default: val, validation or test, if there '
                                                               'is one)')
-    add('--class-map', metavar='FILE', help='text file: the folder of each class of the model, one per line')
-    add('--strict', action='store_true', help='stop at an image that cannot be read instead of leaving it out')
+    arguments.add(parser, '--class-map', '--strict')
     add('--json', metavar='FILE', help='write the figures to FILE, as `publish --metrics` takes them')
     add('--plot', metavar='FILE', help='draw the accuracy of the classes into FILE')
     add('--dataset', metavar='NAME', help='name of the data set in the figures (default: of the folder)')
-    add_protocol_arguments(parser, kind='crop')
-    add_extraction_arguments(parser)
+    arguments.add_protocol(parser, kind='crop')
+    arguments.add_extraction(parser)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> None:
     from timm_multigrain.images.labels import open_classes
     from timm_multigrain.measure.classify import validate
 
-    model = model_from_args(args)
-    protocol = protocol_from_args(args, model)
+    model = arguments.open_model(args)
+    protocol = arguments.protocol_of(args, model)
     source = open_classes(args.data, model, args.split, args.class_map)
-    result = validate(model, source, protocol, strict=args.strict, **extraction_from_args(args))
+    result = validate(model, source, protocol, strict=args.strict, **arguments.extraction_of(args))
     p = f', p = {model.gem_p:g}' if isinstance(model.gem_p, float) else ''
     print(f'{protocol}{p}\n{result}')
     if args.json:
         command = shlex.join(['timm-multigrain', *sys.argv[1:]])
-        figures = result.metrics(args.dataset or Path(args.data).resolve().name, command)
-        write_json(args.json, figures)
+        arguments.write_json(args.json, result.metrics(args.dataset or Path(args.data).resolve().name, command))
     if args.plot:
         print(f'Written: {result.draw(args.plot)}')
-    return 0

@@ -4,9 +4,8 @@ The list is cut into fixed shards, which are dealt to the processes of torchrun.
 their hash, are not made again.
 """
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from itertools import islice
 from pathlib import Path
@@ -25,40 +24,11 @@ from timm_multigrain.version import __version__
 
 from .embedder import Embedder, in_order, none_readable
 from .protocol import Protocol
-from .shards import DamagedShard, Descriptors, read_manifest, read_shard, write_manifest, write_shard
+from .shards import DamagedShard, Descriptors, read_manifest, read_shard, skipped_lines, write_manifest, write_shard
 
-__all__ = ['Extraction', 'extract', 'extract_shards', 'skipped_lines']
+__all__ = ['extract', 'skipped_lines']
 
 _WAIT = timedelta(days=30)  # processes wait for the slowest one
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """What is in the folder.
-
-    Attributes:
-        folder: Folder of the shards.
-        number: Images with a descriptor.
-        width: Components of a descriptor.
-        skipped: Images that could not be read, and why.
-    """
-    folder: Path
-    number: int
-    width: int
-    skipped: dict[str, str]
-
-    def __str__(self) -> str:
-        return '\n'.join([f'{self.number} descriptors of {self.width} components in {printable(self.folder)}',
-                          *skipped_lines(self.skipped, 20)])
-
-
-def skipped_lines(skipped: Mapping[str, str], most: int = 1) -> list[str]:
-    """Lines that say how many images could not be read, and the reasons of the first."""
-    if not skipped:
-        return []
-    more = [f'  and {len(skipped) - most} more'] * (len(skipped) > most)
-    return [f'{len(skipped)} images could not be read and were skipped:',
-            *(f'  {reason}' for reason in islice(skipped.values(), most)), *more]
 
 
 def extract(
@@ -70,58 +40,24 @@ def extract(
         strict: bool = False,
         shard_size: int = 1024,
         progress: bool = True,
+        device: str | torch.device | None = None,
         **extraction,
 ) -> Descriptors:
     """Descriptors of all images, in the order of the source.
+
+    Under torchrun, with a folder, the shards are shared out among the processes, each on its GPU (device='cuda') or on
+    the CPU; all of them return when all shards are done.
 
     Args:
         model: Model.
         source: Images.
         protocol: Size, crop, scales, flip.
-        out_dir: Folder to keep them in, see `extract_shards`; in memory only if None.
+        out_dir: Folder to keep them in, made if missing; shards that exist there and are whole are not computed again.
         strict: Stop at the first image that cannot be read instead of leaving it out.
-        shard_size: Images of a file in the folder.
+        shard_size: Images of a file in the folder: what a killed process loses at most.
         progress: Show a bar if stderr is a terminal.
-        **extraction: As of `Embedder`: batch_size, workers, device, dtype, descriptor, dim, fast.
-
-    Raises:
-        UnreadableImage: With ``strict``.
-        ValueError: No image could be read, or as `extract_shards`.
-    """
-    if out_dir is not None:
-        extract_shards(model, source, protocol, out_dir, strict=strict, shard_size=shard_size, progress=progress,
-                       **extraction)
-        return Descriptors.load(out_dir)
-    embedder = Embedder(model, protocol, **extraction)
-    found, = _embed_stretches(embedder, source, [range(len(source))], strict, progress)
-    if not len(found):
-        raise ValueError(none_readable(len(source), found.skipped.values()))
-    return Descriptors(found.names, found.vectors, found.skipped, {'protocol': protocol.to_dict()})
-
-
-def extract_shards(
-        model: torch.nn.Module,
-        source: ImageSource,
-        protocol: Protocol,
-        out_dir: str | os.PathLike,
-        *,
-        strict: bool = False,
-        shard_size: int = 1024,
-        progress: bool = True,
-        device: str | torch.device | None = None,
-        **extraction,
-) -> Extraction:
-    """Embed images into a folder of shards; shards that exist and are whole are not computed again.
-
-    Under torchrun the shards are shared out among the processes, each on its GPU (device='cuda') or on the CPU; all
-    of them return when all shards are done.
-
-    Args:
-        model, source, protocol, strict, progress: As of `extract`.
-        out_dir: Folder, made if missing.
-        shard_size: Images of a shard: what a killed process loses at most.
         device: Where the model runs; where it is by default.
-        **extraction: batch_size, workers, dtype, descriptor, dim and fast of `Embedder`.
+        **extraction: As of `Embedder`: batch_size, workers, dtype, descriptor, dim, fast.
 
     Raises:
         UnreadableImage: With ``strict``.
@@ -130,9 +66,21 @@ def extract_shards(
     """
     if shard_size < 1:
         raise ValueError(f'shard_size={shard_size}: give at least 1.')
-    if not len(source):
-        raise ValueError(none_readable(0, ()))
-    folder = Path(out_dir)
+    if out_dir is None:
+        embedder = Embedder(model, protocol, device=device, **extraction)
+        found, = _embed_stretches(embedder, source, [range(len(source))], strict, progress)
+        found.info['protocol'] = protocol.to_dict()
+    elif len(source):
+        found = _fill(Path(out_dir), model, source, protocol, strict, shard_size, progress, device, extraction)
+    if not len(source) or not len(found):
+        raise ValueError(none_readable(len(source), found.skipped.values() if len(source) else ()))
+    if strict and found.skipped:
+        raise UnreadableImage(next(iter(found.skipped.values())))
+    return found
+
+
+def _fill(folder: Path, model, source, protocol, strict, shard_size, progress, device, extraction) -> Descriptors:
+    """Make the shards of a folder that are missing."""
     with _processes(device) as (rank, world, agree, device):
         embedder = Embedder(model, protocol, device=device, **extraction)
         manifest = _manifest(embedder, source, shard_size)
@@ -143,7 +91,8 @@ def extract_shards(
         with closing(shards):
             for number, shard in zip(todo, shards, strict=True):
                 write_shard(folder, number, manifest, shard)
-        return agree(lambda: _finish(folder, manifest, strict))
+        agree(lambda: _remove_leftovers(folder))  # when all are done
+    return Descriptors.load(folder)
 
 
 def _embed_stretches(embedder: Embedder, source: ImageSource, stretches: Sequence[range], strict: bool, progress: bool,
@@ -205,18 +154,10 @@ def _flat(manifest: dict) -> dict[str, Any]:
     return {f'{part} {name}'.strip(): repr(value) for part, values in parts.items() for name, value in values.items()}
 
 
-def _finish(folder: Path, manifest: dict, strict: bool) -> Extraction:
-    for path in [*folder.glob('.shard-*'), *folder.glob('.manifest.json-*')]:  # of processes that were killed
+def _remove_leftovers(folder: Path) -> None:
+    """Of processes that were killed."""
+    for path in [*folder.glob('.shard-*'), *folder.glob('.manifest.json-*')]:
         path.unlink(missing_ok=True)
-    number, skipped = 0, {}
-    for shard in (read_shard(folder, n, manifest) for n in range(manifest['shards'])):
-        number += len(shard)
-        skipped.update(shard.skipped)
-    if strict and skipped:
-        raise UnreadableImage(next(iter(skipped.values())))
-    if not number:
-        raise ValueError(none_readable(len(skipped), skipped.values()))
-    return Extraction(folder, number, manifest['settings']['components'], skipped)
 
 
 @contextmanager

@@ -8,8 +8,9 @@ A shard holds the images of one stretch of the list.
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 import safetensors
@@ -19,35 +20,42 @@ from safetensors.torch import save
 from timm_multigrain.files import check_json, fsync, parse_json, printable, read_json, write_bytes, write_text
 
 __all__ = [
-    'DamagedShard', 'Descriptors', 'iter_shards', 'read_manifest', 'read_shard', 'shard_path', 'write_manifest',
-    'write_shard']
+    'DamagedShard', 'Descriptors', 'iter_shards', 'read_manifest', 'read_shard', 'shard_path', 'skipped_lines',
+    'write_manifest', 'write_shard']
 
 MANIFEST = 'manifest.json'
 FORMAT = {'format': 'timm_multigrain descriptors', 'format_version': 1}
 _FORM = {'shards': int, 'shard_size': int, 'images': {'number': int, 'sha256': str}, 'settings': {'components': int}}
 
 
-@dataclass(frozen=True, eq=False)
 class Descriptors:
-    """Descriptors of named images.
+    """Descriptors of named images, in memory or in a folder.
 
     Attributes:
         names: Name of each image.
-        vectors: (N, D) float32, a row per image.
         skipped: Images that could not be read, and why.
         info: What they were made with: model, protocol, versions.
+        folder: Where they are, None in memory.
     """
-    names: tuple[str, ...]
-    vectors: torch.Tensor
-    skipped: dict[str, str] = field(default_factory=dict)
-    info: dict = field(default_factory=dict)
+
+    def __init__(self, names: Sequence[str], vectors: torch.Tensor | None, skipped: Mapping[str, str] | None = None,
+                 info: Mapping | None = None, folder: str | os.PathLike | None = None):
+        self.names, self.skipped, self.info, self.folder = tuple(names), dict(skipped or {}), dict(info or {}), folder
+        if vectors is not None:
+            self.vectors = vectors
+
+    @cached_property
+    def vectors(self) -> torch.Tensor:
+        """(N, D) float32, a row per image; read from the folder when they are first asked for."""
+        return torch.cat([vectors for _, vectors in iter_shards(self.folder)])
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __str__(self) -> str:
-        skipped = f', {len(self.skipped)} images skipped' if self.skipped else ''
-        return f'{len(self)} descriptors of {self.vectors.shape[1]} components{skipped}'
+        width = self.info['settings']['components'] if self.folder is not None else self.vectors.shape[1]
+        where = '' if self.folder is None else f' in {printable(self.folder)}'
+        return '\n'.join([f'{len(self)} descriptors of {width} components{where}', *skipped_lines(self.skipped, 20)])
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> 'Descriptors':
@@ -58,11 +66,20 @@ class Descriptors:
             FileExistsError: The folder holds other things.
             ValueError: A shard is missing or damaged.
         """
-        manifest = read_manifest(folder)
-        shards = list(_read_shards(folder, manifest))
-        return cls(
-            tuple(name for shard in shards for name in shard.names), torch.cat([shard.vectors for shard in shards]),
-            {name: reason for shard in shards for name, reason in shard.skipped.items()}, manifest)
+        manifest, names, skipped = read_manifest(folder), [], {}
+        for shard in _read_shards(folder, manifest):
+            names += shard.names
+            skipped.update(shard.skipped)
+        return cls(names, None, skipped, manifest, folder)
+
+
+def skipped_lines(skipped: Mapping[str, str], most: int = 1) -> list[str]:
+    """Lines that say how many images could not be read, and the reasons of the first."""
+    if not skipped:
+        return []
+    more = [f'  and {len(skipped) - most} more'] * (len(skipped) > most)
+    return [f'{len(skipped)} images could not be read and were skipped:',
+            *(f'  {reason}' for reason in islice(skipped.values(), most)), *more]
 
 
 def iter_shards(folder: str | os.PathLike) -> Iterator[tuple[tuple[str, ...], torch.Tensor]]:
@@ -143,7 +160,7 @@ def read_shard(folder: str | os.PathLike, number: int, manifest: dict) -> Descri
     except Exception as e:  # whatever a damaged header leads to
         reason = 'is missing' if isinstance(e, FileNotFoundError) else f'cannot be read ({type(e).__name__}: {e})'
         raise DamagedShard(f'{printable(path)} {reason}: run the same extraction again, which makes it anew.') from e
-    return Descriptors(tuple(header['names']), vectors, header['skipped'])
+    return Descriptors(header['names'], vectors, header['skipped'])
 
 
 def _digest(manifest: dict, number: int, names: dict, vectors: torch.Tensor) -> str:

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from timm_multigrain.embed.embedder import Embedder, none_readable, progress_bar
-from timm_multigrain.embed.extract import extract_shards, skipped_lines
+from timm_multigrain.embed.extract import extract, skipped_lines
 from timm_multigrain.embed.poolings import System, Systems
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.shards import iter_shards
@@ -245,14 +245,14 @@ def scan_p_groups(
     systems = Systems.of(model, [System('gem', p) for p in grid])
     rows, aps = torch.as_tensor(groups.query_rows), []
     with work_folder(work_dir) as folder:
-        extracted = extract_shards(
+        extracted = extract(
             systems, groups.database, protocol, folder, strict=True, descriptor=False, **extraction)
         for number in range(len(grid)):
             vectors = torch.cat([systems.take(vectors, number) for _, vectors in iter_shards(folder)])
             aps.append(groups.average_precisions(SimilarityChunks(vectors[rows], vectors)))
     aps = np.stack(aps)
     noise = np.sqrt(((aps - aps[grid.index(model.gem_p)]) ** 2).sum(1)) / aps.shape[1]
-    return PResult('mAP', grid, tuple(aps.mean(1).tolist()), tuple(noise.tolist()), model.gem_p, extracted.number,
+    return PResult('mAP', grid, tuple(aps.mean(1).tolist()), tuple(noise.tolist()), model.gem_p, len(extracted),
                    protocol)
 
 

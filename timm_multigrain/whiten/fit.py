@@ -26,9 +26,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from timm_multigrain.embed.extract import extract_shards, skipped_lines
+from timm_multigrain.embed.extract import extract, skipped_lines
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.shards import Descriptors, iter_shards
+from timm_multigrain.embed.shards import iter_shards
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.config import json_p, note_fitted
@@ -295,8 +295,7 @@ def whiten_model(
 
     Args:
         model: Model without whitening.
-        source: Images, of the kind that will be searched, but not the test images. 20,000 in the paper; at least C + 2
-            for a whitening of C channels and the constant one.
+        source: Images of the kind that will be searched, not the test images; at least C + 2 for C channels.
         protocol: How they are prepared, as the searched images will be; single scale, no flip.
         dim, shrinkage: As of `fit_whitening`.
         groups: Learn the whitening from matching images instead: the group of each image, -1 for none. All embeddings
@@ -314,18 +313,18 @@ def whiten_model(
         raise ValueError(f'{protocol}: the whitening is inside the network, which sees one view at a time; fit it at '
                          'one scale without flip, and use several views afterwards.')
     with work_folder(work_dir) as folder:
-        extracted = extract_shards(model, source, protocol, folder, strict=strict, descriptor=False, **extraction)
+        described = extract(model, source, protocol, folder, strict=strict, descriptor=False, **extraction)
         if groups is None:
             fit = fit_whitening((vectors for _, vectors in iter_shards(folder)), dim, shrinkage)
         else:
-            described, group = Descriptors.load(folder), dict(zip(source.names, groups, strict=True))
+            group = dict(zip(source.names, groups, strict=True))
             pairs = matching_pairs([group[name] for name in described.names])
             fit = fit_whitening(described.vectors, dim, shrinkage, pairs)
         sample = next(iter_shards(folder))[1][:CHECKED].to(next(model.parameters()).device)
     before = _first_classes(model, sample)
     fold_whitening(model, fit)
     agreement = None if before is None else float((before == _first_classes(model, sample)).float().mean())
-    result = WhitenedModel(fit, protocol, model.gem_p, agreement, extracted.skipped)
+    result = WhitenedModel(fit, protocol, model.gem_p, agreement, described.skipped)
     note_fitted(model, 'whitening', result.to_dict())
     return result
 

@@ -59,7 +59,7 @@ class StreamingPCA:
         freedom = self.count - self.centered
         if freedom < 1:
             raise ValueError(f'{self.count} vectors have no covariance: give at least {1 + self.centered}.')
-        return (self._scatter + self._scatter.T) / (2 * freedom)
+        return (self._scatter + self._scatter.T).div_(2 * freedom)
 
     def eigh(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Eigenvalues (dim,), largest first, and eigenvectors (dim, dim), a column each, of the covariance."""
