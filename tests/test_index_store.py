@@ -83,7 +83,7 @@ def test_uncommitted_is_gone(folder):
     assert np.array_equal(index.vectors[-1], unit_vectors(1, seed=3)[0])
 
 
-@pytest.mark.parametrize('kind', ['exact', 'hnsw', 'ivf-pq'])
+@pytest.mark.parametrize('kind', ['hnsw', 'ivf-pq'])
 def test_no_flipped_byte_gives_another_answer(folder, kind):
     with writer_of(folder) as writer:
         update_structure(writer, kind, progress=False)
@@ -194,9 +194,8 @@ def test_leftovers_of_killed_writers_are_deleted(folder):
     assert sorted(os.listdir(folder)) == [FILE, 'mine.txt', 'vectors.1.bin', 'vectors.txt']
 
 
-def test_a_folder_that_nobody_can_write_to(folder, tmp_path):
+def test_a_folder_that_nobody_can_write_to(folder):
     before = everything(folder)
-    shutil.copytree(folder, tmp_path / 'copy')
     for path in (*folder.iterdir(), folder):
         path.chmod(path.stat().st_mode & 0o555)
     names, times = sorted(os.listdir(folder)), [p.stat().st_mtime_ns for p in folder.iterdir()]
@@ -249,7 +248,7 @@ def add_for_ever(pipe, folder):
 
 def test_kill_at_any_moment(tmp_path):
     rng, last = np.random.default_rng(0), 0
-    for turn in range(25):
+    for turn in range(12):
         path = write_index(tmp_path / f'index{turn}', unit_vectors(1, seed=99), ['first'])
         with forked(add_for_ever, path) as (pipe, child):
             pipe.read(1)

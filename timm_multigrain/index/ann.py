@@ -19,7 +19,7 @@ from .records import DamagedIndex, writing
 from .store import Store, Writer
 from .vectors import Vectors
 
-__all__ = ['EXACT_UP_TO', 'HNSW_UP_TO', 'KINDS', 'Structure', 'choose_kind', 'update_structure']
+__all__ = ['EXACT_UP_TO', 'HNSW_UP_TO', 'KINDS', 'Structure', 'update_structure']
 
 KINDS = ('exact', 'hnsw', 'ivf-pq')
 EXACT_UP_TO = 100_000
@@ -32,15 +32,7 @@ LINKS = 32  # of a node of HNSW
 
 
 class Structure:
-    """A structure on the disk, for searching.
-
-    Args:
-        store: An index with a structure.
-
-    Raises:
-        ImportError: faiss is not installed.
-        DamagedIndex: The file is not what was written.
-    """
+    """The structure of an index on the disk, for searching; DamagedIndex if the file is not what was written."""
 
     def __init__(self, store: Store):
         described, faiss = store.faiss, import_faiss()
@@ -65,11 +57,6 @@ class Structure:
         return _candidates(self._index, queries, wanted, self._settings, self._selector)
 
 
-def choose_kind(images: int) -> str:
-    """Structure for so many images."""
-    return 'exact' if images <= EXACT_UP_TO else 'hnsw' if images <= HNSW_UP_TO else 'ivf-pq'
-
-
 def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) -> dict | None:
     """Bring the structure of an index up to date; it stays while it covers most images.
 
@@ -82,15 +69,15 @@ def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) 
         What the index keeps of it, None if images are compared with all.
 
     Raises:
-        ValueError: An unknown kind.
         ImportError: A kind that needs faiss, and it is not installed; with 'auto' the index stays exact then.
-        NotWritten: No room on the disk; the index is as it was.
     """
     if kind not in ('auto', *KINDS):
         raise ValueError(f'kind is {kind!r}: choose auto, {", ".join(KINDS)}.')
     store = Store(writer.folder)
     images, rows, old = len(store.ids), len(store.file), store.faiss
-    wanted = choose_kind(images) if kind == 'auto' else kind
+    wanted = kind
+    if kind == 'auto':
+        wanted = 'exact' if images <= EXACT_UP_TO else 'hnsw' if images <= HNSW_UP_TO else 'ivf-pq'
     if wanted == 'exact' or images < 100:  # too few to train anything
         writer.set_faiss(None)
         return None

@@ -36,17 +36,13 @@ class BuildReport:
 
     Attributes:
         images: Images in the index now.
-        new: Images that went through the model, changed ones not counted.
-        changed: Files whose content has changed.
+        new: Images that went through the model, those of changed files not counted.
         moved: Files found at another place; their descriptors were kept.
         copied: New files with the content of another one; its descriptor was taken.
-        removed: Images of deleted files.
-        unchanged: Files that were left alone.
         skipped: Path to reason of the files that could not be read, this time or before.
         new_skipped: How many of them were met for the first time.
         unreadable: Path to reason of folders that could not be opened; their images were left as they were.
         other: Files that are not images by their names.
-        seconds: Time it took.
         faiss: The structure for search and the recall that it has, None without one.
     """
     images: int = 0
@@ -89,8 +85,8 @@ def build_index(
 ) -> BuildReport:
     """Make an index of the images below some folders, or bring one up to date.
 
-    Images that are in it and have not changed are not read again; what was indexed when a run is stopped, however, is
-    kept, but for the last batch. Images of folders that are not named now stay as they are.
+    Images that are in it and have not changed are not read again; of a run that is stopped only the last batch is lost.
+    Images of folders that are not named now stay as they are.
 
     Args:
         dirs: Folders, searched with their subfolders; none for those of the index. Images of indexed folders that
@@ -196,20 +192,16 @@ def _check_model(store: Store, model, protocol, model_options) -> tuple[torch.nn
 
 
 class _Update:
-    """One run over the folders; ``report`` fills as it goes on. Rows are those of the store.
-
-    Attributes:
-        embed: Files to go through the model, new or changed.
-        replaces: For a file of `embed` that has changed, by its absolute path: the row that is to go.
-        renew: (file, row) of files with a known content that is nowhere else: they take over what the row has.
-        copy: (file, row) of new files with the content of a file that stays.
-        gone: Rows of deleted files.
-    """
+    """One run over the folders; ``report`` fills as it goes on. Rows are those of the store."""
 
     def __init__(self, store: Store, writer: Writer, model: torch.nn.Module | None, protocol: Protocol, options: dict):
         self.store, self.writer, self.model, self.protocol, self.options = store, writer, model, protocol, options
         self.report = BuildReport()
-        self.embed, self.replaces, self.renew, self.copy, self.gone = [], {}, [], [], []
+        self.embed: list[FoundFile] = []  # to go through the model, new or changed
+        self.replaces: dict[bytes, int] = {}  # path of a changed file of those to the row that is to go
+        self.renew: list[tuple[FoundFile, int]] = []  # a known content that is nowhere else: takes over the row
+        self.copy: list[tuple[FoundFile, int]] = []  # new files with the content of the row, which stays
+        self.gone: list[int] = []  # rows of deleted files
         self.skipped = {os.path.join(store.roots[root], name): (root, name) for root, name in store.skipped}
 
     def run(self, named: list[bytes], retry: bool, remove_missing: bool) -> None:

@@ -45,12 +45,10 @@ class CopyFile:
 
 @dataclass(frozen=True)
 class CopyGroup:
-    """Files that are copies of each other.
+    """Files that are copies of each other, of kind 'exact' (identical) or 'near'.
 
-    Attributes:
-        kind: 'exact' for identical files; 'near'.
-        files: The one to keep first, that is the one of most pixels, then most bytes (least compressed), then shortest
-            name; the others by falling similarity to it. Of identical files only one is in a 'near' group.
+    The one to keep is the first, that is the one of most pixels, then most bytes (least compressed), then shortest
+    name; the others follow by falling similarity to it. Of identical files only one is in a 'near' group.
     """
     kind: str
     files: tuple[CopyFile, ...]
@@ -90,7 +88,6 @@ class Copies:
     left_out: int = 0
 
     def of_kind(self, kind: str) -> tuple[CopyGroup, ...]:
-        """The 'exact' or the 'near' groups."""
         return tuple(group for group in self.groups if group.kind == kind)
 
     @property
@@ -308,13 +305,7 @@ EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
 
 @dataclass(frozen=True)
 class EditRecall:
-    """Shares of copies found.
-
-    Attributes:
-        recall: Edit to the share of its copies that are found.
-        images: Pictures of which copies were made.
-        thresholds: The thresholds.
-    """
+    """Share of the copies found by each edit, of how many pictures copies were made, and the thresholds."""
     recall: Mapping[str, float]
     images: int
     thresholds: Thresholds

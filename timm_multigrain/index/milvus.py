@@ -120,7 +120,12 @@ def export_milvus(
     client, start, written, removed = _connect(uri, create=True), time.perf_counter(), 0, 0
     with closing(client), _errors(f'{address} could not be written to'):
         if client.has_collection(name):
-            _check_same(_read_config(client, uri, name), _config(index), address)
+            there, own = _read_config(client, uri, name), _config(index)
+            for what in ('protocol', 'dim', 'weights_sha256', 'pool'):
+                a, b = (config.get(what, config['model'].get(what)) for config in (there, own))
+                if a != b:
+                    raise OtherModel(f'{address} has descriptors made with another model or preprocessing (its {what}: '
+                                     f'{a}, here {b}): name another collection with #NAME.')
         else:
             _create(client, name, index, index_type)
         client.load_collection(name)  # a killed process may have left it released
@@ -152,14 +157,6 @@ def _config(index: Index) -> dict[str, Any]:
     if model['source'] is None:
         model.update(source=os.path.abspath(index.path / 'model'), options={})
     return json.loads(json.dumps({'model': model, 'protocol': index.store.config['protocol']}))
-
-
-def _check_same(there: dict, own: dict, address: str) -> None:
-    for what, of in (('weights', lambda c: (c['model']['weights_sha256'], c['model']['pool'])),
-                     ('preprocessing', lambda c: c['protocol']), ('dimension', lambda c: c['model']['dim'])):
-        if of(there) != of(own):
-            raise OtherModel(f'{address} has descriptors made with another model or preprocessing (its {what}: '
-                             f'{of(there)}, here {of(own)}): name another collection with #NAME.')
 
 
 def _create(client: 'MilvusClient', name: str, index: Index, index_type: str | None) -> None:

@@ -7,9 +7,8 @@ weighs them down. SSCD (Pizzi et al. 2022) does the same for copy detection.
 How alike different pictures are depends on the model and on the collection, so no fixed threshold serves. Of a sample
 of the images each looks for its nearest ones. Pairs that look the same (looks.py) are taken for real copies; the rest
 for different pictures. `certain` is the lowest threshold at which no more than the given share of images have a
-different picture above it. Copies that do not look the same any more count as different pictures here, so in a
-collection with many of those the threshold errs on the high side. `possible` is lower: half of the images have a
-neighbour above it. A pair between the two counts if it looks the same.
+different picture above it; copies that do not look the same any more push it up. `possible` is lower: half of the
+images have a neighbour above it. A pair between the two counts if it looks the same.
 
 Small collections are compared with themselves chunk by chunk. Larger ones are first divided into the Voronoi cells of a
 k-means (Sivic and Zisserman 2003), and a descriptor is compared only with the cells that can hold a partner: with d the
@@ -47,14 +46,8 @@ MAX_PAIRS = 50_000_000
 
 
 class CollectionWhitening:
-    """Whitening of descriptors by the collection that they are from: PCA to at most an eighth as many components as
-    there are images, divided by their deviations. Fewer than 512 images are left as they are.
-
-    Args:
-        vectors: (N, D) L2-normalised rows.
-
-    Attributes:
-        projection: (D, k) float64; None where the collection is too small to be whitened.
+    """Whitening of descriptors by the collection (N, D) that they are from: PCA to at most an eighth as many components
+    as there are images, divided by their deviations. Fewer than 512 images are left as they are.
     """
 
     def __init__(self, vectors):
@@ -119,9 +112,6 @@ def find_thresholds(
         rows: Ascending rows to take, one of each set of identical files.
         alike: Whether the pictures of two rows look the same.
         false_positives: Share of the images.
-
-    Raises:
-        ValueError: The share is not above 0 and below 1.
     """
     if not 0 < false_positives < 1:
         raise ValueError(f'false positives is a share above 0 and below 1, got {false_positives}.')
@@ -157,21 +147,14 @@ def _neighbours(vectors: np.ndarray, rows: np.ndarray, sample: np.ndarray) -> tu
 
 @dataclass(frozen=True, eq=False)
 class NearPairs:
-    """Pairs of rows.
-
-    Attributes:
-        first: (E,) int64 rows.
-        second: (E,) int64 rows, each larger than its partner; ordered by first, then second.
-        scores: (E,) float32 cosine similarities.
-        complete: Whether every pair above the threshold is certain to be here.
-    """
+    """Pairs of rows, (E,) int64, the first one smaller, in their order; their similarities, (E,) float32; and whether
+    every pair above the threshold is certain to be here."""
     first: np.ndarray
     second: np.ndarray
     scores: np.ndarray
     complete: bool = True
 
     def where(self, chosen: np.ndarray) -> 'NearPairs':
-        """Those of a mask or of numbers."""
         return NearPairs(self.first[chosen], self.second[chosen], self.scores[chosen], self.complete)
 
     def rows(self) -> np.ndarray:
@@ -189,7 +172,7 @@ def near_pairs(
     """Pairs of L2-normalised rows with a scalar product of at least the threshold.
 
     Args:
-        vectors: (N, D) float16 or float32, may be memory-mapped.
+        vectors: (N, D) float16 or float32.
         threshold: Cosine similarity.
         rows: Ascending rows to look at; None for all.
         probes: Cells a descriptor is compared with at most, besides its own.

@@ -26,9 +26,6 @@ class SimilarityChunks:
         database: (N, D) vectors, or shards (n, D) of them in order.
         chunk_size: Database vectors at a time, by default as many as fit 32 MiB (256 at least).
         offsets: (Q,) to add to the scores of each query, see `rerank.score_offsets`.
-
-    Raises:
-        ValueError: If shapes disagree.
     """
 
     def __init__(self, queries: Array, database: Array | Iterable[Array], chunk_size: int | None = None,
@@ -61,9 +58,7 @@ def nearest(queries: Array, database: Array | Iterable[Array], k: int,
 
     Args:
         queries: As of `SimilarityChunks`, as are `database` and `chunk_size`.
-        database: (N, D) vectors, or shards (n, D) of them in order.
         k: How many; all N if there are fewer.
-        chunk_size: Database vectors at a time.
 
     Returns:
         Scores (Q, k) float32, highest first, and database indices (Q, k) int64; equal scores by index.

@@ -1,7 +1,7 @@
 """What is done after the first ranking: query expansion, database-side augmentation, score normalisation.
 
-Vectors are L2-normalised, scores their inner products; all of it works a chunk of the database at a time. A database
-is a tensor or an iterable of shards, which is read twice where noted and so has to be one that can be.
+Vectors are L2-normalised, scores their inner products; all of it works a chunk of the database at a time, of
+``chunk_size`` vectors as of `SimilarityChunks`.
 """
 from collections.abc import Iterable, Iterator
 
@@ -34,7 +34,6 @@ def alpha_query_expansion(
         k: Neighbours, besides the query.
         alpha: Power, 0 or more.
         query_rows: Where queries are images of the database: their indices, (Q,). A query is not its own neighbour.
-        chunk_size: Database vectors at a time, as of `SimilarityChunks`.
 
     Returns:
         (Q, D) float32, L2-normalised.
@@ -84,14 +83,10 @@ def database_augmentation(
         database: (N, D), L2-normalised.
         k: Neighbours, besides the vector itself.
         alpha: Power, 0 or more.
-        chunk_size: Database vectors at a time, as of `SimilarityChunks`.
         batch_size: Vectors augmented at a time.
 
     Returns:
         (N, D) float32, L2-normalised.
-
-    Raises:
-        ValueError: If k is below 1, alpha is negative, or a similarity is NaN.
     """
     database = as_vectors(database, 'database')
     augmented = torch.empty_like(database)
@@ -122,13 +117,9 @@ def score_offsets(
         weight: Factor.
         first: First neighbour.
         last: Last neighbour.
-        chunk_size: Background vectors at a time, as of `SimilarityChunks`.
 
     Returns:
         (Q,) float32, as `SimilarityChunks` takes them.
-
-    Raises:
-        ValueError: If shapes disagree, first and last are out of range, or a similarity is NaN.
     """
     if not 0 <= first <= last:
         raise ValueError(f'first is {first} and last {last}: 0 <= first <= last is needed.')

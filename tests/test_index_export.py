@@ -1,18 +1,20 @@
-"""Export to Milvus and search there, with milvus-lite: same neighbours, resumed, idempotent, other models refused."""
+"""Export to Milvus and search there, with milvus-lite; export to Parquet: every value comes back, only changes go."""
 import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.index import Index, OtherModel
-from timm_multigrain.index.export import export_index
+from timm_multigrain.index import Index, OtherModel, export
+from timm_multigrain.index.export import METADATA, export_index, export_parquet
+from timm_multigrain.index.milvus import MilvusIndex, export_milvus, parse_address
 from timm_multigrain.index.model import protocol_from_json
 from timm_multigrain.index.records import path_from_text, path_to_text
 
@@ -21,7 +23,7 @@ from .small_index import CLASSES, add_images, unit_vectors, write_index, writer_
 
 pytest.importorskip('pymilvus')
 pytest.importorskip('milvus_lite')
-from timm_multigrain.index.milvus import MilvusIndex, export_milvus, parse_address
+pq = pytest.importorskip('pyarrow.parquet')
 
 NAMES = ['a\nb.jpg', 'é/日本.jpg', 'not \udcff utf-8.jpg', 'bytes:%20.jpg', '"quotes\'.jpg']
 
@@ -37,26 +39,21 @@ def address(tmp_path):
     return f'milvus:{tmp_path / "photos.db"}'
 
 
-@pytest.mark.parametrize('text, uri, collection', [
-    ('milvus:a.db', 'a.db', 'multigrain'), ('milvus:/x/a b.db#photos_2', '/x/a b.db', 'photos_2'),
-    ('milvus:http://host:19530', 'http://host:19530', 'multigrain'),
-    ('milvus:https://host:19530/base#c', 'https://host:19530/base', 'c')])
-def test_addresses(text, uri, collection):
-    assert parse_address(text) == (uri, collection)
+def test_addresses():
+    for text, parts in {
+            'milvus:a.db': ('a.db', 'multigrain'), 'milvus:/x/a b.db#photos_2': ('/x/a b.db', 'photos_2'),
+            'milvus:https://host:19530/base#c': ('https://host:19530/base', 'c')}.items():
+        assert parse_address(text) == parts
+    for text in ('milvus:', 'milvus:folder', 'a.db', 'milvus:a.db#1x', 'milvus:a.db#a b'):
+        with pytest.raises(ValueError, match=r'give milvus:|take letters'):
+            parse_address(text)
 
 
-@pytest.mark.parametrize('text', ['milvus:', 'milvus:folder', 'a.db', 'milvus:a.db#1x', 'milvus:a.db#a b'])
-def test_wrong_addresses(text):
-    with pytest.raises(ValueError, match=r'give milvus:|take letters'):
-        parse_address(text)
-
-
-@pytest.mark.parametrize('path', [*NAMES, '', 'bytes:', '\udc80\udcff', '/a/b c%41.jpg'])
-def test_paths_as_text(path):
-    text = path_to_text(path)
-    assert path_from_text(text) == path and isinstance(text.encode('utf-8'), bytes)
-    if path in NAMES[:2]:
-        assert text == path
+def test_paths_as_text():
+    for path in (*NAMES, '', 'bytes:', '\udc80\udcff', '/a/b c%41.jpg'):
+        text = path_to_text(path)
+        assert path_from_text(text) == path and isinstance(text.encode('utf-8'), bytes)
+        assert path not in NAMES[:2] or text == path
 
 
 def test_same_neighbours(index, address):
@@ -101,7 +98,7 @@ def test_other_models_and_collections_are_refused(index, address, tmp_path):
 
     export_milvus(index, address, progress=False)
     narrower = Index.open(write_index(tmp_path / 'other', unit_vectors(5, dim=8)))
-    with pytest.raises(OtherModel, match='dimension: 16, here 8'):
+    with pytest.raises(OtherModel, match='dim: 16, here 8'):
         export_milvus(narrower, address, progress=False)
     export_milvus(narrower, f'{address}#other', progress=False)
     assert len(MilvusIndex(f'{address}#other')) == 5
@@ -116,13 +113,13 @@ def test_other_models_and_collections_are_refused(index, address, tmp_path):
     assert len(MilvusIndex(address)) == 150
 
 
-@pytest.mark.parametrize('odd', [
-    {'flip': 'x' * 9}, {'flip': 10 ** 18}, {'exif': []}, {'mean': [0.5]}, {'size': '64'}, {'scales': [10 ** 400]}])
-def test_a_preprocessing_that_nobody_means(odd):
+def test_a_preprocessing_that_nobody_means():
     there = Protocol(64).to_dict()
     assert protocol_from_json(there) == Protocol(64)
-    with pytest.raises(ValueError, match='The preprocessing of the index cannot be used'):
-        protocol_from_json({**there, **odd})
+    for odd in ({'flip': 'x' * 9}, {'flip': 10 ** 18}, {'exif': []}, {'mean': [0.5]}, {'size': '64'},
+                {'scales': [10 ** 400]}):
+        with pytest.raises(ValueError, match='The preprocessing of the index cannot be used'):
+            protocol_from_json({**there, **odd})
 
 
 def test_what_cannot_be_reached(index, tmp_path):
@@ -138,24 +135,19 @@ def test_what_cannot_be_reached(index, tmp_path):
 
 @pytest.mark.slow
 def test_a_killed_export_goes_on(tmp_path, address):
-    folder = write_index(tmp_path / 'index', unit_vectors(20_000, dim=64))
-    command = [sys.executable, '-m', 'timm_multigrain', 'export', str(folder), '-o', address, '--batch-size', '100']
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    database = address.removeprefix('milvus:')
-    while time.monotonic() < deadline and not sum(
-            os.path.getsize(os.path.join(place, name)) for place, _, names in os.walk(database) for name in names
-            if os.path.exists(os.path.join(place, name))) > 400_000:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    folder = write_index(tmp_path / 'index', unit_vectors(5_000, dim=64))
+    database = Path(address.removeprefix('milvus:'))
+    command = [sys.executable, '-m', 'timm_multigrain', 'export', str(folder), '-o', address, '--batch-size', '50']
+    with subprocess.Popen(command, stderr=subprocess.DEVNULL) as process:
+        while process.poll() is None and sum(
+                os.path.getsize(path) for path in database.rglob('*') if os.path.exists(path)) < 200_000:
+            time.sleep(0.02)
+        process.send_signal(signal.SIGKILL)
     done = export_index(folder, address, progress=False)
-    assert done.written + done.unchanged == 20_000 and done.others == 0
-    there = MilvusIndex(address)
-    assert len(there) == 20_000
+    assert done.written + done.unchanged == 5_000 and done.others == 0
     queries = unit_vectors(5, dim=64, seed=8)
     _, rows = Index.open(folder).search(queries, 5)
-    assert [[hit.path for hit in part] for part in there.hits(queries, 5)] == [
+    assert [[hit.path for hit in part] for part in MilvusIndex(address).hits(queries, 5)] == [
         [f'/pictures/{row}.jpg' for row in part] for part in rows.tolist()]
 
 
@@ -172,3 +164,48 @@ def test_commands(tmp_path, address, capfd):
     assert [line['path'] for line in own] == [line['path'] for line in theirs] and len(own) == 4
     assert main(['search', f'{address}#none', str(pictures / '3.png')]) == 2
     assert 'does not have a collection none' in capfd.readouterr().err
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_everything_comes_back(tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr(export, 'ROWS', 16)
+    names = ['a\nb.jpg', 'not \udcff utf-8.jpg', *(f'{i}.jpg' for i in range(48))]
+    index = Index.open(write_index(tmp_path / 'index', unit_vectors(50), names, dtype=dtype))
+    done = export_parquet(index, tmp_path / 'new' / 'photos.parquet', progress=False)
+    assert (done.images, done.unchanged) == (50, False) and '50 images' in str(done)
+    file = pq.ParquetFile(done.path)
+    assert file.num_row_groups == 4
+    table = file.read().to_pydict()
+    assert np.array_equal(np.array(table['vector'], dtype=np.float32), np.asarray(index.vectors, dtype=np.float32))
+    for row in range(50):
+        record = index.records(row)
+        assert path_from_text(table['path'][row]) == record.path
+        for name in ('width', 'height', 'bytes', 'mtime_ns', 'sha256'):
+            assert table[name][row] == getattr(record, name)
+        assert [(c['name'], pytest.approx(c['probability'])) for c in table['classes'][row]] == list(record.classes)
+    about = json.loads(file.schema_arrow.metadata[METADATA])
+    assert about['config']['model']['dim'] == 16
+    assert os.listdir(tmp_path / 'new') == ['photos.parquet']
+
+
+def test_what_is_up_to_date_is_left_alone(tmp_path):
+    index = write_index(tmp_path / 'index', unit_vectors(5))
+    path = tmp_path / 'photos.parquet'
+    export_index(index, str(path), progress=False)
+    before = path.stat().st_ino, path.stat().st_mtime_ns
+    assert export_index(index, str(path), progress=False).unchanged
+    assert (path.stat().st_ino, path.stat().st_mtime_ns) == before
+    path.write_bytes(path.read_bytes()[:-100])
+    assert not export_index(index, str(path), progress=False).unchanged
+    write_index(tmp_path / 'other', unit_vectors(5, seed=1))
+    assert not export_index(tmp_path / 'other', str(path), progress=False).unchanged
+    assert np.allclose(pq.read_table(path)['vector'].to_pylist(), unit_vectors(5, seed=1))
+
+
+def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
+    index = Index.open(write_index(tmp_path / 'index', unit_vectors(5)))
+    with monkeypatch.context() as patch:
+        patch.setattr(pq.ParquetWriter, 'write_table', lambda *a: (_ for _ in ()).throw(OSError('no room')))
+        with pytest.raises(OSError, match=r'no room.*free space'):
+            export_parquet(index, tmp_path / 'a.parquet', progress=False)
+    assert sorted(os.listdir(tmp_path)) == ['index']
