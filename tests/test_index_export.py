@@ -172,8 +172,8 @@ def test_everything_comes_back(tmp_path, monkeypatch, dtype):
     names = ['a\nb.jpg', 'not \udcff utf-8.jpg', *(f'{i}.jpg' for i in range(48))]
     index = Index.open(write_index(tmp_path / 'index', unit_vectors(50), names, dtype=dtype))
     done = export_parquet(index, tmp_path / 'new' / 'photos.parquet', progress=False)
-    assert (done.images, done.unchanged) == (50, False) and '50 images' in str(done)
-    file = pq.ParquetFile(done.path)
+    assert (done.written, done.unchanged) == (50, 0) and '50 images' in str(done)
+    file = pq.ParquetFile(done.target)
     assert file.num_row_groups == 4
     table = file.read().to_pydict()
     assert np.array_equal(np.array(table['vector'], dtype=np.float32), np.asarray(index.vectors, dtype=np.float32))

@@ -2,7 +2,6 @@
 import json
 import os
 import uuid
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,28 +11,19 @@ from tqdm import tqdm
 from timm_multigrain.files import fsync
 
 from .index import Index
-from .milvus import PREFIX, MilvusExport, export_milvus
+from .milvus import PREFIX, Export, export_milvus
 from .records import path_to_text
 
-__all__ = ['ParquetExport', 'export_index', 'export_parquet']
+__all__ = ['export_index', 'export_parquet']
 
 METADATA = b'timm_multigrain'
 ROWS = 8192  # of a row group
 
 
-def export_index(index: str | os.PathLike, target: str, progress: bool = True,
-                 **options: Any) -> 'MilvusExport | ParquetExport':
-    """Export an index folder.
+def export_index(index: str | os.PathLike, target: str, progress: bool = True, **options: Any) -> Export:
+    """Export an index folder to 'milvus:URI#COLLECTION', or to a file that ends in '.parquet'.
 
-    Args:
-        index: The folder.
-        target: 'milvus:URI#COLLECTION', or a file that ends in '.parquet'.
-        progress: Show a bar.
-        options: See `export_milvus`; of no use to a Parquet file.
-
-    Raises:
-        ValueError: The target is neither, or as `export_milvus`.
-        OSError, RuntimeError, ImportError: As `export_milvus` and `export_parquet`.
+    Options are those of `export_milvus`, of no use to a Parquet file; so are the errors, and those of `export_parquet`.
     """
     if target.startswith(PREFIX):
         return export_milvus(Index(index), target, progress=progress, **options)
@@ -42,30 +32,12 @@ def export_index(index: str | os.PathLike, target: str, progress: bool = True,
     raise ValueError(f'{target!r} is not a target: give milvus:URI or a file that ends in .parquet.')
 
 
-@dataclass(frozen=True)
-class ParquetExport:
-    """What an export has done."""
-    path: Path
-    images: int
-    bytes: int
-    unchanged: bool
-
-    def __str__(self) -> str:
-        what = 'has them already' if self.unchanged else 'written'
-        return f'{self.path}: {self.images:,} images {what}, {self.bytes / 1e6:,.1f} MB'
-
-
-def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True) -> ParquetExport:
+def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True) -> Export:
     """Write an index to a Parquet file, which appears whole or not at all; one that is up to date is left alone.
 
     The columns are path, vector (a list of D float32), width, height, bytes, mtime_ns, sha256, and classes (a list of
     name and probability). A path whose bytes are not UTF-8 is 'bytes:' and percent encoding. The metadata of the schema
     has under 'timm_multigrain' the model, the preprocessing and the versions as JSON.
-
-    Args:
-        index: The index.
-        path: The file; an earlier one is replaced.
-        progress: Show a bar.
 
     Raises:
         ImportError: pyarrow is not installed.
@@ -90,7 +62,7 @@ def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True)
     except (OSError, pa.ArrowException):
         there = None
     if there and there.get(METADATA) == about:
-        return ParquetExport(path, len(index), path.stat().st_size, True)
+        return Export(path, 0, len(index))
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
     try:
@@ -103,7 +75,7 @@ def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True)
         raise OSError(f'{path} could not be written ({e}): free space there, or name another file.') from e
     finally:
         unfinished.unlink(missing_ok=True)
-    return ParquetExport(path, len(index), path.stat().st_size, False)
+    return Export(path, len(index), 0)
 
 
 def _columns(index: Index, start: int, stop: int) -> dict[str, Any]:

@@ -35,14 +35,9 @@ class Hit:
 
 
 class Collection:
-    """What can be searched by picture: an index, or a collection of another store that an index was exported to.
-
-    Attributes:
-        path: Where it is.
-        config: Its 'model' and its 'protocol', as an index describes them.
-    """
+    """What can be searched by picture: an index, or a collection of another store that an index was exported to."""
     path: str | os.PathLike
-    config: dict
+    config: dict  # 'model' and 'protocol' as an index describes them
     _model = None
 
     def protocol(self) -> Protocol:
@@ -53,12 +48,8 @@ class Collection:
         """The model it was built with, opened once.
 
         Args:
-            model: A model, or what `open_model` opens, to take in place of the one the index names; it must have the
-                same weights.
-
-        Raises:
-            OtherModel: It has other weights.
-            OSError, ValueError, RuntimeError: It cannot be opened.
+            model: A model, or what `open_model` opens, in place of the one the index names; OtherModel is raised unless
+                it has the same weights.
         """
         if model is not None or self._model is None:
             self._model = open_described(self.config['model'], self.path, model)
@@ -131,7 +122,7 @@ class Index(Collection):
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> 'Index':
-        """The index in a folder, as the constructor gives it."""
+        """As the constructor."""
         return cls(path)
 
     @classmethod

@@ -8,7 +8,6 @@ import json
 import logging
 import os
 import re
-import time
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from .records import OtherModel, Record, path_from_text, path_to_text
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
-__all__ = ['PREFIX', 'MilvusExport', 'MilvusIndex', 'export_milvus', 'open_collection']
+__all__ = ['PREFIX', 'Export', 'MilvusIndex', 'export_milvus', 'open_collection']
 
 PREFIX = 'milvus:'
 PROPERTY = 'multigrain'  # of a collection: the model and the preprocessing as JSON
@@ -82,24 +81,23 @@ def _errors(what: str, remedy: str = 'run the same again') -> Iterator[None]:
 
 
 @dataclass(frozen=True)
-class MilvusExport:
-    """What an export has done: rows written, found unchanged, removed, and left there of other images."""
-    address: str
+class Export:
+    """What an export has done: images written, found unchanged, removed, and left there of other indexes."""
+    target: str | os.PathLike
     written: int
     unchanged: int
-    removed: int
-    others: int
-    seconds: float
+    removed: int = 0
+    others: int = 0
 
     def __str__(self) -> str:
-        text = (f'{self.address}: {self.written:,} images written, {self.unchanged:,} already there, '
-                f'{self.removed:,} removed; {self.seconds:.1f} s')
+        text = f'{self.target}: {self.written:,} images written, {self.unchanged:,} already there'
+        text += f', {self.removed:,} removed' if self.removed else ''
         return text if not self.others else f'{text}; it also has {self.others:,} that are not in this index'
 
 
 def export_milvus(
         index: Index, address: str, *, mirror: bool = False, index_type: str | None = None, batch_size: int = 1000,
-        progress: bool = True) -> MilvusExport:
+        progress: bool = True) -> Export:
     """Send an index to a collection of Milvus, which is created if it does not exist.
 
     Args:
@@ -117,7 +115,7 @@ def export_milvus(
         FileNotFoundError, ImportError, ValueError: As `MilvusIndex`.
     """
     uri, name = parse_address(address)
-    client, start, written, removed = _connect(uri, create=True), time.perf_counter(), 0, 0
+    client, written, removed = _connect(uri, create=True), 0, 0
     with closing(client), _errors(f'{address} could not be written to'):
         if client.has_collection(name):
             there, own = _read_config(client, uri, name), _config(index)
@@ -148,7 +146,7 @@ def export_milvus(
             removed = len(others)
         client.flush(name)
         others = _count(client, name) - len(index)
-    return MilvusExport(address, written, len(index) - written, removed, others, time.perf_counter() - start)
+    return Export(address, written, len(index) - written, removed, others)
 
 
 def _config(index: Index) -> dict[str, Any]:
