@@ -13,8 +13,7 @@ from PIL import Image
 
 import timm_multigrain  # noqa: F401 - registers the models
 
-from .hub_server import hub_server, use
-from .weight_server import weight_server
+from .hub_server import FileServer, HubServer, running, use
 
 GOLDEN = Path(__file__).resolve().parent / 'golden'
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
@@ -81,13 +80,13 @@ def server(tmp_path, monkeypatch):
     """A server of weights, and a cache of downloads of its own."""
     monkeypatch.setenv('TORCH_HOME', str(tmp_path / 'torch'))
     monkeypatch.setenv('no_proxy', '127.0.0.1')
-    with weight_server() as running:
-        yield running
+    with running(FileServer()) as server:
+        yield server
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
     """A Hugging Face Hub on loopback that huggingface_hub talks to, and a cache of its own."""
-    with hub_server() as server:
+    with running(HubServer()) as server:
         use(server, monkeypatch, tmp_path / 'home')
         yield server

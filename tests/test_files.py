@@ -14,8 +14,7 @@ from timm_multigrain.embed.protocol import Protocol, check_fitted
 from timm_multigrain.embed.shards import Descriptors, iter_shards, read_manifest, write_manifest, write_shard
 from timm_multigrain.files import check_json, parse_json, read_json
 from timm_multigrain.hub import read_metrics
-from timm_multigrain.hub.card import load_card, make_card
-from timm_multigrain.hub.publish import _figures
+from timm_multigrain.hub.card import load_card, make_card, own_figures
 from timm_multigrain.images.labels import match_classes
 from timm_multigrain.images.sources import ImageFiles, open_images
 from timm_multigrain.index.milvus import _CONFIG, _record
@@ -128,7 +127,7 @@ def use_benchmark(benchmark):
 
 def use_card(folder, path):
     card = load_card(path, 'README.md')
-    str(make_card(MODEL, 'me/x', 'mit', metrics=_figures(card), base=card))
+    str(make_card(MODEL, 'me/x', 'mit', metrics=own_figures(card), base=card))
 
 
 def use_metrics(folder, path):

@@ -5,7 +5,7 @@ import torch
 import torch.nn as nn
 
 from timm_multigrain.models import MultiGrain
-from timm_multigrain.models.folding import fold_batch_norm
+from timm_multigrain.models.trunk import fold_batch_norm
 
 
 def randomize(model):

@@ -375,10 +375,9 @@ def test_onnx(tmp_path, p, learn_p, dynamo):
 # --- wrong input
 
 
-@pytest.mark.parametrize('p', [0, -3, math.nan, '3', None, True, [3.], 3j, 1e-60], ids=repr)
+@pytest.mark.parametrize('p', [0, -3, math.nan, 'three', None, 3j, 1e-60], ids=repr)
 def test_bad_p(p):
-    shown = repr(p).replace('[', r'\[').replace(']', r'\]')
-    with pytest.raises(ValueError, match=rf'GeM needs .*p > 0, got {shown}: 1 is the average'):
+    with pytest.raises(ValueError, match=rf'GeM needs .*p > 0, got {p!r}: 1 is the average'):
         GeM(p)
     pool = GeM(2.5)
     with pytest.raises(ValueError, match='GeM needs'):

@@ -35,15 +35,8 @@ def slow_mac(x):
                          for n in x.tolist()], dtype=torch.float64)
 
 
-def slow_spoc(x, center_prior=False):
-    _, _, height, width = x.shape
-    # Babenko and Lempitsky: a Gaussian whose sigma is a third of the way from the centre to the closest border
-    sigma = min(height / 2, width / 2) / 3
-    y = torch.zeros(x.shape[:2], dtype=torch.float64)
-    for i, j in cells(x):
-        distance = math.hypot(i + 0.5 - height / 2, j + 0.5 - width / 2)
-        y += x[:, :, i, j].double() * (math.exp(-distance ** 2 / (2 * sigma ** 2)) if center_prior else 1.)
-    return y
+def slow_spoc(x):
+    return sum(x[:, :, i, j].double() for i, j in cells(x))
 
 
 def slow_regions(height, width, levels=3):
@@ -121,17 +114,9 @@ def test_formats(pool, input_fmt):
             layer(tokens[:, :2])
 
 
-@pytest.mark.parametrize('input_fmt', ['NCHW', 'NHWC'])
-def test_spoc_center_prior(input_fmt):
-    for size in SIZES:
-        x = relu_map(2, 3, *size).double()
-        y = SPoC(input_fmt, center_prior=True)(to_format(x, input_fmt))
-        torch.testing.assert_close(y, slow_spoc(x, center_prior=True), rtol=1e-12, atol=1e-12)
-
-
 def test_region_grid():
     for height, width in itertools.product(range(1, 40), repeat=2):
-        regions = _region_grid(height, width, 3)
+        regions = _region_grid(height, width)
         side = min(height, width)
         assert all(0 <= t <= height - s and 0 <= left <= width - s for t, left, s in regions)
         assert {s for _, _, s in regions} == {max(1, 2 * side // (level + 1)) for level in (1, 2, 3)}
@@ -142,11 +127,10 @@ def test_region_grid():
 
 
 def test_square_map_has_14_regions():
-    assert len(_region_grid(7, 7, 3)) == 1 + 4 + 9
-    assert len(_region_grid(7, 7, 2)) == RMAC(levels=2)(torch.ones(1, 1, 7, 7)).round().item() == 5
+    assert len(_region_grid(7, 7)) == RMAC()(torch.ones(1, 1, 7, 7)).round().item() == 1 + 4 + 9
 
 
-@pytest.mark.parametrize('layer', [MAC(), SPoC(), SPoC(center_prior=True), RMAC(), CroW()], ids=repr)
+@pytest.mark.parametrize('layer', [MAC(), SPoC(), RMAC(), CroW()], ids=repr)
 def test_gradients(layer):
     for x in (relu_map(2, 6, 5, 7), torch.zeros(2, 6, 5, 7), torch.randn(2, 6, 5, 7)):
         x.requires_grad_()
@@ -158,7 +142,7 @@ def test_gradients(layer):
 
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
 @pytest.mark.parametrize('layer, input_fmt', [
-    (MAC(), 'NCHW'), (SPoC(center_prior=True), 'NCHW'), (RMAC('NHWC'), 'NHWC'), (CroW('NLC'), 'NLC')], ids=repr)
+    (MAC(), 'NCHW'), (SPoC(), 'NCHW'), (RMAC('NHWC'), 'NHWC'), (CroW('NLC'), 'NLC')], ids=repr)
 def test_tools(layer, input_fmt):
     x = to_format(relu_map(2, 5, 4, 6), input_fmt)
     for other in (torch.jit.script(layer), torch.fx.symbolic_trace(layer), copy.deepcopy(layer),
@@ -175,11 +159,9 @@ def test_tools(layer, input_fmt):
 def test_errors():
     with pytest.raises(ValueError, match='R-MAC needs the rows and columns of the map'):
         RMAC('NLC')
-    with pytest.raises(ValueError, match='The centre prior needs the rows and columns of the map'):
-        SPoC('NLC', center_prior=True)
     for pool in POOLS:
         with pytest.raises(ValueError, match='Unknown input_fmt'):
             pool('NCL')
         with pytest.raises(ValueError, match="num_prefix_tokens=1 needs input_fmt='NLC'"):
             pool(num_prefix_tokens=1)
-    assert repr(RMAC('NHWC')) == 'RMAC(input_fmt=NHWC, flatten=True, num_prefix_tokens=0, levels=3)'
+    assert repr(RMAC('NHWC')) == 'RMAC(input_fmt=NHWC, flatten=True, num_prefix_tokens=0)'

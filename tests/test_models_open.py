@@ -134,8 +134,6 @@ def test_a_command_prints_the_warning_as_a_line(tmp_path, noise_folder, capsys):
     assert main(command) == 0
     lines = [line for line in capsys.readouterr().err.splitlines() if 'pools in a way' in line]
     assert len(lines) == 1 and lines[0].startswith('warning: test_convnext pools in a way of its own')
-    assert main([*command[:4], f'{tmp_path}/gem', *command[5:], '--pool', 'gem']) == 0
-    assert 'pools in a way' not in capsys.readouterr().err
 
 
 def test_timm_names(monkeypatch):
@@ -317,13 +315,13 @@ def test_programs_and_code_are_refused(tmp_path):
     assert not (tmp_path / 'executed').exists()
 
 
-@pytest.mark.parametrize('state', ['x', ['instance_loss'], {'instance_loss': 3}, {'instance_loss': ['beta']}, None])
-def test_the_state_of_a_training_that_is_something_else(tmp_path, state):
+def test_the_state_of_a_training_that_is_something_else(tmp_path):
     path = tmp_path / 'last.pth.tar'
-    torch.save({'state_dict': {}, 'task_state': state}, path)
-    problem = resume_problem(argparse.Namespace(resume=str(path), model='x'), TrainOptions())
-    lost = isinstance(state, dict)
-    assert ('was trained with the instance loss another one' if lost else 'without an instance loss') in problem
+    for state in ('x', ['instance_loss'], {'instance_loss': 3}, {'instance_loss': ['beta']}, None):
+        torch.save({'state_dict': {}, 'task_state': state}, path)
+        problem = resume_problem(argparse.Namespace(resume=str(path), model='x'), TrainOptions())
+        lost = isinstance(state, dict)
+        assert ('was trained with the instance loss another one' if lost else 'without an instance loss') in problem
 
 
 def odd(rng, value):
@@ -452,7 +450,7 @@ def test_whitened_file_by_address_with_other_classes(tmp_path, server):
     assert model.whitened and model.num_classes == 10 and model.embed_dim == 513
     assert model.gem_p == torch.tensor(1.7).item() and torch.equal(model.head.fc.weight, state['classifier.weight'])
     assert not (tmp_path / 'torch').exists()  # another address may end in the same name: nothing is kept of it
-    with refused(FileNotFoundError, f'{url}.none could not be downloaded: ', '(404 ', 'and give the file.'):
+    with refused(FileNotFoundError, f'{url}.none could not be downloaded: ', 'says 404 ', 'and give the file.'):
         open_model(f'{url}.none')
     state['classifier.bias'] = torch.full((10,), np.nan)
     bad = server.add('nan.pth', write(tmp_path / 'w', state).read_bytes())
@@ -463,66 +461,56 @@ def test_whitened_file_by_address_with_other_classes(tmp_path, server):
 def test_model_by_name(tmp_path, capsys):
     path = write(tmp_path / 'w.pth', timm.create_model('multigrain_efficientnet_b0', num_classes=3).state_dict())
     assert convert(path, tmp_path / 'model', '--model', 'multigrain_efficientnet_b0')[0].num_classes == 3
-    with refused(ValueError, "MultiGrain model 'multigrain_resnet5' not found: did you mean multigrain_resnet50"):
+    with refused(ValueError, "'multigrain_resnet5' is not a registered model, did you mean multigrain_resnet50"):
         open_model(path, architecture='multigrain_resnet5')
-    with refused(ValueError, f'{path}: ', "The weights are not those of the trunk 'resnet18'"):
+    with refused(ValueError, f'{path}: it does not fit multigrain_resnet18: '):
         open_model(path, architecture='multigrain_resnet18')
-    for name, cause in (('nowhere/x.pth', 'nowhere/x.pth is neither a folder, nor a file, nor a model of timm'),
-                        (write(tmp_path / 'r.pth', timm.create_model('resnet18').state_dict()),
-                         "It is not a checkpoint of the original implementation: it starts with ['conv1.w")):
-        capsys.readouterr()
-        assert main(['convert', str(name), '-o', str(tmp_path / 'other')]) == 2
-        error = capsys.readouterr().err
-        assert cause in error and error.count('\n') == 1 and not (tmp_path / 'other').exists()
+    capsys.readouterr()
+    assert main(['convert', 'nowhere/x.pth', '-o', str(tmp_path / 'other')]) == 2
+    error = capsys.readouterr().err
+    assert 'nowhere/x.pth is neither a folder, nor a file, nor a model of timm' in error and error.count('\n') == 1
+    assert not (tmp_path / 'other').exists()
 
 
 # --- names, poolings
 
 
 def test_registered_names():
-    assert open_model('multigrain_resnet18', pretrained=False).num_classes == 1000
     assert open_model('multigrain_resnet18', pretrained=False, num_classes=7).num_classes == 7
     with pytest.raises(ValueError, match='names no pretrained weights'):
         open_model('multigrain_resnet18')
 
 
-def test_pooling_and_exponent(folder):
+def test_pooling_and_exponent(folder, tmp_path):
     for pool, kind, p in (('gem', 'gem', 3), ('avg', 'gem', 1), ('max', 'gem', float('inf')), ('gem4', 'gem', 4),
                           ('rmac', 'rmac', None)):
         model = open_model(folder, pool=pool)
         assert (model.global_pool, model.gem_p) == (kind, p)
         assert torch.equal(model.head.fc.weight, tiny_model().head.fc.weight)
+    again = open_model(save_pretrained(model, tmp_path / 'rmac'))
+    assert again.global_pool == 'rmac' and weights_sha256(again) == weights_sha256(model)
     assert open_model(folder, p=4.5).gem_p == 4.5
-    with pytest.raises(ValueError, match='no exponent to set'):
-        open_model(folder, pool='mac', p=2)
-    with pytest.raises(ValueError, match='p > 0'):
-        open_model(folder, p=-1)
-
-
-def test_whitened(tmp_path):
-    folder = save_pretrained(tiny_model(whitening=9), tmp_path / 'model')
-    assert open_model(folder, pool='gem', p=3).whitened
-    with pytest.raises(ValueError, match='whitened for its own pooling'):
-        open_model(folder, pool='mac')
+    whitened = save_pretrained(tiny_model(whitening=9), tmp_path / 'whitened')
+    assert open_model(whitened, pool='gem', p=3).whitened
     with pytest.warns(UserWarning, match=r'whitened for p = 3\.0, not for 4'):
-        open_model(folder, p=4)
+        open_model(whitened, p=4)
+    for name, kwargs, message in (
+            (folder, dict(pool='mac', p=2), 'no exponent to set'), (folder, dict(p=-1), 'p > 0'),
+            (folder, dict(pool='sum'), 'Unknown global_pool'), (folder, dict(pool=''), 'gives a map'),
+            (folder, dict(pretrained=False), 'holds weights'),
+            (whitened, dict(pool='mac'), 'whitened for its own pooling')):
+        with pytest.raises(ValueError, match=message):
+            open_model(name, **kwargs)
 
 
-def test_bad_names(tmp_path, folder):
+def test_bad_names(tmp_path):
     (tmp_path / 'x.pth').write_bytes(b'nothing')
     for name, error, message in (
-            ('no/such/model', FileNotFoundError, 'is neither a folder, nor a file, nor a model of timm'),
-            ('resnet9000', FileNotFoundError, 'is neither a folder'),
+            ('resnet9000', FileNotFoundError, 'resnet9000 is neither a folder'),
             (tmp_path / 'x.pth', UnreadableWeightsError, 'cannot be read as weights'),
             (tmp_path, FileNotFoundError, r'has no config\.json')):
         with pytest.raises(error, match=message):
             open_model(name)
-    with pytest.raises(ValueError, match='holds weights'):
-        open_model(folder, pretrained=False)
-    with pytest.raises(ValueError, match='Unknown global_pool'):
-        open_model(folder, pool='sum')
-    with pytest.raises(ValueError, match='gives a map'):
-        open_model(folder, pool='')
 
 
 def test_weights_sha256():

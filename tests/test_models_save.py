@@ -124,14 +124,20 @@ def test_leftovers_of_a_killed_run_go_and_those_of_a_running_one_stay(tmp_path):
             '    (folder / "model.safetensors").write_bytes(bytes(1000))\n'
             '    os.kill(os.getpid(), signal.SIGKILL)\n')
     killed = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'model')])
-    assert killed.returncode == -9 and len(list(tmp_path.iterdir())) == 1
-    (tmp_path / '.model.unfinished-mine').mkdir()
-    (tmp_path / '.model.unfinished-mine' / 'photo.jpg').touch()  # nothing that this package leaves
+    left, = tmp_path.iterdir()
+    assert killed.returncode == -9 and (left / 'model.safetensors').exists()
+    save_pretrained(tiny_model(), tmp_path / 'model')
+    assert [p.name for p in tmp_path.iterdir()] == ['model']
     with model_folder(tmp_path / 'model') as running:
-        save_pretrained(tiny_model(), tmp_path / 'model')
-        assert running.is_dir()
         (running / 'config.json').write_text('{}')
-    assert {p.name for p in tmp_path.iterdir()} == {'model', '.model.unfinished-mine'}
+        with pytest.raises(RuntimeError, match='another process saves to'):
+            save_pretrained(tiny_model(1), tmp_path / 'model')
+        assert (running / 'config.json').exists()
+    left.mkdir()
+    (left / 'photo.jpg').touch()  # nothing that this package leaves
+    with pytest.raises(FileExistsError, match='unfinished exists and is not a saved model'):
+        save_pretrained(tiny_model(), tmp_path / 'model')
+    assert (left / 'photo.jpg').exists()
 
 
 def test_damage_of_the_same_size_is_found(tmp_path):

@@ -1,10 +1,9 @@
-"""Publishing and loading over HTTP, against a Hub on loopback: every model comes back bit by bit."""
+"""Publishing and loading over HTTP, a Hub on loopback: models come back bit by bit, faults leave nothing behind."""
 import json
 import math
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import timm
@@ -13,9 +12,11 @@ from huggingface_hub import HfApi
 from safetensors.torch import load
 
 import timm_multigrain
+from timm_multigrain.cli.main import main
 from timm_multigrain.hub import publish, save_pretrained
 
-from .hub_server import environment
+from .hub_server import Fault, environment
+from .test_models_open import train_checkpoint
 from .tiny import figure, image_for, tiny_model
 
 FILES = {'.gitattributes', 'README.md', 'config.json', 'model.safetensors'}
@@ -29,10 +30,9 @@ def test_a_published_model_comes_back_bit_by_bit(hub, kwargs):
     model = tiny_model(**kwargs)
     done = publish(model, 'me/model', license='mit')
     loaded = timm.create_model('hf-hub:me/model', pretrained=True).eval()
-    x = image_for(model)
+    x, own = image_for(model), model.state_dict()
     assert torch.equal(loaded(x), model(x)) and torch.equal(loaded.embed(x), model.embed(x))
     assert loaded.gem_p == model.gem_p and loaded.whitened == model.whitened
-    own = model.state_dict()
     assert all(torch.equal(own[name], value) for name, value in loaded.state_dict().items())
     files = hub.repos['me/model'].files()
     assert set(files) == FILES
@@ -56,11 +56,11 @@ def test_a_model_made_by_its_class_comes_back(hub):
 def test_other_processes_publish_and_load(hub, tmp_path):
     path = save_pretrained(tiny_model(gem_p=3.25), tmp_path / 'model')
     env = environment(hub, tmp_path / 'other')
-    command = [sys.executable, '-m', 'timm_multigrain', 'publish', str(path), 'lab/model', '--license', 'cc-by-4.0']
+    command = [sys.executable, '-m', 'timm_multigrain', 'publish', str(path), 'me/model', '--license', 'cc-by-4.0']
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert f'Published {hub.endpoint}/lab/model' in done.stdout and 'cc-by-4.0' in done.stdout
-    snippet = re.search(r'```python\n(.*?)```', hub.repos['lab/model'].files()['README.md'].decode(), re.DOTALL)[1]
+    assert f'Published {hub.endpoint}/me/model' in done.stdout and 'cc-by-4.0' in done.stdout
+    snippet = re.search(r'```python\n(.*?)```', hub.repos['me/model'].files()['README.md'].decode(), re.DOTALL)[1]
     assert snippet.startswith('import timm_multigrain')
     check = '\nprint(model.gem_p, tuple(logits.shape), tuple(descriptor.shape), float(descriptor.norm()))'
     done = subprocess.run([sys.executable, '-c', snippet + check], env=env, capture_output=True, text=True)
@@ -73,7 +73,7 @@ def test_checks_come_before_the_repository(hub, monkeypatch):
     def fails(*args, **kwargs):
         raise RuntimeError('not the same outputs')
     with monkeypatch.context() as patch:
-        patch.setattr('timm_multigrain.models.save._check_saved', fails)
+        patch.setattr('timm_multigrain.models.save._load_back', fails)
         with pytest.raises(RuntimeError, match='not the same outputs'):
             publish(tiny_model(), 'me/model', license='mit')
     for model, error in (
@@ -96,12 +96,12 @@ def _with_nan(model):
     return model
 
 
-def test_license(hub):
+def test_license(hub, tmp_path):
     official = tiny_model()
     official.pretrained_cfg.update(license='cc-by-nc-4.0', tag='fb_p3_l05_in1k', notes=['theirs'])
-    done = publish(official, 'me/official', dry_run=hub_dir(hub, 'official'))
+    done = publish(official, 'me/official', dry_run=tmp_path / 'official')
     assert done.license == 'cc-by-nc-4.0' and 'the one that the configuration of the model names' in str(done)
-    done = publish(official, 'me/own', license='mit', dry_run=hub_dir(hub, 'own'))
+    done = publish(official, 'me/own', license='mit', dry_run=tmp_path / 'own')
     assert done.license == 'mit' and not done.notes
     cfg = timm.create_model(f'local-dir:{done.directory}').pretrained_cfg  # nothing of the official weights in it
     assert cfg['license'] == 'mit' and not {'tag', 'notes', 'description'} & set(cfg)
@@ -121,12 +121,6 @@ def test_license(hub):
     publish(model, 'me/other')
     card = hub.repos['me/other'].files()['README.md'].decode()
     assert 'license_name: house rules' in card and '[house rules](https://example.org/rules)' in card
-
-
-def hub_dir(hub, name):
-    """A folder beside the cache of the server's client."""
-    from huggingface_hub import constants
-    return Path(constants.HF_HUB_CACHE).parent / name
 
 
 def test_second_publication(hub):
@@ -174,14 +168,6 @@ def test_revision_private_and_pull_request(hub):
         publish(tiny_model(), 'me/public', private=True)
 
 
-def test_a_client_of_ones_own(hub, monkeypatch):
-    monkeypatch.delenv('HF_TOKEN')
-    with pytest.raises(RuntimeError, match='a token was not found: log in with `hf auth login`'):
-        publish(tiny_model(), 'you/model', license='mit')
-    api = HfApi(endpoint=hub.endpoint, token='you-write')
-    assert publish(tiny_model(), 'you/model', license='mit', api=api).repo_id == 'you/model'
-
-
 def test_dry_run(hub, tmp_path):
     done = publish(tiny_model(), 'me/model', license='mit', dry_run=tmp_path / 'out', metrics=[figure(12.5)])
     assert not hub.requests and done.url is None and done.commit is None
@@ -200,3 +186,166 @@ def test_dry_run(hub, tmp_path):
     (tmp_path / 'mine' / 'photo.jpg').write_bytes(b'x')
     with pytest.raises(FileExistsError, match='is not a saved model'):
         publish(tiny_model(), 'me/model', license='mit', dry_run=tmp_path / 'mine')
+
+
+# --- the command
+
+
+@torch.inference_mode()
+def test_checkpoints_of_train(hub, tmp_path, capsys):
+    model, ema = tiny_model(0, gem_p=2), tiny_model(1, gem_p=2)
+    kwargs = {'trunk': 'test_resnet', 'gem_p': 2, 'mg_repeats': 3, 'pretrained_trunk': True}
+    path = str(train_checkpoint(tmp_path / 'last.pth.tar', model, ema=ema, img_size=96, crop_pct=0.9,
+                                model_kwargs=kwargs))
+    assert main(['publish', path, 'me/ema', '--license', 'mit']) == 0
+    assert f'Publishing {path}' in capsys.readouterr().out
+    assert main(['publish', path, 'me/model', '--license', 'mit', '--no-ema']) == 0
+    for name, expected in (('me/model', model), ('me/ema', ema)):
+        loaded = timm.create_model(f'hf-hub:{name}', pretrained=True).eval()
+        assert torch.equal(loaded(image_for(model)), expected(image_for(model))) and loaded.gem_p == 2
+        cfg = loaded.pretrained_cfg
+        assert (loaded.num_classes, cfg['input_size'], cfg['crop_pct']) == (3, (3, 96, 96), 0.9)
+    assert '3 x 96 x 96' in hub.repos['me/model'].files()['README.md'].decode()
+
+
+def test_license_of_checkpoints(hub, tmp_path, capsys):
+    small, large = (timm.create_model(f'multigrain_resnet{depth}', num_classes=2) for depth in (18, 50))
+    # from scratch, also under the name that has official weights, and tuned from these
+    for model, name in ((small, 'multigrain_resnet18'), (large, 'multigrain_resnet50')):
+        assert main(['publish', str(train_checkpoint(tmp_path / 'a.pth.tar', model, name)), 'me/a']) == 2
+        assert 'license of the weights is not known' in capsys.readouterr().err and not hub.repos
+    tuned = train_checkpoint(tmp_path / 'c.pth.tar', large, 'multigrain_resnet50', pretrained=True)
+    assert main(['publish', str(tuned), 'me/c', '--dry-run', str(tmp_path / 'c')]) == 0
+    assert 'cc-by-nc-4.0' in capsys.readouterr().out
+    cfg = json.loads((tmp_path / 'c' / 'config.json').read_text())['pretrained_cfg']
+    assert cfg['license'] == 'cc-by-nc-4.0' and cfg['description'] is None and 'tag' not in cfg
+
+
+def test_command_with_card_and_figures(hub, tmp_path):
+    path = save_pretrained(tiny_model(), tmp_path / 'model', label_names=['a', 'b', 'c'])
+    (path / 'README.md').write_text('---\nlanguage: en\n---\n# My model\n\nTrained on my holiday pictures.\n')
+    (tmp_path / 'results.json').write_text(json.dumps([figure(71.5)]))
+    assert main(['publish', str(path), 'me/model', '--license', 'mit', '--metrics', str(tmp_path / 'results.json'),
+                 '--description', 'Boats and cars.', '--private']) == 0
+    card = hub.repos['me/model'].files()['README.md'].decode()
+    assert 'Trained on my holiday pictures.' in card and 'language: en' in card and 'Boats and cars.' in card
+    assert '| classes | 3: a, b, c |' in card
+    assert '| classification | ImageNet-1k | top1 | 71.5 | 224 | 3 |' in card and hub.repos['me/model'].private
+    loaded = timm.create_model('hf-hub:me/model', pretrained=True)
+    assert loaded.pretrained_cfg['label_names'] == ['a', 'b', 'c']
+    assert loaded.pretrained_cfg['description'] == 'Boats and cars.'
+
+
+# --- faults
+
+
+@pytest.mark.parametrize('fault, error, created', [
+    (Fault('GET', 'api/models', 503), r'could not be looked up: the Hub has trouble \(503: out of order\)', False),
+    (Fault('POST', 'create', 402, 'pay'), r'could not be created: the Hub refuses the request \(402: pay\)', False),
+    (Fault('POST', 'create', cut='answer'), 'me/model could not be created: the connection to .* failed', True),
+    (Fault('POST', 'validate-yaml', cut='request'), 'me/model could not be uploaded: the connection to', True),
+    (Fault('POST', 'preupload', 404), r'me/model could not be uploaded: not found', True),
+    (Fault('PUT', 'objects', 429), r'could not be uploaded: too many requests \(429', True),
+    (Fault('POST', 'commit', 412), r'could not be uploaded: someone else changed it meanwhile \(412', True),
+    (Fault('POST', 'commit', cut='request'), 'me/model could not be uploaded: the connection to .* failed', True),
+])
+def test_faults_leave_no_repository_behind(hub, tmp_path, fault, error, created, monkeypatch):
+    scratch = tmp_path / 'tmp'
+    scratch.mkdir()
+    monkeypatch.setattr('tempfile.tempdir', str(scratch))
+    hub.faults.append(fault)
+    with pytest.raises((RuntimeError, FileNotFoundError), match=error) as caught:
+        publish(tiny_model(), 'me/model', license='mit')
+    assert '\n' not in str(caught.value) and not hub.repos and not list(scratch.iterdir())
+    assert ('The repository that was created for it was deleted again.' in str(caught.value)) == created
+    assert (('DELETE', '/api/repos/delete') in hub.requests) == created
+    hub.faults.clear()
+    assert publish(tiny_model(), 'me/model', license='mit').commit == hub.repos['me/model'].refs['main']
+
+
+def test_a_repository_made_by_another_meanwhile_is_left(hub, monkeypatch):
+    create_repo = HfApi.create_repo
+
+    def late(api, repo_id, **kwargs):
+        hub.add_repo(repo_id)
+        return create_repo(api, repo_id, **kwargs)
+    monkeypatch.setattr(HfApi, 'create_repo', late)
+    with pytest.raises(RuntimeError, match=r'could not be created: someone else changed it meanwhile \(409'):
+        publish(tiny_model(), 'me/model', license='mit')
+    assert set(hub.repos) == {'me/model'}
+
+
+def test_a_commit_whose_answer_is_lost(hub):
+    hub.faults.append(Fault('POST', '/commit/', cut='answer', times=1))
+    with pytest.raises(RuntimeError, match=f'{hub.endpoint}/me/model holds files and is left as it is'):
+        publish(tiny_model(), 'me/model', license='mit')
+    commit = hub.repos['me/model'].refs['main']
+    assert publish(tiny_model(), 'me/model').commit == commit  # it was there already
+
+
+def test_a_repository_that_cannot_be_deleted_is_named(hub):
+    hub.faults += [Fault('PUT', 'objects', 503), Fault('DELETE', 'repos', 403)]
+    with pytest.raises(RuntimeError, match=f'{hub.endpoint}/me/model may be left there, empty .*delete it'):
+        publish(tiny_model(), 'me/model', license='mit')
+
+
+def test_an_interrupted_upload_leaves_no_repository(hub, monkeypatch):
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(HfApi, 'create_commit', interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        publish(tiny_model(), 'me/model', license='mit')
+    assert not hub.repos and ('DELETE', '/api/repos/delete') in hub.requests
+
+
+def test_someone_commits_meanwhile(hub, monkeypatch):
+    publish(tiny_model(0), 'me/model', license='mit')
+    repo = hub.repos['me/model']
+    create_commit = HfApi.create_commit
+
+    def late(*args, **kwargs):
+        repo.commit('main', {**repo.commits[repo.refs['main']], 'README.md': (b'edited', False)})
+        return create_commit(*args, **kwargs)
+    monkeypatch.setattr(HfApi, 'create_commit', late)
+    with pytest.raises(RuntimeError, match=r'someone else changed it meanwhile \(412.*run the same again'):
+        publish(tiny_model(1), 'me/model')
+    assert repo.files()['README.md'] == b'edited'
+
+
+@pytest.mark.parametrize('name, error', [
+    ('me/a--b', 'Cannot have -- or'), ('a/b/c', 'in the form')])
+def test_impossible_names(hub, name, error, tmp_path):
+    for more in ({}, {'dry_run': tmp_path / 'dry'}):
+        with pytest.raises(ValueError, match=rf'{name} cannot be published: .*{error}.*: name it USER/NAME'):
+            publish(tiny_model(), name, license='mit', **more)
+    assert not hub.requests and not (tmp_path / 'dry').exists()
+
+
+def test_tokens_and_rights(hub, monkeypatch):
+    with pytest.raises(RuntimeError, match=r"you/model could not be created: .*\(403: You don't have the rights"):
+        publish(tiny_model(), 'you/model', license='mit')
+    monkeypatch.setenv('HF_TOKEN', 'me-read')
+    with pytest.raises(RuntimeError, match=r'the token may not write there \(403.*a token that may write there'):
+        publish(tiny_model(), 'me/model', license='mit')
+    monkeypatch.setenv('HF_TOKEN', 'nobody-write')
+    with pytest.raises(RuntimeError, match=r'the Hub does not accept the token \(401'):
+        publish(tiny_model(), 'me/model', license='mit')
+    monkeypatch.delenv('HF_TOKEN')
+    with pytest.raises(RuntimeError, match='a token was not found: log in with `hf auth login`'):
+        publish(tiny_model(), 'you/model', license='mit')
+    assert not hub.repos
+    api = HfApi(endpoint=hub.endpoint, token='you-write')
+    assert publish(tiny_model(), 'you/model', license='mit', api=api).repo_id == 'you/model'
+
+
+def test_unreachable_and_offline(hub, monkeypatch, tmp_path, capsys):
+    path = save_pretrained(tiny_model(), tmp_path / 'model')
+    hub.shutdown()
+    hub.server_close()
+    assert main(['publish', str(path), 'me/model', '--license', 'mit']) == 2
+    message = capsys.readouterr().err
+    assert f'me/model cannot be published: the connection to {hub.endpoint} failed' in message
+    assert 'check the network, HTTPS_PROXY and HF_ENDPOINT' in message and message.count('\n') == 1
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
+    with pytest.raises(RuntimeError, match='offline mode is on: unset HF_HUB_OFFLINE'):
+        publish(tiny_model(), 'me/model', license='mit')

@@ -18,8 +18,7 @@ from timm_multigrain.files import printable
 from timm_multigrain.images.sources import ImageSource, UnreadableImage
 from timm_multigrain.layers import GeM, l2_normalize
 from timm_multigrain.layers import gem as power_mean
-from timm_multigrain.models.folding import fold_batch_norm
-from timm_multigrain.models.trunk import InputSizes
+from timm_multigrain.models.trunk import InputSizes, fold_batch_norm
 
 from .protocol import Protocol
 

@@ -18,7 +18,7 @@ from timm_multigrain.measure.results import Metric
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
 
-__all__ = ['CITATION', 'is_generated', 'load_card', 'make_card', 'usage_snippet']
+__all__ = ['CITATION', 'is_generated', 'load_card', 'make_card', 'own_figures', 'usage_snippet']
 
 CITATION = """@article{berman2019multigrain,
   title   = {MultiGrain: a unified image embedding for classes and instances},
@@ -75,11 +75,10 @@ def make_card(
     card = ModelCard(f'---\nlicense: null\n---\n\n# {name}\n' if base is None else str(base))
     card.text = _refresh(card.text, blocks)
     data = card.data
-    if data.get('license') != license:
-        data['license_name'] = data['license_link'] = None
+    same = data.get('license') == license
     data['license'] = license
-    data['license_name'] = license_name or data.get('license_name')
-    data['license_link'] = license_link or data.get('license_link')
+    data['license_name'] = license_name or (data.get('license_name') if same else None)
+    data['license_link'] = license_link or (data.get('license_link') if same else None)
     data['library_name'] = data.get('library_name') or 'timm'
     task = 'image-classification' if model.num_classes else 'image-feature-extraction'
     data['pipeline_tag'] = data.get('pipeline_tag') or task
@@ -112,6 +111,12 @@ def is_generated(card: 'ModelCard') -> bool:
     return f'<!-- {_MARK} begin ' in card.text
 
 
+def own_figures(card: 'ModelCard | None') -> list[Metric]:
+    """The figures in a card that `make_card` wrote."""
+    results = card.data.get('eval_results') or [] if card is not None else []
+    return [metric for metric in map(Metric.from_eval_result, results) if metric is not None]
+
+
 def usage_snippet(model: nn.Module, repo_id: str) -> str:
     """Python that loads the model from the Hub and uses it."""
     lines = ['import timm_multigrain  # registers the model with timm', 'import timm', 'import torch']
@@ -140,10 +145,8 @@ def _facts(model: nn.Module, license_: str) -> str:
     if not isinstance(names, dict) and 0 < len(names) <= _NAMED:
         classes += ': ' + ', '.join(html.escape(printable(name), quote=False) for name in names)
     p = model.gem_p
-    pooling = model.global_pool or 'none'
-    if p is not None:
-        one = not isinstance(p, list)
-        pooling = f'GeM, p = {p:.4g}' if one else f'GeM, one p per channel, {min(p):.3g} to {max(p):.3g}'
+    pooling = (model.global_pool or 'none' if p is None else f'GeM, p = {p:.4g}' if not isinstance(p, list) else
+               f'GeM, one p per channel, {min(p):.3g} to {max(p):.3g}')
     mean, std = ('(' + ', '.join(f'{value:.4g}' for value in cfg[key]) + ')' for key in ('mean', 'std'))
     return _table(('', ''), [
         ('trunk', f'`{model.trunk_name}` of timm'),

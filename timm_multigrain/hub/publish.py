@@ -1,7 +1,7 @@
 """Publishing a model on the Hugging Face Hub: checked here first, then uploaded in one commit with its card."""
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from timm_multigrain.models.download import hub_errors
 from timm_multigrain.models.save import CARD, model_folder, write_model
 from timm_multigrain.models.weights import CONFIG, WEIGHTS
 
-from .card import is_generated, load_card, make_card
+from .card import is_generated, load_card, make_card, own_figures
 
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo
@@ -123,65 +123,56 @@ def publish(
             api = api or HfApi()
             user = api.whoami()['name']
             repo_id = repo_id if '/' in repo_id else f'{user}/{repo_id}'
-    facts = dict(
-        repo_id=repo_id, license=license, license_name=license_name, license_link=license_link,
-        description=description, datasets=datasets)
-    write = partial(
-        _write, model, facts, None if metrics is None else parse_metrics(list(metrics)), label_names=label_names,
-        data_config=data_config)
+    facts = dict(repo_id=repo_id, license=license, license_name=license_name, license_link=license_link,
+                 description=description, datasets=datasets)
+    metrics = None if metrics is None else parse_metrics(list(metrics))
+    write = partial(_write, model, facts, metrics, label_names=label_names, data_config=data_config)
     given = load_card(Path(card), str(card)) if card is not None and Path(card).is_file() else None
     if dry_run is not None:
-        return _dry_run(Path(dry_run), repo_id, write, given)
+        directory = Path(dry_run)
+        old = directory / CARD
+        base = load_card(old, str(old)) if old.is_file() else None
+        weights = directory / WEIGHTS
+        before = (file_sha256(weights) if weights.is_file() else '') if base else None
+        with model_folder(directory) as folder:
+            license, notes = write(folder, base or given, before, shown=directory)
+        return Publication(repo_id, license, directory=directory, notes=notes)
+    target = _Target(api, repo_id, private, revision, create_pr)
     with tempfile.TemporaryDirectory(prefix='multigrain-') as work:
-        target = _Target(api, repo_id, private, revision, create_pr)
-        base, weights = target.read(Path(work) / 'remote')
+        base, before = target.read(Path(work) / 'remote')
         folder = Path(work) / 'model'
         folder.mkdir()
-        license, notes = write(folder, base or given, weights if base else None)
+        license, notes = write(folder, base or given, before if base else None)
         commit = target.upload(folder)
     url = f'{api.endpoint}/{repo_id}' + (f'/tree/{revision}' if revision else '')
     return Publication(repo_id, license, commit.pr_url or url, commit.oid, notes=notes)
 
 
-def _dry_run(directory: Path, repo_id: str, write: Callable, given: 'ModelCard | None') -> Publication:
-    card, weights = directory / CARD, directory / WEIGHTS
-    base = load_card(card, str(card)) if card.is_file() else None
-    before = (file_sha256(weights) if weights.is_file() else '') if base else None
-    with model_folder(directory) as folder:
-        license_, notes = write(folder, base or given, before, shown=directory)
-    return Publication(repo_id, license_, directory=directory, notes=notes)
-
-
 def _write(
         model: nn.Module, facts: dict, metrics: list[Metric] | None, folder: Path, base: 'ModelCard | None',
-        weights: str | None, *, label_names: Sequence[str] | None, data_config: dict | None,
+        before: str | None, *, label_names: Sequence[str] | None, data_config: dict | None,
         shown: Path | None = None) -> tuple[str, tuple[str, ...]]:
     """Write model and card; the license and what there is to note.
 
-    ``base`` is the earlier card, ``weights`` the SHA-256 of the weights that it is about, None for these.
+    ``base`` is the earlier card, ``before`` the SHA-256 of the weights that it is about, None for these.
     """
     notes = []
     if not facts['license']:
+        facts = {**facts, **_license(model, base)}
         if base is None:
             notes.append('the license is the one that the configuration of the model names: give another if the '
                          'weights are not derived from those')
-        facts = {**facts, **_license(model, base)}
     cfg = {'license': facts['license'], 'description': facts['description']}
     if facts['license'] != model.pretrained_cfg.get('license'):
         cfg.update(tag=None, notes=None)  # said of other weights
     saved = write_model(model, folder, label_names, data_config, cfg, shown)
     if metrics is None:
-        metrics = _figures(base)
-        if metrics and weights not in (None, file_sha256(folder / WEIGHTS)):
+        metrics = own_figures(base)
+        if metrics and before not in (None, file_sha256(folder / WEIGHTS)):
             metrics = []
             notes.append('the figures of the earlier weights were taken out of the card: give those of the new')
     write_text(folder / CARD, str(make_card(saved, **facts, metrics=metrics, base=base)))
     return facts['license'], tuple(notes)
-
-
-def _figures(base: 'ModelCard | None') -> list[Metric]:
-    results = base.data.get('eval_results') or [] if base is not None else []
-    return [metric for metric in map(Metric.from_eval_result, results) if metric is not None]
 
 
 def _license(model: nn.Module, base: 'ModelCard | None') -> dict[str, str | None]:
@@ -205,17 +196,23 @@ class _Target:
     """A repository of the Hub that a model is to be committed to."""
 
     def __init__(self, api: 'HfApi', repo_id: str, private: bool, revision: str | None, create_pr: bool):
-        self.api = api
-        self.repo_id = repo_id
-        self.private = private
-        self.revision = revision
-        self.create_pr = create_pr
+        self.api, self.repo_id, self.private, self.revision, self.create_pr = api, repo_id, private, revision, create_pr
+        self.address = f'{api.endpoint}/{repo_id}'
         self.info = self._look(revision) or (self._look() if revision else None)
         if create_pr and self.info is None:
             raise FileNotFoundError(f'{repo_id} was not found, so no pull request can be opened: publish without one.')
         if self.info is not None and private and not self.info.private:
             raise ValueError(f'{repo_id} exists and is public, but private was asked for: change it at '
-                             f'{api.endpoint}/{repo_id}/settings, or name another repository.')
+                             f'{self.address}/settings, or name another repository.')
+
+    def _look(self, revision: str | None = None) -> 'ModelInfo | None':
+        from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
+
+        with hub_errors(f'{self.repo_id} could not be looked up', 'read it'):
+            try:
+                return self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
+            except (RepositoryNotFoundError, RevisionNotFoundError):
+                return None
 
     def read(self, folder: Path) -> 'tuple[ModelCard | None, str]':
         """The existing card and the SHA-256 of the weights beside it, which have to be a MultiGrain's."""
@@ -258,24 +255,14 @@ class _Target:
                 raise type(e)(f'{e} {outcome}') from e
             raise
 
-    def _look(self, revision: str | None = None) -> 'ModelInfo | None':
-        from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
-
-        with hub_errors(f'{self.repo_id} could not be looked up', 'read it'):
-            try:
-                return self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
-            except (RepositoryNotFoundError, RevisionNotFoundError):
-                return None
-
     def _delete_if_empty(self) -> str:
-        address = f'{self.api.endpoint}/{self.repo_id}'
         try:
             info = self._look()
             if info is None:
                 return ''
             if {file.rfilename for file in info.siblings} - {'.gitattributes'}:
-                return f'{address} holds files and is left as it is.'
+                return f'{self.address} holds files and is left as it is.'
             self.api.delete_repo(self.repo_id)
         except Exception as e:  # whatever hinders it, the first error is the one to report
-            return f'{address} may be left there, empty ({str(e).splitlines()[0]}): delete it in its settings.'
+            return f'{self.address} may be left there, empty ({str(e).splitlines()[0]}): delete it in its settings.'
         return 'The repository that was created for it was deleted again.'

@@ -1,18 +1,8 @@
+from .functional import l2_normalize
 from .gem import GeM, gem
-from .normalize import l2_normalize
 from .pool_factory import create_pool, is_multigrain_pool
 from .regional import MAC, RMAC, CroW, SPoC
 from .whitening import Whitening
 
 __all__ = [
-    'MAC',
-    'RMAC',
-    'CroW',
-    'GeM',
-    'SPoC',
-    'Whitening',
-    'create_pool',
-    'gem',
-    'is_multigrain_pool',
-    'l2_normalize',
-]
+    'MAC', 'RMAC', 'CroW', 'GeM', 'SPoC', 'Whitening', 'create_pool', 'gem', 'is_multigrain_pool', 'l2_normalize']

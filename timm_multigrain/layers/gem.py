@@ -7,7 +7,6 @@ Papers:
     `MultiGrain: a unified image embedding for classes and instances`, eq. 1, https://arxiv.org/abs/1902.05509
 """
 import math
-import numbers
 from typing import Any
 
 import numpy as np
@@ -16,9 +15,11 @@ import torch.nn as nn
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .format import at_least_float32, drop_prefix_tokens, is_traced, spatial_dims
+from .functional import at_least_float32, drop_prefix_tokens, is_traced, spatial_dims
 
 __all__ = ['GeM', 'gem']
+
+_PLAIN = (torch.Tensor, nn.Parameter)
 
 
 def gem(
@@ -39,10 +40,9 @@ def gem(
         x: Map of any floating dtype.
         p: Exponent > 0: a number, or a tensor that broadcasts against x with `dim` reduced to 1, e.g. (C, 1, 1).
         eps: Floor of the values.
-        dim: Dimensions to pool.
+        dim: Dimensions to pool, side by side.
         keepdim: Keep the pooled dimensions as 1.
-        fixed: Let a tensor p of one value mean what a number does. It is read where that takes no time; a GPU is not
-            waited for, and a compiled graph follows the tensor.
+        fixed: Let a tensor p of one value mean what a number does, without waiting for a GPU.
 
     Returns:
         Pooled x in the dtype of x.
@@ -85,16 +85,17 @@ def _pool_by_value(x: torch.Tensor, p: torch.Tensor, eps: float, dim: list[int])
 
 @torch.jit.unused
 def _is_readable(x: torch.Tensor, p: torch.Tensor) -> bool:
-    """Whether the value of p can be read at once, and nobody follows the tensor."""
-    plain = {type(x), type(p)} <= {torch.Tensor, nn.Parameter}
-    return plain and p.device.type == 'cpu' and not p.requires_grad and not is_traced()
+    """Whether p can be read at once, for the faster powers of numbers, and nobody follows the tensor."""
+    return type(x) in _PLAIN and _has_value(p) and p.device.type == 'cpu' and not p.requires_grad and not is_traced()
 
 
 def _max(x: torch.Tensor, dim: list[int]) -> torch.Tensor:
     # amax would share the gradient among equal values, a maximum gives it to one
-    for d in dim[::-1]:
-        x = x.max(d, keepdim=True)[0]
-    return x
+    axes = [d % x.dim() for d in dim]
+    y = x.flatten(min(axes), max(axes)).max(min(axes), keepdim=True)[0]
+    for _ in range(len(axes) - 1):
+        y = y.unsqueeze(min(axes))
+    return y
 
 
 def power_mean(x: Tensor, p: float | Tensor, eps: float, dim: list[int]) -> Tensor:
@@ -150,11 +151,6 @@ class _PowerMean(torch.autograd.Function):
         return of_x, of_p, None, None
 
 
-def _has_value(p: torch.Tensor) -> bool:
-    """Whether it has memory of its own: no meta or fake tensor, no shard."""
-    return type(p) in (torch.Tensor, nn.Parameter) and not p.is_meta
-
-
 class GeM(nn.Module):
     """Generalized-mean pooling with one exponent, or one per channel, fixed or learnable.
 
@@ -203,68 +199,54 @@ class GeM(nn.Module):
         self.dim = spatial_dims(input_fmt, num_prefix_tokens)
         self.flatten = flatten
         self.num_prefix_tokens = num_prefix_tokens
-        self.init_p = self._check_number(p)  # what a p that was made without memory gets with it
         # not 0-dim, which fully_shard refuses
-        value = torch.full((num_channels if self.per_channel else 1,), self.init_p, dtype=torch.float32)
+        value = torch.empty(num_channels if self.per_channel else 1, dtype=torch.float32)
         if learn_p:
             self.p = nn.Parameter(value)
         else:
             self.register_buffer('p', value, persistent=persistent)
+        self.set_p(p)
 
-    def _check_number(self, p: Any) -> float:
-        if not isinstance(p, numbers.Real) or isinstance(p, bool):
-            raise ValueError(f'GeM needs a number p > 0, got {p!r}: 1 is the average, 3 the usual choice.')
-        value = float(np.float32(p))  # as the state dict keeps it
-        self._check_range(value, value, repr(p))
-        return value
-
-    def _check_range(self, low: float, high: float, shown: str) -> None:
+    def _fitting(self, value: Any) -> torch.Tensor:
+        """A number, or a tensor of one value or of the shape of p, as float32 of that shape; ValueError for others."""
+        if isinstance(value, torch.Tensor):
+            if value.is_complex() or value.dtype == torch.bool:
+                raise ValueError(f'expected a real p, got {value.dtype}.')
+            if value.numel() != 1 and value.shape != self.p.shape:
+                raise ValueError(f'expected a p of shape {tuple(self.p.shape)} or one value, got {tuple(value.shape)}.')
+            low, high = (e.item() for e in torch.aminmax(value.detach().float())) if _has_value(value) else (1., 1.)
+        else:
+            low = high = _float32(value)
+        shown = low if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         if not (low > 0 and high > 0):  # also catches NaN
-            raise ValueError(f'GeM needs p > 0, got {shown}: 1 is the average, 3 the usual choice, inf the maximum.')
-        if high == math.inf and (self.learn_p or self.per_channel):
+            raise ValueError(f'GeM needs p > 0, got {shown!r}: 1 is the average, 3 the usual choice, inf the maximum.')
+        if high == math.inf and not self.fixed:
             raise ValueError(f'A learnable or per-channel p has to be finite, got {shown}: fix one scalar p instead.')
-
-    def _check_tensor(self, value: torch.Tensor) -> torch.Tensor:
-        """`value` as a floating-point tensor of the shape of p, or ValueError."""
-        if value.is_complex() or value.dtype == torch.bool:
-            raise ValueError(f'expected a real p, got {value.dtype}.')
-        if value.numel() != 1 and value.shape != self.p.shape:
-            raise ValueError(f'expected a p of shape {tuple(self.p.shape)} or one value, got {tuple(value.shape)}.')
-        value = value.detach().to(torch.float32)
-        value = value if value.shape == self.p.shape else value.reshape(()).expand(self.p.shape).clone()
-        if _has_value(value):
-            low, high = (end.item() for end in torch.aminmax(value))
-            self._check_range(low, high, f'{low:g}' if value.numel() == 1 else str(value.tolist()))
-        return value
+        if not isinstance(value, torch.Tensor):
+            return torch.full(self.p.shape, low, device='cpu')
+        value = value.detach().float()
+        return value if value.shape == self.p.shape else value.reshape(()).expand(self.p.shape).clone()
 
     @torch.no_grad()
     def set_p(self, value: float | torch.Tensor) -> None:
-        """Sets p in place.
-
-        Args:
-            value: A number for all channels, or a tensor of the shape of `p`.
-        """
-        if isinstance(value, torch.Tensor):
-            value = self._check_tensor(value)
-        else:
-            number = self._check_number(value)
-            value = torch.full(self.p.shape, number, device='cpu')
-            if self.p.is_meta:
-                self.init_p = number
-        self.p.copy_(value)
+        """Set p in place: a number for all channels, or a tensor of the shape of `p`."""
+        self.p.copy_(self._fitting(value))
+        if not isinstance(value, torch.Tensor):
+            self.made_p = _float32(value)  # what a p that was made without memory gets with it
 
     def value(self) -> float | list[float]:
-        """p as a number, or a list with one for each channel; as it was made where its tensor holds no value."""
-        values = self.p.detach().float().tolist() if _has_value(self.p) else [self.init_p] * len(self.p)
+        """p as a number, or a list with one for each channel; as it was set where its tensor holds no value."""
+        p = self.p.detach()
+        p = p.full_tensor() if hasattr(p, 'full_tensor') else p  # sharded by fully_shard
+        values = p.float().tolist() if _has_value(p) else [self.made_p] * len(p)
         return values if self.per_channel else values[0]
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, errors):
         key = prefix + 'p'
-        value = state_dict.get(key) if 'p' not in self._non_persistent_buffers_set else None
-        if isinstance(value, torch.Tensor):
+        if 'p' not in self._non_persistent_buffers_set and isinstance(state_dict.get(key), torch.Tensor):
             try:
                 # torch itself would round into an integer p and take the first of several values for a scalar p
-                value = state_dict[key] = self._check_tensor(value)
+                state_dict[key] = self._fitting(state_dict[key])
             except ValueError as e:
                 errors.append(f'{key}: {e}')
                 return
@@ -274,12 +256,9 @@ class GeM(nn.Module):
     def _apply(self, fn, recurse=True):
         before = self.p
         super()._apply(fn, recurse)
-        if not self.learn_p:
-            # a fixed p follows the device, not the dtype; a p made on the meta device gets its value here
-            if before.is_meta and not self.p.is_meta:
-                self.p = torch.full_like(self.p, self.init_p, dtype=torch.float32)
-            else:
-                self.p = before.to(self.p.device)
+        if not self.learn_p:  # a fixed p follows the device, not the dtype
+            made = before.is_meta and not self.p.is_meta
+            self.p = torch.full_like(self.p, self.made_p, dtype=torch.float32) if made else before.to(self.p.device)
         return self
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -293,3 +272,16 @@ class GeM(nn.Module):
     def extra_repr(self) -> str:
         p = f'({len(self.p)} channels)' if self.per_channel else f'{self.value():g}'
         return f'p={p}, learn_p={self.learn_p}, eps={self.eps:g}, input_fmt={self.input_fmt}, flatten={self.flatten}'
+
+
+def _float32(p: Any) -> float:
+    """A number, or the text of one, as a state dict keeps it."""
+    try:
+        return float(np.float32(p))
+    except (TypeError, ValueError):
+        raise ValueError(f'GeM needs a number p > 0, got {p!r}: 1 is the average, 3 the usual choice.') from None
+
+
+def _has_value(p: torch.Tensor) -> bool:
+    """Whether it has memory of its own: no meta or fake tensor, no shard."""
+    return type(p) in _PLAIN and not p.is_meta

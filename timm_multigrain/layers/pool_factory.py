@@ -8,15 +8,16 @@ A native name goes straight through to timm. For one of our names timm first bui
 state dict is that of 'avg' (plus the exponent if it is learnable).
 """
 import functools
-import importlib
 import inspect
 import re
 from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import ClNormMlpClassifierHead
 
 from .gem import GeM
 from .regional import MAC, RMAC, CroW, SPoC
@@ -70,8 +71,7 @@ def create_pool(
         raise ValueError(
             f"Unknown pooling {name!r}, expected 'gem' (p = 3), 'gem<p>' with a number p > 0 such as 'gem4' or "
             f"'gem2.5', 'geminf', 'gem_learn', 'gem<p>_learn', {', '.join(map(repr, _REGIONAL))}.")
-    p, learn_p = gem
-    return GeM(p, learn_p=learn_p, persistent=persistent, **kwargs)
+    return GeM(gem[0], learn_p=gem[1], persistent=persistent, **kwargs)
 
 
 def _is_ours(name: Any) -> bool:
@@ -79,31 +79,17 @@ def _is_ours(name: Any) -> bool:
     return isinstance(name, str) and (name.lower().startswith('gem') or name in _REGIONAL)
 
 
-def _missing(what: str) -> RuntimeError:
-    return RuntimeError(
-        f'timm {timm.__version__} has no {what}, which global_pool="gem" is built on: install timm 1.0.31 or a '
-        f'timm_multigrain made for this timm.')
-
-
-def _timm_class(module: str, name: str) -> type:
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as e:
-        raise _missing(f'{module}.{name}') from e
-
-
-_TimmHead = _timm_class('timm.layers', 'ClNormMlpClassifierHead')
-
-
-class _MultiGrainHead(_TimmHead):
+class _MultiGrainHead(ClNormMlpClassifierHead):
     """timm's channels-last head, pooling with its module `pool`."""
 
     def _global_pool(self, x: torch.Tensor) -> torch.Tensor:
         return self.pool(x)
 
     def _get_name(self) -> str:
-        return _TimmHead.__name__
+        return ClNormMlpClassifierHead.__name__
 
+
+# of each class what puts our pooling in, and what takes it out before timm's own method runs
 
 def _enter_select(layer: nn.Module, name: str, args: dict[str, Any]) -> None:
     if args['output_size'] not in (1, (1, 1)):
@@ -120,21 +106,19 @@ def _enter_head(head: nn.Module, name: str, args: dict[str, Any]) -> None:
 
 def _leave_head(head: nn.Module) -> None:
     if isinstance(head, _MultiGrainHead):
-        head.__class__ = _TimmHead
+        head.__class__ = ClNormMlpClassifierHead
         del head.pool
         head.pool_type = ''
 
 
-def _enter_vit(model: nn.Module, name: str, args: dict[str, Any]) -> None:
-    # VisionTransformer strips the prefix tokens itself
-    model.attn_pool = create_pool(name, input_fmt='NLC').train(model.training)
+def _enter_tokens(model: nn.Module, name: str, args: dict[str, Any], num_prefix_tokens: int = 0) -> None:
+    pool = create_pool(name, input_fmt='NLC', num_prefix_tokens=num_prefix_tokens)
+    model.attn_pool = pool.train(model.training)
     model.global_pool = name
 
 
 def _enter_eva(model: nn.Module, name: str, args: dict[str, Any]) -> None:
-    pool = create_pool(name, input_fmt='NLC', num_prefix_tokens=model.num_prefix_tokens)
-    model.attn_pool = pool.train(model.training)
-    model.global_pool = name
+    _enter_tokens(model, name, args, model.num_prefix_tokens)  # VisionTransformer strips them itself
 
 
 def _leave_tokens(model: nn.Module) -> None:
@@ -144,51 +128,47 @@ def _leave_tokens(model: nn.Module) -> None:
 
 
 class _Seam(NamedTuple):
-    module: str
-    name: str
+    path: str  # of the class
     wraps: dict[str, str]  # method to wrap: its argument with the name of the pooling
     relies_on: dict[str, set[str]]  # method: attributes it has to touch for our pooling to take part
     enter: Callable[[nn.Module, str, dict[str, Any]], None]
     leave: Callable[[nn.Module], None]
 
+    def find(self) -> type:
+        """The class, checked; RuntimeError if timm has another one than we are made for."""
+        module, _, name = self.path.rpartition('.')
+        cls = getattr(import_module(module), name, None)
+        lacking = f'class {self.path}' if cls is None else next(self._lacking(cls), None)
+        if lacking:
+            raise RuntimeError(
+                f'timm {timm.__version__} has no {lacking}, which global_pool="gem" is built on: install timm 1.0.31 '
+                'or a timm_multigrain made for this timm.')
+        return cls
+
+    def _lacking(self, cls: type):
+        for name in {**self.wraps, **self.relies_on}:
+            method = getattr(cls, name, None)
+            if not inspect.isfunction(method):
+                yield f'method {self.path}.{name}'
+                return
+            if self.wraps.get(name, 'self') not in inspect.signature(method).parameters:
+                yield f'argument {self.wraps[name]!r} of {self.path}.{name}'
+            absent = self.relies_on.get(name, set()) - set(inspect.unwrap(method).__code__.co_names)
+            if absent:
+                yield f'use of {", ".join(sorted(absent))} in {self.path}.{name}'
+
 
 _SEAMS = (
-    _Seam(
-        'timm.layers', 'SelectAdaptivePool2d',
-        {'__init__': 'pool_type'},
-        {'__init__': {'pool', 'pool_type'}, 'forward': {'pool'}},
-        _enter_select, lambda layer: None),
-    _Seam(
-        'timm.layers', 'ClNormMlpClassifierHead',
-        {'__init__': 'pool_type', 'reset': 'pool_type'},
-        {'__init__': {'pool_dim', 'pool_type'}, 'forward': {'_global_pool'}},
-        _enter_head, _leave_head),
-    _Seam(
-        'timm.models.vision_transformer', 'VisionTransformer',
-        {'__init__': 'global_pool', 'reset_classifier': 'global_pool'},
-        {'__init__': {'global_pool'}, 'pool': {'attn_pool', 'num_prefix_tokens'}},
-        _enter_vit, _leave_tokens),
-    _Seam(
-        'timm.models.eva', 'Eva',
-        {'__init__': 'global_pool', 'reset_classifier': 'global_pool'},
-        {'__init__': {'global_pool', 'num_prefix_tokens'}, 'pool': {'attn_pool'}},
-        _enter_eva, _leave_tokens),
+    _Seam('timm.layers.SelectAdaptivePool2d', {'__init__': 'pool_type'},
+          {'__init__': {'pool', 'pool_type'}, 'forward': {'pool'}}, _enter_select, lambda layer: None),
+    _Seam('timm.layers.ClNormMlpClassifierHead', {'__init__': 'pool_type', 'reset': 'pool_type'},
+          {'__init__': {'pool_dim', 'pool_type'}, 'forward': {'_global_pool'}}, _enter_head, _leave_head),
+    _Seam('timm.models.vision_transformer.VisionTransformer',
+          {'__init__': 'global_pool', 'reset_classifier': 'global_pool'},
+          {'__init__': {'global_pool'}, 'pool': {'attn_pool', 'num_prefix_tokens'}}, _enter_tokens, _leave_tokens),
+    _Seam('timm.models.eva.Eva', {'__init__': 'global_pool', 'reset_classifier': 'global_pool'},
+          {'__init__': {'global_pool', 'num_prefix_tokens'}, 'pool': {'attn_pool'}}, _enter_eva, _leave_tokens),
 )
-
-
-def _check(seam: _Seam) -> None:
-    where = f'{seam.module}.{seam.name}'
-    cls = _timm_class(seam.module, seam.name)
-    for method in {**seam.wraps, **seam.relies_on}:
-        if not inspect.isfunction(getattr(cls, method, None)):
-            raise _missing(f'method {where}.{method}')
-    for method, argument in seam.wraps.items():
-        if argument not in inspect.signature(getattr(cls, method)).parameters:
-            raise _missing(f'argument {argument!r} of {where}.{method}')
-    for method, attributes in seam.relies_on.items():
-        absent = attributes - set(inspect.unwrap(getattr(cls, method)).__code__.co_names)
-        if absent:
-            raise _missing(f'use of {", ".join(sorted(absent))} in {where}.{method}')
 
 
 def _wrap(original: Callable, argument: str, seam: _Seam) -> Callable:
@@ -218,10 +198,7 @@ def install() -> None:
     Raises:
         RuntimeError: timm lacks a class, method or argument this relies on; timm is left as it was.
     """
-    for seam in _SEAMS:
-        _check(seam)
-    for seam in _SEAMS:
-        cls = _timm_class(seam.module, seam.name)
+    for cls, seam in [(seam.find(), seam) for seam in _SEAMS]:
         for name, argument in seam.wraps.items():
             original = getattr(cls, name)
             if not getattr(original, 'is_multigrain', False):

@@ -10,7 +10,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from .normalize import l2_normalize
+from .functional import l2_normalize
 
 __all__ = ['Whitening']
 
@@ -36,9 +36,8 @@ class Whitening(nn.Module):
                 f'one: choose 1 to {in_features + 1}.')
         self.in_features = in_features
         self.out_features = out_features
-        dd = {'device': device, 'dtype': dtype}
-        self.register_buffer('mean', torch.zeros(in_features + 1, **dd))
-        self.register_buffer('proj', torch.eye(in_features + 1, out_features, **dd))
+        self.register_buffer('mean', torch.zeros(in_features + 1, device=device, dtype=dtype))
+        self.register_buffer('proj', torch.eye(in_features + 1, out_features, device=device, dtype=dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _project(x, self.mean, self.proj)

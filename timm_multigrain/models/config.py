@@ -1,19 +1,13 @@
-"""timm's model configurations: of a MultiGrain on any trunk, of the weights that the paper's authors published, what a
-configuration that comes with a file may say, and what a model was fitted for.
-"""
+"""timm's model configuration: of a MultiGrain, what one in a file may say, and what a model was fitted for."""
 import json
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from timm.models import get_pretrained_cfg
 
 from timm_multigrain.files import check_json, parse_json
 
-__all__ = [
-    'check_config', 'check_saved_args', 'fitted', 'json_p', 'model_cfg', 'note_fitted', 'official_cfg', 'paper_cfg',
-    'trunk_cfg', 'whitened_for']
+__all__ = ['check_config', 'check_saved_args', 'fitted', 'json_p', 'model_cfg', 'note_fitted', 'whitened_for']
 
 _KEPT = ('input_size', 'min_input_size', 'fixed_input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std')
 
@@ -21,9 +15,10 @@ _KEPT = ('input_size', 'min_input_size', 'fixed_input_size', 'pool_size', 'crop_
 def model_cfg(trunk_cfg: dict, **kwargs) -> dict:
     """Configuration of a model on a trunk with this timm configuration, without weights unless given in ``kwargs``."""
     first_conv = trunk_cfg.get('first_conv')
-    if first_conv is not None:
-        single = isinstance(first_conv, str)
-        first_conv = f'trunk.{first_conv}' if single else tuple(f'trunk.{name}' for name in first_conv)
+    if isinstance(first_conv, str):
+        first_conv = f'trunk.{first_conv}'
+    elif first_conv is not None:
+        first_conv = tuple(f'trunk.{name}' for name in first_conv)
     return {
         'num_classes': 1000,
         **{key: trunk_cfg[key] for key in _KEPT if trunk_cfg.get(key) is not None},
@@ -36,35 +31,6 @@ def model_cfg(trunk_cfg: dict, **kwargs) -> dict:
     }
 
 
-def trunk_cfg(trunk: str, **kwargs) -> dict:
-    """Configuration of a model on a registered trunk, without weights unless given in ``kwargs``."""
-    base = get_pretrained_cfg(trunk)
-    return model_cfg(base.to_dict() if base else {}, **kwargs)
-
-
-def paper_cfg(trunk: str, **kwargs) -> dict:
-    """As `trunk_cfg`, with the paper's preprocessing: shorter side 256, centre crop 224."""
-    return trunk_cfg(trunk, **{'crop_pct': 0.875, 'interpolation': 'bilinear', **kwargs})
-
-
-def official_cfg(trunk: str, file: str, training: str, top1: str, **kwargs) -> dict:
-    """Configuration of weights published by the authors, whose license forbids commercial use.
-
-    Args:
-        trunk: Registered trunk.
-        file: Path on the authors' server.
-        training: What the weights are: p, lambda, augmentation.
-        top1: Published ImageNet accuracy, with the test size.
-        **kwargs: Other fields of timm's configuration.
-    """
-    return paper_cfg(trunk, **{
-        'url': f'https://dl.fbaipublicfiles.com/multigrain/{file}',
-        'license': 'cc-by-nc-4.0',
-        'description': f'MultiGrain, {training}; top-1 {top1}',
-        'notes': ('not for commercial use', 'top-1 as published by the authors of the paper'),
-        **kwargs})
-
-
 # --- what comes with a file
 
 # arguments that lead out of the file that they stand in
@@ -72,6 +38,7 @@ _OUTSIDE = (
     'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_trunk', 'checkpoint_path', 'cache_dir')
 _LARGEST = 4096  # pixels
 _SIZES = ('input_size', 'test_input_size', 'min_input_size')
+_POSITIVE = ('std', 'crop_pct', 'test_crop_pct')
 _FORM = {
     **{key: [int] for key in _SIZES},
     'mean': [float],
@@ -84,11 +51,7 @@ _FORM = {
 
 
 def check_saved_args(args: Any) -> None:
-    """Whether the arguments that a file says its model is made with lead nowhere else.
-
-    Raises:
-        ValueError: They name another file, a repository, or weights to fetch, or are not arguments.
-    """
+    """Whether the arguments that a file says its model is made with lead nowhere else; ValueError if they do."""
     if args is None:
         return
     if not isinstance(args, dict):
@@ -103,22 +66,17 @@ def check_saved_args(args: Any) -> None:
 
 
 def check_config(cfg: dict) -> None:
-    """Whether a model's configuration has the types that timm gives it.
-
-    Raises:
-        ValueError: It has others.
-    """
+    """Whether a model's configuration has the types that timm gives it; ValueError if not."""
     for key in _FORM.keys() & {key for key, value in cfg.items() if value is not None}:
         value = list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key]
         check_json(value, _FORM[key], f'{key} of the configuration')
-        good = bool(value) or key not in ('mean', 'std', 'crop_pct', 'test_crop_pct')
         if key in _SIZES:
             good = len(value) == 3 and all(0 < side <= _LARGEST for side in value)
-        elif key in ('std', 'crop_pct', 'test_crop_pct'):
-            good = good and all(number > 0 for number in (value if key == 'std' else [value]))
-        elif isinstance(value, dict):
-            good = all(row.isdecimal() for row in value)
-        if not good:
+        elif key in _POSITIVE:
+            good = value and all(number > 0 for number in (value if key == 'std' else [value]))
+        else:
+            good = key != 'mean' or value
+        if not good or (isinstance(value, dict) and not all(row.isdecimal() for row in value)):
             raise ValueError(f'{key} of the configuration is {value!r:.200}.')
 
 
@@ -129,13 +87,7 @@ _SETTINGS = {'p': (float, str, [float], None), 'protocol': {'size': int, 'kind':
 
 
 def note_fitted(model: torch.nn.Module, kind: str, settings: dict[str, Any]) -> None:
-    """Keep in the model what a fit belongs to, in place of an earlier one of its kind.
-
-    Args:
-        model: Model; its pretrained_cfg is replaced.
-        kind: 'whitening' or 'p'.
-        settings: What JSON can hold.
-    """
+    """Keep in the model what a fit ('whitening' or 'p') belongs to, in place of an earlier one of its kind."""
     notes = [note for note in _notes(model) if not note.startswith(f'{kind}: {{')]
     notes.append(f'{kind}: {json.dumps(settings)}')
     model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'notes': notes}
@@ -143,15 +95,13 @@ def note_fitted(model: torch.nn.Module, kind: str, settings: dict[str, Any]) -> 
 
 def fitted(model: torch.nn.Module, kind: str) -> dict[str, Any] | None:
     """The settings that `note_fitted` kept, or None."""
-    for note in _notes(model):
-        if note.startswith(f'{kind}: {{'):
-            try:
-                settings = parse_json(note.partition(': ')[2])
-                check_json(settings, {name: form for name, form in _SETTINGS.items() if name in settings}, kind)
-                return settings
-            except ValueError:
-                return None
-    return None
+    note = next((note for note in _notes(model) if note.startswith(f'{kind}: {{')), None)
+    try:
+        settings = parse_json(note.partition(': ')[2]) if note else None
+        check_json(settings, {name: form for name, form in _SETTINGS.items() if name in (settings or ())}, kind)
+        return settings
+    except ValueError:
+        return None
 
 
 def whitened_for(model: torch.nn.Module) -> dict[str, Any]:
@@ -168,6 +118,6 @@ def json_p(p: float | list[float] | None) -> float | str | list[float] | None:
     return 'inf' if p == math.inf else p
 
 
-def _notes(model: torch.nn.Module) -> Iterable[str]:
+def _notes(model: torch.nn.Module) -> list[str]:
     notes = (getattr(model, 'pretrained_cfg', None) or {}).get('notes') or ()
     return [str(note) for note in ([notes] if isinstance(notes, str) else notes)]

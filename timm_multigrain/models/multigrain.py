@@ -7,6 +7,7 @@ embedding, L2-normalised, is the retrieval descriptor. Training it for both is M
 import copy
 import re
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -14,15 +15,89 @@ import torch.nn.functional as F
 from timm.layers import get_device_dtype
 from timm.models import get_model_traits
 
-from timm_multigrain.layers import GeM, Whitening, l2_normalize
-from timm_multigrain.layers.format import is_traced
+from timm_multigrain.layers import GeM, Whitening, create_pool, is_multigrain_pool, l2_normalize
+from timm_multigrain.layers.functional import is_traced
 
 from .config import model_cfg
-from .head import MultiGrainHead
-from .trunk import InputSizes, create_trunk, find_input_sizes, probe_trunk
-from .weights import checkpoint_filter_fn, starting_weights, unwrapped  # timm looks the first up beside the class
+from .trunk import FeatureMap, InputSizes, create_trunk, find_input_sizes, probe_trunk
+from .weights import checkpoint_filter_fn, is_multigrain, unwrapped  # timm looks the first up beside the class
 
-__all__ = ['MultiGrain', 'checkpoint_filter_fn']
+__all__ = ['MultiGrain', 'MultiGrainHead', 'checkpoint_filter_fn']
+
+
+class MultiGrainHead(nn.Module):
+    """Pool the map to one embedding, whiten it where a whitening is fitted, and classify it.
+
+    The embedding (``pre_logits=True``) is taken before dropout, which belongs to the classifier. Arguments as of
+    `MultiGrain`; ``gem_args`` are p, learn_p, per_channel and eps of a GeM.
+    """
+
+    def __init__(
+            self, feature_map: FeatureMap, num_classes: int, global_pool: str, gem_args: dict[str, Any],
+            drop_rate: float = 0., whitening: int | None = None, device=None, dtype=None):
+        super().__init__()
+        self.feature_map = feature_map
+        self.gem_args = gem_args
+        self.global_pool = self.pool = None
+        self.reset_pool(global_pool, device)
+        self.embed_dim = feature_map.channels if whitening is None else whitening
+        self.whitening = nn.Identity()
+        if whitening is not None:
+            self.whitening = Whitening(feature_map.channels, whitening, device=device, dtype=dtype)
+        self.drop = nn.Dropout(drop_rate)
+        self.reset_fc(num_classes, device, dtype)
+
+    def reset_pool(self, global_pool: str, device=None, dtype=None) -> None:
+        """Change the pooling. 'gem' keeps an existing GeM, and restores a removed one with its p."""
+        if global_pool == self.global_pool:
+            return
+        name = {'avg': 'gem1', 'max': 'geminf'}.get(global_pool, global_pool)
+        if name and not is_multigrain_pool(name):
+            raise ValueError(
+                f"Unknown global_pool {global_pool!r} for a MultiGrain model: choose 'gem', 'gem4', 'gem_learn', "
+                "'avg', 'max', 'mac', 'spoc', 'rmac', 'crow', or '' for the unpooled map.")
+        args, fmt = self.gem_args, self.feature_map
+        if isinstance(self.pool, GeM) and not self.pool.per_channel:
+            args.update(p=self.pool.value())
+        kwargs = dict(input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens)
+        pool = create_pool(name, **kwargs) if name else nn.Identity()
+        self.global_pool = name
+        if isinstance(pool, GeM):  # 'gem4', 'avg' and the like are GeM with that exponent
+            self.global_pool = 'gem'
+            if name != 'gem':
+                args.update(p=pool.value(), learn_p=pool.learn_p, per_channel=False)
+            channels = fmt.channels if args['per_channel'] else None
+            pool = GeM(args['p'], args['learn_p'], num_channels=channels, eps=args['eps'], **kwargs)
+        self.pool = pool.to(device=device).train(self.training)
+        self.pooled = bool(name)  # the whitening and the classifier work on pooled embeddings only
+
+    def reset_fc(self, num_classes: int, device=None, dtype=None) -> None:
+        """Give the head a fresh classifier of ``num_classes`` rows, none for 0."""
+        if num_classes < 0:
+            raise ValueError(f'num_classes={num_classes} is negative: use 0 for a model without classifier.')
+        if num_classes and not self.pooled:
+            raise ValueError(f"global_pool='' gives the map itself, not an input for {num_classes} classes: "
+                             'use num_classes=0 or a pooling.')
+        self.fc = nn.Identity()
+        if num_classes:
+            self.fc = nn.Linear(self.embed_dim, num_classes, device=device, dtype=dtype)
+        self.fc.train(self.training)
+
+    def set_channels(self, channels: int) -> None:
+        """Take a map of so many channels from now on (a pruned trunk's); a whitening of other channels goes."""
+        self.feature_map = self.feature_map._replace(channels=channels)
+        self.whitening = nn.Identity()
+        self.embed_dim = channels
+
+    def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        x = self.pool(x)
+        if self.pooled:
+            x = self.whitening(x)
+        return x if pre_logits else self.classify(x)
+
+    def classify(self, embedding: torch.Tensor) -> torch.Tensor:
+        """(N, embed_dim) embedding to (N, num_classes) logits."""
+        return self.fc(self.drop(embedding))
 
 
 class MultiGrain(nn.Module):
@@ -59,7 +134,8 @@ class MultiGrain(nn.Module):
         >>> model.embed(torch.randn(2, 3, 64, 64)).shape
         torch.Size([2, 512])
     """
-    __jit_unused_properties__ = ['_model_args', 'global_pool', 'gem_p', 'whitened', 'embed_dim', 'input_sizes']
+    __jit_unused_properties__ = [
+        '_model_args', 'global_pool', 'gem_p', 'whitened', 'embed_dim', 'head_hidden_size', 'input_sizes']
 
     def __init__(
             self,
@@ -92,15 +168,15 @@ class MultiGrain(nn.Module):
         self.output_fmt = feature_map.format
         self.num_prefix_tokens = feature_map.prefix_tokens
         self.num_features = feature_map.channels
-        self.feature_info = _prefix_feature_info(getattr(self.trunk, 'feature_info', []))
-        self.head = MultiGrainHead(
-            feature_map, num_classes, global_pool=global_pool, gem_p=_parse_p(gem_p), learn_p=learn_p,
-            per_channel_p=per_channel_p, gem_eps=gem_eps, drop_rate=drop_rate, whitening=whitening, **dd)
-        if gem_p is not None and global_pool != 'gem' and self.head.gem_args['p'] != _parse_p(gem_p):
+        infos = getattr(self.trunk, 'feature_info', [])
+        self.feature_info = [dict(info, **({'module': f'trunk.{info["module"]}'} if 'module' in info else {}))
+                             for info in copy.deepcopy(getattr(infos, 'info', infos))]
+        gem_args = dict(p=3. if gem_p is None else gem_p, learn_p=learn_p, per_channel=per_channel_p, eps=gem_eps)
+        self.head = MultiGrainHead(feature_map, num_classes, global_pool, gem_args, drop_rate, whitening, **dd)
+        if gem_p is not None and global_pool != 'gem' and self.gem_p != GeM(gem_p).value():
             raise ValueError(f'global_pool={global_pool!r} and gem_p={gem_p} disagree: give one of them.')
         # an exponent that was asked for wins over the one of pretrained weights
         self.fixed_p = not self.head.gem_args['learn_p'] and (gem_p is not None or global_pool != 'gem')
-        self.head_hidden_size = self.head.embed_dim
         self.pretrained_cfg = self.default_cfg = model_cfg(self.trunk.pretrained_cfg, architecture='multigrain')
         self._trunk_kwargs = trunk_kwargs
         self._input_sizes = None  # looked for when it is asked for
@@ -115,13 +191,7 @@ class MultiGrain(nn.Module):
     @property
     def gem_p(self) -> float | list[float] | None:
         """Exponent of GeM now, a list with one a channel, None with another pooling."""
-        if not isinstance(self.head.pool, GeM):
-            return None
-        p = self.head.pool.p
-        if hasattr(p, 'full_tensor'):  # sharded by fully_shard
-            p = p.detach().full_tensor().tolist()
-            return p if self.head.pool.per_channel else p[0]
-        return self.head.pool.value()
+        return self.head.pool.value() if isinstance(self.head.pool, GeM) else None
 
     @property
     def whitened(self) -> bool:
@@ -131,6 +201,11 @@ class MultiGrain(nn.Module):
     @property
     def embed_dim(self) -> int:
         """Size of the embedding: the trunk's channels, or the components of the whitening."""
+        return self.head.embed_dim
+
+    @property
+    def head_hidden_size(self) -> int:
+        """timm's name of `embed_dim`."""
         return self.head.embed_dim
 
     @property
@@ -144,14 +219,14 @@ class MultiGrain(nn.Module):
     def _model_args(self) -> dict:
         # timm's factory writes what create_model was given and its exporter reads what rebuilds the model. Computing it
         # from the model as it is keeps p and whitening right after they were tuned, however the model was made.
-        args = {**self._recorded_args, **self._trunk_kwargs, 'trunk': self.trunk_name}
-        args.update(learn_p=self.head.gem_args['learn_p'], per_channel_p=self.head.gem_args['per_channel'],
-                    gem_eps=self.head.gem_args['eps'])
-        if isinstance(self.gem_p, float):
-            args['gem_p'] = 'inf' if self.gem_p == float('inf') else self.gem_p  # strict JSON has no Infinity
+        gem, p = self.head.gem_args, self.gem_p
+        args = {**self._recorded_args, **self._trunk_kwargs, 'trunk': self.trunk_name, 'learn_p': gem['learn_p'],
+                'per_channel_p': gem['per_channel'], 'gem_eps': gem['eps']}
+        if not isinstance(p, list):
+            args['gem_p'] = 'inf' if p == float('inf') else p  # strict JSON has no Infinity
         if self.whitened:
             args['whitening'] = self.embed_dim
-        return args
+        return {k: v for k, v in args.items() if v is not None}
 
     @_model_args.setter
     def _model_args(self, args: dict) -> None:
@@ -202,10 +277,9 @@ class MultiGrain(nn.Module):
         timm loads `checkpoint_path` (train.py --initial-checkpoint, validate.py --checkpoint) without a filter.
         """
         state = unwrapped(state_dict)
-        foreign = not any(k.startswith('trunk.') for k in state) and not all(k.startswith('head.') for k in state)
-        if foreign:
+        if not is_multigrain(state) and not all(k.startswith('head.') for k in state):
             state = checkpoint_filter_fn(state, self)
-        return super().load_state_dict(starting_weights(state, self), strict=strict, assign=assign)
+        return super().load_state_dict(state, strict=strict, assign=assign)
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
@@ -242,43 +316,29 @@ class MultiGrain(nn.Module):
     @torch.jit.ignore
     def set_whitening(self, components: int) -> None:
         """Make room for a whitening of so many components and a classifier of that width, both to be loaded."""
-        self.head.set_whitening(components, self.num_classes, **get_device_dtype(self))
-        self.head_hidden_size = components
+        dd = get_device_dtype(self)
+        self.head.whitening = Whitening(self.num_features, components, **dd)
+        self.head.embed_dim = components
+        self.head.reset_fc(self.num_classes, **dd)
 
     @torch.jit.ignore
     def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: int | list[int] | None = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-            **kwargs,
+            self, x: torch.Tensor, indices: int | list[int] | None = None, intermediates_only: bool = False, **kwargs,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """The trunk's intermediate maps, and the last one as ``forward_features`` gives it. Arguments as in timm."""
-        out = self.trunk.forward_intermediates(
-            x, indices=indices, norm=norm, stop_early=stop_early, output_fmt=output_fmt,
-            intermediates_only=intermediates_only, **kwargs)
-        if intermediates_only:
-            return out
-        last, intermediates = out
-        return self.trunk.forward_head(last), intermediates
+        out = self.trunk.forward_intermediates(x, indices=indices, intermediates_only=intermediates_only, **kwargs)
+        return out if intermediates_only else (self.trunk.forward_head(out[0]), out[1])
 
     @torch.jit.ignore
     def prune_intermediate_layers(
-            self,
-            indices: int | list[int] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> list[int]:
+            self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop the layers behind the last of these intermediate maps. Arguments and result as in timm."""
         indices = self.trunk.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
         channels = probe_trunk(self.trunk, self.trunk_name).channels
         pruned = channels != self.num_features
         if pruned:
             self.head.set_channels(channels)
-            self.num_features = self.head_hidden_size = channels
+            self.num_features = channels
         if prune_head or pruned:
             self.reset_classifier(0, '')
         return indices
@@ -317,9 +377,13 @@ class MultiGrain(nn.Module):
         if isinstance(x, Sequence):
             if not x:
                 raise ValueError('embed() got an empty list: give at least one image.')
-            _check_images(x, self.in_chans)
-            return torch.cat([self.embed(image if image.ndim == 4 else image[None], dim=dim) for image in x])
-        _check_images([x], self.in_chans, (4,))
+            return torch.cat([self.embed(i[None] if getattr(i, 'ndim', 4) == 3 else i, dim=dim) for i in x])
+        is_tensor = isinstance(x, torch.Tensor)
+        if not is_tensor or x.ndim != 4 or x.shape[1] != self.in_chans or not x.is_floating_point():
+            raise ValueError(
+                f'embed() takes images (N, {self.in_chans}, H, W) or a list of ({self.in_chans}, H, W) ones, floating '
+                'point and normalised as timm.data.create_transform makes them, '
+                f'got {f"{x.dtype} of shape {tuple(x.shape)}" if is_tensor else type(x).__name__}.')
         if not is_traced():
             size = self.input_sizes.nearest(*x.shape[-2:])
             if size != tuple(x.shape[-2:]):
@@ -328,30 +392,6 @@ class MultiGrain(nn.Module):
         return l2_normalize(embedding[:, :dim].float())
 
 
-def _check_images(images: Sequence, in_chans: int, dims: tuple[int, ...] = (3, 4)) -> None:
-    for x in images:
-        is_tensor = isinstance(x, torch.Tensor)
-        if not is_tensor or x.ndim not in dims or x.shape[-3] != in_chans or not x.is_floating_point():
-            raise ValueError(
-                f'embed() takes images (N, {in_chans}, H, W) or a list of ({in_chans}, H, W) ones, floating point and '
-                'normalised as timm.data.create_transform makes them, '
-                f'got {f"{x.dtype} of shape {tuple(x.shape)}" if is_tensor else type(x).__name__}.')
-
-
-def _parse_p(p: float | str | None) -> float:
-    if isinstance(p, str):  # 'inf' in a config, or from a command line
-        try:
-            return float(p)
-        except ValueError:
-            raise ValueError(f"gem_p={p!r} is not a number: use for instance 3, 2.5 or 'inf'.") from None
-    return 3.0 if p is None else p
-
-
 def _prefix_pattern(pattern: str) -> str:
     """A group pattern of the trunk, anchored at any of its alternatives, for names below 'trunk.'."""
     return r'^trunk\.(?:' + re.sub(r'(?:^|(?<=[|(]))\^', '', pattern) + ')'
-
-
-def _prefix_feature_info(feature_info) -> list[dict]:
-    infos = copy.deepcopy(getattr(feature_info, 'info', feature_info))
-    return [dict(info, module=f'trunk.{info["module"]}') if 'module' in info else dict(info) for info in infos]

@@ -26,14 +26,10 @@ class FloorConv2d(nn.Conv2d):
         (N, C, H, W) to (N, out_channels, H // 2, W // 2).
     """
 
-    def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 2, **kwargs):
-        super().__init__(in_channels, out_channels, kernel_size, stride=stride, **kwargs)
-        k = self.kernel_size[0]
-        self.before = max(k // 2 - 1, 0)
-        self.after = k - 2 - self.before  # -1 for a 1x1 kernel: a last position without partner is left out
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.pad(x, [self.before, self.after, self.before, self.after])
+        before = max(self.kernel_size[0] // 2 - 1, 0)
+        after = self.kernel_size[0] - 2 - before  # -1 for a 1x1 kernel: a last position without partner is left out
+        x = F.pad(x, [before, after, before, after])
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
 
 
@@ -49,20 +45,10 @@ def crop_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return F.pad(x, [0, like.shape[3] - x.shape[3], 0, like.shape[2] - x.shape[2]])
 
 
-class _Cell(nn.Module):
-    """The layers of one of timm's cells with another forward.
+# Other classes for timm's cells, with the same layers. The left input of a cropping cell may be one position larger
+# than its right one: what is computed from the left input alone is cropped where it meets the rest.
 
-    The left input of a cropping cell may be one position larger than its right one: what is computed from the left
-    input alone is computed in full and cropped where it meets the rest.
-    """
-
-    def __init__(self, cell: nn.Module):
-        super().__init__()
-        for name, child in cell.named_children():
-            self.add_module(name, child)
-
-
-class _CroppingPNASCell(_Cell):
+class _CroppingPNASCell(nn.Module):
     """A normal cell of PNASNet."""
 
     def forward(self, x_left: torch.Tensor, x_right: torch.Tensor) -> torch.Tensor:
@@ -76,7 +62,7 @@ class _CroppingPNASCell(_Cell):
         return torch.cat([crop_like(sum_0, right), sum_1, sum_2, sum_3, sum_4], 1)
 
 
-class _CroppingNASCell(_Cell):
+class _CroppingNASCell(nn.Module):
     """The first cell of NASNet behind a reduction cell."""
 
     def forward(self, x: torch.Tensor, x_prev: torch.Tensor) -> torch.Tensor:
@@ -94,7 +80,7 @@ class _CroppingNASCell(_Cell):
         ], 1)
 
 
-class _ReductionCell(_Cell):
+class _PlainReductionCell(nn.Module):
     """A reduction cell of NASNet that the next cell sees as any other.
 
     After a cell of its own class, timm's forward_intermediates keeps the left input of NASNet-A-Large.
@@ -111,7 +97,7 @@ def restore_padding(trunk: nn.Module) -> None:
         trunk: A whole timm.models.PNASNet5Large.
     """
     _pad_cells(trunk, round_down=('cell_4',))
-    trunk.cell_5 = _CroppingPNASCell(trunk.cell_5).train(trunk.cell_5.training)
+    trunk.cell_5.__class__ = _CroppingPNASCell
 
 
 def _pad_cells(trunk: nn.Module, round_down: Iterable[str]) -> None:
@@ -121,8 +107,10 @@ def _pad_cells(trunk: nn.Module, round_down: Iterable[str]) -> None:
             continue
         floor = name.partition('.')[0] in round_down
         if isinstance(module, nn.Conv2d):
-            new = _rebuild_conv(module, floor)
-        elif isinstance(module, nn.MaxPool2d):
+            module.__class__ = FloorConv2d if floor else nn.Conv2d
+            module.padding = (module.kernel_size[0] // 2,) * 2
+            continue
+        if isinstance(module, nn.MaxPool2d):
             new = floor_pool2d(nn.MaxPool2d) if floor else nn.MaxPool2d(3, stride=2, padding=1)
         elif floor and module.kernel_size in (3, (3, 3)):
             new = floor_pool2d(nn.AvgPool2d, count_include_pad=False)
@@ -130,14 +118,6 @@ def _pad_cells(trunk: nn.Module, round_down: Iterable[str]) -> None:
             continue
         parent, _, leaf = name.rpartition('.')
         setattr(trunk.get_submodule(parent), leaf, new.train(module.training))
-
-
-def _rebuild_conv(conv: nn.Conv2d, floor: bool) -> nn.Conv2d:
-    kwargs = dict(stride=2, groups=conv.groups, bias=False, device='meta')
-    size = conv.in_channels, conv.out_channels, conv.kernel_size[0]
-    new = FloorConv2d(*size, **kwargs) if floor else nn.Conv2d(*size, padding=size[2] // 2, **kwargs)
-    new.weight = conv.weight
-    return new
 
 
 class NASNetAMobile(NASNetALarge):
@@ -161,10 +141,9 @@ class NASNetAMobile(NASNetALarge):
         for info, channels in zip(self.feature_info, (32, 44, 264, 528, 1056), strict=True):
             info['num_chs'] = channels
         _pad_cells(self, round_down=('cell_stem_1', 'reduction_cell_0', 'reduction_cell_1'))
-        for name in ('reduction_cell_0', 'reduction_cell_1'):
-            setattr(self, name, _ReductionCell(getattr(self, name)))
-        for name in ('cell_0', 'cell_6', 'cell_12'):
-            setattr(self, name, _CroppingNASCell(getattr(self, name)))
+        self.reduction_cell_0.__class__ = self.reduction_cell_1.__class__ = _PlainReductionCell
+        for cell in (self.cell_0, self.cell_6, self.cell_12):
+            cell.__class__ = _CroppingNASCell
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) to the (N, 1056, h, w) map; a pruned network's to its last map, as timm's does."""
@@ -174,26 +153,25 @@ class NASNetAMobile(NASNetALarge):
         stem_0 = self.cell_stem_0(conv0)
         if self.cell_stem_1 is None:
             return F.relu(stem_0)
-        stem_1 = self.cell_stem_1(conv0, stem_0)
-        x_0 = self.cell_0(stem_1, stem_0)
-        x_1 = self.cell_1(x_0, stem_1)
-        x_2 = self.cell_2(x_1, x_0)
-        x_3 = self.cell_3(x_2, x_1)
+        x_0 = self.cell_stem_1(conv0, stem_0)
+        x_1 = self.cell_0(x_0, stem_0)
+        x_2 = self.cell_1(x_1, x_0)
+        x_3 = self.cell_2(x_2, x_1)
+        x_4 = self.cell_3(x_3, x_2)
         if self.reduction_cell_0 is None:
-            return F.relu(x_3)
-        reduced_0 = self.reduction_cell_0(x_3, x_2)
-        x_6 = self.cell_6(reduced_0, x_3)
-        x_7 = self.cell_7(x_6, reduced_0)
+            return F.relu(x_4)
+        x_5 = self.reduction_cell_0(x_4, x_3)
+        x_6 = self.cell_6(x_5, x_4)
+        x_7 = self.cell_7(x_6, x_5)
         x_8 = self.cell_8(x_7, x_6)
         x_9 = self.cell_9(x_8, x_7)
         if self.reduction_cell_1 is None:
             return F.relu(x_9)
-        reduced_1 = self.reduction_cell_1(x_9, x_8)
-        x_12 = self.cell_12(reduced_1, x_9)
-        x_13 = self.cell_13(x_12, reduced_1)
-        x_14 = self.cell_14(x_13, x_12)
-        x_15 = self.cell_15(x_14, x_13)
-        return self.act(x_15)
+        x_10 = self.reduction_cell_1(x_9, x_8)
+        x_11 = self.cell_12(x_10, x_9)
+        x_12 = self.cell_13(x_11, x_10)
+        x_13 = self.cell_14(x_12, x_11)
+        return self.act(self.cell_15(x_13, x_12))
 
 
 default_cfgs = generate_default_cfgs({

@@ -3,7 +3,6 @@
 Nothing that is opened is executed, and no name inside a file leads to the network or to another file.
 """
 import argparse
-import dataclasses
 import difflib
 import hashlib
 import os
@@ -19,6 +18,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
+from timm.layers import get_device_dtype
 from timm.models import get_model_traits, get_pretrained_cfg, get_pretrained_cfg_value, is_model_pretrained
 
 from timm_multigrain.files import read_json
@@ -26,12 +26,15 @@ from timm_multigrain.images.labels import read_class_names
 from timm_multigrain.layers import GeM
 
 from .config import check_config, check_saved_args, model_cfg
+from .download import download
 from .multigrain import MultiGrain
 from .registry import register_multigrain
 from .weights import (
     CONFIG,
     WEIGHTS,
     UnreadableWeightsError,
+    checkpoint_filter_fn,
+    is_multigrain,
     model_state,
     read_checkpoint,
     recognize_model,
@@ -42,9 +45,8 @@ from .weights import (
 __all__ = ['open_model', 'weights_sha256']
 
 # what a configuration says of the published weights, and not of weights that someone trained in the same way
-_OF_THE_WEIGHTS = ('url', 'hf_hub_id', 'tag', 'license', 'description', 'notes', 'origin_url', 'test_input_size')
-# settings of train.py that a model is made with and that change what it computes
-_TRAIN_ARGS = ('bn_momentum', 'bn_eps')
+_OF_THE_WEIGHTS = ('url', 'hf_hub_id', 'tag', 'description', 'notes', 'test_input_size')
+_OF_THE_AUTHORS = ('license', 'origin_url')  # and which still holds of weights that were tuned from them
 # beside the data configuration, what a MultiGrain takes from the timm model that it is made of
 _ALSO_KEPT = ('license', 'tag', 'label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'crop_mode')
 _POOLINGS = {'avg': 'avg', 'fast': 'avg', 'fastavg': 'avg', 'max': 'max', 'fastmax': 'max',
@@ -100,8 +102,13 @@ def open_model(
         check_config(model.pretrained_cfg)
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
+    if pool == '':
+        raise ValueError("pool='' gives a map, not a descriptor: give 'gem', 'mac', 'spoc', 'rmac', 'crow' or 'avg'.")
+    before = (model.global_pool, model.gem_p)
     if pool is not None:
-        _set_pool(model, name, pool)
+        model.head.reset_pool(pool, **get_device_dtype(model))
+    if model.whitened and (model.global_pool, model.gem_p) != before:
+        raise ValueError(f'{name} was whitened for its own pooling: {pool!r} needs a model without whitening.')
     if p is not None:
         if model.whitened and p != model.gem_p:
             warnings.warn(f'{name} was whitened for p = {model.gem_p}, not for {p}: whiten it again.', stacklevel=2)
@@ -119,7 +126,6 @@ def _open(name: str, pretrained: bool, ema: bool, architecture: str | None) -> n
     if name.startswith(('http://', 'https://')):
         official = next((tag for tag, url in _official().items() if url == name), None)
         if official is None:
-            from .download import download
             with tempfile.TemporaryDirectory(prefix='multigrain-') as folder:
                 path = download(name, Path(folder) / (Path(urlparse(name).path).name or 'weights.pth'))
                 return _from_file(path, name, ema, architecture)
@@ -149,6 +155,12 @@ def _is_model(name: Any) -> bool:
     return timm.is_model(arch)
 
 
+def _official() -> dict[str, str]:
+    """Tag -> address of the published weights."""
+    urls = {name: get_pretrained_cfg(name).url for name in timm.list_models('multigrain*', pretrained=True)}
+    return {name: url for name, url in urls.items() if url}
+
+
 def _from_folder(path: Path) -> nn.Module:
     for file in (CONFIG, WEIGHTS):
         if not (path / file).is_file():
@@ -165,81 +177,53 @@ def _from_folder(path: Path) -> nn.Module:
 
 
 def _from_file(path: Path, shown: str, ema: bool, architecture: str | None) -> nn.Module:
+    """Of timm's train.py, which says how its model is made; of the original; or weights of a named architecture."""
     checkpoint = read_checkpoint(path, shown)
     with _building(shown, path):
         args = checkpoint.get('args') if isinstance(checkpoint, dict) else None
-        if isinstance(args, argparse.Namespace):
-            return _from_training(checkpoint, vars(args), path, ema, architecture)
-        if architecture is not None and not architecture.startswith('multigrain'):
-            return _rebuild(architecture, weights_in(checkpoint, ema), {})
-        return _from_original(model_state(checkpoint, ema), path.name, architecture)
+        args = vars(args) if isinstance(args, argparse.Namespace) else {}
+        of_timm = args or not (architecture or 'multigrain').startswith('multigrain')
+        state = weights_in(checkpoint, ema) if of_timm else model_state(checkpoint, ema)
+        name = architecture or (args.get('model') if args else recognize_model(state))
+        if ':' not in (architecture or '') and not _is_model(name):
+            near = ' or '.join(difflib.get_close_matches(f'{name}', timm.list_models('multigrain_*'), n=2))
+            raise ValueError(f'{name!r:.200} is not a registered model' + f', did you mean {near}?' * bool(near) + (
+                '' if architecture else ', and no other name in a file is followed: timm-multigrain convert FILE -o '
+                                        'FOLDER --model NAME.'))
+        # what is known of the authors' files is inferred from their names
+        tags = [tag for tag, url in _official().items() if Path(urlparse(url).path).name == path.name and not args]
+        tag = next((tag for tag in tags if tag.partition('.')[0] == name), None)
+        model = timm.create_model(tag or name, pretrained=False, **_model_args(name, state, args))
+        try:
+            model.load_state_dict(checkpoint_filter_fn(state, model) if isinstance(model, MultiGrain) else state)
+        except (RuntimeError, ValueError) as e:
+            raise ValueError(f'it does not fit {name}: {" ".join(str(e).split())}') from e
+        unknown = () if tag else _OF_THE_WEIGHTS if args.get('pretrained') else (*_OF_THE_WEIGHTS, *_OF_THE_AUTHORS)
+        cfg = {**model.pretrained_cfg, **dict.fromkeys(unknown), 'num_classes': model.num_classes}
+        if args:  # what it was trained at replaces what is recommended for the weights that it started from
+            cfg.update(resolve_data_config(args, model=model), test_crop_pct=None, test_pool_size=None, pool_size=None)
+            names = read_class_names(path)
+            if names is not None and len(names) == model.num_classes:
+                cfg['label_names'] = list(names)
+        model.pretrained_cfg = model.default_cfg = {key: value for key, value in cfg.items() if value is not None}
+        return model
 
 
-def _from_training(checkpoint: dict, args: dict, path: Path, ema: bool, architecture: str | None) -> nn.Module:
-    """A checkpoint of timm's train.py, ours or of any timm model, which says how its model is made."""
-    name = architecture or args.get('model')
-    if architecture is None and not _is_model(name):
-        raise ValueError(f'its --model {name!r:.200} is not a registered model, and no other name in a file is '
-                         'followed: timm-multigrain convert FILE -o FOLDER --model NAME.')
-    model = _rebuild(name, weights_in(checkpoint, ema), args)
-    names = read_class_names(path)
-    if names is not None and len(names) == model.num_classes:
-        _configure(model, label_names=list(names))
-    return model
-
-
-def _rebuild(name: str, state: dict, args: dict) -> nn.Module:
-    """The model that train.py made from these arguments, without the weights that it started from."""
+def _model_args(name: str, state: dict, args: dict) -> dict[str, Any]:
+    """What `timm.create_model` takes: as train.py gave it, without the weights that the training started from."""
     kwargs = args.get('model_kwargs') or {}
     if isinstance(kwargs, dict):
         kwargs = {k: v for k, v in kwargs.items()
                   if not str(k).startswith('mg_') and k not in ('pretrained_trunk', 'pretrained_cfg_overlay')}
     check_saved_args(kwargs)
+    ours = is_multigrain(state) or name.startswith('multigrain')
+    classifier = 'head.fc' if ours else _is_model(name) and get_pretrained_cfg_value(name, 'classifier')
+    classes = len(state.get(f'{classifier}.weight', ()))
     size = args.get('input_size')
-    kwargs.update(
-        {k: args.get(k) for k in _TRAIN_ARGS}, in_chans=args.get('in_chans') or (size[0] if size else None),
-        global_pool=args.get('gp'), num_classes=_num_classes(name, state, args))
-    # Fine-tuned weights are not those that the configuration describes, but they keep the license of those.
-    cfg = dict.fromkeys(key for key in _OF_THE_WEIGHTS if key not in ('license', 'origin_url'))
-    if not args.get('pretrained'):
-        cfg['license'] = None
-    model = timm.create_model(name, pretrained=False, pretrained_cfg_overlay=cfg, **kwargs)
-    try:
-        model.load_state_dict(state)
-    except (RuntimeError, ValueError) as e:
-        raise ValueError(f'it does not fit the {name} that its arguments describe: {" ".join(str(e).split())}') from e
-    # what it was trained at replaces what is recommended for the weights that it started from
-    _configure(model, **resolve_data_config(args, model=model), test_input_size=None, test_crop_pct=None,
-               test_pool_size=None, pool_size=None)
-    return model
-
-
-def _num_classes(name: str, state: dict, args: dict) -> int | None:
-    if any(key.startswith('trunk.') for key in state):
-        return len(state.get('head.fc.weight', ()))
-    classifier = get_pretrained_cfg_value(name, 'classifier') if _is_model(name) else None
-    return len(state[f'{classifier}.weight']) if f'{classifier}.weight' in state else args.get('num_classes')
-
-
-def _from_original(state: dict, file: str, architecture: str | None) -> nn.Module:
-    """The weights of a container of the original implementation, or of a MultiGrain or its trunk."""
-    name = architecture or recognize_model(state)
-    if not _is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models('multigrain_*'), n=2)
-        raise ValueError(f'MultiGrain model {name!r} not found' + (f': did you mean {" or ".join(near)}?' * bool(near)))
-    # what is known of the authors' files is inferred from their names
-    tag = next((tag for tag, url in _official().items() if Path(urlparse(url).path).name == file), '')
-    cfg = get_pretrained_cfg(tag) if tag.partition('.')[0] == name else dataclasses.replace(
-        get_pretrained_cfg(name), **dict.fromkeys(_OF_THE_WEIGHTS))
-    return timm.create_model(
-        name, pretrained=True, pretrained_cfg=cfg,
-        pretrained_cfg_overlay=dict(state_dict=state, source=None, num_classes=len(state.get('head.fc.weight', ()))))
-
-
-def _official() -> dict[str, str]:
-    """Tag -> address of the published weights."""
-    urls = {name: get_pretrained_cfg(name).url for name in timm.list_models('multigrain*', pretrained=True)}
-    return {name: url for name, url in urls.items() if url}
+    return dict(
+        kwargs, num_classes=classes if classes or ours else args.get('num_classes'), global_pool=args.get('gp'),
+        in_chans=args.get('in_chans') or (size[0] if size else None),
+        bn_momentum=args.get('bn_momentum'), bn_eps=args.get('bn_eps'))
 
 
 def _as_multigrain(model: nn.Module, shown: str, pool: str | None) -> MultiGrain:
@@ -281,12 +265,10 @@ def _pooling_of(model: nn.Module) -> dict[str, Any] | None:
     gem = next((module for module in model.modules() if isinstance(module, GeM)), None)
     if gem is not None:
         return {'gem_p': gem.value(), 'learn_p': gem.learn_p}
-    for holder in (getattr(model, 'head', None), model):
-        pool = getattr(holder, 'global_pool', None)
-        name = getattr(pool, 'pool_type', pool)
-        if isinstance(name, str):
-            return {'global_pool': _POOLINGS[name]} if name in _POOLINGS else None
-    return None
+    pools = [getattr(holder, 'global_pool', None) for holder in (getattr(model, 'head', None), model)]
+    names = [getattr(pool, 'pool_type', pool) for pool in pools]
+    name = next((_POOLINGS.get(name) for name in names if isinstance(name, str)), None)
+    return name and {'global_pool': name}
 
 
 @torch.no_grad()
@@ -300,12 +282,6 @@ def _same_outputs(model: nn.Module, own: MultiGrain) -> bool:
     return bool((expected - got).abs().max() <= 1e-4 * expected.abs().max().clamp(min=1e-6))
 
 
-def _configure(model: nn.Module, **cfg: Any) -> None:
-    """Set fields of a model's configuration; None takes a field out."""
-    cfg = {**model.pretrained_cfg, 'num_classes': model.num_classes, **cfg}
-    model.pretrained_cfg = model.default_cfg = {key: value for key, value in cfg.items() if value is not None}
-
-
 @contextmanager
 def _building(shown: str, path: Path | None = None) -> Iterator[None]:
     """One sentence that names the file, whatever a constructor of timm makes of what it says."""
@@ -314,22 +290,13 @@ def _building(shown: str, path: Path | None = None) -> Iterator[None]:
     except (FileNotFoundError, UnreadableWeightsError):
         raise
     except Exception as e:
-        text = str(e) if isinstance(e, ValueError | RuntimeError) and '\n' not in str(e) else telling_line(e)
-        if not isinstance(e, ValueError | RuntimeError):
+        known = isinstance(e, ValueError | RuntimeError)
+        text = str(e) if known and '\n' not in str(e) else telling_line(e)
+        if not known:
             text = f'it does not describe a model that can be built ({type(e).__name__}: {text}).'
         if path is not None:  # which may be a temporary one
             text = text.replace(str(path), shown)
         raise ValueError(text if text.startswith(shown) else f'{shown}: {text}') from e
-
-
-def _set_pool(model: MultiGrain, name: str, pool: str) -> None:
-    if not pool:
-        raise ValueError("pool='' gives a map, not a descriptor: give 'gem', 'mac', 'spoc', 'rmac', 'crow' or 'avg'.")
-    before = (model.global_pool, model.gem_p)
-    parameter = next(model.parameters())
-    model.head.reset_pool(pool, device=parameter.device, dtype=parameter.dtype)
-    if model.whitened and (model.global_pool, model.gem_p) != before:
-        raise ValueError(f'{name} was whitened for its own pooling: {pool!r} needs a model without whitening.')
 
 
 def weights_sha256(model: torch.nn.Module) -> str:

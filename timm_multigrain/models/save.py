@@ -3,11 +3,8 @@
 config.json also holds the SHA-256 of model.safetensors, to check later that the two belong together.
 """
 import fcntl
-import glob
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -48,7 +45,7 @@ def save_pretrained(
         ValueError: The number of label names is not that of the classes, or the weights hold NaN.
         FileExistsError: The path is a file, or a folder that holds other things than a saved model.
         OSError: The folder cannot be written.
-        RuntimeError: What was written does not load back to the same outputs.
+        RuntimeError: What was written does not load back to the same outputs, or another process saves there.
     """
     directory = Path(directory)
     with model_folder(directory) as unfinished:
@@ -57,11 +54,7 @@ def save_pretrained(
 
 
 def check_model_folder(directory: str | os.PathLike) -> None:
-    """Whether a model can take this place: to be known before a long run.
-
-    Raises:
-        FileExistsError: The path is a file, or a folder that holds other things than a saved model.
-    """
+    """Whether a model can take this place, to be known before a long run; FileExistsError if other things are there."""
     path = Path(directory)
     if path.exists() and not (path.is_dir() and {p.name for p in path.iterdir()} <= {CONFIG, WEIGHTS, CARD}):
         raise FileExistsError(f'{directory} exists and is not a saved model: name another folder.')
@@ -69,49 +62,46 @@ def check_model_folder(directory: str | os.PathLike) -> None:
 
 @contextmanager
 def model_folder(directory: str | os.PathLike) -> Iterator[Path]:
-    """A temporary folder whose files go to ``directory`` once the block has ended without an error.
+    """A temporary folder beside ``directory`` whose files go there once the block has ended without an error.
 
     A new directory is the temporary one renamed. In an existing one the files are replaced one by one, config.json
-    first: whoever comes in between finds that its hash is not that of the weights. What killed runs have left is
-    removed.
-
-    Raises:
-        FileExistsError: As `check_model_folder`.
+    first: whoever comes in between finds that its hash is not that of the weights. What a killed run has left in the
+    temporary folder is overwritten by the next; errors as of `save_pretrained`.
     """
     directory = Path(directory)
     check_model_folder(directory)
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    prefix = f'.{directory.name}.unfinished-'
-    for old in directory.parent.glob(f'{glob.escape(prefix)}*'):
-        if [entry.name for entry in old.iterdir()] == ['new']:
-            with suppress(BlockingIOError), _locked(old):  # a run that is writing it holds the lock
-                shutil.rmtree(old, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=prefix, dir=directory.parent))
+    work = directory.with_name(f'.{directory.name}.unfinished')
+    work.mkdir(parents=True, exist_ok=True)
+    lock = os.open(work, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)  # free again when its process ends
     try:
-        with _locked(work):
-            unfinished = work / 'new'
-            unfinished.mkdir()
-            yield unfinished
-            for path in [*unfinished.iterdir(), unfinished]:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise RuntimeError(f'another process saves to {directory}: wait for it, or name another folder.') from None
+        try:
+            _remove_files(work)
+            check_model_folder(work)
+            yield work
+            for path in [*work.iterdir(), work]:
                 fsync(path)
-            if directory.exists():
-                for path in sorted(unfinished.iterdir(), key=lambda path: path.name != CONFIG):
-                    os.replace(path, directory / path.name)
-            else:
-                os.rename(unfinished, directory)
+            if not directory.exists():
+                work.rename(directory)
+            for path in sorted(work.iterdir() if work.exists() else (), key=lambda path: path.name != CONFIG):
+                os.replace(path, directory / path.name)
+        finally:
+            if work.exists():
+                _remove_files(work)
+                with suppress(OSError):  # other things are in it
+                    work.rmdir()
     finally:
-        shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
 
 
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """A lock on a folder that the system takes back when its process ends, however it ends."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield
-    finally:
-        os.close(descriptor)
+def _remove_files(folder: Path) -> None:
+    """Of a model, whole or half written."""
+    for path in folder.iterdir():
+        if path.name.lstrip('.').startswith((CONFIG, WEIGHTS, CARD)):
+            path.unlink()
 
 
 def write_model(
@@ -122,18 +112,10 @@ def write_model(
         pretrained_cfg: dict | None = None,
         shown: str | os.PathLike | None = None,
 ) -> nn.Module:
-    """Write a model's two files, load them back and compare; errors as of `save_pretrained`.
+    """Write a model's two files to an existing folder; the model as it was loaded back and compared, in eval mode.
 
-    Args:
-        model: As for `save_pretrained`.
-        directory: Existing folder.
-        label_names: As for `save_pretrained`.
-        data_config: As for `save_pretrained`.
-        pretrained_cfg: Fields of timm's configuration to set, such as license.
-        shown: Name of the folder in errors.
-
-    Returns:
-        The model as it was loaded back, in eval mode.
+    Arguments and errors as of `save_pretrained`; ``pretrained_cfg`` sets fields of timm's configuration, such as
+    license, and ``shown`` is the name of the folder in errors.
     """
     if label_names is not None and len(label_names) != model.num_classes:
         raise ValueError(f'{len(label_names)} label names for {model.num_classes} classes: give one name per class.')
@@ -152,11 +134,11 @@ def write_model(
     except (OSError, SafetensorError) as e:
         raise OSError(f'{WEIGHTS} could not be written to {shown or directory}: {e}; free space there, or name another '
                       'folder.') from e
-    return _check_saved(model, directory, shown or directory)
+    return _load_back(model, directory, shown or directory)
 
 
 @torch.no_grad()
-def _check_saved(model: nn.Module, directory: Path, shown: str | os.PathLike) -> nn.Module:
+def _load_back(model: nn.Module, directory: Path, shown: str | os.PathLike) -> nn.Module:
     loaded = timm.create_model(f'local-dir:{directory}', pretrained=True).eval()
     size = loaded.input_sizes.size
     x = torch.linspace(-2, 2, loaded.in_chans * size[0] * size[1]).view(1, loaded.in_chans, *size)

@@ -1,4 +1,5 @@
-"""Any timm model as a trunk: created without its classifier and pooling, and asked for the map it gives."""
+"""Any timm model as a trunk: created without classifier and pooling, its map, its sizes, its batch norms folded."""
+import copy
 import difflib
 import math
 from typing import NamedTuple
@@ -6,36 +7,27 @@ from typing import NamedTuple
 import timm
 import torch
 import torch.nn as nn
+from timm.layers import BatchNormAct2d, Conv2dSame
 from timm.models import get_model_traits
 from torch.func import functional_call
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import nasnet
 
-__all__ = ['FeatureMap', 'InputSizes', 'create_trunk', 'find_input_sizes', 'probe_trunk']
+__all__ = ['FeatureMap', 'InputSizes', 'create_trunk', 'find_input_sizes', 'fold_batch_norm', 'probe_trunk']
 
 
 class FeatureMap(NamedTuple):
-    """What a trunk gives.
-
-    Attributes:
-        format: 'NCHW', 'NHWC' or 'NLC'.
-        channels: Channels C of the map.
-        prefix_tokens: Leading class and register tokens of an NLC map.
-    """
-    format: str
+    """What a trunk gives."""
+    format: str  # 'NCHW', 'NHWC' or 'NLC'
     channels: int
-    prefix_tokens: int = 0
+    prefix_tokens: int = 0  # leading class and register tokens of an NLC map
 
 
 class InputSizes(NamedTuple):
-    """Image sizes that a trunk can take.
-
-    Attributes:
-        step: Multiples of this many pixels, for each side; None if `size` alone.
-        size: (H, W) that the trunk was built for.
-    """
-    step: int | None
-    size: tuple[int, int]
+    """Image sizes that a trunk can take."""
+    step: int | None  # multiples of this many pixels, for each side; None if `size` alone
+    size: tuple[int, int]  # (H, W) that the trunk was built for
 
     def nearest(self, height: int, width: int) -> tuple[int, int]:
         """The nearest size that the trunk can take."""
@@ -49,16 +41,8 @@ def create_trunk(name: str, pretrained: bool | str = False, in_chans: int = 3, *
     """Create a timm model that gives its last feature map instead of logits.
 
     PNASNet-5-Large gets the padding of the original implementation, see `restore_padding`. Transformers that can take
-    images of any size, by positions that are interpolated or windows that are masked, are made to.
-
-    Args:
-        name: Any timm model name, also with a tag ('resnet50.a1_in1k') or a source ('hf-hub:...').
-        pretrained: Load timm's weights: True for the model's default ones, or the name of a tag.
-        in_chans: Channels of the input image.
-        **kwargs: The trunk's own constructor arguments (drop_path_rate, img_size, ...).
-
-    Raises:
-        ValueError: The name is unknown to timm, or the model cannot run without its pooling.
+    images of any size, by positions that are interpolated or windows that are masked, are made to. The name may have a
+    tag or a source ('hf-hub:...'), `pretrained` may be a tag.
     """
     if isinstance(pretrained, str):
         name = f'{name.split(".")[0]}.{pretrained}'
@@ -70,49 +54,38 @@ def create_trunk(name: str, pretrained: bool | str = False, in_chans: int = 3, *
         raise ValueError(f'Trunk {name!r} is a MultiGrain model itself: name the timm model inside it.')
     kwargs = {'pretrained': bool(pretrained), 'num_classes': 0, 'global_pool': '', 'in_chans': in_chans, **kwargs}
     try:
-        trunk = _create_for_any_size(name, kwargs)
+        try:
+            trunk = timm.create_model(name, **{'dynamic_img_size': True, **kwargs})
+        except TypeError as e:
+            if 'dynamic_img_size' not in str(e) or 'dynamic_img_size' in kwargs:
+                raise
+            trunk = timm.create_model(name, **kwargs)
     except AssertionError as e:
         raise ValueError(f'Trunk {name!r} cannot be built without its pooling and classifier ({e}).') from e
     if isinstance(trunk, timm.models.PNASNet5Large):
-
         nasnet.restore_padding(trunk)
     return trunk
 
 
-def _create_for_any_size(name: str, kwargs: dict) -> nn.Module:
-    if 'dynamic_img_size' not in kwargs:
-        try:
-            return timm.create_model(name, dynamic_img_size=True, **kwargs)
-        except TypeError as e:
-            if 'dynamic_img_size' not in str(e):
-                raise
-    return timm.create_model(name, **kwargs)
-
-
 def probe_trunk(trunk: nn.Module, name: str) -> FeatureMap:
-    """Find format and channels of a trunk's map by one forward of shapes only (meta device: no data, no arithmetic).
-
-    Raises:
-        ValueError: The trunk gives no map of positions: a pooled vector, several tensors, or an unknown layout.
-    """
+    """Find format and channels of a trunk's map by one forward of shapes only (meta device: no data, no arithmetic)."""
     try:
         x = _meta_forward(trunk, _own_size(trunk))
     except _FAILURES as e:
         raise ValueError(f'Trunk {name!r} does not run without its pooling and classifier: {e}') from e
-    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else None
+    shape = tuple(x.shape) if isinstance(x, torch.Tensor) else ()
     features = {trunk.num_features, getattr(trunk, 'head_hidden_size', None)} - {None}
-    if shape is not None and len(shape) == 4:
-        if shape[1] in features and getattr(trunk, 'output_fmt', 'NCHW') == 'NCHW':
-            return FeatureMap('NCHW', shape[1])
-        if shape[3] in features:
-            return FeatureMap('NHWC', shape[3])
     prefix = getattr(trunk, 'num_prefix_tokens', 0)
-    if shape is not None and len(shape) == 3 and shape[2] in features and shape[1] > prefix + 1:
+    if len(shape) == 4 and shape[1] in features and getattr(trunk, 'output_fmt', 'NCHW') == 'NCHW':
+        return FeatureMap('NCHW', shape[1])
+    if len(shape) == 4 and shape[3] in features:
+        return FeatureMap('NHWC', shape[3])
+    if len(shape) == 3 and shape[2] in features and shape[1] > prefix + 1:
         return FeatureMap('NLC', shape[2], prefix)
-    got = f'of shape {shape}' if shape is not None else f'a {type(x).__name__}'
     raise ValueError(
-        f'Trunk {name!r} gives no map to pool: its output without pooling is {got}, while (N, C, H, W), (N, H, W, C) '
-        f'or (N, L, C) with C in {sorted(features)} is needed. Choose a trunk with spatial features, such as resnet50.')
+        f'Trunk {name!r} gives no map to pool: its output without pooling is a {type(x).__name__} {shape or ""}, while '
+        f'(N, C, H, W), (N, H, W, C) or (N, L, C) with C in {sorted(features)} is needed. Choose a trunk with spatial '
+        'features, such as resnet50.')
 
 
 def find_input_sizes(trunk: nn.Module) -> InputSizes:
@@ -142,20 +115,82 @@ _FAILURES = (RuntimeError, NotImplementedError, IndexError, AssertionError, Valu
 
 def _own_size(trunk: nn.Module) -> tuple[int, int]:
     size = getattr(getattr(trunk, 'patch_embed', None), 'img_size', None)
-    size = size or get_model_traits(trunk).get('img_size') or trunk.default_cfg['input_size'][-2:]
-    return tuple(size)
+    return tuple(size or get_model_traits(trunk).get('img_size') or trunk.default_cfg['input_size'][-2:])
 
 
 def _meta_forward(trunk: nn.Module, size: tuple[int, int]):
-    state = {
-        k: torch.empty_like(v, device='meta')
-        for named in (trunk.named_parameters(), trunk.named_buffers()) for k, v in named
-    }
+    state = {k: torch.empty_like(v, device='meta')
+             for named in (trunk.named_parameters(), trunk.named_buffers()) for k, v in named}
     dtype = next((p.dtype for p in trunk.parameters()), torch.float32)
-    x = torch.empty(1, trunk.in_chans, *size, device='meta', dtype=dtype)
     training = trunk.training
     try:
         with torch.no_grad():
-            return functional_call(trunk.eval(), state, (x,))
+            return functional_call(
+                trunk.eval(), state, (torch.empty(1, trunk.in_chans, *size, device='meta', dtype=dtype),))
     finally:
         trunk.train(training)
+
+
+# --- batch norms folded into the convolutions before them, for inference
+
+_SIDE = 64  # pixels of the image that a model is run with
+_CONVS = (nn.Conv2d, Conv2dSame)  # these very types: subclasses may change their weights as they run
+_NORMS = (nn.BatchNorm2d, BatchNormAct2d)
+
+
+def fold_batch_norm(model: nn.Module) -> nn.Module:
+    """A copy of a model in eval mode whose batch norms are part of the convolutions before them.
+
+    Which follows which is found by running the model once. The copy is compared with the model; where it is not the
+    same function up to rounding, the copy is the model as it is.
+
+    Args:
+        model: Model that takes (N, in_chans, H, W) images. It is not changed.
+    """
+    model = copy.deepcopy(model).eval()
+    size = model.input_sizes.nearest(_SIDE, _SIDE) if hasattr(model, 'input_sizes') else (_SIDE, _SIDE)
+    x = torch.randn(1, getattr(model, 'in_chans', 3), *size, generator=torch.Generator().manual_seed(0))
+    x = x.to(next(model.parameters()))
+    with torch.inference_mode(False), torch.no_grad():
+        try:
+            expected, pairs = _conv_norm_pairs(model, x)
+            folded = copy.deepcopy(model)
+            for conv_name, norm_name in pairs:
+                _fold(folded, folded.get_submodule(conv_name), norm_name)
+            if torch.allclose(folded(x), expected, rtol=1e-3, atol=1e-4 * expected.abs().max().item()):
+                return folded
+        except (RuntimeError, AssertionError, ValueError):
+            pass
+    return model
+
+
+def _conv_norm_pairs(model: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, list[tuple[str, str]]]:
+    """The model's output, and the names of each convolution and the batch norm that takes its output."""
+    made, pairs, calls = {}, [], []
+
+    def hook(name: str, is_conv: bool):
+        def seen(module, args, output):
+            calls.append(name)
+            if is_conv:
+                made[id(output)] = (name, output)  # kept alive, so that no other tensor gets its id
+            elif id(args[0]) in made:
+                pairs.append((made[id(args[0])][0], name))
+        return seen
+
+    handles = [module.register_forward_hook(hook(name, type(module) in _CONVS))
+               for name, module in model.named_modules()
+               if type(module) in _CONVS or (type(module) in _NORMS and module.track_running_stats)]
+    try:
+        return model(x), [pair for pair in pairs if all(calls.count(name) == 1 for name in pair)]
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _fold(model: nn.Module, conv: nn.Module, norm_name: str) -> None:
+    norm = model.get_submodule(norm_name)
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias)
+    rest = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+    parent, _, name = norm_name.rpartition('.')
+    setattr(model.get_submodule(parent), name, rest.eval())

@@ -8,30 +8,31 @@ import json
 import logging
 import re
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlparse
 
 import timm
 import torch
+from safetensors.torch import load_file
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg_value, resolve_pretrained_cfg
 
 from timm_multigrain.files import file_sha256
 
+from .download import download, hub_errors
+
 __all__ = [
-    'CONFIG', 'SHA256', 'WEIGHTS', 'UnreadableWeightsError', 'build_pretrained', 'checkpoint_filter_fn', 'model_state',
-    'new_classifier', 'read_checkpoint', 'recognize_model', 'starting_weights', 'telling_line', 'unwrapped',
-    'weights_in']
+    'CONFIG', 'SHA256', 'WEIGHTS', 'UnreadableWeightsError', 'build_pretrained', 'checkpoint_filter_fn',
+    'is_multigrain', 'load_starting_weights', 'model_state', 'read_checkpoint', 'recognize_model', 'telling_line',
+    'unwrapped', 'weights_in']
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 SHA256 = 'weights_sha256'  # where config.json holds the hash of model.safetensors beside it
 
 _logger = logging.getLogger(__name__)
 _WRAPPERS = re.compile(r'^((_orig_mod|module)\.)+')  # of torch.compile and DistributedDataParallel, in any order
-_BODY = ('features.0.base_net.', 'features.module.', 'features.')
+_BODY = re.compile(r'^features\.(0\.base_net\.|module\.)?')
 _HEAD = {
     'classifier.weight': 'head.fc.weight',
     'classifier.bias': 'head.fc.bias',
@@ -44,51 +45,53 @@ _CANDIDATES = tuple(f'multigrain_{trunk}' for trunk in (
     'resnet50', 'resnet18', 'resnet34', 'resnet101', 'resnet152', 'senet154', 'pnasnet5large', 'nasnetamobile'))
 _BY_HAND = ('download it by other means and give the file: pretrained_cfg_overlay=dict(file=PATH), or '
             '--pretrained-path PATH of train.py')
-_new_classifier = ContextVar('new_classifier', default=False)
+
+
+# --- files
 
 
 class UnreadableWeightsError(RuntimeError):
     """A file that is not a checkpoint, or no longer one."""
 
 
-def read_checkpoint(
-        path: str | Path, shown: str | None = None, remedy: str = 'copy or download it again') -> Any:
+def read_checkpoint(path: str | Path, shown: str | None = None) -> Any:
     """What torch.save or safetensors wrote to a file: tensors, numbers, texts, and timm's arguments (a Namespace).
 
-    Args:
-        path: The file.
-        shown: Its name in errors.
-        remedy: What to do if it cannot be read, as the end of a sentence.
-
-    Raises:
-        FileNotFoundError: The file does not exist.
-        UnreadableWeightsError: It is not a checkpoint, or a damaged one, or a program.
+    Errors name the file as ``shown``: a FileNotFoundError, or an UnreadableWeightsError if it is not a checkpoint, a
+    damaged one, or a program.
     """
-    path = Path(path)
-    shown = shown or f'{path}'
+    path, shown = Path(path), shown or f'{path}'
     if not path.exists():
         raise FileNotFoundError(f'{shown} does not exist: check the path of the weights.')
+    start = b''
     try:
-        if path.suffix == '.safetensors':
-            from safetensors.torch import load_file
+        with open(path, 'rb') as file:
+            start = file.read(512)
+        if path.suffix == '.safetensors' or start[8:9] == b'{':
             if path.name == WEIGHTS:
                 _check_hash(path)
             return load_file(path)
-        _refuse_program(path)
+        zipped = zipfile.is_zipfile(path)
+        if zipped:
+            _refuse_program(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             # mapped, so that the state of the optimizer is not read with the weights
-            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
     except Exception as e:  # damaged files raise nearly anything
-        raise UnreadableWeightsError(f'{shown} cannot be read as weights: {_cause(e, path)}; {remedy}.') from e
+        code = re.search(r'GLOBAL ([\w.]+)', str(e))
+        cause = ('it is a web page' if start.lstrip().startswith(b'<') else
+                 f'it asks to run Python code ({code[1]}), which is never done' if code else
+                 telling_line(e) if isinstance(e, UnreadableWeightsError | OSError) else
+                 f'it is cut off, damaged or something else ({telling_line(e)})')
+        raise UnreadableWeightsError(
+            f'{shown} cannot be read as weights: {cause}; save, copy or download it again.') from e
 
 
 def _refuse_program(path: Path) -> None:
     """Refuse a TorchScript archive: some versions of torch.load run it."""
-    if not zipfile.is_zipfile(path):
-        return
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
-    if any(name.endswith('constants.pkl') or name.startswith('code/') or '/code/' in name for name in names):
+    if any(name.endswith('constants.pkl') or '/code/' in f'/{name}' for name in names):
         raise UnreadableWeightsError('it is a TorchScript program, which is never run')
 
 
@@ -102,106 +105,67 @@ def _check_hash(path: Path) -> None:
         raise UnreadableWeightsError('it is not the file that config.json was saved with (its SHA-256 is another)')
 
 
-def _cause(error: Exception, path: Path) -> str:
-    if isinstance(error, UnreadableWeightsError):
-        return str(error)
-    if path.is_dir():
-        return 'it is a folder'
-    try:
-        with open(path, 'rb') as file:
-            start = file.read(512)
-    except OSError as e:
-        return f'{e.strerror}'
-    if not start:
-        return 'the file is empty'
-    if start.lstrip().startswith(b'<'):
-        return 'it is a web page'
-    if start[8:9] == b'{' and path.suffix != '.safetensors':
-        return 'it may be safetensors, which are expected under a name that ends in .safetensors'
-    code = re.search(r'GLOBAL ([\w.]+)', str(error))
-    if code:
-        return f'it asks to run Python code ({code[1]}), which is never done'
-    return f'it is cut off, damaged or something else ({telling_line(error)})'
-
-
 def telling_line(error: BaseException) -> str:
     """The line of an error that says most: torch's have headings and advice around it."""
     unpickling = re.search(r'WeightsUnpickler error:\s*([^\n]+)', str(error))
-    if unpickling:
-        return unpickling[1].rstrip('.:; ')
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[1] if len(lines) > 1 and lines[0].startswith('Error(s) in loading') else lines[0]
-    return line[:200].rstrip('.:; ')
+    return (unpickling[1] if unpickling else line)[:200].rstrip('.:; ')
+
+
+# --- state dicts
+
+
+def is_multigrain(state: dict) -> bool:
+    """Whether a state dict has our names."""
+    return any(k.startswith('trunk.') for k in state)
 
 
 def weights_in(checkpoint: Any, ema: bool = True) -> dict[str, torch.Tensor]:
-    """The state dict in a checkpoint, without prefixes of wrappers.
+    """The state dict in the container of train.py, timm or the original, averaged if it has that and ``ema``.
 
-    Args:
-        checkpoint: A state dict, or the container that train.py, timm or the original puts it in.
-        ema: Take averaged weights, if there are any.
-
-    Raises:
-        ValueError: No weights, or a value is not a tensor of real numbers.
+    Without the prefixes of torch.compile and DistributedDataParallel; a ValueError if it holds anything but tensors of
+    real numbers.
     """
     state = checkpoint if isinstance(checkpoint, dict) else {}
     containers = ('state_dict_ema', 'model_ema') * ema + ('state_dict', 'model', 'model_state')
     state = next((state[key] for key in containers if isinstance(state.get(key), dict)), state)
     if not any(isinstance(v, torch.Tensor) for v in state.values()):
-        found = f'a {type(checkpoint).__name__}' if not isinstance(checkpoint, dict) else (
-            f'only entries such as {list(checkpoint)[:4]}' if checkpoint else 'nothing')
+        found = f'only entries such as {list(state)[:4]}' if state else f'a {type(checkpoint).__name__}'
         raise ValueError(f'The checkpoint has no weights, {found}.')
-    _check_numbers(state)
+    odd = next((k for k, v in state.items() if not (isinstance(k, str) and _is_real(v))), None)
+    if odd is not None:
+        raise ValueError(f'{odd!r:.100} in its state dict is not a plain tensor of real numbers.')
     return unwrapped(state)
+
+
+def unwrapped(state: dict) -> dict:
+    """A state dict without the prefixes of torch.compile and DistributedDataParallel; itself if it has none."""
+    if not any(_WRAPPERS.match(k) for k in state):
+        return state  # with the versions of its modules, which torch keeps beside the keys
+    return {_WRAPPERS.sub('', k): v for k, v in state.items()}
+
+
+def _is_real(value: Any) -> bool:
+    return (isinstance(value, torch.Tensor) and value.layout == torch.strided
+            and not value.is_complex() and not value.is_quantized)
 
 
 def model_state(checkpoint: Any, ema: bool = True, own: dict | None = None) -> dict[str, torch.Tensor]:
     """As `weights_in`, with the original's weights under our names.
 
-    Args:
-        checkpoint: As there.
-        ema: As there.
-        own: State dict of the model that will load it, to separate the original's names from a trunk's (DenseNet).
-
-    Raises:
-        ValueError: As there, or a key that the original does not have among its own.
+    ``own``, the state dict of the model that will load it, separates the original's names from a trunk's (DenseNet).
     """
     state = weights_in(checkpoint, ema)
-    original = 'classifier.weight' in state and any(
-        k.startswith('features.') and f'trunk.{k}' not in (own or {}) for k in state)
-    return _from_original(state) if original else state
-
-
-def _check_numbers(state: dict) -> None:
-    for name, value in state.items():
-        if not isinstance(name, str):
-            raise ValueError(f'{name!r:.50} in its state dict is not the name of a weight.')
-        if not isinstance(value, torch.Tensor):
-            if not name.endswith('pool.p') or isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f'{name!r:.100} in its state dict is of type {type(value).__name__}, not a tensor.')
-        elif value.is_complex() or value.is_quantized or value.layout != torch.strided:
-            raise ValueError(f'{name!r:.100} in its state dict is a tensor of {value.dtype}, {value.layout}: plain '
-                             'tensors of real numbers are needed.')
-
-
-def unwrapped(state_dict: dict) -> dict:
-    """A state dict without the prefixes of torch.compile and DistributedDataParallel; itself if it has none."""
-    if not any(_WRAPPERS.match(str(k)) for k in state_dict):
-        return state_dict  # with the versions of its modules, which torch keeps beside the keys
-    return {_WRAPPERS.sub('', str(k)): v for k, v in state_dict.items()}
-
-
-def _from_original(state: dict) -> dict:
-    out = {}
-    for k, v in state.items():
-        body = next((b for b in _BODY if k.startswith(b)), None)
-        if k in _HEAD:
-            out[_HEAD[k]] = v
-        elif body is None:
-            raise ValueError(f'Key {k!r} does not belong to a checkpoint of the original implementation.')
-        elif not k.removeprefix(body).startswith('last_linear.'):  # the storage of classifier.*, saved twice
-            out[f'trunk.{k.removeprefix(body)}'] = v
-    return out
+    if 'classifier.weight' not in state or not any(
+            k.startswith('features.') and f'trunk.{k}' not in (own or {}) for k in state):
+        return state
+    # last_linear is the storage of classifier.*, saved twice
+    state = {k: v for k, v in state.items() if not _BODY.sub('', k).startswith('last_linear.')}
+    foreign = next((k for k in state if k not in _HEAD and not k.startswith('features.')), None)
+    if foreign is not None:
+        raise ValueError(f'Key {foreign!r} does not belong to a checkpoint of the original implementation.')
+    return {_HEAD.get(k) or _BODY.sub('trunk.', k): v for k, v in state.items()}
 
 
 def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -220,10 +184,13 @@ def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, 
     """
     own = model.state_dict()
     state = dict(model_state(state_dict, own=own))
-    if isinstance(state.get('head.pool.p'), int | float):
-        state['head.pool.p'] = torch.tensor(float(state['head.pool.p']))
-    _check_finite(state)
-    if not any(k.startswith('trunk.') for k in state):
+    for k, v in state.items():
+        if k == 'head.pool.p' and not (v > 0).all():
+            raise ValueError(f'The exponent p in the checkpoint is {v.tolist()}: only p > 0 can be pooled with.')
+        if k != 'head.pool.p' and v.is_floating_point() and not v.isfinite().all():
+            raise ValueError(f'{k!r} in the checkpoint holds NaN or infinity: its training diverged or the file is '
+                             'damaged, take another one.')
+    if not is_multigrain(state):
         state = _from_trunk(state, model)
     proj = state.get('head.whitening.proj')
     if proj is not None and proj.shape[1] != getattr(model.head.whitening, 'out_features', None):
@@ -236,19 +203,6 @@ def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, 
     elif state['head.pool.p'].numel() == 1:  # for each channel, where the model has one per channel
         state['head.pool.p'] = state['head.pool.p'].detach().reshape(()).expand(own_p.shape).clone()
     return state
-
-
-def _check_finite(state: dict) -> None:
-    for k, v in state.items():
-        if not isinstance(v, torch.Tensor) or not v.is_floating_point():
-            continue
-        if k == 'head.pool.p':
-            if not (v > 0).all():
-                raise ValueError(f'The exponent p in the checkpoint is {v.tolist()}: only p > 0 can be pooled with.')
-        elif not torch.isfinite(v).all():
-            raise ValueError(
-                f'{k!r} in the checkpoint holds {"NaN" if v.isnan().any() else "infinity"}: its training diverged or '
-                'the file is damaged, take another one.')
 
 
 def _from_trunk(state: dict, model: torch.nn.Module) -> dict:
@@ -269,57 +223,64 @@ def _from_trunk(state: dict, model: torch.nn.Module) -> dict:
     return out
 
 
-@contextmanager
-def new_classifier() -> Iterator[None]:
-    """While this is open, `MultiGrain.load_state_dict` leaves out a classifier of another number of classes.
+def load_starting_weights(model: torch.nn.Module, path: str | Path) -> None:
+    """Load the file that a training of a MultiGrain starts from, but for a classifier of other classes (logged)."""
+    state, own = checkpoint_filter_fn(read_checkpoint(path), model), model.state_dict()
+    fc = {k: v for k, v in own.items() if k.startswith('head.fc.')}
+    given = {k: v for k, v in state.items() if k.startswith('head.fc.')}
+    if {k: v.shape for k, v in fc.items()} != {k: v.shape for k, v in given.items()}:
+        found = len(given['head.fc.weight']) if given else 'no'
+        _logger.info(f'The starting weights have {found} classes, the model {model.num_classes}: its classifier starts '
+                     'anew.')
+        state = {k: v for k, v in state.items() if k not in given} | fc
+    model.load_state_dict(state)
 
-    For the weights that a training starts from; elsewhere a classifier that is left out would be a random one.
-    """
-    token = _new_classifier.set(True)
-    try:
-        yield
-    finally:
-        _new_classifier.reset(token)
 
-
-def starting_weights(state: dict, model: torch.nn.Module) -> dict:
-    """A state dict of ours; within `new_classifier` with the model's classifier in place of one of other classes."""
-    own = model.state_dict()
-    names = [k for k in ('head.fc.weight', 'head.fc.bias') if k in state or k in own]
-    if not _new_classifier.get() or all(k in own and k in state and own[k].shape == state[k].shape for k in names):
-        return state
-    found = f'{len(state[names[0]])} classes' if names[0] in state else 'no classes'
-    _logger.info(f'The starting weights have {found}, the model {model.num_classes}: its classifier starts anew.')
-    return {**{k: v for k, v in state.items() if k not in names}, **{k: own[k] for k in names if k in own}}
+# --- networks
 
 
 def recognize_model(state: dict) -> str:
-    """Name of the model whose trunk has exactly the weights of a `model_state`.
-
-    Raises:
-        ValueError: Not a network that the original implementation can train.
-    """
-    found = _trunk_shapes(state)
+    """Name of the model whose trunk has exactly these weights; ValueError unless the original could train it."""
+    found = _shapes(state, 'trunk.')
     for name in _CANDIDATES:
         if _shapes_of(name) == found:
             return name
-    if not found:
-        raise ValueError('It is not a checkpoint of the original implementation: it starts with '
-                         f'{list(state)[:3]}; name the model that it is of.')
-    raise ValueError(f'The trunk of the checkpoint ({len(found)} weights, {next(iter(found))!r} the first) matches '
-                     f'none of {", ".join(_CANDIDATES)}: name the model that it is of.')
+    raise ValueError(
+        f'The trunk of the checkpoint ({len(found)} weights) matches none of {", ".join(_CANDIDATES)}; it starts with '
+        f'{list(state)[:3]}: name the model that it is of.')
 
 
-def _trunk_shapes(state: dict) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a trunk's weights; counters, which old files lack, left out."""
-    return {
-        k: tuple(v.shape) for k, v in state.items() if k.startswith('trunk.') and not k.endswith('num_batches_tracked')}
+def _shapes(state: dict, prefix: str = '') -> dict[str, tuple[int, ...]]:
+    """Names and shapes of weights; counters, which old files lack, left out."""
+    return {k: tuple(v.shape) for k, v in state.items()
+            if k.startswith(prefix) and not k.endswith('num_batches_tracked')}
 
 
 @cache
 def _shapes_of(name: str) -> dict[str, tuple[int, ...]]:
     with torch.device('meta'):  # shapes without memory or arithmetic
-        return _trunk_shapes(timm.create_model(name).state_dict())
+        return _shapes(timm.create_model(name).state_dict(), 'trunk.')
+
+
+def _check_fits(state: dict, model: torch.nn.Module, keeps_classes: bool) -> None:
+    """Refuse the weights of another network, which timm loads in part where the classes are to be others."""
+    own, found = _shapes(model.state_dict()), _shapes(state)
+    for key in dict.fromkeys([*own, *found]):
+        ours, theirs = own.get(key), found.get(key)
+        of_classes = key.startswith('head.fc.')
+        adapted = ours and theirs and len(ours) == 4 and ours[:1] + ours[2:] == theirs[:1] + theirs[2:]
+        # the channels of the image are timm's to adapt, and its to refuse
+        if ours == theirs or adapted or (of_classes and not keeps_classes):
+            continue
+        way_out = 'take the model that the weights are of'
+        if of_classes:
+            way_out = 'add num_classes=-1 to pretrained_cfg_overlay to begin a new classifier' + (
+                f', num_classes={theirs[0]} to take theirs' if theirs else '')
+        raise ValueError(f'the weights are not those of {model.trunk_name}: {key!r} is {theirs or "missing"} in them '
+                         f'and {ours or "missing"} in the model; {way_out}.')
+
+
+# --- timm's pretrained=True
 
 
 def build_pretrained(
@@ -332,15 +293,8 @@ def build_pretrained(
 ) -> torch.nn.Module:
     """timm's ``build_model_with_cfg(..., pretrained=True)`` for a MultiGrain.
 
-    The weights are read here: timm's loaders notice neither a connection that was cut nor a program.
-
-    Args:
-        model_cls: The class, MultiGrain.
-        variant: Registered name.
-        pretrained_cfg: As in timm.
-        pretrained_cfg_overlay: As in timm; its url, file, state_dict or hf_hub_id is the source of the weights.
-        cache_dir: As in timm: folder of downloads, None for torch's or huggingface_hub's own.
-        **kwargs: The rest of what timm's builder takes.
+    The weights are read here: timm's loaders notice neither a connection that was cut nor a program. Arguments as in
+    timm; url, file, state_dict or hf_hub_id of the configuration is the source of the weights.
 
     Raises:
         FileNotFoundError: File not found, here, on the server or on the Hub.
@@ -349,11 +303,10 @@ def build_pretrained(
     """
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-    found = _read_source(cfg, bool(overlay.get('hf_hub_filename')), cache_dir)
-    if found is None:  # timm reports the missing weights
-        return build_model_with_cfg(
-            model_cls, variant, True, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay, **kwargs)
-    checkpoint, shown = found
+    checkpoint, shown = _read_source(cfg, 'hf_hub_filename' in overlay, cache_dir)
+    build = partial(build_model_with_cfg, model_cls, variant, True, pretrained_cfg=pretrained_cfg, **kwargs)
+    if checkpoint is None:  # timm reports the missing weights
+        return build(pretrained_cfg_overlay=overlay)
 
     def convert(_: dict, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         try:
@@ -363,87 +316,54 @@ def build_pretrained(
             raise ValueError(f'{shown}: {e}') from e
         return state
 
-    try:
-        model = build_model_with_cfg(
-            model_cls, variant, True, pretrained_cfg=pretrained_cfg, pretrained_filter_fn=convert,
-            # timm would copy a state dict in its configuration: it gets the weights from the filter
-            pretrained_cfg_overlay={**overlay, 'source': None, 'state_dict': {'read': True}}, **kwargs)
-    except RuntimeError as e:
-        if 'loading state_dict' not in str(e) and 'weight shape' not in str(e):
-            raise
-        raise RuntimeError(f'{shown} cannot be loaded into {variant}: {telling_line(e)}; take the model that the '
-                           'weights are of.') from e
+    # timm would copy a state dict in its configuration: it gets the weights from the filter
+    model = build(pretrained_filter_fn=convert,
+                  pretrained_cfg_overlay={**overlay, 'source': None, 'state_dict': {'read': True}})
     del model.pretrained_cfg['state_dict']
     if cfg.source is not None:
         model.pretrained_cfg['source'] = cfg.source
     return model
 
 
-def _read_source(
-        cfg: PretrainedCfg, chosen: bool, cache_dir: str | None, again: bool = True) -> tuple[Any, str] | None:
-    """The checkpoint that a configuration names, and its name in errors; None if it names none.
+def _read_source(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None) -> tuple[Any, str]:
+    """The checkpoint that a configuration names, None if it names none, and its name in errors.
 
-    ``chosen``: the user named the file in the repository of the Hub. ``again``: a damaged file in a cache is deleted
-    and downloaded once more.
+    ``chosen``: the user named the file in the repository of the Hub.
     """
-    if cfg.source == 'local-dir':
-        path = Path(cfg.file) / WEIGHTS
-        return read_checkpoint(path, remedy='save or convert the model again'), f'{path}'
     if cfg.source != 'hf-hub' and cfg.state_dict:
         return cfg.state_dict, 'The given state_dict'
     if cfg.source != 'hf-hub' and cfg.file:
-        return read_checkpoint(cfg.file), f'{cfg.file}'
-    if cfg.hf_hub_id:
-        path, shown = _hub_file(cfg, chosen, cache_dir), f'{cfg.hf_hub_filename or WEIGHTS} of {cfg.hf_hub_id}'
-    elif cfg.url and isinstance(cfg.url, str):
-        from .download import cached
-        path = cached(cfg.url, cache_dir, _BY_HAND)
-        shown = f'{path} (from {cfg.url})'
-    else:
-        return None
-    try:
-        return read_checkpoint(path, shown, f'it was deleted: load it again, or {_BY_HAND}'), shown
-    except UnreadableWeightsError:
-        path.resolve().unlink(missing_ok=True)
-        if not again:
-            raise
-        return _read_source(cfg, chosen, cache_dir, again=False)
+        path = Path(cfg.file) / WEIGHTS if cfg.source == 'local-dir' else cfg.file
+        return read_checkpoint(path), f'{path}'
+    if not cfg.hf_hub_id and not cfg.url:
+        return None, ''
+    for last in (False, True):
+        path, shown = _hub_file(cfg, chosen, cache_dir) if cfg.hf_hub_id else _url_file(cfg.url, cache_dir)
+        try:
+            return read_checkpoint(path, shown), shown
+        except UnreadableWeightsError:
+            path.resolve().unlink(missing_ok=True)  # damaged in the cache: once more
+            if last:
+                raise
+    return None, ''
 
 
-def _hub_file(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None) -> Path:
+def _url_file(url: str, cache_dir: str | None) -> tuple[Path, str]:
+    """The file of a URL, in the place where torch.hub and timm keep it, and its name in errors."""
+    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / 'checkpoints'
+    path = folder / (Path(urlparse(url).path).name or 'weights.pth')
+    return path if path.exists() else download(url, path, _BY_HAND), f'{path} (from {url})'
+
+
+def _hub_file(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None) -> tuple[Path, str]:
     """File of a Hub repository. Only the user, not the repository, can choose another format than safetensors."""
     from huggingface_hub import hf_hub_download
-
-    from .download import hub_errors
 
     repo_id, _, revision = cfg.hf_hub_id.partition('@')
     filename = cfg.hf_hub_filename or WEIGHTS
     if cfg.source == 'hf-hub' and not chosen and not filename.endswith('.safetensors'):
         raise ValueError(f'{repo_id} names {filename} as its weights, which is not a safetensors file: if you trust '
                          f'it, add pretrained_cfg_overlay=dict(hf_hub_filename={filename!r}).')
-    with hub_errors(f'{filename} of {cfg.hf_hub_id} could not be downloaded', 'read it'):
-        return Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir))
-
-
-def _check_fits(state: dict, model: torch.nn.Module, keeps_classes: bool) -> None:
-    """Refuse the weights of another network, which timm loads in part where the classes are to be others."""
-    found, own = _trunk_shapes(state), _trunk_shapes(model.state_dict())
-    odd = next((k for k in [*own, *found] if k not in found or k not in own), None)
-    # the channels of the image are timm's to adapt, and its to refuse
-    odd = odd or next((k for k in own if (found[k][:1], found[k][2:]) != (own[k][:1], own[k][2:])), None)
-    if odd is not None:
-        raise ValueError(
-            f'The weights are not those of the trunk {model.trunk_name!r}: {odd!r} is {found.get(odd, "missing")} in '
-            f'them and {own.get(odd, "missing")} in the model; take the model that the weights are of.')
-    lacking = [k for k in model.state_dict() if k.startswith('head.') and k not in state
-               and (keeps_classes or not k.startswith('head.fc.'))]
-    if lacking:
-        raise ValueError(
-            f'The weights lack {lacking[0]!r} of the model: add num_classes=-1 to pretrained_cfg_overlay to begin a '
-            'new classifier, or take the model that they are of.')
-    weight = state.get('head.fc.weight')
-    if keeps_classes and weight is not None and len(weight) != model.num_classes:
-        raise ValueError(
-            f'The classifier is of {len(weight)} classes, the model of {model.num_classes}: add '
-            f'num_classes={len(weight)} to pretrained_cfg_overlay to take the classifier too, num_classes=-1 to begin '
-            f'one of {model.num_classes} classes.')
+    shown = f'{filename} of {cfg.hf_hub_id}'
+    with hub_errors(f'{shown} could not be downloaded', 'read it'):
+        return Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir)), shown

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from timm_multigrain.layers.normalize import l2_normalize
+from timm_multigrain.layers import l2_normalize
 
 from .exact import Array, as_vectors, nearest, shards_of
 

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from timm.data import add_img_extensions
 from timm.data.readers.class_map import load_class_map
+from timm.models import load_checkpoint
 from timm.utils import unwrap_model
 from torch import nn
 from torch.optim import Optimizer
@@ -23,7 +24,8 @@ from timm_multigrain.data.labels import label_instances
 from timm_multigrain.data.transforms import insert_lighting
 from timm_multigrain.images.labels import write_class_names
 from timm_multigrain.images.sources import EXTENSIONS, UnreadableImage
-from timm_multigrain.models.weights import new_classifier
+from timm_multigrain.models import MultiGrain
+from timm_multigrain.models.weights import load_starting_weights
 from timm_multigrain.task import MultiGrainTask, MultiGrainTrainableModule
 
 from .evaluation import EditedImages, RetrievalValidation
@@ -87,10 +89,15 @@ class TrainPlugin:
     def create_model(self, *args: Any, **kwargs: Any) -> nn.Module:
         """timm's model, without the plug-in's settings among its arguments; --initial-checkpoint of other classes."""
         kwargs = {name: value for name, value in kwargs.items() if not name.startswith(PREFIX)}
-        start = getattr(self.args, 'initial_checkpoint', '')
+        start = kwargs.pop('checkpoint_path', None)
         reason = f'--initial-checkpoint {start} not found' * bool(start and not os.path.exists(start))
-        with _stopping(f'--model {self.args.model} cannot be created', reason), new_classifier():
-            return self.original['create_model'](*args, **kwargs)
+        with _stopping(f'--model {self.args.model} cannot be created', reason):
+            model = self.original['create_model'](*args, **kwargs)
+            if start and isinstance(model, MultiGrain):
+                load_starting_weights(model, start)
+            elif start:
+                load_checkpoint(model, start)
+            return model
 
     def create_dataset(self, *args: Any, **kwargs: Any) -> Any:
         """timm's dataset."""

@@ -1,9 +1,29 @@
-"""What the poolings have in common: formats and precision of the maps, and who looks at their operations."""
+"""What the layers have in common: L2 normalisation, formats and precision of maps, who looks at their operations."""
 import torch
 from torch.autograd import forward_ad
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 _SPATIAL_DIMS = {'NCHW': [-2, -1], 'NHWC': [-3, -2], 'NLC': [-2]}
+
+
+def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
+    """x / (||x|| + eps) over the last dimension, as MultiGrain defines it (https://arxiv.org/abs/1902.05509).
+
+    eps is added to the norm, so the result is slightly shorter than 1; a zero row stays zero with a finite gradient.
+
+    Args:
+        x: (..., C), floating point.
+        eps: Added to the norm.
+
+    Returns:
+        (..., C) in the dtype of x; the arithmetic is float32, or float64 for a float64 x.
+
+    Example:
+        >>> l2_normalize(torch.tensor([[3., 4.]]))
+        tensor([[0.6000, 0.8000]])
+    """
+    y = at_least_float32(x)
+    return (y / (torch.linalg.vector_norm(y, dim=-1, keepdim=True) + eps)).to(x.dtype)
 
 
 def spatial_dims(input_fmt: str, num_prefix_tokens: int = 0) -> list[int]:
