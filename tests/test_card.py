@@ -25,13 +25,16 @@ def _card(model=None, base=None, **facts):
 
 
 def test_metadata():
-    card = _card(metrics=parse_metrics([figure(77.4), figure(94, metric='top5'), HOLIDAYS, COPYDAYS]))
-    data = ModelCard(str(card)).data.to_dict()  # as a reader of the file finds it
+    metrics = parse_metrics([figure(77.4), figure(94, metric='top5'), HOLIDAYS, COPYDAYS])
+    card = _card(metrics=metrics)
+    read = ModelCard(str(card)).data  # as a reader of the file finds it
+    data = read.to_dict()
     assert data['license'] == 'mit' and data['library_name'] == 'timm'
     assert data['pipeline_tag'] == 'image-classification' and {'multigrain', 'timm'} <= set(data['tags'])
     index = data['model-index']
     assert [entry['name'] for entry in index] == ['boats']
     imagenet, holidays, copydays = index[0]['results']
+    assert [Metric.from_eval_result(result) for result in read.eval_results] == metrics
     assert imagenet['task']['type'] == 'image-classification' and imagenet['dataset']['type'] == 'imagenet-1k'
     assert [(m['type'], m['value']) for m in imagenet['metrics']] == [('accuracy', 77.4), ('top_5_accuracy', 94)]
     settings = {'size': 224, 'p': 3, 'protocol': 'shorter side 256, centre crop', 'whitening': 'none'}
@@ -52,12 +55,6 @@ def test_classes_are_named():
             in _card(model).text)
     model.pretrained_cfg['label_names'] = {'0': 'boat'}
     assert '| classes | 3 |' in _card(model).text
-
-
-def test_figures_survive_the_card():
-    metrics = parse_metrics([figure(77.4), HOLIDAYS, COPYDAYS])
-    read = ModelCard(str(_card(metrics=metrics))).data.eval_results
-    assert [Metric.from_eval_result(result) for result in read] == metrics
 
 
 def test_text():
@@ -177,10 +174,8 @@ def test_a_license_the_hub_does_not_know(hub):
 @pytest.mark.parametrize('change, error', [
     ({'task': 'detection'}, "figure 1: task is 'detection', and has to be one of classification, retrieval"),
     ({'value': 'high'}, r"value has to be a number, not 'high'"),
-    ({'size': 224.5}, 'size has to be an integer, not 224.5'),
     ({'p': -1}, 'p is -1, and has to be above 0'),
     ({'protocol': ' '}, "protocol is ' ', and has to be a printable text"),
-    ({'whitening': 0}, 'whitening is 0, and has to be above 0'),
     ({'source_name': 'me'}, 'source_name needs source_url'),
     ({'whitning': 3}, "unknown field 'whitning': the fields are task, .*whitening"),
 ])

@@ -134,15 +134,14 @@ def test_signs_prefix_tokens_and_memory_format(p):
     assert torch.equal(pool(tokens), GeM(p, input_fmt='NLC')(tokens[:, 3:]))
 
 
-@pytest.mark.parametrize('p, dim', [
-    (3., (-2, -1)), (3., (-1, 2)), (3., (1,)), (1., (-1, 2)), (INF, (-1, 2)), (torch.tensor(2.5), (-1, 2))], ids=str)
-def test_function(p, dim):
+@pytest.mark.parametrize('p', [3., 1., INF, torch.tensor(2.5)], ids=str)
+def test_function(p):
     x = torch.rand(2, 3, 1, 4)  # an own dimension of size 1 stays
-    kept = gem(x, p, dim=dim, keepdim=True)
-    shape = [n for i, n in enumerate(x.shape) if i not in [d % 4 for d in dim]]
-    assert torch.equal(gem(x, p, dim=dim), kept.reshape(shape))
+    for dim in ((-2, -1), (-1, 2), (1,)):
+        kept = gem(x, p, dim=dim, keepdim=True)
+        shape = [n for i, n in enumerate(x.shape) if i not in [d % 4 for d in dim]]
+        assert torch.equal(gem(x, p, dim=dim), kept.reshape(shape))
     torch.testing.assert_close(gem(x).double(), slow_gem(x, 3.), rtol=1e-6, atol=0)
-    assert torch.equal(gem(x, 3), gem(x, 3.))
 
 
 # --- precision and derivatives
@@ -386,21 +385,15 @@ def test_bad_p(p):
 
 
 def test_other_bad_input():
-    with pytest.raises(ValueError, match='GeM needs p > 0, got'):
-        gem(torch.ones(1, 1, 2, 2), 0)
-    for kwargs in ({'learn_p': True}, {'num_channels': 3}):
-        with pytest.raises(ValueError, match='has to be finite, got inf: fix one scalar p'):
-            GeM(INF, **kwargs)
-    with pytest.raises(ValueError, match=r'shape \(3,\) or one value, got \(4,\)'):
-        GeM(num_channels=3).set_p(torch.ones(4))
-    for tokens in (1, 3):
-        with pytest.raises(ValueError, match=f'{tokens} tokens of which the first 3 are prefix tokens'):
-            GeM(input_fmt='NLC', num_prefix_tokens=3)(torch.ones(2, tokens, 4))
-    with pytest.raises(ValueError, match="Unknown input_fmt 'NCL', expected one of NCHW, NHWC, NLC"):
-        GeM(input_fmt='NCL')
-    with pytest.raises(ValueError, match="num_prefix_tokens=1 needs input_fmt='NLC', got 'NCHW'"):
-        GeM(num_prefix_tokens=1)
-    for eps in (0, -1e-6, math.nan, INF):
-        with pytest.raises(ValueError, match='GeM needs a finite eps > 0, got'):
-            GeM(eps=eps)
-    assert GeM(eps=10 ** 30)(torch.ones(1, 1, 3, 3)) == torch.tensor(1e30)  # more than torch takes as an integer
+    for call, message in (
+            (lambda: gem(torch.ones(1, 1, 2, 2), 0), 'GeM needs p > 0, got'),
+            (lambda: GeM(INF, learn_p=True), 'has to be finite, got inf: fix one scalar p'),
+            (lambda: GeM(num_channels=3).set_p(torch.ones(4)), r'shape \(3,\) or one value, got \(4,\)'),
+            (lambda: GeM(input_fmt='NLC', num_prefix_tokens=3)(torch.ones(2, 3, 4)),
+             '3 tokens of which the first 3 are prefix tokens'),
+            (lambda: GeM(input_fmt='NCL'), "Unknown input_fmt 'NCL', expected one of NCHW, NHWC, NLC"),
+            (lambda: GeM(num_prefix_tokens=1), "num_prefix_tokens=1 needs input_fmt='NLC', got 'NCHW'"),
+            (lambda: GeM(eps=0), 'GeM needs a finite eps > 0, got'),
+            (lambda: GeM(eps=math.nan), 'GeM needs a finite eps > 0, got')):
+        with pytest.raises(ValueError, match=message):
+            call()

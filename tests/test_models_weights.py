@@ -257,16 +257,18 @@ def test_every_network_is_recognized(shared_golden):
 # --- sources: tags, addresses, the Hub
 
 
-# tag: file, what its description says, top-1, size of the test
+# tag: file, how it was trained, top-1, size of the test
 OFFICIAL = {
-    'multigrain_resnet50.fb_p3_l05_aa_in1k': ('joint_3BAA_0.5', ('p = 3,', 'lambda = 0.5', 'AutoA'), '78.2', None),
-    'multigrain_resnet50.fb_p3_l05_in1k': ('joint_3B_0.5', ('p = 3,', 'lambda = 0.5', 'full'), '77.4', None),
-    'multigrain_resnet50.fb_p1_l05_in1k': ('joint_1B_0.5', ('p = 1,', 'lambda = 0.5', 'full'), '77.0', None),
-    'multigrain_resnet50.fb_p3_l1_in1k': ('joint_3B_1.0', ('p = 3,', 'lambda = 1 ', 'full'), '76.9', None),
-    'multigrain_resnet50.fb_p1_l1_in1k': ('joint_1B_1.0', ('p = 1,', 'lambda = 1 ', 'full'), '76.8', None),
-    'multigrain_senet154.fb_p16_400_in1k': ('senet154-finetune400', ('p = 1.6 ', 'at 400'), '83.0', 400),
-    'multigrain_pnasnet5large.fb_p17_500_in1k': ('pnasnet5large-finetune500', ('p = 1.7 ', 'at 500'), '83.6', 500),
-    'multigrain_nasnetamobile.fb_p17_350_in1k': ('nasnetamobile-finetune350', ('p = 1.7 ', 'at 350'), '75.1', 350),
+    'multigrain_resnet50.fb_p3_l05_aa_in1k': ('joint_3BAA_0.5', 'p = 3, lambda = 0.5, AutoA', '78.2', None),
+    'multigrain_resnet50.fb_p3_l05_in1k': ('joint_3B_0.5', 'p = 3, lambda = 0.5, full', '77.4', None),
+    'multigrain_resnet50.fb_p1_l05_in1k': ('joint_1B_0.5', 'p = 1, lambda = 0.5, full', '77.0', None),
+    'multigrain_resnet50.fb_p3_l1_in1k': ('joint_3B_1.0', 'p = 3, lambda = 1 (class', '76.9', None),
+    'multigrain_resnet50.fb_p1_l1_in1k': ('joint_1B_1.0', 'p = 1, lambda = 1 (class', '76.8', None),
+    'multigrain_senet154.fb_p16_400_in1k': ('senet154-finetune400', 'p = 1.6 fine-tuned at 400', '83.0', 400),
+    'multigrain_pnasnet5large.fb_p17_500_in1k': (
+        'pnasnet5large-finetune500', 'p = 1.7 fine-tuned at 500', '83.6', 500),
+    'multigrain_nasnetamobile.fb_p17_350_in1k': (
+        'nasnetamobile-finetune350', 'p = 1.7 fine-tuned at 350', '75.1', 350),
 }
 
 
@@ -280,14 +282,13 @@ def test_tags_of_the_official_weights():
         folder = 'finetuned_models' if size else 'multigrain_models'
         assert cfg.url == f'https://dl.fbaipublicfiles.com/multigrain/{folder}/{file}.pth'
         assert (cfg.crop_pct, cfg.interpolation, cfg.classifier) == (224 / 256, 'bilinear', 'head.fc')
-        assert cfg.mean == ((0.5,) * 3 if 'nasnet' in arch else (0.485, 0.456, 0.406))
-        assert cfg.std == ((0.5,) * 3 if 'nasnet' in arch else (0.229, 0.224, 0.225))
+        assert (cfg.mean, cfg.std) == (((0.5,) * 3,) * 2 if 'nasnet' in arch else (
+            (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
         assert cfg.input_size == trunk.input_size and cfg.test_input_size == (size and (3, size, size))
         assert cfg.first_conv == f'trunk.{trunk.first_conv}' and cfg.paper_ids == 'arXiv:1902.05509'
-        assert all(part in cfg.description for part in (*training, f'top-1 {top1} at'))
+        assert training in cfg.description and f'top-1 {top1} at' in cfg.description
     for name in [*timm.list_models('multigrain*'), *OFFICIAL]:  # not free software
-        assert get_pretrained_cfg(name).license in (None, 'cc-by-nc-4.0')
-        assert (get_pretrained_cfg(name).license is not None) == bool(get_pretrained_cfg(name).url)
+        assert get_pretrained_cfg(name).license == ('cc-by-nc-4.0' if get_pretrained_cfg(name).url else None)
 
 
 @torch.inference_mode()

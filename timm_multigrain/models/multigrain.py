@@ -283,15 +283,10 @@ class MultiGrain(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a fresh classifier; pooling, its exponent and a whitening stay.
+        """Give the model a fresh classifier, 0 classes for none; pooling, its exponent and a whitening stay.
 
-        Args:
-            num_classes: Classes, 0 for the embedding.
-            global_pool: Another pooling, '' for the unpooled map (with no classes only). None keeps the present one,
-                and brings GeM back where '' had taken it off and classes are asked for.
-
-        Raises:
-            ValueError: A negative number of classes, classes without pooling, or an unknown pooling.
+        Another ``global_pool`` may be given, '' for the unpooled map. None keeps the present one, and brings GeM back
+        where '' had taken it off and classes are asked for.
         """
         dd = get_device_dtype(self)
         if global_pool is None and num_classes and not self.head.pooled:
@@ -303,11 +298,7 @@ class MultiGrain(nn.Module):
 
     @torch.jit.ignore
     def set_gem_p(self, p: float) -> None:
-        """Set the exponent of GeM, for instance p* of a test resolution (paper section 4).
-
-        Raises:
-            ValueError: p is not above 0, or the model does not pool with GeM.
-        """
+        """Set the exponent of GeM, for instance p* of a test resolution (paper section 4)."""
         if not isinstance(self.head.pool, GeM):
             raise ValueError(f'global_pool={self.global_pool!r} has no exponent to set to {p}: '
                              "reset_classifier(num_classes, 'gem') first.")
