@@ -15,22 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from timm.data import transforms as timm_transforms
 from timm.data.random_erasing import RandomErasing
-from timm.data.transforms import (
-    CenterCropOrPad,
-    MaybePILToTensor,
-    MaybeToTensor,
-    RandomCropOrPad,
-    RandomResizedCropAndInterpolation,
-    ResizeKeepRatio,
-)
 from torchvision import transforms as T
 from torchvision.io import ImageReadMode
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as F
 
-from timm_multigrain.images.pixels import turn_of
-from timm_multigrain.images.sources import open_image, read_image
+from timm_multigrain.images.pixels import open_image, read_image, turn_of
 
 try:
     from torchvision.io import decode_jpeg
@@ -38,8 +30,8 @@ except ImportError:  # torchvision 0.29 announces its removal
     decode_jpeg = None
 
 _ON_TENSORS = (
-    T.RandomHorizontalFlip, T.RandomVerticalFlip, T.CenterCrop, T.GaussianBlur, T.Normalize, CenterCropOrPad,
-    RandomCropOrPad, MaybePILToTensor, RandomErasing)
+    T.RandomHorizontalFlip, T.RandomVerticalFlip, T.CenterCrop, T.GaussianBlur, T.Normalize, RandomErasing,
+    timm_transforms.CenterCropOrPad, timm_transforms.RandomCropOrPad, timm_transforms.MaybePILToTensor)
 _INTERPOLATIONS = {InterpolationMode.BILINEAR, InterpolationMode.BICUBIC}
 
 
@@ -65,9 +57,6 @@ class TensorTransform:
             result = step(result)
         return result.clone() if result.untyped_storage().data_ptr() == image.untyped_storage().data_ptr() else result
 
-    def __repr__(self) -> str:
-        return f'{type(self).__name__}({self.transforms})'
-
 
 def decode(content: bytes, way: str = 'multigrain') -> torch.Tensor:
     """Content of an image file -> uint8 (3, H, W) RGB.
@@ -81,32 +70,24 @@ def decode(content: bytes, way: str = 'multigrain') -> torch.Tensor:
     Raises:
         UnreadableImage: Content that is not a readable image; with 'timm', OSError (or another of Pillow's errors).
     """
-    pixels = _decode_jpeg(content, upright=way != 'timm')
-    if pixels is None:
-        file = io.BytesIO(content)
-        pixels = to_tensor(open_image(file).convert('RGB') if way == 'timm' else read_image(file))
-    return pixels
-
-
-def _decode_jpeg(content: bytes, upright: bool) -> torch.Tensor | None:
-    """A grey or colour JPEG file by torchvision's decoder; None for all others, and where it has to be turned."""
-    if decode_jpeg is None or not content.startswith(b'\xff\xd8'):
-        return None
-    try:
-        image = open_image(io.BytesIO(content))
-        if image.format != 'JPEG' or image.mode not in ('L', 'RGB') or (upright and turn_of(image) is not None):
-            return None
-        # a copy, since a tensor of a constant is one that torch warns of
-        return decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode=ImageReadMode.RGB)
-    except Exception:  # Pillow reads it all the same, or says what is wrong with it
-        return None
+    if decode_jpeg is not None and content.startswith(b'\xff\xd8'):
+        try:
+            image = open_image(io.BytesIO(content))
+            if image.format == 'JPEG' and image.mode in ('L', 'RGB') and (way == 'timm' or turn_of(image) is None):
+                # a copy, since a tensor of a constant is one that torch warns of
+                encoded = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+                return decode_jpeg(encoded, mode=ImageReadMode.RGB)
+        except Exception:  # Pillow reads it all the same, or says what is wrong with it
+            pass
+    file = io.BytesIO(content)
+    return to_tensor(open_image(file).convert('RGB') if way == 'timm' else read_image(file))
 
 
 def on_tensors(step: Callable) -> Callable:
     """A step of a transform for uint8 (3, H, W) tensors."""
     interpolation = getattr(step, 'interpolation', ())
     supported = _INTERPOLATIONS.issuperset(interpolation if isinstance(interpolation, tuple) else [interpolation])
-    if isinstance(step, RandomResizedCropAndInterpolation) and supported:
+    if isinstance(step, timm_transforms.RandomResizedCropAndInterpolation) and supported:
         return partial(crop, step)
     if isinstance(step, T.Resize) and supported:
         return partial(resize, step)
@@ -114,20 +95,20 @@ def on_tensors(step: Callable) -> Callable:
         return partial(jitter, step)
     if isinstance(step, T.RandomApply):
         return T.RandomApply([on_tensors(inner) for inner in step.transforms], step.p)
-    if isinstance(step, MaybeToTensor):
+    if isinstance(step, timm_transforms.MaybeToTensor):
         return to_float
-    if isinstance(step, _ON_TENSORS) or (isinstance(step, ResizeKeepRatio) and supported):
+    if isinstance(step, _ON_TENSORS) or (isinstance(step, timm_transforms.ResizeKeepRatio) and supported):
         return step
     return partial(on_pillow, step)
 
 
-def crop(step: RandomResizedCropAndInterpolation, image: torch.Tensor) -> torch.Tensor:
+def crop(step: timm_transforms.RandomResizedCropAndInterpolation, image: torch.Tensor) -> torch.Tensor:
     """timm's random crop and resize."""
-    top, left, height, width = step.get_params(image, step.scale, step.ratio)
+    box = step.get_params(image, step.scale, step.ratio)
     interpolation = step.interpolation
     if isinstance(interpolation, tuple):
         interpolation = random.choice(interpolation)
-    return F.resized_crop(image, top, left, height, width, list(step.size), interpolation, antialias=True)
+    return F.resized_crop(image, *box, list(step.size), interpolation, antialias=True)
 
 
 def resize(step: T.Resize, image: torch.Tensor) -> torch.Tensor:
@@ -141,10 +122,24 @@ def jitter(step: T.ColorJitter, image: torch.Tensor) -> torch.Tensor:
     order, *factors, _ = step.get_params(step.brightness, step.contrast, step.saturation, None)
     pixels = image.to(torch.float32, memory_format=torch.contiguous_format)
     for kind in order.tolist():
-        if kind < 3 and factors[kind] is not None:
-            _BLENDS[kind](pixels, factors[kind])
+        if kind > 2 or factors[kind] is None:
+            continue
+        if kind == 0:
+            pixels.mul_(factors[0])
+        else:
+            other = _grey(pixels)
+            if kind == 1:  # its mean
+                other = int(other.sum(dtype=torch.float64).item() / other.numel() + 0.5)
+            pixels.sub_(other).mul_(factors[kind]).add_(other)
+        pixels.clamp_(0, 255).floor_()
     # torch is slow at float to uint8, and quick by way of int32
     return pixels.to(torch.int32).to(torch.uint8)
+
+
+def _grey(pixels: torch.Tensor) -> torch.Tensor:
+    """(3, H, W) -> (H, W), Pillow's 16-bit weights, whose sums are whole numbers that float32 holds exactly."""
+    red, green, blue = pixels
+    return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).mul_(1 / 65536).floor_()
 
 
 def to_float(image: torch.Tensor) -> torch.Tensor:
@@ -161,29 +156,3 @@ def on_pillow(step: Callable, image: torch.Tensor) -> Any:
 def to_tensor(image: Image.Image) -> torch.Tensor:
     """RGB image of Pillow -> uint8 (3, H, W), a view of (H, W, 3) as decode_jpeg gives it."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def _brighten(pixels: torch.Tensor, factor: float) -> None:
-    pixels.mul_(factor).clamp_(0, 255).floor_()
-
-
-def _contrast(pixels: torch.Tensor, factor: float) -> None:
-    grey = _grey(pixels)
-    _blend(pixels, int(grey.sum(dtype=torch.float64).item() / grey.numel() + 0.5), factor)
-
-
-def _saturate(pixels: torch.Tensor, factor: float) -> None:
-    _blend(pixels, _grey(pixels), factor)
-
-
-_BLENDS = _brighten, _contrast, _saturate
-
-
-def _blend(pixels: torch.Tensor, other: torch.Tensor | int, factor: float) -> None:
-    pixels.sub_(other).mul_(factor).add_(other).clamp_(0, 255).floor_()
-
-
-def _grey(pixels: torch.Tensor) -> torch.Tensor:
-    """(3, H, W) -> (H, W), Pillow's 16-bit weights, whose sums are whole numbers that float32 holds exactly."""
-    red, green, blue = pixels
-    return (red * 19595).add_(green, alpha=38470).add_(blue, alpha=7471).add_(32768).mul_(1 / 65536).floor_()

@@ -1,5 +1,5 @@
 """Any map-style dataset, with its image files decoded as every command decodes them, the unreadable ones skipped, and
-image ids beside the classes.
+instance ids beside the classes.
 
 Berman et al., "MultiGrain", arXiv 1902.05509, section 3: the instance label of a sample is the image it was augmented
 from, so that the positives of the margin loss come without any annotation.
@@ -9,6 +9,7 @@ import logging
 import operator
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from itertools import groupby
 from typing import Any
 
@@ -21,8 +22,8 @@ from torchvision.datasets import DatasetFolder, VisionDataset
 from torchvision.datasets.folder import default_loader, pil_loader
 from torchvision.datasets.vision import StandardTransform
 
-from timm_multigrain.files import open_regular
-from timm_multigrain.images.sources import UnreadableImage, open_image, printable, read_image
+from timm_multigrain.files import open_regular, printable
+from timm_multigrain.images.pixels import UnreadableImage, open_image, read_image
 
 from .fast import TensorTransform
 from .fast import decode as decode_tensor
@@ -157,7 +158,8 @@ class DecodedDataset(Dataset):
         else:  # a path: opened here, as regular files only
             file, target = (dataset.reader if timms else dataset).samples[index]
         if self.fast:
-            return decode_tensor(file.read() if hasattr(file, 'read') else _read_bytes(file), self.decode), target
+            with nullcontext(file) if hasattr(file, 'read') else open_regular(file, follow_links=True) as opened:
+                return decode_tensor(opened.read(), self.decode), target
         mode = dataset.input_img_mode if timms else 'RGB'
         image = open_image(file).convert(mode) if self.decode == 'timm' else read_image(file)
         return image if image.mode == mode else image.convert(mode), target
@@ -171,16 +173,20 @@ class DecodedDataset(Dataset):
 class InstanceDataset(DecodedDataset):
     """A map-style (image, class) dataset whose targets become [class, instance id].
 
-    `dataset[i]` gives (image, int64 tensor [class, instance]), the instance being i by default; default_collate and
-    timm's fast_collate stack the targets to [B, 2]. A DataLoader fetches through `__getitems__`, which decodes an image
-    once for consecutive equal indices (see `RepeatedAugSampler`) and applies the transforms once for each of them. For
-    timm's ImageDataset and torchvision's ImageFolder, whose transforms are all that draws random numbers, that equals
-    as many separate reads; other datasets are read as often as an index is asked for.
+    `dataset[i]` gives (image, int64 tensor [class, instance]); default_collate and timm's fast_collate stack the
+    targets to [B, 2]. A DataLoader fetches through `__getitems__`, which decodes an image once for consecutive equal
+    indices (see `RepeatedAugSampler`) and applies the transforms once for each of them. For timm's ImageDataset and
+    torchvision's ImageFolder, whose transforms are all that draws random numbers, that equals as many separate reads;
+    other datasets are read as often as an index is asked for.
 
     Where an image cannot be read, all its copies are copies of the next image, under the id of that one.
 
-    Args and errors: see `DecodedDataset`. Also a ValueError while reading, where a target is not a class number.
-    `instances` are the instance ids of the images, (N,) integers.
+    Args:
+        dataset: As of `DecodedDataset`, also `decode`, `strict`, `fast` and the errors.
+        instances: Instance ids of the images, (N,) integers; by default each image has its index.
+
+    Raises:
+        ValueError: While reading, a target that is not a class number.
     """
 
     def __init__(self, dataset: Dataset, decode: str = 'multigrain', strict: bool = False, fast: bool = False,
@@ -195,28 +201,24 @@ class InstanceDataset(DecodedDataset):
         samples = []
         for index, group in groupby(indices):
             index, pairs = self.read(index, sum(1 for _ in group))
-            instance = index if self.instances is None else self.instances[index]
-            samples += [(image, _target(target, index, instance)) for image, target in pairs]
+            instance = index if self.instances is None else int(self.instances[index])
+            samples += [(image, torch.tensor([_class_number(target, index), instance])) for image, target in pairs]
         return samples
 
 
-def _target(target: Any, index: int, instance: int) -> torch.Tensor:
+def _class_number(target: Any, index: int) -> int:
     try:
         if getattr(target, 'ndim', 0):
             raise TypeError
-        return torch.tensor([operator.index(target), int(instance)])
+        return operator.index(target)
     except TypeError:
         raise ValueError(
             f'the target of image {index} is {target!r}: give one integer class for each image (multi-label, soft and '
             'float targets do not go with repeated augmentation)') from None
 
 
-def _augment(
-        dataset: ImageDataset | DatasetFolder,
-        image: Image.Image | torch.Tensor,
-        target: Any,
-        repeats: int,
-) -> Iterator[tuple[Any, Any]]:
+def _augment(dataset: ImageDataset | DatasetFolder, image: Image.Image | torch.Tensor, target: Any,
+             repeats: int) -> Iterator[tuple[Any, Any]]:
     missing = target is None and isinstance(dataset, ImageDataset)  # timm's way: no class is -1
     for _ in range(repeats):
         sample, label = image, -1 if missing else target
@@ -231,15 +233,9 @@ def _augment(
 def _pair(dataset: Dataset, index: int) -> tuple[Any, Any]:
     sample = dataset[index]
     if not isinstance(sample, (tuple, list)) or len(sample) != 2:
-        raise ValueError(
-            f'sample {index} of {type(dataset).__name__} is not an (image, class) pair: give a dataset of pairs, '
-            'without additional features')
+        raise ValueError(f'sample {index} of {type(dataset).__name__} is not an (image, class) pair: give a dataset of '
+                         'pairs, without additional features')
     return tuple(sample)
-
-
-def _read_bytes(path: str) -> bytes:
-    with open_regular(path, follow_links=True) as file:
-        return file.read()
 
 
 def _reads_files(dataset: Any) -> bool:
@@ -257,9 +253,9 @@ def _check_fast(dataset: Any) -> None:
         for inner in dataset.datasets:
             _check_fast(inner)
     elif not _reads_files(dataset):
-        raise ValueError(
-            f'the fast loader decodes files itself and cannot get at those of this {type(dataset).__name__}: give an '
-            'ImageDataset of timm, an ImageFolder or a Subset of one, with no loader of their own, or leave fast out')
+        raise ValueError('the fast loader decodes files, and cannot get at those of this '
+                         f'{type(dataset).__name__}: give an ImageDataset of timm, an ImageFolder or a Subset of one, '
+                         'or leave fast out')
     elif getattr(dataset, 'input_img_mode', 'RGB') != 'RGB':
         raise ValueError(f'the fast loader reads RGB, and input_img_mode is {dataset.input_img_mode!r}: leave fast out')
 

@@ -69,12 +69,8 @@ def label_instances(
             raise ValueError(
                 f'{len(loose)} of {len(names)} images, such as {printable(loose[0])}, are not in folders '
                 'class/instance/image: move them, or take "class" as instances, or a CSV file')
-    return _with_classes(dataset, labels, classes), _numbers(members)
-
-
-def _numbers(keys: Sequence) -> np.ndarray:
-    numbers = {key: number for number, key in enumerate(dict.fromkeys(keys))}
-    return np.array([numbers[key] for key in keys], np.int64)
+    numbers = {key: number for number, key in enumerate(dict.fromkeys(members))}
+    return _with_classes(dataset, labels, classes), np.array([numbers[key] for key in members], np.int64)
 
 
 def _folder(dataset: Any) -> Any:

@@ -26,6 +26,9 @@ from .samplers import InstanceSampler, RepeatedAugSampler
 
 __all__ = ['create_loader']
 
+_SEAM = (f'timm {timm.__version__} does not take its sampler from timm.data.loader.RepeatAugSampler: install '
+         'timm 1.0.31, or build a DataLoader from InstanceDataset and one of the samplers')
+
 
 def create_loader(
         dataset: Dataset,
@@ -102,7 +105,7 @@ def create_loader(
             InstanceDataset(dataset, decode, strict, fast, ids), input_size, batch_size, is_training=True,
             distributed=True, **kwargs)
     if not samplers:
-        raise RuntimeError(_seam_message())
+        raise RuntimeError(_SEAM)
     if len(loader) == 0:
         raise ValueError(
             f'an epoch of {len(samplers[0])} samples on this rank has no full batch of {batch_size}: give more images, '
@@ -113,11 +116,7 @@ def create_loader(
 
 
 class InstanceCollate:
-    """Hands images and classes to a collate function and puts the instance ids back.
-
-    Args:
-        collate_fn: Takes a list of (image, class), gives (images, classes [B]).
-    """
+    """Hands images and classes to a collate function and puts the instance ids back."""
 
     def __init__(self, collate_fn: Callable):
         self.collate_fn = collate_fn
@@ -138,12 +137,7 @@ class InstanceCollate:
 
 
 class ScheduledInstances(ScheduledTransformDataset):
-    """timm's scheduled sizes with one decoding for the repeats of an image.
-
-    Args:
-        dataset: An `InstanceDataset`.
-        transforms: One for each size.
-    """
+    """timm's scheduled sizes of an `InstanceDataset` with one decoding for the repeats of an image."""
 
     def __init__(self, dataset: InstanceDataset, transforms: Sequence[Callable]):
         self.sizes = [dataset.with_transform(transform) for transform in transforms]
@@ -160,11 +154,9 @@ class ScheduledInstances(ScheduledTransformDataset):
 
 
 def _check(batch_size: int, num_repeats: int, kwargs: dict[str, Any]) -> None:
-    if num_repeats < 1:
-        raise ValueError(f'num_repeats is {num_repeats}: give an integer of at least 1 (no repetition)')
-    if batch_size < num_repeats:
-        raise ValueError(
-            f'batch_size is {batch_size}, less than num_repeats={num_repeats}: give at least the repeats of one image')
+    if not 1 <= num_repeats <= batch_size:
+        raise ValueError(f'num_repeats is {num_repeats}, and batch_size {batch_size}: give at least 1, which repeats '
+                         'nothing, and a batch that holds the repeats of one image')
     if kwargs.get('num_aug_repeats'):
         raise ValueError(f'num_aug_repeats is {kwargs["num_aug_repeats"]}: leave it out and give num_repeats')
     if kwargs.get('num_aug_splits'):
@@ -176,10 +168,9 @@ def _check(batch_size: int, num_repeats: int, kwargs: dict[str, Any]) -> None:
 @contextmanager
 def _timm_rebound(make_sampler: Callable[[], Sampler]) -> Iterator[list[Sampler]]:
     """While open, timm's create_loader uses our sampler and scheduled dataset; gives the list of samplers made."""
-    original = getattr(timm_loader, 'RepeatAugSampler', None)
+    original, samplers = getattr(timm_loader, 'RepeatAugSampler', None), []
     if original is None:
-        raise RuntimeError(_seam_message())
-    samplers = []
+        raise RuntimeError(_SEAM)
 
     def make(dataset: Dataset, num_repeats: int) -> Sampler:
         samplers.append(make_sampler())
@@ -192,9 +183,3 @@ def _timm_rebound(make_sampler: Callable[[], Sampler]) -> Iterator[list[Sampler]
     finally:
         timm_loader.RepeatAugSampler = original
         timm_loader.ScheduledTransformDataset = ScheduledTransformDataset
-
-
-def _seam_message() -> str:
-    return (
-        f'timm {timm.__version__} does not take its sampler from timm.data.loader.RepeatAugSampler: install '
-        'timm 1.0.31, or build a DataLoader from InstanceDataset and RepeatedAugSampler')

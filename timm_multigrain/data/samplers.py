@@ -17,7 +17,30 @@ import torch.distributed as dist
 from torch.utils.data import Sampler
 
 
-class RepeatedAugSampler(Sampler[int]):
+class _EpochSampler(Sampler[int]):
+    """What both samplers share: the epoch that they count themselves, and the ranks."""
+
+    def __init__(self, epoch_len_factor: float, shuffle: bool, seed: int, num_replicas: int | None, rank: int | None):
+        if not (epoch_len_factor > 0 and math.isfinite(epoch_len_factor)):
+            raise ValueError(f'epoch_len_factor is {epoch_len_factor}: give a finite number above 0, such as 1.0')
+        self.num_replicas, self.rank = _world(num_replicas, rank)
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Make the next iteration that of `epoch`."""
+        self.epoch = epoch
+
+    def _next_generator(self) -> torch.Generator:
+        self.epoch += 1
+        return torch.Generator().manual_seed(self.seed + self.epoch - 1)
+
+    def _order(self, number: int, generator: torch.Generator) -> np.ndarray:
+        return torch.randperm(number, generator=generator).numpy() if self.shuffle else np.arange(number)
+
+
+class RepeatedAugSampler(_EpochSampler):
     """Yields each index `num_repeats` times in a row.
 
     An epoch counts samples, not images: `int(len(dataset) * epoch_len_factor)` in all, shared by the ranks (rounded up
@@ -55,47 +78,32 @@ class RepeatedAugSampler(Sampler[int]):
             num_replicas: int | None = None,
             rank: int | None = None,
     ):
+        super().__init__(epoch_len_factor, shuffle, seed, num_replicas, rank)
         self.dataset_len = dataset if isinstance(dataset, int) else len(dataset)
         if self.dataset_len < 1:
             raise ValueError(f'the dataset holds {self.dataset_len} images: give one with at least one image')
         if num_repeats < 1 or num_repeats != int(num_repeats):
             raise ValueError(f'num_repeats is {num_repeats}: give an integer of at least 1 (no repetition), such as 3')
         self.num_repeats = int(num_repeats)
-        if not (epoch_len_factor > 0 and math.isfinite(epoch_len_factor)):
-            raise ValueError(f'epoch_len_factor is {epoch_len_factor}: give a finite number above 0, such as 1.0')
-        self.num_replicas, self.rank = _world(num_replicas, rank)
-        total = int(self.dataset_len * epoch_len_factor)
-        self.num_samples = max(1, math.ceil(total / self.num_replicas))
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of `epoch`."""
-        self.epoch = epoch
+        self.num_samples = max(1, math.ceil(int(self.dataset_len * epoch_len_factor) / self.num_replicas))
 
     def __len__(self) -> int:
         return self.num_samples
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        self.epoch += 1
-        return islice(self._stream(generator), self.num_samples)
+        return islice(self._stream(self._next_generator()), self.num_samples)
 
     def _stream(self, generator: torch.Generator) -> Iterator[int]:
-        order = torch.arange(self.dataset_len)
-        if self.shuffle:
-            order = order[torch.randperm(len(order), generator=generator)]
+        order = self._order(self.dataset_len, generator)
         # with more ranks than images several ranks have to show the same image
         own = order[self.rank % len(order)::self.num_replicas]
         while True:
             for index in own.tolist():
                 yield from repeat(index, self.num_repeats)
-            if self.shuffle:
-                own = own[torch.randperm(len(own), generator=generator)]
+            own = own[self._order(len(own), generator)]
 
 
-class InstanceSampler(Sampler[int]):
+class InstanceSampler(_EpochSampler):
     """Batches of B / m instances with m photographs of each.
 
     In an epoch every instance shows all its photographs once, in groups of m: an instance of n photographs has
@@ -143,32 +151,22 @@ class InstanceSampler(Sampler[int]):
         if num_repeats < 1 or batch_size < 1 or batch_size % num_repeats:
             raise ValueError(f'batch_size is {batch_size}, and num_repeats {num_repeats}: give a multiple of '
                              'num_repeats, so that a batch holds all samples of its instances')
-        if not (epoch_len_factor > 0 and math.isfinite(epoch_len_factor)):
-            raise ValueError(f'epoch_len_factor is {epoch_len_factor}: give a finite number above 0, such as 1.0')
+        super().__init__(epoch_len_factor, shuffle, seed, num_replicas, rank)
         self.instances = np.unique(np.asarray(instances, np.int64), return_inverse=True)[1]
         if not len(self.instances):
             raise ValueError('instances is empty: give one number for each image, of at least one image')
         self.num_repeats = num_repeats
-        self.num_replicas, self.rank = _world(num_replicas, rank)
         self.sizes = np.bincount(self.instances)
         self.num_groups = -(-self.sizes // num_repeats)  # of each instance
         self.groups_per_batch = batch_size // num_repeats * self.num_replicas
         self.num_batches = math.ceil(max(1, int(self.num_groups.sum() * epoch_len_factor)) / self.groups_per_batch)
         self.batch_size = batch_size
-        self.shuffle = shuffle
-        self.seed = seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Make the next iteration that of `epoch`."""
-        self.epoch = epoch
 
     def __len__(self) -> int:
         return self.num_batches * self.batch_size
 
     def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        self.epoch += 1
+        generator = self._next_generator()
         groups = np.empty((0, self.num_repeats), np.int64)
         while len(groups) < self.num_batches * self.groups_per_batch:
             groups = np.concatenate([groups, self._pass(generator)])
@@ -189,9 +187,6 @@ class InstanceSampler(Sampler[int]):
         first = (np.cumsum(self.sizes) - self.sizes)[owner] + np.clip(number * m, 0, np.maximum(size - m, 0))
         groups = order[first[:, None] + np.arange(m) * np.minimum(size, m)[:, None] // m]
         return groups[self._order(len(groups), generator)]
-
-    def _order(self, number: int, generator: torch.Generator) -> np.ndarray:
-        return torch.randperm(number, generator=generator).numpy() if self.shuffle else np.arange(number)
 
 
 def _world(num_replicas: int | None, rank: int | None) -> tuple[int, int]:

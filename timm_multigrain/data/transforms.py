@@ -43,9 +43,9 @@ def create_transform(
 
     Args:
         input_size: Side of the square crop, (H, W) or (C, H, W).
-        augmentation: 'full', 'senet', 'torch' or 'autoaugment'.
-        mean: Normalisation mean.
-        std: Normalisation standard deviation.
+        augmentation: One of these.
+        mean: Of the normalisation.
+        std: Of the normalisation.
         interpolation: Filter of the crop, a value of torchvision's InterpolationMode.
         lighting: Standard deviation for `Lighting` in 'full' and 'senet'; 0 leaves it out.
 
@@ -138,11 +138,10 @@ def insert_lighting(dataset: Dataset, lighting: Lighting) -> None:
     """Put lighting into the transforms that timm's create_loader gave a dataset, where the original has it: after all
     that works on images and before the normalisation.
 
-    timm's prefetcher normalises on the device and its loader hands over 8-bit images: there the result is rounded to 8
-    bits. Without prefetcher nothing is.
+    With timm's prefetcher, whose loader hands over 8-bit images, the result is rounded to 8 bits.
 
     Args:
-        dataset: With a `transform`, or the `transforms` of scheduled sizes, that have a conversion to tensors.
+        dataset: With a `transform`, or the `transforms` of scheduled sizes.
         lighting: What to insert.
 
     Raises:
