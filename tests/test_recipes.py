@@ -27,7 +27,6 @@ from torchvision import transforms as T
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.data.transforms import Lighting, insert_lighting
-from timm_multigrain.task import MultiGrainTask
 from timm_multigrain.train import launcher
 from timm_multigrain.train.options import PREFIX, TrainOptions, add_options, conflict
 
@@ -206,17 +205,6 @@ def test_autoaugment_augmentation():
     assert isinstance(to_tensor, MaybePILToTensor)
 
 
-@pytest.mark.parametrize('name', [*PAPER, 'finetune'])
-def test_validation_preprocessing(name):
-    recipe = _recipe(name)
-    size = recipe['img_size']
-    resize, crop, _ = create_transform(
-        (3, size, size), crop_pct=recipe['crop_pct'], interpolation=recipe['interpolation'], use_prefetcher=True,
-    ).transforms
-    assert resize.size == int(256 / 224 * size) == 256
-    assert resize.interpolation is T.InterpolationMode.BILINEAR and tuple(crop.size) == (224, 224)
-
-
 def _train_transform(recipe):
     size = recipe['img_size']
     names = {'scale': 'scale', 'ratio': 'ratio', 'hflip': 'hflip', 'vflip': 'vflip', 'color_jitter': 'color_jitter',
@@ -233,24 +221,6 @@ def _check_crop(crop, flip):
 
 
 # --- the other recipes
-
-def test_finetune_learning_rates():
-    args = SimpleNamespace(**_recipe('finetune'), momentum=0.9)
-    model = timm.create_model(args.model, num_classes=5, **args.model_kwargs)
-    trainable = MultiGrainTask(model, nn.CrossEntropyLoss(), device=torch.device('cpu')).get_trainable_module()
-    optimizer = create_optimizer_v2(trainable, **optimizer_kwargs(cfg=args))
-    scheduler, _ = create_scheduler_v2(optimizer, **scheduler_kwargs(args), updates_per_epoch=100)
-    scheduler.step_update(100 * args.warmup_epochs)
-    assert type(optimizer) is torch.optim.AdamW
-    group = {p: group for group in optimizer.param_groups for p in group['params']}
-    # the cosine has run through the first of ten epochs where the warm-up ends
-    peak = 0.5 * (1 + math.cos(math.pi * args.warmup_epochs / args.epochs))
-    rates = {model.head.fc.weight: args.lr, model.trunk.conv1.weight: args.lr * 0.9 ** 17}
-    for parameter, lr in rates.items():
-        assert group[parameter]['lr'] == pytest.approx(peak * lr, rel=0.01)
-    assert group[model.trunk.bn1.weight]['weight_decay'] == 0
-    assert group[model.trunk.conv1.weight]['weight_decay'] == args.weight_decay
-
 
 def test_modern_has_the_samples_of_the_paper():
     modern, paper = _recipe('resnet50_modern'), _recipe('resnet50_paper')

@@ -150,8 +150,6 @@ def check_config(script: ModuleType) -> None:
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         stop(f'--config {path} does not map names of arguments to values, as in "lr: 0.1"')
     for action in script.parser._actions:  # argparse has no public list of them
-        value = values.get(action.dest, action.default)
-        kind, words = object, ''
         if isinstance(action.default, dict):
             kind, words = dict, 'names with values'
         elif action.nargs not in (None, 0, '?'):
@@ -160,6 +158,9 @@ def check_config(script: ModuleType) -> None:
             kind, words = int | float | str, 'a number'
         elif isinstance(action.default, str) and action.nargs is None:
             kind, words = str, 'a text'
+        else:
+            continue
+        value = values.get(action.dest, action.default)
         if value is not action.default and not isinstance(value, kind):
             stop(f'--config {path}: {action.dest} is {value!r}, not {words}')
 

@@ -97,10 +97,9 @@ class TrainOptions:
     @property
     def plain(self) -> bool:
         """Whether nothing of train.py is changed at all."""
-        changed = (
+        return not any((
             self.joint, self.repeats != 1, self.instances != 'copy', self.epoch_len_factor != 1, self.lighting,
-            self.fast_loader, self.strict, self.eval)
-        return not any(changed)
+            self.fast_loader, self.strict, self.eval))
 
     def loss_kwargs(self) -> dict[str, Any]:
         """Arguments of the instance loss."""
@@ -126,14 +125,13 @@ class TrainOptions:
             ValueError: An unknown name with the prefix, or a value of the wrong type.
         """
         known = {PREFIX + f.name: f for f in fields(cls)}
-        given = {}
-        for name, value in values.items():
-            if name in known:
-                given[known[name].name] = _convert(name, value, known[name].metadata['type'], known[name].default)
-            elif name.startswith(PREFIX):
-                near = difflib.get_close_matches(name, known, n=1) or list(known)
-                raise ValueError(f'{name} is not an option: did you mean {" or ".join(near)}?')
-        return cls(**given)
+        given = {name: value for name, value in values.items() if name.startswith(PREFIX)}
+        unknown = next((name for name in given if name not in known), None)
+        if unknown is not None:
+            near = difflib.get_close_matches(unknown, known, n=1) or list(known)
+            raise ValueError(f'{unknown} is not an option: did you mean {" or ".join(near)}?')
+        return cls(**{known[name].name: _convert(name, value, known[name].metadata['type'], known[name].default)
+                      for name, value in given.items()})
 
     def __str__(self) -> str:
         return ', '.join(f'{name}={value}' for name, value in asdict(self).items() if value not in (None, {}))
@@ -163,10 +161,9 @@ def conflict(args: argparse.Namespace, options: TrainOptions) -> str | None:
         if value is not None and refused(value):
             flag = f'--{name}'.replace('_', '-')
             return f'{flag} ({value}) does not go with MultiGrain training: {reason}'
-    if options.joint and getattr(args, 'torchscript', False):
-        return '--torchscript does not go with the instance loss, which needs the embedding: use --torchcompile'
-    if options.eval and getattr(args, 'torchscript', False):
-        return '--torchscript does not go with --mg-eval, which needs the embedding: use --torchcompile'
+    if (options.joint or options.eval) and getattr(args, 'torchscript', False):
+        return ('--torchscript does not go with the instance loss and --mg-eval, which need the embedding: use '
+                '--torchcompile')
     if options.joint and 'adahessian' in str(getattr(args, 'opt', '')):
         return ('--opt adahessian needs second derivatives, and the boundary of the margin loss has none: '
                 'choose another optimizer')
@@ -183,9 +180,8 @@ def conflict(args: argparse.Namespace, options: TrainOptions) -> str | None:
                 'batch holds all samples of its instances: change --batch-size or --mg-repeats')
     needed = 2 * options.repeats if options.joint else options.repeats
     if min(sizes) < needed:
-        return (f'a batch size of {min(sizes)} is too small for {options.repeats} copies per image: '
-                + (f'give at least {needed}, so that a batch holds two images' if options.joint
-                   else f'give at least {needed}'))
+        return (f'a batch size of {min(sizes)} is too small for {options.repeats} copies per image: give at least '
+                f'{needed}{", so that a batch holds two images" * options.joint}')
     return None
 
 
@@ -208,12 +204,10 @@ def resume_problem(args: argparse.Namespace, options: TrainOptions) -> str | Non
         return f'--resume {path} is a checkpoint of {model}, and --model is {args.model}'
     state = checkpoint.get('task_state')
     loss = state.get('instance_loss') if isinstance(state, dict) else None
-    if options.joint and loss is None:
-        return (f'--resume {path} is a checkpoint of a training without an instance loss: start a new training from it '
-                'with --initial-checkpoint, or go on without the loss: --mg-classif-weight 1')
-    if not options.joint and loss is not None:
-        return (f'--resume {path} is a checkpoint of a training with an instance loss: go on with it, '
-                '--mg-classif-weight below 1, or start a new training with --initial-checkpoint')
+    if options.joint != (loss is not None):
+        way = ('without an instance loss: go on without it, --mg-classif-weight 1' if options.joint else
+               'with an instance loss: go on with it, --mg-classif-weight below 1')
+        return f'--resume {path} is a checkpoint of a training {way}, or start a new training with --initial-checkpoint'
     if options.joint and (not isinstance(loss, dict) or set(loss) != set(options.create_loss().state_dict())):
         before = getattr(checkpoint.get('args'), 'mg_instance_loss', 'another one')
         return (f'--resume {path} was trained with the instance loss {before}, and --mg-instance-loss is '
