@@ -315,7 +315,7 @@ def test_embed():
             (lambda: model.embed(x[0]), r'takes images \(N, 3, H, W\).* got torch.float32 of shape \(3, 64, 64\)'),
             (lambda: model.embed(x.permute(0, 2, 3, 1)), r'got torch.float32 of shape \(3, 64, 64, 3\)'),
             (lambda: model.embed(x.to(torch.uint8)), 'got torch.uint8 of shape'),
-            (lambda: model.embed([x[0], x[1, :1]]), r'got torch.float32 of shape \(1, 64, 64\)'),
+            (lambda: model.embed([x[0], x[1, :1]]), r'got torch.float32 of shape \(1, 1, 64, 64\)'),
             (lambda: model.embed(x.numpy()), 'got ndarray'),
             (lambda: model.embed([Image.new('RGB', (64, 64))]), 'got Image'),
             (lambda: model.embed(x, dim=16), 'not whitened')):
