@@ -159,6 +159,26 @@ def test_optimizer_groups_clipping_and_amp():
     assert torch.isfinite(beta.grad).all() and beta.shape == (1,) and beta.dtype == torch.float32
 
 
+@pytest.mark.parametrize('weight', [0.5, 1.])
+@pytest.mark.parametrize('freeze_bn', [False, True])
+def test_frozen_statistics(weight, freeze_bn):
+    task = MultiGrainTask(_model(), classif_weight=weight, freeze_bn=freeze_bn)
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1)
+    before = {k: v.clone() for k, v in task.get_eval_model().state_dict().items()}
+    x, target = _batch()
+    task.get_trainable_module().train()  # as train.py does
+    task(x, target)['loss'].backward()
+    optimizer.step()
+    changed = {k for k, v in task.get_eval_model().state_dict().items() if not torch.equal(v, before[k])}
+    assert any('running_mean' in k for k in changed) is not freeze_bn
+    assert {'trunk.bn1.weight', 'trunk.conv1.0.weight', 'head.fc.weight'} <= changed
+    if freeze_bn:  # normalised as at test time
+        torch.manual_seed(0)
+        again = MultiGrainTask(_model().eval(), classif_weight=weight, freeze_bn=True)
+        again.get_trainable_module().train()
+        torch.testing.assert_close(again(x, target)['output'], _model().eval()(x))
+
+
 def test_ema_and_checkpoint_round_trip():
     x, target = _batch()
     # a boundary this low has more active positives than negatives, so that it moves

@@ -9,11 +9,11 @@ from PIL import Image
 from timm_multigrain.embed.embedder import embed_images, in_order
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
-from timm_multigrain.images.sources import ImageFiles, ImageSource
+from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.measure.metrics import mean_average_precision
 from timm_multigrain.models import MultiGrain
 
-__all__ = ['KINDS', 'EditedCopies', 'Scores', 'measure']
+__all__ = ['KINDS', 'EditedCopies', 'Scores', 'copy_map', 'measure']
 
 KINDS = ('original', *COPY_TRANSFORMS)
 
@@ -21,7 +21,7 @@ KINDS = ('original', *COPY_TRANSFORMS)
 class EditedCopies(ImageSource):
     """Pictures and their edited copies, in the order picture, kind."""
 
-    def __init__(self, pictures: ImageFiles):
+    def __init__(self, pictures: ImageSource):
         self.pictures = pictures
         self.names = [f'{name}, {kind}' for name in pictures.names for kind in KINDS]
         self._last = None, None  # number and picture: its copies follow each other
@@ -52,19 +52,24 @@ class Scores:
     predictions: torch.Tensor
 
 
-def measure(model: MultiGrain, pictures: ImageFiles, protocol: Protocol, workers: int | None = None) -> Scores:
+def measure(model: MultiGrain, pictures: ImageSource, protocol: Protocol, workers: int | None = None) -> Scores:
     """Top-1 of held-out pictures, and mAP of finding their edited copies among all of them."""
     found = in_order(list(embed_images(model, EditedCopies(pictures), protocol, logits=True, workers=workers)))
     vectors, predictions = found.vectors, found.logits[::len(KINDS)].argmax(1)
     similarity = vectors[::len(KINDS)] @ vectors.T
     top1 = (predictions == torch.tensor(pictures.labels)).double().mean().item()
     kinds = range(1, len(KINDS))
-    return Scores(100 * top1, _copy_map(similarity, kinds), {KINDS[k]: _copy_map(similarity, [k]) for k in kinds},
+    return Scores(100 * top1, copy_map(similarity, kinds), {KINDS[k]: copy_map(similarity, [k]) for k in kinds},
                   similarity, predictions)
 
 
-def _copy_map(similarity: torch.Tensor, wanted: Sequence[int]) -> float:
-    """mAP in per cent of these kinds of copies; the query and its other copies are left out of its list."""
+def copy_map(similarity: torch.Tensor, wanted: Sequence[int]) -> float:
+    """mAP in per cent of these kinds of copies; the query and its other copies are left out of its list.
+
+    Args:
+        similarity: (pictures, pictures * kinds), the database in the order of `EditedCopies`.
+        wanted: Positions in `KINDS`.
+    """
     others = np.setdiff1d(np.arange(len(KINDS)), list(wanted))
     base = np.arange(len(similarity))[:, None] * len(KINDS)
     return 100 * mean_average_precision(similarity, list(base + list(wanted)), list(base + others)).map

@@ -84,6 +84,9 @@ class MultiGrainTask(ClassificationTask):
         num_repeats: Copies of each image in a batch, as the loader's. A sampler made by name uses at most that many
             less one as positives of an anchor, so that its output has one size and a GPU need not wait for the host.
         gather: Take negatives from the batches of all ranks.
+        freeze_bn: Batch norms normalise by their running statistics and leave them as they are, as at test time; their
+            weights are trained. For fine-tuning, where the statistics of a few images in crops and altered colours
+            would be most of what is forgotten.
         statistics: Add what to watch in a training to the result: 'spread', 1 - |mean embedding|^2, which is half the
             mean squared distance of two rows and 0 when all embeddings are equal; for the margin loss those of
             `timm_multigrain.loss.margin_statistics`; and 'effective_negatives', the exponential of the entropy of the
@@ -112,6 +115,7 @@ class MultiGrainTask(ClassificationTask):
             sampling: str | nn.Module = 'row',
             num_repeats: int = 3,
             gather: bool = False,
+            freeze_bn: bool = False,
             statistics: bool = False,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
@@ -132,6 +136,7 @@ class MultiGrainTask(ClassificationTask):
         self.classif_weight = classif_weight
         self.num_repeats = num_repeats
         self.gather = gather
+        self.freeze_bn = freeze_bn
         self.statistics = statistics
         self.joint = classif_weight < 1
         self._positives_seen = False
@@ -212,6 +217,10 @@ class MultiGrainTask(ClassificationTask):
             ValueError: Training without instance ids, or with a batch that has no two instances or no two copies, or
                 with a first batch whose copies are all alike.
         """
+        if self.freeze_bn:  # here, as train() of train.py goes past the task
+            for module in self.trainable_module.modules():
+                if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                    module.eval()
         labels = target[:, 0] if target.ndim == 2 and not target.is_floating_point() else target
         if not self.joint:
             return super().forward(input, labels)

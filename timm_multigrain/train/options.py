@@ -70,6 +70,8 @@ class TrainOptions:
         'row', "negatives: row (distance-weighted), batch (as the original implementation: uniform from about 512 "
         'channels on) or uniform', str, 'NAME')
     gather: bool = _option(False, 'take negatives from the batches of all processes', bool)
+    freeze_bn: bool = _option(
+        False, 'batch norms keep their running statistics and normalise by them: for fine-tuning', bool)
     epoch_len_factor: float = _option(
         1.0, "samples per epoch over images of the training set (the original's recipe: 2)", float, 'FACTOR')
     lighting: float = _option(0.0, "PCA colour noise; the original's full augmentation uses 0.1", float, 'STD')
@@ -99,7 +101,7 @@ class TrainOptions:
         """Whether nothing of train.py is changed at all."""
         return not any((
             self.joint, self.repeats != 1, self.instances != 'copy', self.epoch_len_factor != 1, self.lighting,
-            self.fast_loader, self.strict, self.eval))
+            self.freeze_bn, self.fast_loader, self.strict, self.eval))
 
     def loss_kwargs(self) -> dict[str, Any]:
         """Arguments of the instance loss."""

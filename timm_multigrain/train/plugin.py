@@ -169,7 +169,7 @@ class TrainPlugin:
         task = MultiGrainTask(
             model, *args, classif_weight=options.classif_weight, instance_loss=options.instance_loss,
             instance_loss_kwargs=options.loss_kwargs(), sampling=options.sampling, num_repeats=options.repeats,
-            gather=options.gather, statistics=options.joint, **kwargs)
+            gather=options.gather, freeze_bn=options.freeze_bn, statistics=options.joint, **kwargs)
         task.register_forward_hook(lambda module, inputs, result: self.monitor.update(result))
         return task
 
