@@ -11,7 +11,7 @@ from timm.data import create_dataset
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.demo import pictures as drawing
-from timm_multigrain.demo.measuring import KINDS, _copy_map, measure
+from timm_multigrain.demo.measuring import KINDS, copy_map, measure
 from timm_multigrain.demo.pictures import CLASSES, draw_picture, make_collection
 from timm_multigrain.demo.training import TrainSettings, open_pictures, protocol_of, train_model
 from timm_multigrain.images.copies import make_copies
@@ -169,9 +169,9 @@ def test_copy_map_by_hand():
     similarity = torch.zeros(3, 27)
     for q in range(3):
         similarity[q, 9 * q:9 * q + 9] = 1
-    assert _copy_map(similarity, range(1, 9)) == 100
+    assert copy_map(similarity, range(1, 9)) == 100
     similarity[0, 8] = -1
-    assert _copy_map(similarity, [8]) == pytest.approx(100 * ((0 / 18 + 1 / 19) / 2 + 2) / 3)
+    assert copy_map(similarity, [8]) == pytest.approx(100 * ((0 / 18 + 1 / 19) / 2 + 2) / 3)
 
 
 def break_one(root):
@@ -196,7 +196,7 @@ def test_folders_it_cannot_use(tmp_path, capsys, make, message):
 
 @pytest.mark.parametrize('args, message', [
     (('--num-repeats', 1), 'num_repeats=1 with classif_weight=0.5'),
-    (('--batch-size', 2), 'batch_size is 2, less than num_repeats=3'),
+    (('--batch-size', 2), 'num_repeats is 3, and batch_size 2'),
     (('--batch-size', 480), 'no full batch of 480'),
     (('--img-size', 0), 'img_size is 0: give at least 32'),
     (('--lr', 'nan'), 'lr is nan'),
