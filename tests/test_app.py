@@ -1,5 +1,7 @@
 """The web app over HTTP: what it answers, and what it refuses: other files, other sites, large and broken uploads."""
+import asyncio
 import contextlib
+import http.client
 import json
 import os
 import signal
@@ -152,6 +154,12 @@ def test_only_its_own_names_reach_it(client, url):
     assert client.get('/config', headers={'X-Forwarded-Host': 'evil.example'}).status_code == 421
     answer = client.post('/gradio_api/queue/join', content=b'x' * 500_000, headers={'Host': 'evil.example'})
     assert answer.status_code == 421 and '--allow-host NAME' in answer.text
+    with contextlib.closing(http.client.HTTPConnection(own, timeout=30)) as raw:
+        raw.putrequest('GET', '/config', skip_host=True)
+        for host in (own, 'evil.example'):
+            raw.putheader('Host', host)
+        raw.endheaders()
+        assert raw.getresponse().status == 400  # uvicorn's own, of two
     upgrade = {'Connection': 'Upgrade', 'Upgrade': 'websocket', 'Sec-WebSocket-Version': '13',
                'Sec-WebSocket-Key': 'a' * 24, 'Host': 'evil.example'}
     assert client.get('/config', headers=upgrade).status_code in (403, 421)
@@ -166,6 +174,21 @@ def test_other_sites_may_not_use_it(client, url):
     assert ask() == ask(Origin=url) == ask(Host='photos.example.org', Origin='https://photos.example.org') == 200
     for origin in ('http://evil.example', 'null', 'http://127.0.0.1:1', f'{url}.evil.example', 'http://['):
         assert ask(Origin=origin) == 403, origin
+
+
+def test_guard_counts_bodies_without_length(tmp_path):
+    messages = [{'type': 'http.request', 'body': b'x' * 60, 'more_body': True}] * 2
+    received = []
+
+    async def app(scope, receive, send):
+        received.extend([await receive(), await receive()])
+
+    async def receive():
+        return messages.pop()
+
+    scope = {'type': 'http', 'method': 'GET', 'path': '/', 'headers': [(b'host', b'a')]}
+    asyncio.run(Guard(app, ['a'], str(tmp_path), 100, 1000, 3)(scope, receive, None))
+    assert [message['type'] for message in received] == ['http.request', 'http.disconnect']
 
 
 def test_large_uploads_are_refused(client, url):

@@ -108,6 +108,16 @@ def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], li
     return images, queries, entries
 
 
+class _Memo(dict):
+    """Of texts and numbers: lists in which one and the same list stands a million times would be checked for days."""
+
+    def __getitem__(self, key: int) -> Any:
+        value = super().__getitem__(key)
+        if isinstance(value, list | dict):
+            raise ValueError('it uses a list or dict twice')
+        return value
+
+
 class _Unpickler(pickle._Unpickler):
     """Of plain values, without a class or a call. In the one written in C a few bytes ask for a memo of gigabytes."""
     # The hash of a tuple of tuples that are one and the same takes forever, a bytearray the memory that it claims.
@@ -124,7 +134,9 @@ def _read_pickle(path: Path) -> Any:
             content = file.read(MAX_PICKLE + 1)
         if len(content) > MAX_PICKLE:
             raise ValueError(f'it is larger than {MAX_PICKLE} bytes')
-        return _Unpickler(io.BytesIO(content), encoding='latin1').load()
+        unpickler = _Unpickler(io.BytesIO(content), encoding='latin1')
+        unpickler.memo = _Memo()
+        return unpickler.load()
     except FileNotFoundError:
         raise FileNotFoundError(f'{printable(path)} not found.') from None
     except Exception as e:  # a damaged pickle raises whatever its opcodes run into
