@@ -14,12 +14,16 @@ from timm_multigrain.measure.metrics import (
     RevisitedQuery,
     average_precision,
     best_pairs,
+    clustering_nmi,
     count_above,
+    knn_accuracy,
     mean_average_precision,
     micro_average_precision,
     revisited_scores,
     ukb_score,
 )
+from timm_multigrain.search import exact
+from timm_multigrain.search.exact import SimilarityChunks
 
 PROTOCOLS = {'easy': (('easy',), ('junk', 'hard')), 'medium': (('easy', 'hard'), ('junk',)),
              'hard': (('hard',), ('junk', 'easy'))}
@@ -65,6 +69,20 @@ def slow_pairs(pairs, truth):
     return uap, recall_at_p90, threshold
 
 
+def slow_figures(scores, relevant, ignore, ks=(1, 2, 5)):
+    """Recall@K, mAP@K and MAP@R in per cent, by walking down each ranking; right ones last among equal scores."""
+    figures = {}
+    for row, right, out in zip(scores, relevant, ignore, strict=True):
+        order = sorted(set(range(len(row))) - set(out), key=lambda i: (-row[i], i in right))
+        hits = [i in right for i in order]
+        precisions = [sum(hits[:n + 1]) / (n + 1) if hit else 0 for n, hit in enumerate(hits)]
+        for k in ks:
+            figures.setdefault(f'Recall@{k}', []).append(any(hits[:k]))
+            figures.setdefault(f'mAP@{k}', []).append(sum(precisions[:k]) / min(k, len(right)))
+        figures.setdefault('MAP@R', []).append(sum(precisions[:len(right)]) / len(right))
+    return {name: 100 * np.mean(values) for name, values in figures.items()}
+
+
 @st.composite
 def problems(draw):
     """Scores, and for each query three lists of items, the first not empty."""
@@ -102,6 +120,92 @@ def test_equals_slow_loop(problem):
         assert part.map == pytest.approx(np.nanmean(ap), abs=1e-12)
         assert part.num_queries == np.isfinite(ap).sum()
         assert np.array(list(part.precisions.values())) == pytest.approx(np.array(precisions), abs=1e-12, nan_ok=True)
+
+
+@given(st.integers(0, 10 ** 6), st.sampled_from([1, 3, 1000]))
+@settings(max_examples=60, deadline=None)
+def test_measures_of_labels_equal_slow_loop(seed, levels):
+    """Images of labels as queries among each other: ties, negative scores, labels with one image or many."""
+    rng = np.random.default_rng(seed)
+    labels = rng.permutation(np.repeat(np.arange(6), rng.integers(1, 6, 6)))
+    scores = rng.integers(-levels, levels, (len(labels), len(labels))) / levels
+    queries = [i for i in range(len(labels)) if (labels == labels[i]).sum() > 1]
+    if not queries:
+        return
+    relevant = [np.setdiff1d(np.flatnonzero(labels == labels[i]), [i]) for i in queries]
+    own = [[i] for i in queries]
+    result = mean_average_precision(np.array_split(scores[queries], 3, axis=1), relevant, own)
+    wanted = slow_figures(scores[queries], relevant, own, ks=(1, 2, 5, 100))
+    found = {'MAP@R': result.map_at_r} | {
+        f'{name}@{k}': measure(k) for name, measure in (('Recall', result.recall_at), ('mAP', result.map_at))
+        for k in (1, 2, 5, 100)}
+    assert {name: 100 * value for name, value in found.items()} == pytest.approx(wanted, abs=1e-9)
+
+
+def test_measures_of_labels_equal_pytorch_metric_learning():
+    """Its numbers where it has them, without ties; it divides mAP by all relevant images, also beyond k."""
+    calculator = pytest.importorskip('pytorch_metric_learning.utils.accuracy_calculator').AccuracyCalculator
+    vectors = torch.nn.functional.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)))
+    labels = torch.arange(200) % 23
+    scores = SimilarityChunks(vectors, vectors)
+    relevant = [np.setdiff1d(np.flatnonzero(labels == labels[i]), [i]) for i in range(200)]
+    result = mean_average_precision(scores, relevant, np.arange(200)[:, None])
+    theirs = calculator(
+        include=('precision_at_1', 'mean_average_precision_at_r', 'mean_average_precision'), k=199,
+        device=torch.device('cpu')).get_accuracy(vectors, labels)
+    assert result.recall_at(1) == pytest.approx(theirs['precision_at_1'], abs=1e-9)
+    assert result.map_at_r == pytest.approx(theirs['mean_average_precision_at_r'], abs=1e-9)
+    assert result.map_at(199) == pytest.approx(theirs['mean_average_precision'], abs=1e-9)
+
+
+def slow_knn(row, labels, wanted, k, own):
+    """Votes of the k nearest; the label wins only if its votes are more than those of each other."""
+    order = sorted((i for i in range(len(row)) if i != own), key=lambda i: (-row[i], i))[:k]
+    votes = {}
+    for i in order:
+        votes[labels[i]] = votes.get(labels[i], 0) + np.exp(float(row[i]) / 0.07)
+    return votes.get(wanted, 0) > max([0, *(vote for label, vote in votes.items() if label != wanted)])
+
+
+@pytest.mark.parametrize('all_against_all', [True, False])
+def test_knn_equals_slow_loop(all_against_all, monkeypatch):
+    monkeypatch.setattr(exact, 'MOST_QUERIES', 16)  # in blocks
+    generator = torch.Generator().manual_seed(0)
+    database = torch.nn.functional.normalize(torch.randn(70, 5, generator=generator))
+    database[40:50] = database[30:40]  # ties
+    labels = np.arange(60) % 4  # ten distractors after them
+    queries = database if all_against_all else torch.nn.functional.normalize(torch.randn(30, 5, generator=generator))
+    own = np.arange(60) if all_against_all else None
+    queries = queries[:60]
+    wanted = np.arange(len(queries)) % 4
+    scores = SimilarityChunks(queries, database, chunk_size=33)
+    known = [*labels, *[-1] * 10]
+    for k in (1, 3, 20, 100):
+        expected = np.mean([slow_knn(row, known, wanted[q], k, q if all_against_all else None)
+                            for q, row in enumerate(torch.cat(list(scores), 1).numpy())])
+        assert knn_accuracy(scores, wanted, labels, k, own) == pytest.approx(expected)
+
+
+def test_nmi():
+    pytest.importorskip('sklearn')
+    labels = np.repeat([4, 7, 9], 20)
+    noise = torch.randn(60, 3, generator=torch.Generator().manual_seed(0))
+    assert clustering_nmi(torch.eye(3).repeat_interleave(20, 0) + 0.01 * noise, labels) == pytest.approx(1)
+    assert clustering_nmi(noise, labels) < 0.3
+
+
+@pytest.mark.parametrize('block_bytes', [4 * 50 * 128, 0])
+def test_many_queries_in_blocks(block_bytes, monkeypatch):
+    """The same numbers from whole rows or chunks of some queries as from all of them, offsets among them."""
+    vectors = torch.randn(50, 4, generator=torch.Generator().manual_seed(0)).repeat(6, 1)
+    lists, offsets = [[i % 50, (i + 7) % 50] for i in range(300)], torch.arange(300.)
+    expected = [own.tolist() for own in count_above(vectors @ vectors[:50].T + offsets[:, None], lists)]
+    monkeypatch.setattr(exact, 'BLOCK_BYTES', block_bytes)
+    monkeypatch.setattr(exact, 'MOST_QUERIES', 77 if not block_bytes else 4096)
+    scores = SimilarityChunks(vectors, vectors[:50], offsets=offsets)
+    shapes = [part.shape if isinstance(part, torch.Tensor) else (len(part.queries),) for _, part in scores.blocks()]
+    assert shapes == ([(128, 50), (128, 50), (44, 50)] if block_bytes else [(77,), (77,), (77,), (69,)])
+    assert [own.tolist() for own in count_above(scores, lists)] == expected
 
 
 def test_average_precision_by_hand():

@@ -4,6 +4,7 @@
         --p 3 --whiten IMAGES --json results.json
     timm-multigrain evaluate resnet50 --benchmark ukbench --data DIR --pool gem mac spoc rmac crow --p 1 3 4
     timm-multigrain evaluate my-model --benchmark folder --data my-images
+    timm-multigrain evaluate my-model --benchmark list --data my-images --ground-truth list.csv
 
 Several models, poolings, exponents and sizes make one table; each trunk runs once for all its poolings. --whiten adds
 each system whitened. The JSON file is what `timm-multigrain publish --metrics` takes.
@@ -15,18 +16,21 @@ import sys
 
 from . import arguments
 
-_BENCHMARKS = ('holidays', 'ukbench', 'copydays', 'roxford5k', 'rparis6k', 'disc21', 'folder')
+_BENCHMARKS = (
+    'folder', 'list', 'cub200', 'cars196', 'sop', 'inshop', 'consumer2shop', 'street2shop', 'instre', 'gldv2', 'ilias',
+    'oxford5k', 'paris6k', 'grocery', 'holidays', 'ukbench', 'copydays', 'roxford5k', 'rparis6k', 'disc21')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument('models', nargs='+', metavar='MODEL', help=arguments.MODEL)
     add = parser.add_argument_group('benchmark').add_argument
-    add('--benchmark', required=True, choices=_BENCHMARKS, help='which; folder: your own images')
+    add('--benchmark', required=True, choices=_BENCHMARKS, metavar='NAME',
+        help=f'{", ".join(_BENCHMARKS)}; folder and list: your own images')
     add('--data', required=True, metavar='DIR', help='its folder, as it is published')
     add('--download', action='store_true', help='download what is missing, or say where to get it')
     add('--subset', action='store_true', help='use the images that are there; the figures say so')
-    add('--ground-truth', metavar='FILE', help='another ground truth: .pkl or .json (roxford5k, rparis6k), .csv '
-                                               '(disc21), .json of path: group (folder)')
+    add('--ground-truth', metavar='FILE', help='another ground truth: .csv or .jsonl (list), .json of path: group '
+                                               '(folder), .pkl or .json (roxford5k, rparis6k), .csv (disc21)')
     add('--upright', metavar='FILE', help='holidays: list of clockwise turns, a name and degrees per line, or JSON')
     add('--queries', metavar='FILE', help='disc21: list of the queries, a name per line')
     add('--distractors', metavar='IMAGES', help='more images for the database: folder or list')
@@ -39,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--p', nargs='+', type=float, default=[], metavar='P', help='exponents of gem')
     add('--whiten', metavar='IMAGES', help='add each system with a whitening fitted on these images, at the same size '
                                            'and p: folder or list, none of the benchmark')
+    add('--nmi', action='store_true', help='also cluster the queries (k-means, slow for many labels): NMI')
     add('--dim', type=int, metavar='N', help='components of the whitening (default: all)')
     arguments.add(group, '--no-pretrained', '--no-ema')
     arguments.add_protocol(parser, sizes=True)
@@ -73,7 +78,7 @@ def run(args: argparse.Namespace) -> None:
     result = evaluate(
         models, benchmark, protocols=lambda model: _protocols(args, model, benchmark), poolings=args.pool,
         exponents=args.p, whiten=args.whiten, dim=args.dim, distractors=args.distractors, qe=qe, dba=dba,
-        score_norm=args.score_norm, work_dir=args.work_dir,
+        score_norm=args.score_norm, nmi=args.nmi, work_dir=args.work_dir,
         command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **arguments.extraction_of(args))
     if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images, and one reports the result
         return

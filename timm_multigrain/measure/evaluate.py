@@ -24,11 +24,12 @@ from timm_multigrain.embed.shards import Descriptors, iter_shards
 from timm_multigrain.images.sources import ImageSource, open_images
 from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.open import weights_sha256
-from timm_multigrain.search.exact import SimilarityChunks
+from timm_multigrain.search.exact import SimilarityChunks, shards_of
 from timm_multigrain.search.rerank import alpha_query_expansion, database_augmentation, score_offsets
 from timm_multigrain.whiten.fit import fit_whitening, fold_whitening, work_folder
 
-from .benchmarks import Benchmark, load_benchmark
+from .benchmarks import Benchmark, Figure, load_benchmark
+from .metrics import clustering_nmi
 from .results import BenchmarkResult, Metric, SystemResult
 
 __all__ = ['add_whitened', 'evaluate']
@@ -53,6 +54,7 @@ def evaluate(
         qe: tuple[int, float] | None = None,
         dba: tuple[int, float] | None = None,
         score_norm: Images | bool | None = None,
+        nmi: bool = False,
         work_dir: str | os.PathLike | None = None,
         command: str | None = None,
         **extraction: Any,
@@ -77,6 +79,7 @@ def evaluate(
         dba: Neighbours k and alpha of a database-side augmentation.
         score_norm: Images whose similarity to a query is taken off its scores, True for the training images that the
             benchmark has. The figures of copy detection are then given both ways.
+        nmi: Also cluster the queries by k-means, see `metrics.clustering_nmi`.
         work_dir: Folder that keeps the descriptors, so that a run that was cut off goes on; temporary by default.
         command: What repeats the measurement, for the results.
         **extraction: As of `extract`: batch_size, workers, device, dtype, fast, progress.
@@ -94,6 +97,8 @@ def evaluate(
     training = getattr(benchmark, 'training', None) if score_norm is True else _open(score_norm)
     if score_norm is True and training is None:
         raise ValueError(f'{benchmark.title} has no training images to normalise scores with: name a folder of some.')
+    if nmi and not hasattr(benchmark, 'query_groups'):
+        raise ValueError(f'{benchmark.title} says of no images that they belong together: no clusters to compare with.')
     rows = []
     with work_folder(work_dir) as folder:
         for name, model in ({'model': models} if isinstance(models, torch.nn.Module) else models).items():
@@ -106,7 +111,7 @@ def evaluate(
                 alone = zip(systems.systems, systems.models, strict=True)
                 for together in [systems] if _one_pass(protocol) else [Systems([s], [m]) for s, m in alone]:
                     run = _Run(together, benchmark, protocol, folder, distractors, training, extraction)
-                    rows += [run.row(name, number, qe, dba, command) for number in range(len(together))]
+                    rows += [run.row(name, number, qe, dba, nmi, command) for number in range(len(together))]
     return BenchmarkResult(tuple(rows))
 
 
@@ -172,17 +177,22 @@ class _Run:
         if training is not None:
             self.training, _ = describe(training, strict=False)
 
-    def row(self, name: str, number: int, qe: tuple | None, dba: tuple | None, command: str | None) -> SystemResult:
+    def row(self, name: str, number: int, qe: tuple | None, dba: tuple | None, nmi: bool,
+            command: str | None) -> SystemResult:
         """Figures of a system, after what may be done before a ranking is judged."""
         benchmark, system = self.benchmark, self.systems.systems[number]
         queries = self.systems.take(self.queries, number).to(next(self.systems.parameters()).device)
         database = Shards(self.folders, self.systems, number)
+        if self.rows is not None and not self.added and len(self.rows) == len(benchmark.database):
+            database = queries  # they are in memory: all images are, in their order
         if dba:  # reads the whole database into memory
-            database = database_augmentation(torch.cat(list(database)).to(queries.device), *dba)
+            database = database_augmentation(torch.cat(list(shards_of(database))).to(queries.device), *dba)
             queries = queries if self.rows is None else database[self.rows]
         if qe:
             queries = alpha_query_expansion(queries, database, *qe, query_rows=self.rows)
         figures = benchmark.measure(SimilarityChunks(queries, database))
+        if nmi:
+            figures.append(Figure('NMI', 100 * clustering_nmi(queries, benchmark.query_groups)))
         if self.training is not None:
             background = Shards([self.training], self.systems, number)
             offsets = score_offsets(queries, background, NORM_WEIGHT, NORM_NEIGHBOR - 1, NORM_NEIGHBOR - 1)

@@ -1,4 +1,5 @@
-"""Measures of retrieval: of INRIA Holidays, of revisited Oxford and Paris, of UKBench, and of copy detection.
+"""Measures of retrieval: of Holidays, of revisited Oxford and Paris, of UKBench, of metric learning (Recall@K, mAP@K,
+MAP@R, NMI), of k-NN classification and of copy detection.
 
 Scores are a matrix (Q, N), or (Q, n) chunks of it in database order, from an object that can be iterated twice; higher
 is nearer; any real dtype, infinities allowed. The database is never ranked: the rank of a labelled item follows from
@@ -6,14 +7,15 @@ the number of unlabelled items that score at least as much, counted chunk by chu
 equal scores every wrong item comes before every right one, and constant scores earn the worst value, not a lucky one.
 """
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 
-from timm_multigrain.search.exact import Array, Scores
+from timm_multigrain.search.exact import Array, Scores, SimilarityChunks, nearest_of
 
 from .results import Result
 
@@ -21,47 +23,90 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ['CopyResult', 'RetrievalResult', 'RevisitedQuery', 'RevisitedResult', 'UKBScore', 'average_precision',
-           'best_pairs', 'count_above', 'mean_average_precision', 'micro_average_precision', 'ranks',
-           'revisited_scores', 'ukb_score']
+           'best_pairs', 'clustering_nmi', 'count_above', 'knn_accuracy', 'mean_average_precision',
+           'micro_average_precision', 'ranks', 'revisited_scores', 'ukb_score']
 
 Indices = Sequence[int] | Array
 
 KAPPAS = (1, 5, 10)
 PRECISION = 0.9  # at which the recall of copy detection is quoted
 UKB_GROUP = 4
+KNN, KNN_TEMPERATURE = 20, 0.07
 
 
 @dataclass(frozen=True, eq=False)
 class RetrievalResult(Result):
-    """Mean average precision over queries.
+    """Ranks at which queries find what they look for, and the measures that follow from them.
+
+    A query with nothing to find has no ranks and is left out of every mean. Shares are in [0, 1].
 
     Attributes:
-        ap: Average precision of each query, (Q,) float64 in [0, 1]; NaN for a query with nothing to find.
-        precisions: Where measured, the precision at each k of each query, k: (Q,) float64; NaN as in `ap`.
+        ranks: 0-based ranks of the relevant items of each query, ascending.
         name: Protocol, such as 'Hard'.
+        kappas: The k of `mp_at`.
     """
-    ap: np.ndarray = field(repr=False)
-    precisions: Mapping[int, np.ndarray] = field(default_factory=dict, repr=False)
+    ranks: Sequence[np.ndarray] = field(repr=False)
     name: str = ''
+    kappas: Sequence[int] = ()
+
+    @cached_property
+    def ap(self) -> np.ndarray:
+        """Average precision of each query (`average_precision`), (Q,) float64; NaN for one with nothing to find."""
+        return np.array([average_precision(own, len(own)) for own in self.ranks])
 
     @property
     def map(self) -> float:
-        """Mean of `ap` over the queries with something to find, in [0, 1]."""
+        """Mean of `ap`."""
         return float(np.nanmean(self.ap))
+
+    def recall_at(self, k: int) -> float:
+        """Recall@K of metric learning: share of the queries with a relevant item among the first k."""
+        return float(np.mean([own[0] < k for own in self.ranks if len(own)]))
+
+    def map_at(self, k: int) -> float:
+        """mAP@K of the landmark challenges (Weyand et al., arXiv 2004.01804) and of ILIAS (arXiv 2502.11748).
+
+        The precisions at the relevant items among the first k, summed, over the most there can be of these.
+        """
+        return self._map_at(np.full(len(self.ranks), k))
+
+    @property
+    def map_at_r(self) -> float:
+        """MAP@R (Musgrave et al., arXiv 2003.08505): `map_at` with the number of its relevant items for each query."""
+        return self._map_at(self._counts)
+
+    def _map_at(self, depths: np.ndarray) -> float:
+        places, counts = np.concatenate(self.ranks), self._counts
+        queries = np.repeat(np.arange(len(counts)), counts)
+        found = np.arange(1, len(places) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
+        precisions = np.where(places < depths[queries], found / (places + 1), 0.)
+        sums, asked = np.bincount(queries, precisions, minlength=len(counts)), counts > 0
+        return float((sums[asked] / np.minimum(counts, depths)[asked]).mean())
+
+    @cached_property
+    def _counts(self) -> np.ndarray:
+        return np.array([len(own) for own in self.ranks])
+
+    @cached_property
+    def precisions(self) -> dict[int, np.ndarray]:
+        """Precision at each k of each query, (Q,) float64, counted to its last relevant item if that comes earlier."""
+        last = np.array([own[-1] + 1 if len(own) else np.nan for own in self.ranks])
+        return {k: np.array([(own < depth).sum() for own, depth in zip(self.ranks, np.minimum(k, last), strict=True)])
+                / np.minimum(k, last) for k in self.kappas}
 
     @property
     def mp_at(self) -> dict[int, float]:
-        """Mean precision at each k, in [0, 1]."""
+        """Mean precision at each k."""
         return {k: float(np.nanmean(values)) for k, values in self.precisions.items()}
 
     @property
     def num_queries(self) -> int:
         """Queries with something to find."""
-        return int(np.isfinite(self.ap).sum())
+        return int((self._counts > 0).sum())
 
     def to_dict(self) -> dict[str, Any]:
         figures = {'map': self.map, 'num_queries': self.num_queries, 'ap': self.ap}
-        return {**figures, 'mp_at': self.mp_at} if self.precisions else figures
+        return {**figures, 'mp_at': self.mp_at} if self.kappas else figures
 
     def plot(self, axes: 'Axes') -> None:
         """Average precision of the queries, from the worst to the best."""
@@ -98,7 +143,7 @@ def mean_average_precision(
         relevant: Sequence[Indices],
         ignore: Sequence[Indices] | None = None,
 ) -> RetrievalResult:
-    """Mean average precision (`average_precision`) of Q queries over N database items.
+    """Mean average precision of Q queries over N database items, and the other measures of `RetrievalResult`.
 
     Args:
         scores: Similarities, (Q, N) or chunks.
@@ -114,8 +159,7 @@ def mean_average_precision(
         if not len(items):
             raise ValueError(f'relevant[{query}] is empty: leave queries without a relevant item out.')
     above = count_above(scores, relevant, *([] if ignore is None else [ignore]))
-    places = [ranks(own[:len(items)]) for own, items in zip(above, relevant, strict=True)]
-    return RetrievalResult(np.array([average_precision(own, len(own)) for own in places]))
+    return RetrievalResult([ranks(own[:len(items)]) for own, items in zip(above, relevant, strict=True)])
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,15 +224,7 @@ def revisited_scores(
 
 
 def _protocol(name: str, above: Sequence[np.ndarray], kappas: Sequence[int]) -> RetrievalResult | None:
-    if not any(map(len, above)):
-        return None
-    places = [ranks(own) for own in above]
-    last = np.array([own[-1] + 1 if len(own) else np.nan for own in places])
-    precisions = {}
-    for k in kappas:
-        depths = np.minimum(k, last)
-        precisions[k] = [(own < depth).sum() for own, depth in zip(places, depths, strict=True)] / depths
-    return RetrievalResult(np.array([average_precision(own, len(own)) for own in places]), precisions, name)
+    return RetrievalResult([ranks(own) for own in above], name, kappas) if any(map(len, above)) else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -323,10 +359,65 @@ def micro_average_precision(
     return CopyResult(places, scores[order][places], len(truth))
 
 
+def knn_accuracy(
+        scores: Scores,
+        query_labels: Indices,
+        labels: Indices,
+        k: int = KNN,
+        own: Indices | None = None,
+) -> float:
+    """Top-1 of weighted k-NN classification, in [0, 1].
+
+    Each of the k nearest votes by exp(score / 0.07) for its label: `Unsupervised feature learning via non-parametric
+    instance discrimination`, Wu et al. 2018, arXiv 1805.01978.
+
+    Args:
+        scores: Cosine similarities, (Q, N) or chunks.
+        query_labels: Label of each query, (Q,) integers.
+        labels: Label of each item, (N,) or fewer, where further ones are distractors with a label of no query.
+        k: Neighbours that vote.
+        own: Place of each query in the database, (Q,), where it does not vote; None where it is not there.
+    """
+    query_labels, right = np.asarray(query_labels), []
+    for rows, part in scores.blocks() if isinstance(scores, SimilarityChunks) else [(slice(None), scores)]:
+        values, items = (found.cpu().numpy() for found in nearest_of(part, k + (own is not None)))
+        votes = np.exp((values - values[:, :1]) / KNN_TEMPERATURE, dtype=np.float64)  # the same winner, no overflow
+        if own is not None:
+            votes[items == np.asarray(own)[rows, None]] = 0
+            votes[(votes > 0).all(1), -1] = 0  # it was not among the nearest: one neighbour too many
+        voted = np.append(labels, np.full(1 + max(0, items.max() - len(labels)), -1))[items]
+        same = voted[:, :, None] == voted[:, None]
+        for_label = (same * votes[:, None]).sum(2)
+        mine = voted == query_labels[rows, None]
+        right.append((for_label * mine).max(1) > (for_label * ~mine).max(1))  # ties count against the system
+    return float(np.concatenate(right).mean())
+
+
+def clustering_nmi(vectors: Array, labels: Indices, seed: int = 0) -> float:
+    """Normalised mutual information, in [0, 1], of labels and a k-means clustering into as many clusters as labels.
+
+    It needs scikit-learn, and takes long for thousands of labels.
+
+    Args:
+        vectors: Descriptors, (N, D).
+        labels: Label of each, (N,) integers.
+        seed: Of the first centres.
+    """
+    try:
+        from sklearn.cluster import KMeans
+        from sklearn.metrics import normalized_mutual_info_score
+    except ImportError as e:
+        raise ImportError("NMI needs scikit-learn: pip install 'timm_multigrain[metric]'.") from e
+    vectors = vectors.cpu().numpy() if isinstance(vectors, torch.Tensor) else vectors
+    clusters = KMeans(len(np.unique(labels)), n_init=1, random_state=seed).fit_predict(vectors)
+    return float(normalized_mutual_info_score(labels, clusters))
+
+
 def count_above(scores: Scores, *labelled: Sequence[Indices]) -> list[np.ndarray]:
     """For each labelled item, the number of unlabelled items that score at least as much for its query.
 
-    Memory is that of a chunk. Chunks are read twice up to the last labelled item, and once beyond it.
+    Memory is that of a chunk. Chunks are read twice up to the last labelled item, and once beyond it. Many queries are
+    taken some at a time.
 
     Args:
         scores: (Q, N) or chunks.
@@ -337,6 +428,8 @@ def count_above(scores: Scores, *labelled: Sequence[Indices]) -> list[np.ndarray
     """
     if isinstance(scores, Iterator):
         raise ValueError('scores are a generator, and are read twice: pass a list of the chunks, or SimilarityChunks.')
+    if isinstance(scores, SimilarityChunks) and scores.in_blocks:
+        return [own for rows, part in scores.blocks() for own in count_above(part, *(own[rows] for own in labelled))]
     items = [np.concatenate([_to_indices(own) for own in lists]) for lists in zip(*labelled, strict=True)]
     for query, own in enumerate(items):
         if len(np.unique(own)) < len(own):

@@ -8,12 +8,13 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-__all__ = ['Array', 'Scores', 'SimilarityChunks', 'as_vectors', 'nearest', 'shards_of']
+__all__ = ['Array', 'Scores', 'SimilarityChunks', 'as_vectors', 'nearest', 'nearest_of', 'shards_of']
 
 Array = np.ndarray | torch.Tensor
 Scores = Array | Iterable[Array]
 CHUNK_BYTES = 32 << 20
 LEAST_CHUNK = 256
+BLOCK_BYTES, LEAST_ROWS, MOST_QUERIES = 64 << 20, 128, 4096
 
 
 class SimilarityChunks:
@@ -37,6 +38,9 @@ class SimilarityChunks:
         self.chunk_size = fitting if chunk_size is None else chunk_size
         if self.chunk_size < 1:
             raise ValueError(f'chunk_size is {chunk_size}: give 1 or more.')
+        rows = BLOCK_BYTES // (4 * max(1, len(database))) if isinstance(database, Array) else 0
+        self.in_rows = rows >= LEAST_ROWS and len(database) > 0
+        self.block = min(rows, MOST_QUERIES) if self.in_rows else MOST_QUERIES
         self._used = False
 
     def __iter__(self) -> Iterator[torch.Tensor]:
@@ -50,6 +54,25 @@ class SimilarityChunks:
                 chunk = shard[start:start + self.chunk_size]
                 scores = self.queries @ chunk.to(self.queries.device, torch.float32).T
                 yield scores if self.offsets is None else scores + self.offsets[:, None]
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether there are more queries than one of `blocks` has."""
+        return len(self.queries) > self.block
+
+    def blocks(self) -> Iterator[tuple[slice, Scores]]:
+        """Scores of some queries at a time, with the slice that these are.
+
+        Where the database is in memory, and not too large, they are whole rows, (q, N), of 64 MiB; else chunks.
+        """
+        for start in range(0, len(self.queries), self.block):
+            rows = slice(start, start + self.block)
+            offsets = None if self.offsets is None else self.offsets[rows]
+            if self.in_rows:
+                part, = SimilarityChunks(self.queries[rows], self.database, len(self.database), offsets)
+            else:
+                part = SimilarityChunks(self.queries[rows], self.database, offsets=offsets)
+            yield rows, part
 
 
 def nearest(queries: Array, database: Array | Iterable[Array], k: int,
@@ -70,10 +93,20 @@ def nearest(queries: Array, database: Array | Iterable[Array], k: int,
         >>> nearest(torch.tensor([[1., 0.]]), torch.tensor([[0., 1.], [1., 0.], [.6, .8]]), k=2)
         (tensor([[1.0000, 0.6000]]), tensor([[1, 2]]))
     """
+    return nearest_of(SimilarityChunks(queries, database, chunk_size), k)
+
+
+def nearest_of(scores: Scores, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k highest of each row of scores, as `nearest`.
+
+    Args:
+        scores: (Q, N), or (Q, n) chunks in database order.
+        k: How many.
+    """
     if k < 1:
         raise ValueError(f'k is {k}: give 1 or more.')
     best, start = None, 0
-    for chunk in SimilarityChunks(queries, database, chunk_size):
+    for chunk in map(torch.as_tensor, shards_of(scores)):
         if chunk.isnan().any():
             raise ValueError('A similarity is NaN: the vectors hold NaN or infinity.')
         values, indices = _top(chunk, k)

@@ -10,13 +10,15 @@ from .base import Benchmark, Figure
 from .copydays import Copydays
 from .disc21 import Disc21
 from .groups import Groups, Holidays, UKBench
+from .layouts import LAYOUTS
+from .lists import Layout
 from .revisited import DISTRACTORS, RevisitedOxford, RevisitedParis
 
 __all__ = ['BENCHMARKS', 'Benchmark', 'Figure', 'download_benchmark', 'load_benchmark']
 
-BENCHMARKS: dict[str, type[Benchmark]] = {
-    'holidays': Holidays, 'ukbench': UKBench, 'copydays': Copydays, 'roxford5k': RevisitedOxford,
-    'rparis6k': RevisitedParis, 'disc21': Disc21, 'folder': Groups}
+BENCHMARKS: dict[str, type[Benchmark] | Layout] = {
+    'folder': Groups, **LAYOUTS, 'holidays': Holidays, 'ukbench': UKBench, 'copydays': Copydays,
+    'roxford5k': RevisitedOxford, 'rparis6k': RevisitedParis, 'disc21': Disc21}
 
 
 def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:
@@ -25,8 +27,8 @@ def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:
     Args:
         name: One of `BENCHMARKS`.
         data: The folder.
-        **options: Those of its `load`: `subset`, `upright` (holidays), `ground_truth` (roxford5k, rparis6k, disc21,
-            folder), `queries` (disc21). None counts as not given.
+        **options: Those of its `load`: `subset`, `upright` (holidays), `ground_truth` (folder, list, roxford5k,
+            rparis6k, disc21), `queries` (disc21). None counts as not given.
 
     Raises:
         ValueError: Unknown name or option, or ground truth of another form.
@@ -55,7 +57,7 @@ def download_benchmark(name: str, data: str | os.PathLike, report: Callable[[str
     fetch_files(downloads, data, report)
 
 
-def _find(name: str) -> type[Benchmark]:
+def _find(name: str) -> type[Benchmark] | Layout:
     if name not in BENCHMARKS:
         near = ', '.join(difflib.get_close_matches(name, BENCHMARKS, n=1) or BENCHMARKS)
         raise ValueError(f'{name!r} is not a benchmark: take {near}.')

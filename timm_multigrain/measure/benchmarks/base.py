@@ -4,7 +4,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -61,9 +61,14 @@ class Benchmark(ABC):
 
 
 class SetFolder:
-    """The folder of a set, whose images are found by name wherever an archive put them."""
+    """The folder of a set, whose images are found by name wherever an archive put them.
 
-    def __init__(self, folder: str | os.PathLike, benchmark: type[Benchmark]):
+    Args:
+        folder: The folder.
+        benchmark: What has the `name` and the `source` of the set.
+    """
+
+    def __init__(self, folder: str | os.PathLike, benchmark: Any):
         self.path, self.benchmark = Path(folder), benchmark
         if not self.path.is_dir():
             raise FileNotFoundError(f'{benchmark.name} not found: {folder} is not a folder; {benchmark.source}.')
@@ -74,26 +79,56 @@ class SetFolder:
         names = list(names)
         return ImageFiles([self.path / name for name in names], names=names)
 
-    def locate(self, names: Sequence[str], prefer: str | None = None) -> list[Path]:
-        """Files of these names (with or without suffix), in their order, wherever they are below the folder.
+    def find(self, names: Iterable[str], prefer: str | None = None) -> dict[str, Path]:
+        """Those of these files that are below the folder, wherever an archive put them.
 
-        A file in a folder named `prefer` wins over files of the same name elsewhere.
+        Args:
+            names: Ends of paths, such as 'a.jpg' or 'birds/a.jpg', with or without suffix.
+            prefer: A file in a folder of this name wins over files of the same name elsewhere.
+
+        Raises:
+            ValueError: Two files of a name.
         """
         wanted, found = set(names), {}
         for path in self.names:
-            base = path.rpartition('/')[2]
-            for key in wanted.intersection((base, os.path.splitext(base)[0])):
+            ends = [path.split('/', skip)[skip] for skip in range(path.count('/') + 1)]
+            for key in wanted.intersection(ends + [os.path.splitext(end)[0] for end in ends]):
                 found.setdefault(key, []).append(path)
-        missing = [name for name in names if name not in found]
-        if missing:
-            raise FileNotFoundError(f'{self.path} lacks {len(missing)} of the {len(names)} images of '
-                                    f'{self.benchmark.name}: {some(missing)}; {self.benchmark.source}.')
         for name, paths in found.items():
             inside = [path for path in paths if prefer in path.split('/')[:-1]]
             found[name] = inside if len(inside) == 1 else paths
             if len(found[name]) > 1:
                 raise ValueError(f'{self.path} has the image {name} more than once ({some(paths)}): leave one.')
-        return [self.path / found[name][0] for name in names]
+        return {name: self.path / paths[0] for name, paths in found.items()}
+
+    def locate(self, names: Sequence[str], prefer: str | None = None) -> list[Path]:
+        """All of these files, as of `find`, in their order.
+
+        Raises:
+            FileNotFoundError: Some are missing.
+        """
+        found = self.find(names, prefer)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise FileNotFoundError(f'{self.path} lacks {len(missing)} of the {len(names)} images of '
+                                    f'{self.benchmark.name}: {some(missing)}; {self.benchmark.source}.')
+        return [found[name] for name in names]
+
+    def file(self, *names: str) -> Path:
+        """The one file of such a name in the folder or below it, of several names the first that is found.
+
+        Raises:
+            FileNotFoundError: None, or several.
+        """
+        for name in names:
+            found = sorted(self.path.rglob(name))
+            if len(found) > 1:
+                raise FileNotFoundError(f'{self.path} has {name} more than once ({some(list(map(str, found)))}): leave '
+                                        'one.')
+            if found:
+                return found[0]
+        raise FileNotFoundError(f'{self.path} has no {" or ".join(names)} of {self.benchmark.name}; '
+                                f'{self.benchmark.source}.')
 
 
 def some(names: Sequence[str], number: int = 3) -> str:

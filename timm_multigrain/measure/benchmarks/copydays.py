@@ -16,6 +16,7 @@ import torch
 
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import average_precision, mean_average_precision
+from timm_multigrain.search.exact import nearest_of
 
 from .base import Benchmark, Figure, Scores, SetFolder, some
 
@@ -54,13 +55,7 @@ class Copydays(Benchmark):
 
     def _micro_average_precision(self, scores: Scores) -> float:
         """Trapezoidal average precision of the nearest images of all queries in one ranking, wrong first if equal."""
-        best, places, start = torch.empty(len(self.truth), 0), torch.empty(len(self.truth), 0, dtype=torch.int64), 0
-        for chunk in scores:
-            columns = torch.arange(start, start + chunk.shape[1]).expand(len(chunk), -1)
-            start += chunk.shape[1]
-            best, places = torch.cat([best, chunk.cpu()], 1), torch.cat([places, columns], 1)
-            best, order = best.topk(min(NEAREST, best.shape[1]), dim=1)
-            places = places.gather(1, order)
+        best, places = (found.cpu() for found in nearest_of(scores, NEAREST))
         right = (places == torch.from_numpy(self.truth)[:, None]).flatten().numpy()
         order = np.lexsort((right, -best.flatten().numpy()))
         return average_precision(np.flatnonzero(right[order]), len(self.truth))

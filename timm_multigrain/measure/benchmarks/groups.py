@@ -34,6 +34,11 @@ class Groups(Benchmark):
     def measure(self, scores: Scores) -> list[Figure]:
         return [Figure('mAP', 100 * float(self.average_precisions(scores).mean()))]
 
+    @property
+    def query_groups(self) -> np.ndarray:
+        """Group of each query, (Q,) integers."""
+        return self.groups[self.query_rows]
+
     def average_precisions(self, scores: Scores) -> np.ndarray:
         """Average precision of each query, (Q,) float64 in [0, 1]; scores as of `measure`."""
         members = {group: np.flatnonzero(self.groups == group) for group in np.unique(self.groups)}

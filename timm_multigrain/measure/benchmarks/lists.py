@@ -1,0 +1,286 @@
+"""Benchmarks that are lists of images: which of them are queries, which are searched, and which are right.
+
+A list of one's own is a CSV file with these names in its first line, or a file of JSON lines with objects of them:
+
+    path      of the image, below the folder
+    split     query, gallery or train (left out); where none is a query, each image is one among all the others
+    label     class, for k-NN
+    instance  what a query has to find; by default its label
+    category  figures are given for each; where the gallery has them too, a query is searched in its own only
+    box       left top right bottom in pixels: the part of the image that is meant
+
+All but the path may be missing or empty; an image of the gallery with neither label nor instance is a distractor. The
+published sets (`layouts`) are the same lists, read from the files they come with.
+"""
+import csv
+import os
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from timm_multigrain.files import check_json, parse_json, printable, read_lines
+from timm_multigrain.images.sources import Box, ImageFiles
+from timm_multigrain.measure.archives import RemoteFile
+from timm_multigrain.measure.metrics import RetrievalResult, knn_accuracy, mean_average_precision
+
+from .base import Benchmark, Figure, Scores, SetFolder
+
+__all__ = ['Entry', 'Layout', 'ListBenchmark', 'Listing', 'OwnList', 'read_entries']
+
+CROP = {'kind': 'crop', 'crop_pct': 0.875, 'exif': False}  # of metric learning: shorter side 256, centre crop 224
+
+
+class Entry(NamedTuple):
+    """An image of a list, see the module."""
+    path: str
+    label: str = ''
+    instance: str = ''
+    category: str = ''
+    split: str = ''
+    box: Box | None = None
+
+    @property
+    def wanted(self) -> str:
+        """What a query of this image has to find."""
+        return self.instance or self.label
+
+
+class Listing(NamedTuple):
+    """What a layout says.
+
+    Attributes:
+        gallery: Images to search among.
+        queries: Images to search with; None where they are those of the gallery, each left out of its own ranking.
+        relevant: Paths in the gallery that each query has to find; None where these have the same instance or label.
+        junk: Paths that are taken out of each query's ranking.
+    """
+    gallery: Sequence[Entry]
+    queries: Sequence[Entry] | None = None
+    relevant: Sequence[Collection[str]] | None = None
+    junk: Sequence[Collection[str]] | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A published set: how its files are read and how rankings are judged.
+
+    Attributes:
+        name: Name of the published set.
+        source: Where it is to be had.
+        read: What its files say.
+        measures: 'Recall@10', 'mAP', 'mAP@100', 'MAP@R', 'k-NN'.
+        counts: Queries and images of the gallery that it has, None where that is not known.
+        published: As of `Benchmark`.
+        prefer: Folder whose images win over others of the same name.
+        downloads: As of `Benchmark`.
+    """
+    name: str
+    source: str
+    read: Callable[[SetFolder], Listing]
+    measures: Sequence[str]
+    counts: tuple[int, int] | None = None
+    published: dict = field(default_factory=lambda: CROP)
+    prefer: str | None = None
+    downloads: Sequence[RemoteFile] = ()
+
+    def load(self, data: str | os.PathLike, subset: bool = False) -> 'ListBenchmark':
+        """The set in a folder.
+
+        With `subset` the images that are there, and the queries that have something to find among them.
+        """
+        folder = SetFolder(data, self)
+        return self._build(folder, self.read(folder), subset)
+
+    def _build(self, folder: SetFolder, listing: Listing, subset: bool) -> 'ListBenchmark':
+        asked = listing.gallery if listing.queries is None else listing.queries
+        names = list(dict.fromkeys(entry.path for entry in [*listing.gallery, *(listing.queries or ())]))
+        if subset:
+            found = folder.find(names, self.prefer)
+        else:
+            found = dict(zip(names, folder.locate(names, self.prefer), strict=True))
+            if self.counts not in (None, (len(asked), len(listing.gallery))):
+                raise FileNotFoundError(
+                    f'{folder.path} has {len(asked)} queries and {len(listing.gallery)} images to search among, where '
+                    f'{self.name} has {self.counts[0]} and {self.counts[1]}: ask for a subset if that is meant; '
+                    f'{self.source}.')
+        gallery = [entry for entry in listing.gallery if entry.path in found]
+        within = any(entry.category for entry in gallery)
+        places, groups = {}, {}
+        for place, entry in enumerate(gallery):
+            places[entry.path, within and entry.category] = place
+            groups.setdefault((entry.wanted, within and entry.category), []).append(place)
+
+        def of(paths: Iterable[str], category: str) -> np.ndarray:
+            keys = [(path, within and category) for path in paths]
+            return np.array([places[key] for key in keys if key in places], dtype=np.int64)
+
+        queries, relevant, ignore = [], [], []
+        for number, entry in enumerate(asked):
+            if entry.path not in found:
+                continue
+            junk = [entry.path] if listing.queries is None else listing.junk[number] if listing.junk else []
+            left_out = of(junk, entry.category)
+            if listing.relevant:
+                right = of(listing.relevant[number], entry.category)
+            else:
+                right = groups.get((entry.wanted, within and entry.category), []) if entry.wanted else []
+            right = np.setdiff1d(np.array(right, dtype=np.int64), left_out)
+            if len(right):
+                queries.append(entry)
+                relevant.append(right)
+                ignore.append(left_out)
+        if not queries:
+            raise ValueError(f'{folder.path} has no query of {self.name} with an image to find.')
+        title = self.name
+        if subset and self.counts != (len(queries), len(gallery)):
+            title += f' ({len(queries)} queries, {len(gallery)} images)'
+        known = sorted({entry.label for entry in [*gallery, *queries]} - {''})
+        numbers = {label: number for number, label in enumerate(known)}
+        alone = listing.queries is not None
+        return ListBenchmark(
+            title, _images(gallery, found), _images(queries, found) if alone else None,
+            None if alone else np.concatenate([of([entry.path], entry.category) for entry in queries]),
+            layout=self, relevant=relevant, ignore=ignore,
+            parts=np.array([entry.category for entry in queries]),
+            categories=np.array([entry.category for entry in gallery]) if within else None,
+            query_groups=np.unique([entry.wanted for entry in queries], return_inverse=True)[1],
+            query_labels=np.array([numbers.get(entry.label, -1) for entry in queries]),
+            labels=np.array([numbers.get(entry.label, -2) for entry in gallery]))
+
+
+class OwnList(Layout):
+    """A list of one's own."""
+
+    def load(self, data: str | os.PathLike, ground_truth: str | os.PathLike | None = None,
+             subset: bool = False) -> 'ListBenchmark':
+        """The images of a list.
+
+        Args:
+            data: Folder of the images.
+            ground_truth: The list, .csv or .jsonl; by default list.csv or list.jsonl of the folder.
+            subset: Take the images that are there, and the queries that have something to find among them.
+        """
+        folder = SetFolder(data, self)
+        path = Path(ground_truth) if ground_truth else folder.file('list.csv', 'list.jsonl')
+        entries = [entry for entry in read_entries(path) if entry.split != 'train']
+        queries = [entry for entry in entries if entry.split == 'query']
+        listing = Listing([entry for entry in entries if entry.split == 'gallery'], queries)
+        named = replace(self, name=folder.path.resolve().name)
+        return named._build(folder, listing if queries else Listing(entries), subset)
+
+
+@dataclass(frozen=True, eq=False)
+class ListBenchmark(Benchmark):
+    """A set that is a list.
+
+    Attributes:
+        layout: What it was read by.
+        relevant: Places in the database that each query has to find.
+        ignore: Places that are taken out of its ranking.
+        parts: Category of each query, (Q,) texts; figures are given for each.
+        categories: Category of each image of the database, where a query is searched in its own only.
+        query_groups: What each query looks for, (Q,) integers.
+        query_labels: Label of each query, (Q,) integers, -1 for none.
+        labels: Label of each image of the database.
+    """
+    layout: Layout = None
+    relevant: Sequence[np.ndarray] = ()
+    ignore: Sequence[np.ndarray] = ()
+    parts: np.ndarray = None
+    categories: np.ndarray | None = None
+    query_groups: np.ndarray = None
+    query_labels: np.ndarray = None
+    labels: np.ndarray = None
+
+    @property
+    def published(self) -> dict:
+        return self.layout.published
+
+    def measure(self, scores: Scores) -> list[Figure]:
+        if self.categories is not None:
+            scores = _Within(scores, self.parts, self.categories)
+        found = mean_average_precision(scores, self.relevant, self.ignore)
+        names = [name for name in dict.fromkeys(self.parts) if name]
+        parts = {name: np.flatnonzero(self.parts == name) for name in sorted(names)}
+        parts = {**parts, 'all': range(self.num_queries)} if len(parts) > 1 else {None: range(self.num_queries)}
+        figures = [Figure(measure, 100 * _figure(RetrievalResult([found.ranks[row] for row in rows]), measure), part)
+                   for part, rows in parts.items() for measure in self.layout.measures if measure != 'k-NN']
+        if 'k-NN' in self.layout.measures and (self.query_labels >= 0).all():
+            own = self.query_rows
+            figures.append(Figure('k-NN', 100 * knn_accuracy(scores, self.query_labels, self.labels, own=own)))
+        return figures
+
+
+def _figure(result: RetrievalResult, measure: str) -> float:
+    name, _, k = measure.partition('@')
+    if k.isdecimal():
+        return {'Recall': result.recall_at, 'mAP': result.map_at}[name](int(k))
+    return {'mAP': result.map, 'MAP@R': result.map_at_r}[measure]
+
+
+class _Within:
+    """Scores in which images of another category than the query's come last; distractors are of every category."""
+
+    def __init__(self, scores: Scores, queries: np.ndarray, items: np.ndarray):
+        _, numbers = np.unique(np.concatenate([queries, items]), return_inverse=True)
+        self.scores, self.queries, self.items = scores, *np.split(torch.from_numpy(numbers), [len(queries)])
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        start = 0
+        for chunk in self.scores:
+            items = self.items[start:start + chunk.shape[1]]
+            other = torch.zeros(chunk.shape, dtype=torch.bool)
+            other[:, :len(items)] = self.queries[:, None] != items
+            start += chunk.shape[1]
+            yield chunk.masked_fill(other.to(chunk.device), -torch.inf)
+
+
+def _images(entries: Sequence[Entry], found: dict[str, Path]) -> ImageFiles:
+    boxes = [entry.box for entry in entries]
+    return ImageFiles([found[entry.path] for entry in entries], names=[entry.path for entry in entries],
+                      boxes=boxes if any(boxes) else None)
+
+
+def read_entries(path: str | os.PathLike) -> list[Entry]:
+    """A list of one's own, see the module.
+
+    Raises:
+        FileNotFoundError: List not found.
+        ValueError: A line that cannot be read, without a path, or with a path that leads out of the folder.
+    """
+    path, entries = Path(path), []
+    lines = [line.removeprefix('\ufeff') for line in read_lines(path, 'list of images')]
+    rows = map(parse_json, lines) if path.suffix == '.jsonl' else csv.DictReader(lines, strict=True)
+    try:
+        for row in rows:
+            entries.append(_entry(row))
+    except (ValueError, csv.Error) as e:
+        number = len(entries) + (1 if path.suffix == '.jsonl' else 2)
+        raise ValueError(f'{printable(path)}, line {number}: {e}') from e
+    if not entries:
+        raise ValueError(f'{printable(path)} lists no images.')
+    return entries
+
+
+def _entry(row: dict) -> Entry:
+    if isinstance(row, dict) and isinstance(row.get('box'), str):  # of a CSV file
+        row = {**row, 'box': [float(side) for side in row['box'].split()] or None}
+    check_json(row, {'path': str}, 'it')
+    if unknown := sorted(map(str, set(row) - set(Entry._fields))):
+        raise ValueError(f'{unknown[0]!r} is not one of {", ".join(Entry._fields)}.')
+    check_json(row, dict.fromkeys(set(row) - {'box'}, (str, int, None)) | dict.fromkeys(
+        {'box'} & set(row), ([float], None)), 'it')
+    texts = {name: '' if row.get(name) is None else str(row[name]).strip() for name in Entry._fields[:-1]}
+    name = PurePosixPath(texts['path'])
+    if not texts['path'] or name.is_absolute() or '..' in name.parts:
+        raise ValueError(f'the path {texts["path"]!r} is not one of a file below the folder.')
+    if texts['split'] not in ('', 'query', 'gallery', 'train', 'test'):
+        raise ValueError(f'split is {texts["split"]!r}: give query, gallery, train or nothing.')
+    box = row.get('box')
+    if box and len(box) != 4:
+        raise ValueError(f'box is {box}: give left, top, right and bottom.')
+    return Entry(**{**texts, 'path': name.as_posix()}, box=tuple(box) if box else None)
