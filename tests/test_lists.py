@@ -220,4 +220,4 @@ def test_published_layouts(tmp_path, name):
         again = load_benchmark(name, tmp_path, subset=True)
         assert len(again.relevant[0]) == len(right) - 1
         assert len(again.database) == len(database) - list(database.names).count(right[-1])
-        assert f'({again.num_queries} queries, {len(again.database)} images)' in again.title
+        assert re.search(rf' \({again.num_queries} quer(y|ies), {len(again.database)} images?\)', again.title)

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f'{", ".join(_BENCHMARKS)}; folder and list: your own images')
     add('--data', required=True, metavar='DIR', help='its folder, as it is published')
     add('--download', action='store_true', help='download what is missing, or say where to get it')
-    add('--subset', action='store_true', help='use the images that are there; the figures say so')
+    add('--subset', action='store_true', help='take the images that are there, and cut the ground truth down to them; '
+                                                'the figures say how many')
     add('--ground-truth', metavar='FILE', help='another ground truth: .csv or .jsonl (list), .json of path: group '
                                                '(folder), .pkl or .json (roxford5k, rparis6k), .csv (disc21)')
     add('--upright', metavar='FILE', help='holidays: list of clockwise turns, a name and degrees per line, or JSON')

@@ -13,7 +13,7 @@ from timm_multigrain.files import printable
 from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
 from timm_multigrain.measure.archives import RemoteFile
 
-__all__ = ['Benchmark', 'Figure', 'Scores', 'SetFolder', 'some']
+__all__ = ['Benchmark', 'Figure', 'Scores', 'SetFolder', 'part_of', 'some']
 
 Scores = Iterable[torch.Tensor]
 
@@ -135,3 +135,8 @@ def some(names: Sequence[str], number: int = 3) -> str:
     """The first names, and how many more there are."""
     more = f' and {len(names) - number} more' if len(names) > number else ''
     return ', '.join(map(printable, names[:number])) + more
+
+
+def part_of(title: str, queries: int, images: int) -> str:
+    """Title of a part of a set, with so many queries and images to search among."""
+    return f'{title} ({queries} quer{"y" if queries == 1 else "ies"}, {images} image{"s" * (images != 1)})'

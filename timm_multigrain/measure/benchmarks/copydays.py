@@ -18,7 +18,7 @@ from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import average_precision, mean_average_precision
 from timm_multigrain.search.exact import nearest_of
 
-from .base import Benchmark, Figure, Scores, SetFolder, some
+from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
 __all__ = ['Copydays']
 
@@ -64,7 +64,8 @@ class Copydays(Benchmark):
     def load(cls, data: str | os.PathLike, subset: bool = False) -> 'Copydays':
         """Copydays in a folder with original/, strong/, crops/<percent>/ and jpeg/<quality>/ or jpegqual/<quality>/.
 
-        The families that have no folder are left out, the strong one must be there. With `subset` whatever the counts.
+        The families that have no folder are left out, the strong one must be there. With `subset` the copies and
+        originals that are there, whatever their number, without copies whose original is not.
         """
         data = SetFolder(data, cls)
         found: dict[str, dict[int, str]] = {'original': {}, 'strong': {}}
@@ -79,11 +80,13 @@ class Copydays(Benchmark):
         places = {number // 100: place for place, number in enumerate(found['original'])}
         copies = [(family, number, path) for family in sorted(found) for number, path in found[family].items()]
         orphans = [path for _, number, path in copies if number // 100 not in places]
-        if orphans:
+        if subset:
+            copies = [copy for copy in copies if copy[1] // 100 in places]
+        elif orphans:
             raise ValueError(f'{data.path} has {len(orphans)} copies without their original: {some(orphans)}; '
                              f'{cls.source}.')
         return cls(
-            title=cls.name + f' ({len(copies) - len(places)} copies of {len(places)} originals)' * subset,
+            title=part_of(cls.name, len(copies), len(places)) if subset else cls.name,
             database=data.files(found['original'].values()), queries=data.files(path for *_, path in copies),
             families=np.array([family for family, *_ in copies]),
             truth=np.array([places[number // 100] for _, number, _ in copies]))

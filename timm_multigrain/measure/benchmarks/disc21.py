@@ -14,7 +14,7 @@ from timm_multigrain.files import read_lines
 from timm_multigrain.images.sources import ImageFiles, ImageSource
 from timm_multigrain.measure.metrics import best_pairs, micro_average_precision
 
-from .base import Benchmark, Figure, Scores, SetFolder, some
+from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
 __all__ = ['Disc21', 'read_pairs']
 
@@ -45,7 +45,8 @@ class Disc21(Benchmark):
             ground_truth: The CSV file; None for the only one in the folder.
             queries: Text file with one query name per line. None: those that the ground truth has a row for, which is
                 right only if it has rows without a reference for the queries that have none.
-            subset: Search only the queries and references that the ground truth names, as the organisers' "subset 1".
+            subset: Search only the queries and references that the ground truth names, as the organisers' "subset 1",
+                and of these the ones that are there.
         """
         data = SetFolder(data, cls)
         path = Path(ground_truth) if ground_truth else _only_csv(data.path)
@@ -65,6 +66,11 @@ class Disc21(Benchmark):
         references = [f'R{number:06}' for number in range(cls.num_references)]
         if subset:
             references = sorted({reference for _, reference in pairs})
+            there = data.find([*named, *references])
+            named, references = ([name for name in names if name in there] for names in (named, references))
+            pairs = [pair for pair in pairs if there.keys() >= set(pair)]
+            if not pairs:
+                raise ValueError(f'{data.path} has no query of {cls.name} with its reference; {cls.source}.')
         places = {name: place for place, name in enumerate(references)}
         rows = {name: row for row, name in enumerate(named)}
         if absent := sorted({reference for _, reference in pairs}.difference(places)):
@@ -72,7 +78,7 @@ class Disc21(Benchmark):
         training = [name for name in data.names if re.match(r'T\d{6}', name.rpartition('/')[2])]
         located = data.locate([*named, *references])
         return cls(
-            title=f'{cls.name} ({len(named)} queries' + f', {len(references)} references' * subset + ')',
+            title=part_of(cls.name, len(named), len(references)) if subset else f'{cls.name} ({len(named)} queries)',
             queries=ImageFiles(located[:len(named)], names=named),
             database=ImageFiles(located[len(named):], names=references),
             training=data.files(training) if training else None,

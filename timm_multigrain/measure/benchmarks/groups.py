@@ -13,7 +13,7 @@ from timm_multigrain.images.sources import ImageFiles, ImageSource
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import mean_average_precision, ukb_score
 
-from .base import Benchmark, Figure, Scores, SetFolder, some
+from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
 __all__ = ['Groups', 'Holidays', 'TurnedImages', 'UKBench', 'read_turns']
 
@@ -46,7 +46,8 @@ class Groups(Benchmark):
         return mean_average_precision(scores, relevant, [[row] for row in self.query_rows]).ap
 
     @classmethod
-    def load(cls, data: str | os.PathLike, ground_truth: str | os.PathLike | None = None) -> 'Groups':
+    def load(cls, data: str | os.PathLike, ground_truth: str | os.PathLike | None = None,
+             subset: bool = False) -> 'Groups':
         """Images of a folder in groups, which are subfolders, DIR/<group>/<image>, or in a file.
 
         Args:
@@ -54,12 +55,14 @@ class Groups(Benchmark):
             ground_truth: JSON object of paths, relative to the file's own folder, and the numbers of their groups, -1
                 for a distractor, -2 for an image to leave out; what lies outside of `data` is passed over. None:
                 gt.json of the folder, if there is one, or else the subfolders.
+            subset: Leave out images that the file names and that are not there.
         """
         images = SetFolder(data, cls)
         data = images.path
         if ground_truth is None and (data / TRUTH).is_file():
             ground_truth = data / TRUTH
-        names, groups = _from_folders(images) if ground_truth is None else _from_file(data, Path(ground_truth))
+        names, groups = _from_folders(images) if ground_truth is None else _from_file(
+            data, Path(ground_truth), subset)
         found, counts = np.unique(groups[groups != DISTRACTOR], return_counts=True)
         rows = np.flatnonzero(np.isin(groups, found[counts > 1]))
         if not len(rows):
@@ -77,7 +80,7 @@ def _from_folders(images: SetFolder) -> tuple[list[str], np.ndarray]:
     return names, np.unique(np.array(folders, dtype=str), return_inverse=True)[1]
 
 
-def _from_file(data: Path, path: Path) -> tuple[list[str], np.ndarray]:
+def _from_file(data: Path, path: Path, subset: bool) -> tuple[list[str], np.ndarray]:
     content = read_json(path)
     check_json(content, {str: int}, str(path))
     wrong = next((name for name, group in content.items() if group < IGNORED), None)
@@ -90,6 +93,8 @@ def _from_file(data: Path, path: Path) -> tuple[list[str], np.ndarray]:
         if group != IGNORED and image.is_relative_to(base):
             inside[image.relative_to(base).as_posix()] = group
     missing = [name for name in inside if not (data / name).is_file()]
+    if subset:
+        inside, missing = {name: group for name, group in inside.items() if name not in set(missing)}, []
     if missing or not inside:
         raise FileNotFoundError(f'{data} lacks {len(missing)} of the {len(inside)} images that {path} names there'
                                 + (f': {some(missing)}.' if missing else '.'))
@@ -129,18 +134,21 @@ class Holidays(Groups):
         Args:
             data: The folder.
             upright: List of turns, see `read_turns`.
-            subset: Use the complete scenes instead of asking for all of them.
+            subset: Use the photographs that are there, and the queries that have another one of their scene.
         """
         data, title = SetFolder(data, cls), cls.name
-        scenes = [[f'{scene}{number:02}.jpg' for number in range(int(count, 36))]
-                  for scene, count in enumerate(_COUNTS, 1000)]
+        names = [f'{scene}{number:02}.jpg' for scene, count in enumerate(_COUNTS, 1000)
+                 for number in range(int(count, 36))]
         if subset:
-            there = {name.rpartition('/')[2] for name in data.names}
-            scenes = [scene for scene in scenes if there.issuperset(scene)]
-            if not scenes:
-                raise ValueError(f'{data.path} has no whole scene of {title}; {cls.source}.')
-            title += f' ({len(scenes)} of its scenes)'
-        names = [name for scene in scenes for name in scene]
+            there = data.find(names, prefer='jpg')
+            names = [name for name in names if name in there]
+        numbers = np.array([int(name.partition('.')[0]) for name in names], dtype=np.int64)
+        scenes, counts = np.unique(numbers // 100, return_counts=True)
+        rows = np.flatnonzero((numbers % 100 == 0) & np.isin(numbers // 100, scenes[counts > 1]))
+        if not len(rows):
+            raise ValueError(f'{data.path} has no query of {title} with an image to find; {cls.source}.')
+        if len(rows) < len(_COUNTS):
+            title = part_of(title, len(rows), len(names))
         source = ImageFiles(data.locate(names, prefer='jpg'), names=names)
         if upright is not None:
             turns = read_turns(upright)
@@ -149,8 +157,7 @@ class Holidays(Groups):
                 raise ValueError(f'{upright} turns {len(unknown)} images that {title} does not have: {some(unknown)}.')
             source = TurnedImages(source, [turns.get(name, 0) for name in names])
             title += ', upright'
-        numbers = np.array([int(name.partition('.')[0]) for name in names])
-        return cls(title, source, query_rows=np.flatnonzero(numbers % 100 == 0), groups=numbers // 100)
+        return cls(title, source, query_rows=rows, groups=numbers // 100)
 
 
 class TurnedImages(ImageSource):
@@ -207,19 +214,16 @@ class UKBench(Groups):
     def load(cls, data: str | os.PathLike, subset: bool = False) -> 'UKBench':
         """UKBench in a folder, in full/ or anywhere below it.
 
-        With `subset` the images found, in complete groups, instead of all of them.
+        With `subset` the objects of which all four photographs are there.
         """
         data, title, numbers = SetFolder(data, cls), cls.name, list(range(cls.num_images))
         if subset:
-            there = (re.fullmatch(r'(?:.*/)?ukbench(\d{5})\.jpg', name) for name in data.names)
-            numbers = sorted({int(match[1]) for match in there if match})
+            there = data.find([f'ukbench{number:05}.jpg' for number in numbers], prefer='full')
+            numbers = [n for n in numbers if all(f'ukbench{n // 4 * 4 + i:05}.jpg' in there for i in range(4))]
             if not numbers:
-                raise ValueError(f'{data.path} has no image of {title} (ukbench00000.jpg and so on); {cls.source}.')
-            groups, counts = np.unique(np.array(numbers) // 4, return_counts=True)
-            if (counts != 4).any():
-                partial = [f'ukbench{4 * group:05} to {4 * group + 3:05}' for group in groups[counts != 4]]
-                raise ValueError(f'{data.path} lacks images of {len(partial)} groups of {title}: {some(partial)}.')
-            title += f' ({len(numbers)} of its images)' if len(numbers) < cls.num_images else ''
+                raise ValueError(f'{data.path} has no four images of an object of {title} (ukbench00000.jpg to 00003 '
+                                 f'and so on); {cls.source}.')
+            title = part_of(title, len(numbers), len(numbers)) if len(numbers) < cls.num_images else title
         names = [f'ukbench{number:05}.jpg' for number in numbers]
         return cls(title, ImageFiles(data.locate(names, prefer='full'), names=names), query_rows=np.arange(len(names)),
                    groups=np.array(numbers) // 4)

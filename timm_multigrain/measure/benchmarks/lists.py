@@ -27,7 +27,7 @@ from timm_multigrain.images.sources import Box, ImageFiles
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import RetrievalResult, knn_accuracy, mean_average_precision
 
-from .base import Benchmark, Figure, Scores, SetFolder
+from .base import Benchmark, Figure, Scores, SetFolder, part_of
 
 __all__ = ['Entry', 'Layout', 'ListBenchmark', 'Listing', 'OwnList', 'read_entries']
 
@@ -137,7 +137,7 @@ class Layout:
             raise ValueError(f'{folder.path} has no query of {self.name} with an image to find.')
         title = self.name
         if subset and self.counts != (len(queries), len(gallery)):
-            title += f' ({len(queries)} queries, {len(gallery)} images)'
+            title = part_of(title, len(queries), len(gallery))
         known = sorted({entry.label for entry in [*gallery, *queries]} - {''})
         numbers = {label: number for number, label in enumerate(known)}
         alone = listing.queries is not None

@@ -8,6 +8,7 @@ import io
 import os
 import pickle
 from collections import Counter
+from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import RevisitedQuery, revisited_scores
 
-from .base import Benchmark, Figure, Scores, SetFolder, some
+from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
 __all__ = ['DISTRACTORS', 'RevisitedOxford', 'RevisitedParis', 'read_ground_truth']
 
@@ -29,7 +30,8 @@ _IMAGES = 'https://www.robots.ox.ac.uk/~vgg/data'
 _TRUTH = 'http://cmp.felk.cvut.cz/revisitop/data/datasets'
 DISTRACTORS = tuple(
     RemoteFile(f'http://ptak.felk.cvut.cz/revisitop/revisitop1m/jpg/revisitop1m.{i}.tar.gz') for i in range(1, 101))
-_FORM = {'imlist': [str], 'qimlist': [str], 'gnd': [{'bbx': [float], 'easy': [int], 'hard': [int], 'junk': [int]}]}
+_KINDS = ('easy', 'hard', 'junk')
+_FORM = {'imlist': [str], 'qimlist': [str], 'gnd': [{'bbx': [float], **{kind: [int] for kind in _KINDS}}]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,24 +59,40 @@ class RevisitedOxford(Benchmark):
         Args:
             data: The folder.
             ground_truth: Another file of ground truth, .pkl or .json.
-            subset: Take a ground truth of other counts than the published one.
+            subset: Take the images that are there and cut the ground truth down to them; it may have other counts than
+                the published one.
         """
         data, title = SetFolder(data, cls), cls.name
         path = Path(ground_truth) if ground_truth else data.path / f'gnd_{cls.short_name}.pkl'
         if not path.is_file():
             raise FileNotFoundError(f'{path}: ground truth of {title} not found; {cls.source}.')
         images, queries, entries = read_ground_truth(path)
+        if subset:
+            images, queries, entries = _cut_down(data.find([*queries, *images], 'jpg'), images, queries, entries)
+            if not queries:
+                raise ValueError(f'{data.path} has no query of {title} with an image to find; {cls.source}.')
         if (len(images), len(queries)) != (cls.num_images, NUM_QUERIES):
-            counts = f'{len(images)} images and {len(queries)} queries'
+            title = part_of(title, len(queries), len(images))
             if not subset:
-                raise ValueError(f'{path} has {counts}, where {title} has {cls.num_images} and {NUM_QUERIES}: ask for '
-                                 'a subset if that is meant.')
-            title += f' ({counts})'
+                raise ValueError(f'{path} has {len(images)} images and {len(queries)} queries, where {cls.name} has '
+                                 f'{cls.num_images} and {NUM_QUERIES}: ask for a subset if that is meant.')
         located = data.locate([*queries, *images], prefer='jpg')
         return cls(
             title=title, database=ImageFiles(located[len(queries):], names=images),
             queries=ImageFiles(located[:len(queries)], names=queries, boxes=[entry['bbx'] for entry in entries]),
             truth=[RevisitedQuery(entry['easy'], entry['hard'], entry['junk']) for entry in entries])
+
+
+def _cut_down(found: Container[str], images: list[str], queries: list[str], entries: list[dict]) -> tuple:
+    """A ground truth of the images that are there, without the queries that have nothing left to find."""
+    kept = [number for number, name in enumerate(images) if name in found]
+    places = {number: place for place, number in enumerate(kept)}
+    left = []
+    for name, entry in zip(queries, entries, strict=True):
+        lists = {kind: [places[number] for number in entry[kind] if number in places] for kind in _KINDS}
+        if name in found and (lists['easy'] or lists['hard']):
+            left.append((name, {**entry, **lists}))
+    return [images[number] for number in kept], [name for name, _ in left], [entry for _, entry in left]
 
 
 class RevisitedParis(RevisitedOxford):
