@@ -19,6 +19,7 @@ from timm_multigrain.images.sources import find_images
 from timm_multigrain.layers import create_pool, gem, l2_normalize
 from timm_multigrain.measure.benchmarks import BENCHMARKS, load_benchmark
 from timm_multigrain.measure.evaluate import add_whitened, evaluate
+from timm_multigrain.measure.metrics import clustering_nmi
 from timm_multigrain.measure.results import BenchmarkResult, Metric, SystemResult
 from timm_multigrain.whiten.fit import fit_whitening
 
@@ -91,7 +92,10 @@ def test_every_system_of_one_pass(model, pictures):
     assert own.value('mAP') == pytest.approx(by_hand(describe(model, benchmark, gem), benchmark), abs=1e-4)
     metric, = own.metrics
     assert (metric.p, metric.whitening, metric.size) == (3, None, 40)
-    assert evaluate(model, 'folder', pictures, PROTOCOL, poolings=['gem'], exponents=[3]).metrics == own.metrics
+    again = evaluate(model, 'folder', pictures, PROTOCOL, poolings=['gem'], exponents=[3], nmi=True)
+    vectors = l2_normalize(describe(model, benchmark, gem))
+    assert again.metrics[:1] == own.metrics
+    assert again.value('NMI') == pytest.approx(100 * clustering_nmi(vectors, np.arange(12) // 3), abs=1e-4)
 
 
 def test_several_views_equal_a_system_alone(model, pictures):
@@ -402,5 +406,5 @@ def test_real_photographs(shared_data, tmp_path, capsys):
     assert main([
         'evaluate', 'test_resnet', '--no-pretrained', '--benchmark', 'rparis6k', '--data', str(paris), '--ground-truth',
         str(truth), '--subset', '--size', '64', '--json', str(tmp_path / 'r.json')]) == 0
-    assert 'Revisited Paris (238 images and 12 queries)' in capsys.readouterr().out
+    assert 'Revisited Paris (12 queries, 238 images)' in capsys.readouterr().out
     assert {f.split for f in read_metrics(tmp_path / 'r.json')} == {'Easy', 'Medium', 'Hard'}
