@@ -249,7 +249,7 @@ def test_answers(index):
     assert answers.search(image, (0, 0, 40, 40), 3, None)[1][0].caption != hits[0].caption
     group = answers.copies.groups[0]
     assert answers.cover(group).caption.startswith('2 identical')
-    assert [member.caption[:5] for member in answers.members(group)] == ['KEEP ', '1.000']
+    assert [member.caption[:5] for member in answers.members(group)] == ['KEEP ', 'Ident']
     assert answers.name(index.path_of(0)) == Path(index.path_of(0)).name
     assert answers.name('/elsewhere/x\n.jpg') == 'x\\n.jpg'
     assert answers.thumbnail('/elsewhere/x.jpg').getpixel((5, 5)) == (128, 128, 128)

@@ -3,6 +3,7 @@ import hashlib
 import json
 import os
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,9 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.images.sources import holds_several
 from timm_multigrain.index import Index
 from timm_multigrain.index.dedup import EDITS, find_copies, measure_recall
+from timm_multigrain.index.detail import Picture, compare
+from timm_multigrain.index.keep import KEEP
+from timm_multigrain.index.script import write_script
 
 from .copies_folder import make_index, make_pictures
 from .small_index import unit_vectors, write_files, write_index
@@ -36,6 +40,10 @@ def names(group):
     return [os.path.basename(file.record.path) for file in group.files]
 
 
+def paths(surplus):
+    return [file.record.path for file, _ in surplus]
+
+
 def state_of(folder):
     return {path: hashlib.sha256((folder / path).read_bytes()).hexdigest() for path in os.listdir(folder)}
 
@@ -49,26 +57,123 @@ def test_groups(index, pictures):
     [small] = [group for group in copies.of_kind('near') if 'small.jpg' in names(group)]
     assert names(small)[0] == '1.png' and small.keep == str(pictures / '1.png')  # more pixels
     kept = {os.path.basename(group.keep) for group in copies.groups}
-    assert {'0.png', '1.png', '5.png'} <= kept and not set(copies.surplus) & {str(pictures / '1.png')}
-    assert len(copies.surplus) == len(set(copies.surplus))
-    assert copies.surplus_bytes == sum(os.path.getsize(os.fsencode(path)) for path in copies.surplus)
+    surplus = paths(copies.surplus(likely=True))
+    assert {'0.png', '1.png', '5.png'} <= kept and not set(surplus) & {str(pictures / '1.png')}
+    assert len(surplus) == len(set(surplus)) and set(paths(copies.surplus())) <= set(surplus)
+    assert copies.surplus_bytes(likely=True) == sum(os.path.getsize(os.fsencode(path)) for path in surplus)
     for group in copies.groups:
         scores = [file.score for file in group.files]
         assert scores[0] == 1 and (np.diff(scores[1:]) <= 0).all()
     assert find_copies(index) == copies and state_of(pictures) == before
-    assert f'{len(copies.surplus)} surplus files' in str(copies) and '2 groups of identical files' in str(copies)
+    for text in (f'{len(copies.surplus())} surplus files for certain', '2 groups of identical files'):
+        assert text in str(copies)
 
 
-def test_keep_is_largest_then_least_compressed_then_shortest_name(tmp_path):
+def drawing(seed=0, size=(160, 120)):
+    """Something with details, in colour."""
+    values = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
+    return Image.fromarray(values).resize(size, Image.BICUBIC)
+
+
+def exif_of_a_camera():
+    exif = Image.Exif()
+    exif[0x110] = 'a camera'
+    return exif
+
+
+# what is done to it.jpg, the other file, why it.jpg is kept, and which edit the other one is
+@pytest.mark.parametrize('save, why, edit', [
+    (lambda it, f: it.save(f / 'it.png'), 'the other was made from it', ('same pixels',)),
+    (lambda it, f: it.convert('L').resize((320, 240)).save(f / 'scan.png'), 'in colour', ('enlarged', 'grey')),
+    (lambda it, f: it.resize((130, 98)).save(f / 'a.png'), 'more pixels', ('smaller',)),
+    (lambda it, f: it.save(f / 'a.jpg', quality=95), 'with data of the camera', ('recompressed',)),
+    (lambda it, f: it.save(f / 'Kopie von it.jpg', quality=95, exif=exif_of_a_camera()), 'not named a copy',
+     ('recompressed',)),
+    (lambda it, f: it.save(f / 'a.jpg', quality=95, exif=exif_of_a_camera()), 'older', ('recompressed',)),
+    (lambda it, f: it.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(f / 'a.jpg', exif=exif_of_a_camera()), 'older',
+     ('mirrored',)),
+    (lambda it, f: it.rotate(90, expand=True).save(f / 'a.png'), 'with data of the camera', ('turned by 90 degrees',)),
+    (lambda it, f: it.crop((16, 12, 144, 108)).save(f / 'a.png'), 'more pixels', ('cropped to 64 %',)),
+])
+def test_what_is_kept_and_why(tmp_path, save, why, edit):
     folder = tmp_path / 'pictures'
     folder.mkdir()
-    picture = Image.effect_noise((80, 80), 90).convert('RGB')
-    picture.save(folder / 'copy of it.jpg', quality=95)
-    picture.save(folder / 'it.jpg', quality=60)
-    picture.resize((70, 70)).save(folder / 'a.png')
-    copies = find_copies(make_index(folder, tmp_path / 'index'), 0.9)
-    [group] = copies.groups
-    assert names(group)[0] == 'copy of it.jpg' and set(names(group)[1:]) == {'it.jpg', 'a.png'}
+    drawing().save(folder / 'it.jpg', quality=80, exif=exif_of_a_camera())
+    save(Image.open(folder / 'it.jpg').convert('RGB'), folder)
+    os.utime(folder / 'it.jpg', (10 ** 9, 10 ** 9))
+    [group] = find_copies(make_index(folder, tmp_path / 'index'), 0.3).groups
+    assert names(group)[0] == 'it.jpg' and group.reasons == (why,)
+    assert (group.others[0].basis, group.others[0].edits) == ('details', edit)
+
+
+def test_rules_that_the_user_says(tmp_path):
+    first, second = tmp_path / 'b', tmp_path / 'a'
+    for i, folder in enumerate((first, second)):
+        folder.mkdir()
+        drawing(size=(160 + 20 * i, 120)).save(folder / f'{i}.png')
+        os.utime(folder / f'{i}.png', (10 ** 9 + i, 10 ** 9 + i))
+    outside = tmp_path / 'outside.png'
+    shutil.copyfile(second / '1.png', outside)
+    os.symlink(outside, first / 'link.png')
+    index = Index.build([first, second], tmp_path / 'index', make_index(first, tmp_path / 'other').model(), workers=0,
+                        progress=False)
+    near = {keep: find_copies(index, 0.3, keep=keep).of_kind('near')[0] for keep in KEEP}
+    assert {keep: names(group)[0] for keep, group in near.items()} == {
+        'largest': '1.png', 'oldest': '0.png', 'newest': '1.png', 'first-folder': '0.png'}
+    [exact] = find_copies(index, exact_only=True).groups
+    assert names(exact) == ['1.png', 'link.png'] and exact.reasons == ('not a link',)
+    preferred = find_copies(index, 0.3, prefer=[first])
+    assert set(paths(preferred.surplus(likely=True))) == {str(second / '1.png')}
+    assert find_copies(index, 0.3, prefer=[first, second], exact_only=True).groups == ()
+    with pytest.raises(FileNotFoundError, match='give one whose files are to be kept'):
+        find_copies(index, prefer=[tmp_path / 'nothing'])
+    with pytest.raises(ValueError, match=r"keep is 'best': give one of largest, oldest"):
+        find_copies(index, keep='best')
+
+
+def test_what_is_never_certain():
+    """A part with more pixels, as of a photograph from nearer; something else in it; another view of a place."""
+    it = drawing(size=(320, 240))
+    covered, moved = it.copy(), it.copy()
+    covered.paste('white', (0, 170, 320, 240))
+    moved.paste(it.crop((0, 0, 290, 240)), (30, 0))
+    for other in (it.crop((32, 24, 288, 216)).resize((400, 300)), covered, moved, drawing(1, (320, 240))):
+        for pair in ((it, other), (other, it)):
+            assert not compare(*map(Picture, pair)).certain
+    assert 'partly covered' in compare(Picture(it), Picture(covered)).edits
+    assert compare(Picture(it), Picture(it.rotate(8).crop((40, 40, 280, 200)))).certain
+    assert not compare(Picture(Image.new('RGB', (90, 90))), Picture(it)).edits
+
+
+def run_script(script, to):
+    return subprocess.run(['sh', str(script), str(to)], capture_output=True, text=True, errors='replace', timeout=60)
+
+
+def test_script_moves_what_is_still_so(tmp_path):
+    folder, to, script = tmp_path / 'pictures', tmp_path / 'to', tmp_path / 'move.sh'
+    folder.mkdir()
+    names = ["it's $HOME `x`.png", 'changed.png', 'gone.png', 'kept changed.png', 'linked.png', '-new\nline \udcff.png']
+    for i, name in enumerate(names):
+        drawing(i).save(os.fsencode(folder / name), format='png')
+        shutil.copyfile(folder / name, folder / f'{name[:-4]} (1).png')
+    copies = find_copies(make_index(folder, tmp_path / 'index'), exact_only=True)
+    write_script(script, copies.surplus())
+    (folder / 'changed (1).png').write_bytes(b'x')
+    (folder / 'gone (1).png').unlink()
+    (folder / 'kept changed.png').write_bytes(b'x')
+    (folder / 'linked.png').unlink()
+    os.link(folder / 'linked (1).png', folder / 'linked.png')
+    before = sorted(os.listdir(folder))
+    result = run_script(script, to)
+    moved = [names[0][:-4] + ' (1).png', names[-1][:-4] + ' (1).png']
+    assert result.returncode == 1 and f'2 files moved to {to}, 4 left' in result.stdout
+    for reason in ('changed (1).png: it has changed', 'not there any more', 'the file to keep has changed',
+                   'it is the file to keep itself'):
+        assert reason in result.stderr
+    assert sorted(os.listdir(folder)) == [name for name in before if name not in moved]
+    assert sorted(os.listdir(f'{to}{folder}')) == sorted(moved)
+    shutil.copyfile(folder / names[0], folder / moved[0])  # nothing in the folder is overwritten
+    assert 'such a file in the folder already' in run_script(script, to).stderr and (folder / moved[0]).exists()
 
 
 def test_identical_files_alone_and_pictures_that_are_not_looked_at(index, monkeypatch):
@@ -84,7 +189,7 @@ def test_pictures_that_are_gone(index, tmp_path, capfd):
     moved = tmp_path / 'index'
     shutil.copytree(index.path, moved)  # its pictures are looked for beside it, and are not there
     copies = find_copies(Index.open(moved))
-    assert copies.groups == () and copies.surplus == [] and copies.left_out == 2 and len(copies.changed) == 4
+    assert (copies.groups, copies.surplus(likely=True), copies.left_out, len(copies.changed)) == ((), [], 2, 4)
     assert '2 groups left out' in str(copies)
     assert main(['dedup', str(moved), '--list', '--identical']) == 1
     out, err = capfd.readouterr()
@@ -125,7 +230,7 @@ def test_a_file_is_not_surplus_to_itself(tmp_path):
     assert len(index) == 2 and find_copies(index, 0.9).groups == ()
     shutil.copy2(folder / 'a.png', folder / 'copy.png')
     copies = find_copies(make_index(folder, tmp_path / 'index2'), 0.9)
-    assert copies.surplus == [str(folder / 'copy.png')]
+    assert paths(copies.surplus()) == [str(folder / 'copy.png')]
     # the copy becomes a link to the other, with the size and time that were indexed
     (folder / 'copy.png').unlink()
     os.symlink(folder / 'a.png', folder / 'copy.png')
@@ -196,15 +301,16 @@ def test_deleting_what_is_listed_loses_nothing_whatever_has_happened(nest, tmp_p
             disturb(folder, rng, same_time=exact)
         before = contents(folder)
         copies = find_copies(Index.open(base / 'index'), 0.9, look=False, exact_only=exact)
-        now = {path: digest(path) for path in copies.surplus}
-        for path in copies.surplus:
+        surplus = paths(copies.surplus(likely=True))
+        now = {path: digest(path) for path in surplus}
+        for path in surplus:
             os.unlink(path)
         if exact:
             assert contents(folder) == before, seed
         for group in copies.groups:
             for file in group.files[1:]:
                 assert now[file.record.path] == file.record.sha256, seed
-            if group.keep not in copies.surplus:
+            if group.keep not in surplus:
                 assert digest(group.keep) == group.files[0].record.sha256, seed
         listed, left_out = listed + len(now), left_out + copies.left_out
     assert listed > 40 and left_out > 40
@@ -219,7 +325,7 @@ def test_order_of_indexing_decides_nothing(tmp_path):
                              root=tmp_path / f'{i}' / 'pictures')
         write_files(Index.open(folder))
         groups = find_copies(Index.open(folder), 0.9, look=False).groups
-        found.append({frozenset(map(os.path.basename, (group.keep, *group.others))) for group in groups})
+        found.append({frozenset(names(group)) for group in groups})
     assert len(found[0]) == 30 and found[0] == found[1]
 
 
@@ -229,8 +335,10 @@ def test_empty_and_tiny_indexes(tmp_path):
         assert find_copies(index).groups == ()
     with pytest.raises(ValueError, match='above -1 and at most 1'):
         find_copies(index, 1.5)
-    with pytest.raises(ValueError, match='share above 0'):
-        find_copies(Index.open(write_index(tmp_path / 'ten', unit_vectors(10))), false_positives=0)
+    ten = Index.open(write_index(tmp_path / 'ten', unit_vectors(10)))
+    assert find_copies(ten, false_positives=0, look=False).groups == ()
+    with pytest.raises(ValueError, match='share from 0 to below 1'):
+        find_copies(ten, false_positives=1)
 
 
 def test_command(index, pictures, tmp_path, capfdbinary):

@@ -223,11 +223,14 @@ def test_search_text(found):
 def test_copies_page(tmp_path, found, monkeypatch):
     monkeypatch.setattr(collection, 'MAX_FILES', 2)
     monkeypatch.setattr(collection, 'MAX_GROUPS', 2)
-    same = CopyGroup('exact', tuple(CopyFile(hit.record, 1.) for hit in found[:2]))
-    near = CopyGroup('near', tuple(CopyFile(hit.record, 0.91) for hit in found[::-1]))
+    kept = [CopyFile(hit.record, 1., keep=True) for hit in found]
+    same = CopyGroup('exact', (kept[0], CopyFile(found[1].record, 1., 'identical', reason='older')))
+    near = CopyGroup('near', (kept[2], *(CopyFile(hit.record, 0.91, 'details', ('mirrored',), reason='in colour')
+                                         for hit in found[1::-1])))
     page = Page(write_copies_page(tmp_path / 'page.html', Copies((same, near, near), None, 5), 'Copies <of> it'))
     for text in ('Copies <of> it', '5 images', '1 group of identical files', '2 groups of copies and near-duplicates',
-                 'Identical', '0.910', '40 × 30, 2.5 MB', '5.0 MB besides', 'and 1 more files', '<b>\\n\\udc80.png',
+                 'Identical', 'Certain', 'mirrored', '40 × 30, 2.5 MB', '5.0 MB to gain; kept: in colour',
+                 'and 1 more files', '<b>\\n\\udc80.png',
                  'The file cannot be read now.', '1 more groups are not shown; --json has them'):
         assert text in page.text, text
     assert page.text.count('Keep') == page.tags['section'] == 2 and len(page.pictures()) == 3 and not page.tags['b']

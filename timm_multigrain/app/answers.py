@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from timm_multigrain.images.labels import class_names
 from timm_multigrain.images.sources import UnreadableImage, printable, read_image
-from timm_multigrain.index.dedup import Copies, CopyGroup, find_copies
+from timm_multigrain.index.dedup import BASES, Copies, CopyGroup, find_copies
 from timm_multigrain.index.model import cut, embed_queries
 from timm_multigrain.index.records import Record, top_classes
 from timm_multigrain.report.page import file_size
@@ -79,12 +79,12 @@ class Answers:
 
     def cover(self, group: CopyGroup) -> Found:
         kind = 'identical' if group.kind == 'exact' else 'similar'
-        surplus = file_size(sum(file.record.bytes for file in group.files[1:]))
-        return Found(self.thumbnail(group.keep), f'{len(group.files)} {kind} · {surplus} to gain')
+        return Found(self.thumbnail(group.keep),
+                     f'{len(group.files)} {kind} · {file_size(group.surplus_bytes)} to gain')
 
     def members(self, group: CopyGroup) -> list[Found]:
         """The files of a group of copies, the one to keep first."""
-        marks = ['KEEP', *(f'{file.score:.3f}' for file in group.files[1:])]
+        marks = ['KEEP', *(', '.join([BASES[file.basis], *file.edits]) for file in group.files[1:])]
         return [Found(self.thumbnail(r.path), f'{mark}  {self.name(r.path)} · {r.width} x {r.height} · '
                                               f'{file_size(r.bytes)}')
                 for mark, r in zip(marks[:MAX_HITS], (file.record for file in group.files), strict=False)]

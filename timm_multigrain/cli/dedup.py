@@ -1,15 +1,18 @@
 """Find copies in an indexed collection: identical files, near-duplicates, edited copies.
 
     timm-multigrain dedup my-index --html copies.html
-    timm-multigrain dedup my-index --json copies.json
-    timm-multigrain dedup my-index --list -0 | xargs -0 mv -t to-be-looked-at
+    timm-multigrain dedup my-index --prefer originals --script move.sh && sh move.sh surplus-files
+    timm-multigrain dedup my-index --list -0 | xargs -0 ls -l
 
-It prints how many there are, and with --list the files that are not suggested to be kept; it never deletes or moves
-anything. Suggested to be kept is the file of most pixels, of equal ones that of most bytes. The threshold is found from
-the collection itself (--false-positives); --measure reports its recall on edited copies of some of the pictures.
+It prints how many there are, and never moves or deletes anything. Of each group one file is kept: a real file before a
+link, colour before grey, more pixels before fewer, one with the camera's data, the JPEG file that a PNG file was made
+from, one that is not named a copy, an older one, the one that is compressed less; --keep and --prefer come before that.
 
-Every file of a group is checked before the group is reported. Groups with files that have changed since they were
-indexed are left out, and the exit status is 1: bring the index up to date with `timm-multigrain index -o INDEX`.
+A copy is certain if the file is identical, or if its details agree with those of the file to keep; --list and --script
+take these only, unless --include-likely. --measure reports how many edited copies of some pictures would be found.
+
+Every file of a group is checked before the group is reported. Exit status: 0; 1 if groups were left out because
+files have changed since they were indexed (`timm-multigrain index -o INDEX` brings it up to date); 2 for an error.
 """
 import argparse
 import os
@@ -22,7 +25,14 @@ from . import arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add(parser, 'index')
     add = parser.add_argument
+    add('--keep', choices=('largest', 'oldest', 'newest', 'first-folder'), default='largest',
+        help='which file of a group to keep (%(default)s)')
+    add('--prefer', metavar='DIR', action='append', default=[],
+        help='folder whose files are never surplus; may be given several times')
+    add('--include-likely', action='store_true', help='list and move likely copies too')
     add('--html', metavar='FILE', help='write a page with the groups in pictures')
+    add('--script', metavar='FILE', help='write a shell script that moves the surplus files to a folder; each line '
+                                         'looks at the files again when it runs')
     add('--list', action='store_true', help='print the surplus files, one per line')
     add('-0', '--null', action='store_true', help='end the lines of --list with a null byte, for xargs -0')
     add('--json', metavar='FILE', help='write everything as JSON, - for stdout')
@@ -48,15 +58,21 @@ def run(args: argparse.Namespace) -> int:
             index, args.measure, threshold=args.threshold, false_positives=share, look=not args.no_look))
         return 0
     copies = find_copies(
-        index, args.threshold, false_positives=share, look=not args.no_look, exact_only=args.identical)
+        index, args.threshold, false_positives=share, look=not args.no_look, exact_only=args.identical,
+        keep=args.keep, prefer=args.prefer, progress=True)
+    surplus = copies.surplus(args.include_likely)
     if args.html:
         from timm_multigrain.report.collection import write_copies_page
         page = write_copies_page(args.html, copies, f'Copies in {args.index}', index.protocol().exif)
         print(f'Page: {page}', file=sys.stderr)
+    if args.script:
+        from timm_multigrain.index.script import write_script
+        write_script(args.script, surplus)
+        print(f'Script: {args.script} moves {len(surplus):,} files: sh {args.script} FOLDER', file=sys.stderr)
     if args.json:
         arguments.write_json(args.json, copies.to_dict())
     if args.list:
-        _print_list(copies.surplus, args.null)
+        _print_list([file.record.path for file, _ in surplus], args.null)
     elif args.json != '-':
         print(copies)
     if copies.changed:

@@ -2,7 +2,8 @@
 
 Nothing is ever deleted here. Identical files are those of equal SHA-256. The others are found by descriptors whitened
 by the collection and thresholds that the collection sets, and a look at the pictures where the descriptors leave it
-open (looks.py); pairs.py says what a group is. Every file of a group is looked at as it is now before the group counts.
+open (looks.py); pairs.py says what a group is, keep.py which of its files is kept, detail.py which copies of that one
+are certain, and by which edit. Every file of a group is looked at as it is now before the group counts.
 Files of several pictures, such as scans of many pages and animations, are copies only if they are identical:
 descriptors know their first picture alone.
 """
@@ -10,6 +11,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
@@ -19,36 +21,58 @@ from tqdm import tqdm
 
 from timm_multigrain.files import open_regular, write_text
 from timm_multigrain.images import copies as edited
-from timm_multigrain.images.sources import holds_several, read_image
+from timm_multigrain.images.sources import UnreadableImage, holds_several, read_image
 
 from .build import sha256_of
+from .detail import STORED, Comparison, Picture, compare
 from .index import Index
+from .keep import Candidate, Rules, look_at
 from .looks import ALIKE, Looks, likeness, small_grey
 from .model import embed_queries
 from .pairs import CollectionWhitening, NearPairs, Thresholds, find_thresholds, near_pairs, star_groups
 from .records import Record
 
 __all__ = [
-    'EDITS', 'FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'EditRecall', 'find_copies',
+    'BASES', 'EDITS', 'FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'EditRecall', 'find_copies',
     'measure_recall']
 
 FALSE_POSITIVES = 0.002
 KINDS = {'exact': 'identical files', 'near': 'copies and near-duplicates'}
+BASES = {'identical': 'Identical', 'details': 'Certain', 'small': 'Likely', 'descriptor': 'Perhaps'}
 
 
 @dataclass(frozen=True)
 class CopyFile:
-    """A file of a group; score is its similarity to the file to keep (of whitened descriptors), 1 if identical."""
+    """A file of a group.
+
+    Attributes:
+        record: What the index knows of it.
+        score: Similarity to the file to keep (of whitened descriptors), 1 if identical.
+        basis: What says that it is a copy of that file: 'identical' bytes, 'details' of both pictures that agree,
+            'small' versions of both that look the same, or the 'descriptor' alone.
+        edits: What was done to it, in words, as far as that is seen.
+        keep: Whether it is kept: the first of a group, and all in a preferred folder.
+        reason: Why the first is kept and not this one.
+    """
     record: Record
     score: float
+    basis: str = 'descriptor'
+    edits: tuple[str, ...] = ()
+    keep: bool = False
+    reason: str = ''
+
+    @property
+    def certain(self) -> bool:
+        """Whether it is a copy beyond doubt: identical, or the details agree."""
+        return self.basis in ('identical', 'details')
 
 
 @dataclass(frozen=True)
 class CopyGroup:
     """Files that are copies of each other, of kind 'exact' (identical) or 'near'.
 
-    The one to keep is the first, that is the one of most pixels, then most bytes (least compressed), then shortest
-    name; the others follow by falling similarity to it. Of identical files only one is in a 'near' group.
+    The first is the one to keep; the others follow by falling similarity to it. Of identical files only one is in a
+    'near' group.
     """
     kind: str
     files: tuple[CopyFile, ...]
@@ -59,9 +83,18 @@ class CopyGroup:
         return self.files[0].record.path
 
     @property
-    def others(self) -> tuple[str, ...]:
-        """Paths of the other files."""
-        return tuple(file.record.path for file in self.files[1:])
+    def others(self) -> tuple[CopyFile, ...]:
+        """The files that are surplus."""
+        return tuple(file for file in self.files if not file.keep)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """Why the first file is kept and not the others."""
+        return tuple(dict.fromkeys(file.reason for file in self.others))
+
+    @property
+    def surplus_bytes(self) -> int:
+        return sum(file.record.bytes for file in self.others)
 
 
 @dataclass(frozen=True)
@@ -90,20 +123,22 @@ class Copies:
     def of_kind(self, kind: str) -> tuple[CopyGroup, ...]:
         return tuple(group for group in self.groups if group.kind == kind)
 
-    @property
-    def surplus(self) -> list[str]:
-        """Every path that is in a group and not the one to keep there, once."""
-        return list(dict.fromkeys(path for group in self.groups for path in group.others))
+    def surplus(self, likely: bool = False) -> list[tuple[CopyFile, CopyFile]]:
+        """Each surplus file once, with the file that is kept for it: of certain copies, and with `likely` of all.
 
-    @property
-    def surplus_bytes(self) -> int:
+        A file that is kept for one and surplus to another comes after the first.
+        """
+        return [(file, group.files[0]) for group in self.groups for file in group.others if likely or file.certain]
+
+    def surplus_bytes(self, likely: bool = False) -> int:
         """Size of the surplus files."""
-        return sum({file.record.path: file.record.bytes for group in self.groups for file in group.files[1:]}.values())
+        return sum(file.record.bytes for file, _ in self.surplus(likely))
 
     def to_dict(self) -> dict:
         """In JSON's kinds of values; paths as os.fsdecode gives them."""
-        groups = [{'kind': group.kind, 'keep': group.keep, 'files': [
-            {'path': file.record.path, 'score': round(file.score, 4), 'width': file.record.width,
+        groups = [{'kind': group.kind, 'keep': group.keep, 'reasons': list(group.reasons), 'files': [
+            {'path': file.record.path, 'score': round(file.score, 4), 'basis': file.basis, 'certain': file.certain,
+             'edits': list(file.edits), 'keep': file.keep, 'reason': file.reason, 'width': file.record.width,
              'height': file.record.height, 'bytes': file.record.bytes, 'sha256': file.record.sha256}
             for file in group.files]} for group in self.groups]
         return {'images': self.images, 'thresholds': self.thresholds and asdict(self.thresholds),
@@ -120,10 +155,11 @@ class Copies:
             groups = self.of_kind(kind)
             groups_of = f'{len(groups):,} {"group" if len(groups) == 1 else "groups"} of {what}'
             lines.append(f'{sum(len(group.files) for group in groups):,} files in {groups_of}')
-        lines.append(f'{len(self.surplus):,} surplus files, {self.surplus_bytes / 1e6:,.1f} MB')
-        if self.thresholds:
-            lines.append(f'threshold {self.thresholds.certain:.3f}, {self.thresholds.possible:.3f} where the pictures '
-                         'look the same')
+        certain, every = len(self.surplus()), len(self.surplus(likely=True))
+        lines.append(f'{certain:,} surplus files for certain, {self.surplus_bytes() / 1e6:,.1f} MB')
+        if every > certain:
+            likely = self.surplus_bytes(likely=True) - self.surplus_bytes()
+            lines.append(f'{every - certain:,} more that are likely copies, {likely / 1e6:,.1f} MB: look at them')
         if self.unreadable:
             lines.append(f'{self.unreadable:,} pictures could not be read to look at them')
         if self.several:
@@ -144,6 +180,9 @@ def find_copies(
         false_positives: float = FALSE_POSITIVES,
         look: bool = True,
         exact_only: bool = False,
+        keep: str = 'largest',
+        prefer: Sequence[str | os.PathLike] = (),
+        progress: bool = False,
 ) -> Copies:
     """Find copies in an index. The same index of the same files gives the same groups.
 
@@ -152,28 +191,35 @@ def find_copies(
         threshold: Similarity of whitened descriptors from which two pictures are copies; None: found from the
             collection, see `find_thresholds`.
         false_positives: Share of the images that may have a different picture above that threshold.
-        look: Look at the pictures where the similarity leaves it open; without, no picture is decoded, and real copies
-            in the collection push the threshold up.
+        look: Look at the pictures where the similarity leaves it open, and at all that are found; without, no picture
+            is decoded, real copies in the collection push the threshold up, and only identical files are certain.
         exact_only: Look for identical files only.
+        keep: Which file of a group to keep, one of `KEEP`; see keep.py.
+        prefer: Folders whose files are never surplus.
+        progress: Show bars.
 
     Raises:
         ValueError: A threshold or share out of range, or so many pairs that the threshold cannot be meant.
+        FileNotFoundError: A folder to prefer was not found.
         DamagedIndex: The index cannot be read.
     """
-    groups, found = [_group(index, rows) for rows in _identical(index)], Copies((), None, len(index))
+    rules = Rules(keep, prefer)
+    groups, found = [_exact_group(index, rows, rules) for rows in _identical(index)], Copies((), None, len(index))
     if not exact_only:
-        search = _CopySearch(index, threshold, false_positives, look)
+        search = _CopySearch(index, threshold, false_positives, look, rules, progress)
         pairs = search.pairs()
         rows = pairs.rows().tolist()
         several = [row for row in rows if holds_several(index.path_of(row))]
         pairs = pairs.where(~(np.isin(pairs.first, several) | np.isin(pairs.second, several)))
         order = np.zeros(len(index), dtype=np.int64)  # by path, so that the order of indexing decides nothing
         order[sorted(rows, key=lambda row: os.fsencode(index.path_of(row)))] = np.arange(len(rows))
-        groups += [_group(index, rows, search.vectors) for rows in star_groups(pairs, order)]
+        stars = tqdm(star_groups(pairs, order), 'Comparing pictures', leave=False, disable=None if progress else True)
+        groups += [search.group(rows) for rows in stars]
         found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=len(several),
                         unreadable=search.looks.unreadable)
+    groups = [group for group in groups if group.others]  # not so where all are in folders that are preferred
     groups.sort(key=lambda group: (group.kind, os.fsencode(group.keep)))  # 'exact' before 'near'
-    verified, changed = _verify(groups)
+    verified, changed = _verify(groups, progress)
     left_out = sum(any(file.record.path in changed for file in group.files) for group in groups)
     return replace(found, groups=verified, changed=tuple(changed), left_out=left_out)
 
@@ -181,18 +227,20 @@ def find_copies(
 class _CopySearch:
     """Whitened descriptors of an index, and the thresholds that decide; arguments as of `find_copies`."""
 
-    def __init__(self, index: Index, threshold: float | None, false_positives: float, look: bool):
+    def __init__(self, index: Index, threshold: float | None, false_positives: float, look: bool,
+                 rules: Rules | None = None, progress: bool = False):
         if threshold is not None and not -1 < threshold <= 1:
             raise ValueError(f'The threshold is a similarity above -1 and at most 1, got {threshold}.')
+        self.index, self.rules, self.progress = index, rules or Rules(), progress
         kept = np.ones(len(index), bool)  # of identical files the one to keep
         for rows in _identical(index):
-            kept[_ranked(index, rows)[1:]] = False
-        self.rows, self.look, exif = np.flatnonzero(kept), look, index.protocol().exif
-        self.looks = Looks(lambda i: read_image(index.path_of(i), exif=exif))
+            kept[_ranked(index, rows, self.rules)[1:]] = False
+        self.rows, self.look, self.exif = np.flatnonzero(kept), look, index.protocol().exif
+        self.looks = Looks(lambda i: read_image(index.path_of(i), exif=self.exif))
         self.whitening = CollectionWhitening(index.vectors)
         self.vectors = self.whitening.all(index.vectors)
         self.thresholds = Thresholds(threshold, threshold) if threshold is not None else find_thresholds(
-            self.vectors, self.rows, self._alike, false_positives)
+            self.vectors, self.rows, self._alike, false_positives, progress)
 
     def _alike(self, i: int, j: int) -> bool:
         return self.look and self.looks.alike(i, j)
@@ -202,9 +250,36 @@ class _CopySearch:
         limits = self.thresholds
         pairs = near_pairs(self.vectors, limits.possible if self.look else limits.certain, self.rows)
         good = pairs.scores >= limits.certain
-        for i in np.flatnonzero(~good):
+        for i in tqdm(np.flatnonzero(~good), 'Looking at pictures', leave=False,
+                      disable=None if self.progress else True):
             good[i] = self._alike(int(pairs.first[i]), int(pairs.second[i]))
         return pairs.where(good)
+
+    def group(self, rows: np.ndarray) -> CopyGroup:
+        """The group of near copies of these rows."""
+        candidates, pictures = {row: _candidate(self.index, row) for row in rows.tolist()}, {}
+        if self.look:
+            candidates = dict(zip(candidates, look_at(list(candidates.values()), self.exif), strict=True))
+            for row, candidate in candidates.items():
+                with suppress(UnreadableImage):
+                    record = candidate.record
+                    pictures[row] = Picture(read_image(record.path, exif=self.exif, size=STORED),
+                                            (record.width, record.height))
+                    candidates[row] = replace(candidate, grey=pictures[row].is_grey)
+        ranked = sorted(candidates, key=lambda row: self.rules.key(candidates[row]))
+        kept, vector = candidates[ranked[0]], np.asarray(self.vectors[ranked[0]], dtype=np.float64)
+        files = [CopyFile(kept.record, 1., keep=True)]
+        for row in ranked[1:]:
+            readable = {ranked[0], row} <= pictures.keys()
+            compared = compare(pictures[ranked[0]], pictures[row]) if readable else Comparison()
+            score, record = float(vector @ np.asarray(self.vectors[row], dtype=np.float64)), candidates[row].record
+            basis = 'details' if compared.certain else 'small' if self._alike(ranked[0], row) else 'descriptor'
+            reason = self.rules.reason(kept, candidates[row])
+            edits = compared.edits
+            if compared.certain and not edits:
+                edits = ('same pixels' if kept.pixels and kept.pixels == candidates[row].pixels else 'recompressed',)
+            files.append(CopyFile(record, score, basis, edits, self.rules.is_preferred(record), reason))
+        return CopyGroup('near', (files[0], *sorted(files[1:], key=lambda file: -file.score)))
 
 
 def _identical(index: Index) -> list[np.ndarray]:
@@ -215,28 +290,23 @@ def _identical(index: Index) -> list[np.ndarray]:
     return [rows for rows in np.split(order, np.flatnonzero(~same) + 1) if len(rows) > 1]
 
 
-def _ranked(index: Index, rows: np.ndarray) -> list[int]:
-    """Rows, the one that is best kept first."""
-    def key(row: int) -> tuple:
-        record, path = index.columns[row], os.fsencode(index.path_of(row))
-        return (-int(record['width']) * int(record['height']), -int(record['bytes']),
-                len(os.path.basename(path)), path)
-    return sorted(rows.tolist(), key=key)
+def _candidate(index: Index, row: int) -> Candidate:
+    return Candidate(index.records(row), int(index.columns['root'][row]))
 
 
-def _group(index: Index, rows: np.ndarray, vectors: np.ndarray | None = None) -> CopyGroup:
-    """A group of identical files, or of near copies by their whitened descriptors."""
-    rows = np.array(_ranked(index, rows))
-    scores = np.ones(len(rows))
-    if vectors is not None:
-        scores[1:] = np.asarray(vectors[rows[1:]], dtype=np.float64) @ np.asarray(vectors[rows[0]], dtype=np.float64)
-        order = np.append(0, 1 + np.argsort(-scores[1:], kind='stable'))
-        rows, scores = rows[order], scores[order]
-    ranked = zip(rows.tolist(), scores.tolist(), strict=True)
-    return CopyGroup('exact' if vectors is None else 'near', tuple(CopyFile(index.records(i), s) for i, s in ranked))
+def _ranked(index: Index, rows: np.ndarray, rules: Rules) -> list[int]:
+    """Rows of identical files, the one that is best kept first."""
+    return sorted(rows.tolist(), key=lambda row: rules.key(_candidate(index, row)))
 
 
-def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], dict[str, None]]:
+def _exact_group(index: Index, rows: np.ndarray, rules: Rules) -> CopyGroup:
+    kept, *others = (_candidate(index, row) for row in _ranked(index, rows, rules))
+    return CopyGroup('exact', (CopyFile(kept.record, 1., 'identical', keep=True), *(
+        CopyFile(c.record, 1., 'identical', keep=rules.is_preferred(c.record), reason=rules.reason(kept, c))
+        for c in others)))
+
+
+def _verify(groups: Sequence[CopyGroup], progress: bool) -> tuple[tuple[CopyGroup, ...], dict[str, None]]:
     """Groups whose files are all what was indexed, and the paths of the files that are not.
 
     An index is as old as its last update, and nobody is to delete by what it remembers. A group stays only if every
@@ -247,10 +317,10 @@ def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], dict[st
     identical = {file.record.path for group in groups if group.kind == 'exact' for file in group.files}
     with ThreadPoolExecutor(4) as pool:
         looks = pool.map(lambda record: _identity(record, record.path in identical), records.values())
-        looks = tqdm(looks, 'Checking files', len(records), leave=False, disable=None)
+        looks = tqdm(looks, 'Checking files', len(records), leave=False, disable=None if progress else True)
         seen = dict(zip(records, looks, strict=True))
     groups = [group for group in groups if all(seen[file.record.path] for file in group.files)]
-    surplus = {path for group in groups for path in group.others}
+    surplus = {file.record.path for group in groups for file in group.others}
     kept = {seen[group.keep] for group in groups if group.keep not in surplus}
     verified = []
     for group in groups:
@@ -259,8 +329,9 @@ def _verify(groups: Sequence[CopyGroup]) -> tuple[tuple[CopyGroup, ...], dict[st
             if seen[file.record.path] not in names:  # of a file that is in the group, or to be kept by another one
                 names.add(seen[file.record.path])
                 files.append(file)
-        if len(files) > 1:
-            verified.append(replace(group, files=tuple(files)))
+        group = replace(group, files=tuple(files))
+        if group.others:
+            verified.append(group)
     return tuple(verified), {path: None for path, identity in seen.items() if identity is None}
 
 

@@ -29,6 +29,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 from timm_multigrain.search.exact import nearest
 from timm_multigrain.whiten.pca import StreamingPCA
@@ -104,7 +105,12 @@ DEFAULT = Thresholds(0.95, 0.9)  # of collections too small to say anything
 
 
 def find_thresholds(
-        vectors: np.ndarray, rows: np.ndarray, alike: Callable[[int, int], bool], false_positives: float) -> Thresholds:
+        vectors: np.ndarray,
+        rows: np.ndarray,
+        alike: Callable[[int, int], bool],
+        false_positives: float,
+        progress: bool = False,
+) -> Thresholds:
     """Thresholds of a collection.
 
     Args:
@@ -112,15 +118,17 @@ def find_thresholds(
         rows: Ascending rows to take, one of each set of identical files.
         alike: Whether the pictures of two rows look the same.
         false_positives: Share of the images.
+        progress: Show a bar.
     """
-    if not 0 < false_positives < 1:
-        raise ValueError(f'false positives is a share above 0 and below 1, got {false_positives}.')
+    if not 0 <= false_positives < 1:
+        raise ValueError(f'false positives is a share from 0 to below 1, got {false_positives}.')
     if len(rows) < 3:
         return DEFAULT
     sample = np.sort(np.random.default_rng(0).permutation(rows)[:SAMPLE])
     scores, partners = _neighbours(vectors, rows, sample)
     allowed, wrong, found = int(false_positives * len(sample)), set(), None
-    for place in np.argsort(-scores, axis=None, kind='stable'):
+    order = np.argsort(-scores, axis=None, kind='stable')
+    for place in tqdm(order, 'Finding the threshold', leave=False, disable=None if progress else True):
         i = place // scores.shape[1]
         if i not in wrong and not alike(int(sample[i]), int(partners.flat[place])):
             wrong.add(i)

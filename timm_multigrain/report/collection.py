@@ -7,7 +7,7 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from timm_multigrain.images.sources import printable
-from timm_multigrain.index.dedup import KINDS, Copies
+from timm_multigrain.index.dedup import BASES, KINDS, Copies
 from timm_multigrain.index.index import Hit
 from timm_multigrain.index.model import cut
 
@@ -66,8 +66,8 @@ def write_copies_page(path: str | os.PathLike, copies: Copies, title: str = 'Cop
             kinds.append((heading, len(groups), groups[:room]))
             room -= len(groups[:room])
     return write_page(
-        path, 'copies.html', title=title, summary=str(copies).splitlines(), kinds=kinds, max_files=MAX_FILES,
-        picture_of=lambda file: read_picture(file, exif))
+        path, 'copies.html', title=title, summary=str(copies).splitlines(), kinds=kinds, bases=BASES,
+        max_files=MAX_FILES, picture_of=lambda file: read_picture(file, exif))
 
 
 def _best_class(hit: Hit) -> str:
