@@ -21,6 +21,7 @@ from timm_multigrain.measure.benchmarks import BENCHMARKS, load_benchmark
 from timm_multigrain.measure.evaluate import add_whitened, evaluate
 from timm_multigrain.measure.metrics import clustering_nmi
 from timm_multigrain.measure.results import BenchmarkResult, Metric, SystemResult
+from timm_multigrain.search.rerank import RerankedChunks
 from timm_multigrain.whiten.fit import fit_whitening
 
 from .test_datasets import small_truth, trapezoid
@@ -236,6 +237,12 @@ def test_after_the_first_ranking(model, pictures):
     assert values(result) == figures_of(benchmark, queries @ augmented.T)
     assert result.metrics[0].protocol == (
         'longer side 40, smaller images enlarged, query expansion k=2 alpha=3, database augmentation k=2 alpha=3')
+    result = evaluate(model, benchmark, protocols=PROTOCOL, rerank=2)
+    chunks = RerankedChunks(vectors, vectors, torch.arange(len(vectors)), 2)
+    assert values(result) == figures_of(benchmark, torch.cat(list(chunks), 1))
+    assert result.metrics[0].protocol.endswith('enlarged, re-ranking k=2') and '12 of 12 queries' in str(result)
+    with pytest.raises(ValueError, match='leave qe and dba out'):
+        evaluate(model, benchmark, protocols=PROTOCOL, rerank='auto', qe=(2, 3.))
 
 
 def disc(root, pictures, monkeypatch):

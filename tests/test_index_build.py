@@ -386,8 +386,10 @@ def test_commands(pictures, model_folder, tmp_path, capsys):
     text = page.read_text(encoding='utf-8')
     assert text.count('<img src="data:image/jpeg;base64,') == 18 and "default-src 'none'" in text
     assert text.count('>The query<') == 2 and '&lt;b&gt;' in text and '<b>' not in text and 'http:' not in text
-    assert main(['search', index, queries[0], '-k', '2', '--json', '-', '--crop', '0,0,50,50']) == 0
-    found = json.loads(capsys.readouterr().out)
+    assert main(['search', index, queries[0], '-k', '2', '--json', '-', '--crop', '0,0,50,50', '--rerank', '3']) == 0
+    out, err = capsys.readouterr()
+    assert 'Re-ranked by 3 neighbours: 1 of 1 queries' in err
+    found = json.loads(out)
     assert [hit['rank'] for hit in found] == [1, 2] and {'query', 'path', 'score', 'classes'} <= found[0].keys()
     for arguments, message in [
             ([index, 'nothing.png'], 'nothing.png: no such file'),
@@ -397,6 +399,9 @@ def test_commands(pictures, model_folder, tmp_path, capsys):
     with pytest.raises(SystemExit):
         main(['search', index, queries[0], '--crop', '1,2,3'])
     assert 'is not left,top,width,height' in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(['search', index, queries[0], '--rerank', '0'])
+    assert "'0' is not a number of neighbours" in capsys.readouterr().err
     with index_lock(tmp_path / 'index'):
         assert main(['index', str(pictures), '-o', index]) == 2
     assert 'being written to by another process' in capsys.readouterr().err

@@ -71,6 +71,8 @@ def test_same_neighbours(index, address):
     for bad, options in ((queries[:, :5], {}), (queries, {'k': 0}), (queries, {'class_name': 'ship'})):
         with pytest.raises(ValueError, match=r"shape|k is 0|does not know the class 'ship'"):
             there.hits(bad, **options)
+    with pytest.raises(ValueError, match='in Milvus is not re-ranked'):
+        there.hits(queries, rerank='auto')
     there.client.close()
 
 

@@ -10,12 +10,14 @@ from contextlib import closing
 
 import numpy as np
 import pytest
+import torch
 
 from timm_multigrain.index import DamagedIndex, Index, IndexInUse
 from timm_multigrain.index import store as store_module
 from timm_multigrain.index.ann import update_structure
 from timm_multigrain.index.records import NewerFormat, NotWritten
 from timm_multigrain.index.store import FILE, Store, Writer, index_lock, is_index
+from timm_multigrain.search.rerank import Background, rerank_candidates
 
 from .small_index import add_images, forked, unit_vectors, write_index, writer_of
 
@@ -67,6 +69,28 @@ def test_vectors_are_an_array(folder):
         assert np.array_equal(vectors[key], full[key]), key
     with pytest.raises(IndexError):
         vectors[120]
+
+
+@pytest.mark.parametrize('class_name', [None, 'car'])
+def test_search_reranks(tmp_path, monkeypatch, class_name):
+    """Of the first images of the plain search, those that are the first after they refined each other."""
+    monkeypatch.setattr('timm_multigrain.index.index.TOP', 20)
+    index = Index(write_index(tmp_path / 'index', unit_vectors(90), dtype='float16'))
+    queries, said = unit_vectors(2, seed=1), []
+    scores, rows = index.search(queries, 4, class_name, rerank=2, report=said.append)
+    assert scores.shape == rows.shape == (2, 4) and '2 of 2 queries' in said[0]
+    background = Background.of(np.asarray(index.vectors))
+    for query, found, own in zip(queries, rows, scores, strict=True):
+        candidates = index.search(query[None], 20, class_name)[1][0]
+        expected, _ = rerank_candidates(torch.from_numpy(query), torch.from_numpy(index.vectors[candidates]).float(),
+                                        background, 2)
+        order = expected.argsort(descending=True)[:4]
+        assert found.tolist() == candidates[order].tolist()
+        np.testing.assert_allclose(own, expected[order], atol=1e-6)
+    assert not (rows == index.search(queries, 4, class_name)[1]).all()
+    assert index.search(queries, 25, rerank='auto')[1].shape == (2, 25)
+    with pytest.raises(ValueError, match='rerank=0'):
+        index.search(queries, rerank=0)
 
 
 def test_uncommitted_is_gone(folder):

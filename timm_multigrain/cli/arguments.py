@@ -2,6 +2,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Callable
 
 MODEL = 'folder, checkpoint of train.py, multigrain_NAME[.TAG], hf-hub:USER/NAME, or any timm model'
 _SHARED = {
@@ -29,6 +30,19 @@ def add_model(parser: argparse.ArgumentParser, positional: bool = True) -> None:
     group.add_argument('--pool', metavar='NAME', help="pooling: gem, mac, spoc, rmac, crow, avg (default: the model's)")
     group.add_argument('--p', type=float, metavar='P', help="exponent of GeM (default: the model's)")
     add(group, '--no-pretrained', '--no-ema')
+
+
+def add_rerank(add: Callable) -> None:
+    """--rerank, by `add` of a parser or of a group."""
+    add('--rerank', nargs='?', const='auto', type=_neighbours, metavar='K',
+        help='let the nearest 400 images refine each other and the query, by K neighbours each; without K by 3, and '
+             'only where they are not a matter of chance; what was chosen is printed')
+
+
+def _neighbours(text: str) -> int | str:
+    if text != 'auto' and not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f'{text!r} is not a number of neighbours: give 1 or more, or nothing')
+    return text if text == 'auto' else int(text)
 
 
 def open_model(args: argparse.Namespace):

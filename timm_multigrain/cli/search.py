@@ -20,6 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--crop', type=_crop, metavar='X,Y,W,H', help='search for this part: left, top, width, height in pixels')
     add('--class', dest='class_name', metavar='NAME', help='only images whose most probable class is this one')
     add('--exact', action='store_true', help='compare with all images of an index that is searched approximately')
+    arguments.add_rerank(add)
     add('--html', metavar='FILE', help='write a page with the pictures')
     add('--json', metavar='FILE', help='write what was found as JSON, - for stdout')
     add('--model', metavar='MODEL', help='where the model of the index is now, if it was moved')
@@ -32,8 +33,8 @@ def run(args: argparse.Namespace) -> None:
     index = open_collection(args.index)
     if args.model:
         index.model(args.model)
-    options = {'exact': True} if args.exact else {}
-    found = index.search_images(args.images, args.k, crop=args.crop, class_name=args.class_name, **options)
+    found = index.search_images(args.images, args.k, args.crop, class_name=args.class_name, exact=args.exact,
+                                rerank=args.rerank, report=lambda text: print(text, file=sys.stderr))
     if args.html:
         page = write_search_page(args.html, args.index, args.images, found, args.crop, args.class_name)
         print(f'Page: {page.resolve()}', file=sys.stderr)

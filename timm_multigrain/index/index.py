@@ -1,10 +1,11 @@
 """An index of a photo collection: descriptors, classes, sizes and hashes of the images below some folders."""
 import difflib
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from PIL import Image
 
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.search.exact import nearest
+from timm_multigrain.search.rerank import SAMPLE, TOP, Background, check_neighbours, chosen, rerank_candidates
 
 from .ann import Structure
 from .build import build_index
@@ -60,8 +62,7 @@ class Collection:
             images: Sequence[str | os.PathLike | Image.Image],
             k: int = 10,
             crop: Sequence[float] | None = None,
-            class_name: str | None = None,
-            exact: bool = False,
+            **options,
     ) -> list[list[Hit]]:
         """The k nearest images of each picture, nearest first; a picture that is in the index is among them.
 
@@ -69,17 +70,16 @@ class Collection:
             images: Files or pictures.
             k: Images per query.
             crop: (x, y, width, height) in pixels, the part of each picture to search for.
-            class_name: Only images whose most probable class has this name.
-            exact: As of `Index.search`.
+            **options: class_name, exact, rerank and report of `Index.search`.
 
         Raises:
             UnreadableImage: A file is not a readable image.
             ValueError: As `Index.search`, or a crop outside of the picture.
         """
         queries = embed_queries(self.model(), self.protocol(), images, crop)
-        return self.hits(queries.vectors, k, class_name, exact)
+        return self.hits(queries.vectors, k, **options)
 
-    def hits(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
+    def hits(self, vectors, k: int = 10, **options) -> list[list[Hit]]:
         """The k nearest images of each descriptor, nearest first; arguments and errors as of `Index.search`."""
         raise NotImplementedError
 
@@ -196,8 +196,19 @@ class Index(Collection):
         row_of[self.store.vector_rows] = np.arange(len(self))
         return row_of
 
+    @cached_property
+    def background(self) -> Background:
+        """What the photographs have in common, from 2000 of them."""
+        return Background.of(self.vectors[::max(1, -(-len(self) // SAMPLE))])
+
     def search(
-            self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False,
+            self,
+            vectors,
+            k: int = 10,
+            class_name: str | None = None,
+            exact: bool = False,
+            rerank: int | Literal['auto'] | None = None,
+            report: Callable[[str], None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest images of each descriptor.
 
@@ -207,6 +218,9 @@ class Index(Collection):
             class_name: Only images whose most probable class has this name.
             exact: Compare with all images, also where the index has a structure that spares that (`info['faiss']` says
                 which, and the share of the 10 nearest that it finds).
+            rerank: Neighbours by which the first 400 images (k, if that is more) refine each other and the query, or
+                'auto' for 3 where they are not a matter of chance, see `rerank_candidates`.
+            report: Takes a sentence on what the re-ranking chose.
 
         Returns:
             Cosine similarities (Q, k) float32, highest first, and rows (Q, k) int64.
@@ -215,16 +229,33 @@ class Index(Collection):
             ValueError: Wrong shape, values that are not finite, k below 1, or a class that the model does not know.
         """
         queries, numbers = self._check(vectors, k, class_name)
+        if rerank is not None:
+            check_neighbours(rerank)
+            return self._reranked(queries, k, rerank, report, class_name=class_name, exact=exact)
         if class_name is not None:
             return self._exact(queries, k, np.flatnonzero(np.isin(self.columns['classes'][:, 0], numbers)))
         structure = None if exact or k > APPROXIMATE_UP_TO else self.structure
         found = None if structure is None else self._approximate(structure, queries, k)
         return self._exact(queries, k) if found is None else found
 
-    def hits(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False) -> list[list[Hit]]:
-        found = (values.tolist() for values in self.search(vectors, k, class_name, exact))
+    def hits(self, vectors, k: int = 10, **options) -> list[list[Hit]]:
+        found = (values.tolist() for values in self.search(vectors, k, **options))
         return [[Hit(self.path_of(row), score, self.records(row)) for score, row in zip(s, r, strict=True)]
                 for s, r in zip(*found, strict=True)]
+
+    def _reranked(self, queries: np.ndarray, k: int, neighbours: int | str, report: Callable[[str], None] | None,
+                  **options) -> tuple[np.ndarray, np.ndarray]:
+        scores, rows = self.search(queries, max(k, TOP), **options)
+        agreements = []
+        for i, query in enumerate(torch.from_numpy(queries)):
+            candidates = torch.from_numpy(self.vectors[rows[i]].astype(np.float32))
+            found, agreement = rerank_candidates(query, candidates, self.background, neighbours)
+            order = found.argsort(descending=True, stable=True)
+            scores[i], rows[i] = found[order], rows[i][order]
+            agreements.append(agreement)
+        if report and agreements:
+            report(chosen(agreements, neighbours))
+        return scores[:, :k], rows[:, :k]
 
     def _exact(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of all rows or of these, ascending; among equals the first ones."""

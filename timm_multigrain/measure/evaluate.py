@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,8 +24,8 @@ from timm_multigrain.embed.shards import Descriptors, iter_shards
 from timm_multigrain.images.sources import ImageSource, open_images
 from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.open import weights_sha256
+from timm_multigrain.search import rerank as after
 from timm_multigrain.search.exact import SimilarityChunks, shards_of
-from timm_multigrain.search.rerank import alpha_query_expansion, database_augmentation, score_offsets
 from timm_multigrain.whiten.fit import fit_whitening, fold_whitening, work_folder
 
 from .benchmarks import Benchmark, Figure, load_benchmark
@@ -53,6 +53,7 @@ def evaluate(
         distractors: Images | None = None,
         qe: tuple[int, float] | None = None,
         dba: tuple[int, float] | None = None,
+        rerank: int | Literal['auto'] | None = None,
         score_norm: Images | bool | None = None,
         nmi: bool = False,
         work_dir: str | os.PathLike | None = None,
@@ -76,7 +77,10 @@ def evaluate(
         dim: Components of the whitening, all by default.
         distractors: More images for the database.
         qe: Neighbours k and alpha of a query expansion, see `timm_multigrain.search.rerank`.
-        dba: Neighbours k and alpha of a database-side augmentation.
+        dba: Neighbours k and alpha of a database-side augmentation. Queries that are images of the database are
+            neighbours too; `rerank` leaves them out.
+        rerank: Neighbours of a re-ranking of the first 400 images, or 'auto', see `timm_multigrain.search.rerank`; in
+            place of the two above.
         score_norm: Images whose similarity to a query is taken off its scores, True for the training images that the
             benchmark has. The figures of copy detection are then given both ways.
         nmi: Also cluster the queries by k-means, see `metrics.clustering_nmi`.
@@ -93,6 +97,10 @@ def evaluate(
     if work_dir is None and int(os.environ.get('WORLD_SIZE', 1)) > 1:
         raise ValueError('Several processes share the descriptors through a folder: give a work_dir that all of them '
                          'see.')
+    if rerank is not None:
+        after.check_neighbours(rerank)
+        if qe or dba:
+            raise ValueError('rerank expands the query and augments the database: leave qe and dba out.')
     distractors, whiten = _open(distractors), _open(whiten)
     training = getattr(benchmark, 'training', None) if score_norm is True else _open(score_norm)
     if score_norm is True and training is None:
@@ -111,7 +119,7 @@ def evaluate(
                 alone = zip(systems.systems, systems.models, strict=True)
                 for together in [systems] if _one_pass(protocol) else [Systems([s], [m]) for s, m in alone]:
                     run = _Run(together, benchmark, protocol, folder, distractors, training, extraction)
-                    rows += [run.row(name, number, qe, dba, nmi, command) for number in range(len(together))]
+                    rows += [run.row(name, number, qe, dba, rerank, nmi, command) for number in range(len(together))]
     return BenchmarkResult(tuple(rows))
 
 
@@ -177,7 +185,7 @@ class _Run:
         if training is not None:
             self.training, _ = describe(training, strict=False)
 
-    def row(self, name: str, number: int, qe: tuple | None, dba: tuple | None, nmi: bool,
+    def row(self, name: str, number: int, qe: tuple | None, dba: tuple | None, rerank: int | str | None, nmi: bool,
             command: str | None) -> SystemResult:
         """Figures of a system, after what may be done before a ranking is judged."""
         benchmark, system = self.benchmark, self.systems.systems[number]
@@ -186,18 +194,25 @@ class _Run:
         if self.rows is not None and not self.added and len(self.rows) == len(benchmark.database):
             database = queries  # they are in memory: all images are, in their order
         if dba:  # reads the whole database into memory
-            database = database_augmentation(torch.cat(list(shards_of(database))).to(queries.device), *dba)
+            database = after.database_augmentation(torch.cat(list(shards_of(database))).to(queries.device), *dba)
             queries = queries if self.rows is None else database[self.rows]
         if qe:
-            queries = alpha_query_expansion(queries, database, *qe, query_rows=self.rows)
-        figures = benchmark.measure(SimilarityChunks(queries, database))
+            queries = after.alpha_query_expansion(queries, database, *qe, query_rows=self.rows)
+
+        def ranking(offsets: torch.Tensor | None = None) -> SimilarityChunks | after.RerankedChunks:
+            if rerank is None:
+                return SimilarityChunks(queries, database, offsets=offsets)
+            return after.RerankedChunks(queries, database, self.rows, rerank, offsets)
+
+        scores = ranking()
+        figures = benchmark.measure(scores)
         if nmi:
             figures.append(Figure('NMI', 100 * clustering_nmi(queries, benchmark.query_groups)))
         if self.training is not None:
             background = Shards([self.training], self.systems, number)
-            offsets = score_offsets(queries, background, NORM_WEIGHT, NORM_NEIGHBOR - 1, NORM_NEIGHBOR - 1)
+            offsets = after.score_offsets(queries, background, NORM_WEIGHT, NORM_NEIGHBOR - 1, NORM_NEIGHBOR - 1)
             figures += [f._replace(split=f'{f.split}, normalised' if f.split else 'normalised')
-                        for f in benchmark.measure(SimilarityChunks(queries, database, offsets=offsets))
+                        for f in benchmark.measure(ranking(offsets))
                         if f.metric in SCORE_METRICS]
         title, words = benchmark.title, [str(self.protocol)]
         if self.added:
@@ -208,6 +223,7 @@ class _Run:
                 'resized as an image of their own'))
         words += [f'{what} k={value[0]} alpha={value[1]:g}' for what, value in (
             ('query expansion', qe), ('database augmentation', dba)) if value]
+        words += [f're-ranking {"auto" if rerank == "auto" else f"k={rerank}"}'] * (rerank is not None)
         metrics = [Metric(
             task=benchmark.task, dataset=title, metric=metric, value=round(value, 4), size=self.protocol.size,
             p=system.exponent, protocol=', '.join(words + [system.name] * (system.name != 'GeM')),
@@ -217,6 +233,7 @@ class _Run:
         differing = [f'{key} {value}' for key, value in benchmark.published.items()
                      if getattr(self.protocol, key) != value]
         notes = [f'Not comparable with published figures, which have {", ".join(differing)}.'] * bool(differing)
+        notes += [after.chosen(scores.agreements, rerank)] if rerank is not None else []
         notes += [f'Left out, not readable: {reason}' for reason in self.skipped.values()]
         return SystemResult(f'{name}, {system}', tuple(metrics), images, tuple(notes))
 

@@ -1,17 +1,169 @@
-"""What is done after the first ranking: query expansion, database-side augmentation, score normalisation.
+"""What is done after the first ranking: re-ranking, query expansion, database-side augmentation, score normalisation.
 
 Vectors are L2-normalised, scores their inner products; all of it works a chunk of the database at a time, of
 ``chunk_size`` vectors as of `SimilarityChunks`.
 """
 from collections.abc import Iterable, Iterator
+from typing import Literal, NamedTuple
 
 import torch
 
 from timm_multigrain.layers import l2_normalize
 
-from .exact import Array, as_vectors, nearest, shards_of
+from .exact import Array, SimilarityChunks, as_vectors, nearest, shards_of
 
-__all__ = ['alpha_query_expansion', 'database_augmentation', 'score_offsets']
+__all__ = ['Background', 'RerankedChunks', 'alpha_query_expansion', 'check_neighbours', 'chosen',
+           'database_augmentation', 'rerank_candidates', 'score_offsets']
+
+TOP = 400  # images of the first ranking that are refined
+NEIGHBOURS = 3
+TRUSTED = 0.5  # share of them whose nearest one has to be the same by either half of the descriptor
+SAMPLE = 2000  # images that a background is taken from
+
+
+class Background(NamedTuple):
+    """What photographs of a collection have in common.
+
+    Attributes:
+        mean: (D,) mean of their vectors.
+        spread: Root mean square cosine of two of them about the mean: what chance makes of a similarity.
+    """
+    mean: torch.Tensor
+    spread: float
+
+    @classmethod
+    def of(cls, vectors: Array) -> 'Background':
+        """The background of a sample, (n, D) L2-normalised; some 2000 rows do."""
+        vectors = as_vectors(vectors, 'vectors')
+        mean = vectors.mean(0)
+        squares = (unit := l2_normalize(vectors - mean)).matmul(unit.T).square()
+        pairs = len(vectors) * (len(vectors) - 1)
+        return cls(mean, float((squares.sum() - squares.trace()) / max(1, pairs)) ** 0.5)
+
+
+def rerank_candidates(
+        query: torch.Tensor,
+        candidates: torch.Tensor,
+        background: Background,
+        k: int | Literal['auto'] = 'auto',
+) -> tuple[torch.Tensor, float]:
+    """Scores of the nearest images of a query, after these have refined each other and the query.
+
+    As `Global features are all you need for image retrieval and reranking`, Shao et al. 2023, it looks at the first
+    images of the ranking only, so that the database is neither copied nor limited in size. Each of them becomes the
+    weighted sum of itself and its k nearest among them, then the query that of itself and its k nearest of the refined
+    ones. All of that is about the mean of the collection, which is put back afterwards: sums of vectors that have a
+    mean in common would lie nearer to every query than those that nothing was added to. A neighbour of cosine c, about
+    the mean, weighs (c - spread) / (1 - spread), and nothing below the spread.
+
+    Wrong neighbours poison. 'auto' takes k = 3, and leaves the scores as they are where neighbours are a matter of
+    chance: where less than half of the images have the same nearest one by the even and by the odd channels.
+
+    Args:
+        query: (D,), L2-normalised.
+        candidates: (M, D), the first of its ranking, L2-normalised; the query itself is not to be among them where
+            results are measured.
+        background: Of the collection.
+        k: Neighbours, whatever they are, or 'auto'.
+
+    Returns:
+        Scores (M,), at most 1, and the share of images with the same nearest one by either half.
+
+    Raises:
+        ValueError: k is below 1.
+    """
+    check_neighbours(k)
+    if len(candidates) < 2:
+        return candidates @ query, 1.
+    unit, lengths = _about(candidates, background.mean)
+    similarity, even = unit @ unit.T, unit[:, ::2] @ unit[:, ::2].T
+    agreement = float((_nearest_of(even) == _nearest_of(similarity - even)).float().mean())
+    if k == 'auto' and agreement < TRUSTED:
+        return candidates @ query, agreement
+    number = min(NEIGHBOURS if k == 'auto' else k, len(candidates) - 1)
+    refined = _refine(unit, similarity.fill_diagonal_(-1), unit, number, background.spread)
+    query, length = _about(query[None], background.mean)
+    query = _refine(query, query @ refined.T, refined, number, background.spread)
+    refined, query = (l2_normalize(background.mean + size * x) for x, size in ((refined, lengths), (query, length)))
+    return refined @ query[0], agreement
+
+
+def chosen(agreements: list[float], k: int | Literal['auto']) -> str:
+    """A sentence on what `rerank_candidates` has done with some queries."""
+    done = sum(k != 'auto' or agreement >= TRUSTED for agreement in agreements)
+    shares = '-'.join(dict.fromkeys(f'{100 * share:.0f}' for share in (min(agreements), max(agreements))))
+    return (f'Re-ranked by {NEIGHBOURS if k == "auto" else k} neighbours: {done} of {len(agreements)} queries; '
+            f'halves of the descriptor agree on the nearest image for {shares} %'
+            + f', {100 * TRUSTED:.0f} % are needed' * (k == 'auto') + '.')
+
+
+def check_neighbours(k: int | Literal['auto']) -> None:
+    """ValueError for what is not a number of neighbours."""
+    if k != 'auto' and not (isinstance(k, int) and k >= 1):
+        raise ValueError(f"rerank={k!r}: give a number of neighbours, 1 or more, or 'auto'.")
+
+
+class RerankedChunks:
+    """Similarities as of `SimilarityChunks`, those of the first images of each query by `rerank_candidates`.
+
+    All others come after them, in the order that they had. Memory holds the vectors of the first ones.
+
+    Args:
+        queries: (Q, D), L2-normalised.
+        database: (N, D) or shards of it, L2-normalised; read several times.
+        query_rows: Where queries are images of the database: their indices, (Q,). A query refines nothing, and keeps
+            its own score.
+        k: As of `rerank_candidates`.
+        offsets: As of `SimilarityChunks`.
+
+    Attributes:
+        agreements: Of each query, see `rerank_candidates`.
+    """
+
+    def __init__(self, queries: Array, database: Array | Iterable[Array], query_rows: torch.Tensor | None = None,
+                 k: int | Literal['auto'] = 'auto', offsets: torch.Tensor | None = None) -> None:
+        queries = as_vectors(queries, 'queries')
+        self.chunks, self.offsets = SimilarityChunks(queries, database, offsets=offsets), offsets
+        self.scores, self.indices = nearest(queries, database, TOP + (query_rows is not None))
+        size = sum(map(len, shards_of(database)))
+        background = Background.of(_take(database, torch.arange(0, size, -(-size // SAMPLE)), queries))
+        used = self.indices.unique()
+        vectors, self.agreements = _take(database, used, queries), []
+        for i, own in enumerate([-1] * len(queries) if query_rows is None else query_rows.tolist()):
+            others = self.indices[i] != own
+            places = torch.searchsorted(used, self.indices[i][others])
+            self.scores[i, others], agreement = rerank_candidates(queries[i], vectors[places], background, k)
+            self.agreements.append(agreement)
+
+    def __iter__(self) -> Iterator[torch.Tensor]:
+        first = self.scores if self.offsets is None else self.scores + self.offsets[:, None]
+        start = 0
+        for chunk in self.chunks:
+            chunk -= 3  # cosines are from -1 to 1
+            inside = (self.indices >= start) & (self.indices < start + chunk.shape[1])
+            chunk[inside.nonzero()[:, 0], self.indices[inside] - start] = first[inside]
+            start += chunk.shape[1]
+            yield chunk
+
+
+def _about(vectors: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Directions (n, D) and lengths (n, 1) from a mean."""
+    vectors = vectors - mean
+    return l2_normalize(vectors), vectors.norm(dim=1, keepdim=True)
+
+
+def _nearest_of(products: torch.Tensor) -> torch.Tensor:
+    """Index of the vector of the largest cosine with each, not itself, from inner products (M, M)."""
+    lengths = products.diagonal().clamp(min=1e-12).sqrt()
+    return (products / lengths / lengths[:, None]).fill_diagonal_(-2).argmax(1)
+
+
+def _refine(vectors: torch.Tensor, similarity: torch.Tensor, others: torch.Tensor, k: int,
+            spread: float) -> torch.Tensor:
+    """Weighted sums of vectors (n, D) and the k of the others (M, D) that are most similar by (n, M)."""
+    values, indices = similarity.topk(k)
+    weights = ((values - spread) / max(1 - spread, 1e-6)).clamp(min=0)
+    return l2_normalize(vectors + (weights[:, None] @ others[indices])[:, 0])
 
 
 def alpha_query_expansion(
@@ -127,6 +279,16 @@ def score_offsets(
     if scores.shape[1] <= last:
         raise ValueError(f'The background has {scores.shape[1]} vectors, and neighbour {last} is asked for.')
     return -weight * scores[:, first:].mean(1)
+
+
+def _take(database: Array | Iterable[Array], rows: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """Rows of a database, ascending, as float32 on a device."""
+    start, found = 0, []
+    for shard in shards_of(database):
+        inside = rows[(rows >= start) & (rows < start + len(shard))] - start
+        found.append(torch.as_tensor(shard)[inside].to(like))
+        start += len(shard)
+    return torch.cat(found)
 
 
 def _weighted_sum(weights: torch.Tensor, indices: torch.Tensor, database: Array | Iterable[Array]) -> torch.Tensor:
