@@ -3,6 +3,7 @@
     timm-multigrain dedup my-index --html copies.html
     timm-multigrain dedup my-index --prefer originals --script move.sh && sh move.sh surplus-files
     timm-multigrain dedup my-index --list -0 | xargs -0 ls -l
+    timm-multigrain dedup my-index --between pictures/train pictures/val
 
 It prints how many there are, and never moves or deletes anything. Of each group one file is kept: a real file before a
 link, colour before grey, more pixels before fewer, one with the camera's data, the JPEG file that a PNG file was made
@@ -23,8 +24,10 @@ from . import arguments
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    arguments.add(parser, 'index')
     add = parser.add_argument
+    add('index', metavar='INDEX', nargs='?', help='index folder')
+    add('--between', metavar=('TRAIN', 'VAL'), nargs=2,
+        help='which images of VAL are copies of images of TRAIN: folders in INDEX, or without INDEX two indexes')
     add('--keep', choices=('largest', 'oldest', 'newest', 'first-folder'), default='largest',
         help='which file of a group to keep (%(default)s)')
     add('--prefer', metavar='DIR', action='append', default=[],
@@ -51,19 +54,29 @@ def run(args: argparse.Namespace) -> int:
     from timm_multigrain.index import Index
     from timm_multigrain.index.dedup import FALSE_POSITIVES, find_copies, measure_recall
 
-    index = Index.open(args.index)
+    if not (args.index or args.between):
+        raise ValueError('Name an index, or two with --between.')
+    index = Index.open(args.index) if args.index else None
     share = FALSE_POSITIVES if args.false_positives is None else args.false_positives
-    if args.measure is not None:
-        print(measure_recall(
-            index, args.measure, threshold=args.threshold, false_positives=share, look=not args.no_look))
+    options = {'threshold': args.threshold, 'false_positives': share, 'look': not args.no_look}
+    title = f'Copies in {args.index}'
+    if args.between:
+        from timm_multigrain.index.between import find_copies_between, sets_of
+        if args.measure is not None or args.prefer or args.keep != 'largest':
+            raise ValueError('--between keeps the images of TRAIN: leave --keep, --prefer and --measure out.')
+        sets, title = sets_of(args.between, index), f'Copies of {args.between[0]} in {args.between[1]}'
+        index = sets[0].index
+        copies = find_copies_between(*sets, exact_only=args.identical, progress=True, **options)
+    elif args.measure is not None:
+        print(measure_recall(index, args.measure, **options))
         return 0
-    copies = find_copies(
-        index, args.threshold, false_positives=share, look=not args.no_look, exact_only=args.identical,
-        keep=args.keep, prefer=args.prefer, progress=True)
+    else:
+        copies = find_copies(
+            index, exact_only=args.identical, keep=args.keep, prefer=args.prefer, progress=True, **options)
     surplus = copies.surplus(args.include_likely)
     if args.html:
         from timm_multigrain.report.collection import write_copies_page
-        page = write_copies_page(args.html, copies, f'Copies in {args.index}', index.protocol().exif)
+        page = write_copies_page(args.html, copies, title, index.protocol().exif)
         print(f'Page: {page}', file=sys.stderr)
     if args.script:
         from timm_multigrain.index.script import write_script
@@ -78,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
     if copies.changed:
         print(f'timm-multigrain dedup: changed since they were indexed: {len(copies.changed):,} of the files, such as '
               f'{printable(copies.changed[0])}; groups left out with them: {copies.left_out:,}. Run timm-multigrain '
-              f'index -o {printable(args.index)}, then this again.', file=sys.stderr)
+              f'index -o {printable(index.path)}, then this again.', file=sys.stderr)
         return 1
     return 0
 

@@ -9,7 +9,7 @@ descriptors know their first picture alone.
 """
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
@@ -33,8 +33,8 @@ from .pairs import CollectionWhitening, NearPairs, Thresholds, find_thresholds, 
 from .records import Record
 
 __all__ = [
-    'BASES', 'EDITS', 'FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'EditRecall', 'find_copies',
-    'measure_recall']
+    'BASES', 'EDITS', 'FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'CopySearch', 'EditRecall',
+    'candidate_of', 'find_copies', 'identical_rows', 'measure_recall', 'verify']
 
 FALSE_POSITIVES = 0.002
 KINDS = {'exact': 'identical files', 'near': 'copies and near-duplicates'}
@@ -160,17 +160,20 @@ class Copies:
         if every > certain:
             likely = self.surplus_bytes(likely=True) - self.surplus_bytes()
             lines.append(f'{every - certain:,} more that are likely copies, {likely / 1e6:,.1f} MB: look at them')
+        return '\n'.join([*lines, *self.notes()])
+
+    def notes(self) -> Iterator[str]:
+        """What could not be seen, in sentences."""
         if self.unreadable:
-            lines.append(f'{self.unreadable:,} pictures could not be read to look at them')
+            yield f'{self.unreadable:,} pictures could not be read to look at them'
         if self.several:
-            lines.append(f'{self.several:,} files of several pictures (pages, animations) are not among the near '
-                         'copies: only identical ones count')
+            yield (f'{self.several:,} files of several pictures (pages, animations) are not among the near '
+                   'copies: only identical ones count')
         if self.changed:
-            lines.append(f'{self.left_out:,} groups left out: {len(self.changed):,} of their files are not what was '
-                         'indexed any more')
+            yield (f'{self.left_out:,} groups left out: {len(self.changed):,} of their files are not what was indexed '
+                   'any more')
         if not self.complete:
-            lines.append('some pairs just above the threshold may have been missed')
-        return '\n'.join(lines)
+            yield 'some pairs just above the threshold may have been missed'
 
 
 def find_copies(
@@ -204,9 +207,9 @@ def find_copies(
         DamagedIndex: The index cannot be read.
     """
     rules = Rules(keep, prefer)
-    groups, found = [_exact_group(index, rows, rules) for rows in _identical(index)], Copies((), None, len(index))
+    groups, found = [_exact_group(index, rows, rules) for rows in identical_rows(index)], Copies((), None, len(index))
     if not exact_only:
-        search = _CopySearch(index, threshold, false_positives, look, rules, progress)
+        search = CopySearch(index, threshold, false_positives, look, rules, progress)
         pairs = search.pairs()
         rows = pairs.rows().tolist()
         several = [row for row in rows if holds_several(index.path_of(row))]
@@ -219,12 +222,12 @@ def find_copies(
                         unreadable=search.looks.unreadable)
     groups = [group for group in groups if group.others]  # not so where all are in folders that are preferred
     groups.sort(key=lambda group: (group.kind, os.fsencode(group.keep)))  # 'exact' before 'near'
-    verified, changed = _verify(groups, progress)
+    verified, changed = verify(groups, progress)
     left_out = sum(any(file.record.path in changed for file in group.files) for group in groups)
     return replace(found, groups=verified, changed=tuple(changed), left_out=left_out)
 
 
-class _CopySearch:
+class CopySearch:
     """Whitened descriptors of an index, and the thresholds that decide; arguments as of `find_copies`."""
 
     def __init__(self, index: Index, threshold: float | None, false_positives: float, look: bool,
@@ -233,7 +236,7 @@ class _CopySearch:
             raise ValueError(f'The threshold is a similarity above -1 and at most 1, got {threshold}.')
         self.index, self.rules, self.progress = index, rules or Rules(), progress
         kept = np.ones(len(index), bool)  # of identical files the one to keep
-        for rows in _identical(index):
+        for rows in identical_rows(index):
             kept[_ranked(index, rows, self.rules)[1:]] = False
         self.rows, self.look, self.exif = np.flatnonzero(kept), look, index.protocol().exif
         self.looks = Looks(lambda i: read_image(index.path_of(i), exif=self.exif))
@@ -257,7 +260,7 @@ class _CopySearch:
 
     def group(self, rows: np.ndarray) -> CopyGroup:
         """The group of near copies of these rows."""
-        candidates, pictures = {row: _candidate(self.index, row) for row in rows.tolist()}, {}
+        candidates, pictures = {row: candidate_of(self.index, row) for row in rows.tolist()}, {}
         if self.look:
             candidates = dict(zip(candidates, look_at(list(candidates.values()), self.exif), strict=True))
             for row, candidate in candidates.items():
@@ -282,7 +285,7 @@ class _CopySearch:
         return CopyGroup('near', (files[0], *sorted(files[1:], key=lambda file: -file.score)))
 
 
-def _identical(index: Index) -> list[np.ndarray]:
+def identical_rows(index: Index) -> list[np.ndarray]:
     """Rows of each set of identical files."""
     hashes = np.ascontiguousarray(index.columns['sha256']).view('>u8').reshape(len(index), 4)
     order = np.lexsort(hashes.T)
@@ -290,28 +293,30 @@ def _identical(index: Index) -> list[np.ndarray]:
     return [rows for rows in np.split(order, np.flatnonzero(~same) + 1) if len(rows) > 1]
 
 
-def _candidate(index: Index, row: int) -> Candidate:
+def candidate_of(index: Index, row: int) -> Candidate:
     return Candidate(index.records(row), int(index.columns['root'][row]))
 
 
 def _ranked(index: Index, rows: np.ndarray, rules: Rules) -> list[int]:
     """Rows of identical files, the one that is best kept first."""
-    return sorted(rows.tolist(), key=lambda row: rules.key(_candidate(index, row)))
+    return sorted(rows.tolist(), key=lambda row: rules.key(candidate_of(index, row)))
 
 
 def _exact_group(index: Index, rows: np.ndarray, rules: Rules) -> CopyGroup:
-    kept, *others = (_candidate(index, row) for row in _ranked(index, rows, rules))
+    kept, *others = (candidate_of(index, row) for row in _ranked(index, rows, rules))
     return CopyGroup('exact', (CopyFile(kept.record, 1., 'identical', keep=True), *(
         CopyFile(c.record, 1., 'identical', keep=rules.is_preferred(c.record), reason=rules.reason(kept, c))
         for c in others)))
 
 
-def _verify(groups: Sequence[CopyGroup], progress: bool) -> tuple[tuple[CopyGroup, ...], dict[str, None]]:
+def verify(
+        groups: Sequence[CopyGroup], progress: bool, itself: bool = False,
+) -> tuple[tuple[CopyGroup, ...], dict[str, None]]:
     """Groups whose files are all what was indexed, and the paths of the files that are not.
 
     An index is as old as its last update, and nobody is to delete by what it remembers. A group stays only if every
     file of it exists now with the size and time that were indexed, identical files with the same SHA-256, and no file
-    is surplus to itself under another name.
+    is surplus to itself under another name, unless `itself`.
     """
     records = {file.record.path: file.record for group in groups for file in group.files}
     identical = {file.record.path for group in groups if group.kind == 'exact' for file in group.files}
@@ -326,7 +331,8 @@ def _verify(groups: Sequence[CopyGroup], progress: bool) -> tuple[tuple[CopyGrou
     for group in groups:
         names, files = {seen[group.keep]} | kept, [group.files[0]]
         for file in group.files[1:]:
-            if seen[file.record.path] not in names:  # of a file that is in the group, or to be kept by another one
+            # not that of a file that is in the group, or to be kept by another one
+            if itself or seen[file.record.path] not in names:
                 names.add(seen[file.record.path])
                 files.append(file)
         group = replace(group, files=tuple(files))
@@ -411,7 +417,7 @@ def measure_recall(
     """
     if images < 1 or not len(index):
         raise ValueError(f'{images} of {len(index)} images is nothing to measure on: take one at least.')
-    search, model, protocol = _CopySearch(index, threshold, false_positives, look), index.model(), index.protocol()
+    search, model, protocol = CopySearch(index, threshold, false_positives, look), index.model(), index.protocol()
     rows = np.sort(np.random.default_rng(0).permutation(len(index))[:images])
     found = dict.fromkeys(edits, 0)
     for start in range(0, len(rows), 16):

@@ -62,13 +62,14 @@ class Rules:
     Args:
         keep: One of `KEEP`, by which the first rules decide.
         prefer: Folders whose files are never surplus.
+        first_set: Folder 0 is kept before all others.
 
     Raises:
         ValueError: Another rule.
         FileNotFoundError: A folder was not found.
     """
 
-    def __init__(self, keep: str = 'largest', prefer: Sequence[str | os.PathLike] = ()):
+    def __init__(self, keep: str = 'largest', prefer: Sequence[str | os.PathLike] = (), first_set: bool = False):
         if keep not in KEEP:
             raise ValueError(f'keep is {keep!r}: give one of {", ".join(KEEP)}.')
         for folder in prefer:
@@ -80,6 +81,7 @@ class Rules:
                  'newest': ('newer', lambda c: -c.record.mtime_ns),
                  'first-folder': ('first folder', lambda c: c.folder)}
         self.rules: list[tuple[str, Callable]] = [
+            *([('first set', lambda c: c.folder)] if first_set else ()),
             ('preferred folder', lambda c: not self.is_preferred(c.record)),
             ('not a link', lambda c: c.is_link),
             *([first[keep]] if first[keep] else ()),
