@@ -54,6 +54,14 @@ def test_names_and_kinds(tmp_path):
     assert len(found(scan_folders([root]))) == len(found(scan)) - 1
 
 
+def test_everything(tmp_path):
+    root = os.fsencode(tmp_path)
+    for name in (b'a.jpg', b'@eaDir/b.jpg', b'x/#recycle/c.jpg', b'.thumbnails/d.jpg', b'.e.jpg'):
+        touch(root + b'/' + name)
+    assert [path for _, path in found(scan_folders([root]))] == [b'a.jpg']
+    assert len(found(scan_folders([root], everything=True))) == 5
+
+
 def test_links(tmp_path):
     root = os.fsencode(tmp_path / 'a')
     touch(root + b'/x/1.jpg')

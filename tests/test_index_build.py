@@ -1,5 +1,6 @@
 """Indexing real files: one pass against the slow way, updates, bad images, kills, changing files, other models."""
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -18,7 +19,7 @@ from timm_multigrain.images.sources import ImageFiles, UnreadableImage, read_ima
 from timm_multigrain.index import Index, IndexInUse, OtherModel, build_index
 from timm_multigrain.index.store import index_lock
 
-from .small_index import forked
+from .small_index import forked, unit_vectors, write_index
 from .test_images_walk import forbid
 from .tiny import tiny_model
 
@@ -212,7 +213,7 @@ def test_bad_and_odd_images(pictures, model_folder):
     reasons = {os.path.basename(path): reason for path, reason in report.skipped.items()}
     assert set(reasons) == bad and report.new_skipped == 5
     assert reasons['empty.jpg'] == 'is empty' and '900000000 pixels' in reasons['bomb.png']
-    assert 'truncated' in reasons['cut.jpg'] and 'pillow-heif' in reasons['photo.heic']
+    assert 'truncated' in reasons['cut.jpg'] and '[photos]' in reasons['photo.heic']
     index = opened(pictures)
     assert len(index) == 16 and {str(pictures / name) for name in odd} <= set(index.paths)
     assert index.skipped == report.skipped
@@ -289,11 +290,13 @@ def test_a_model_without_a_name_is_kept_inside(pictures):
 
 
 def test_places_that_cannot_be(pictures, model_folder, tmp_path):
+    (tmp_path / 'empty').mkdir()
     for folders, out, model, error, message in (
             ([tmp_path / 'nothing'], 'i', model_folder, FileNotFoundError, 'is not a folder'),
             ([pictures], 'pictures', model_folder, FileExistsError, 'holds other things'),
             ([pictures], 'pictures/0.png', model_folder, FileExistsError, 'is a file'),
-            ([pictures], 'i', None, ValueError, 'name the model'),
+            ([tmp_path / 'empty'], 'i', model_folder, ValueError, 'No images in .*empty: nothing was made'),
+            ([pictures], 'i', 'no model', FileNotFoundError, 'neither a folder'),
             ([], 'i', model_folder, ValueError, 'give the folders')):
         with pytest.raises(error, match=message):
             build_index(folders, tmp_path / out, model)
@@ -373,7 +376,7 @@ def test_search_images(pictures, model_folder):
         index.search(np.ones((1, 3)))
 
 
-def test_commands(pictures, model_folder, tmp_path, capsys):
+def test_commands(pictures, model_folder, tmp_path, capsys, monkeypatch):
     os.rename(pictures / '0.png', os.fsencode(pictures) + b'/<b>\n\xff.png')
     index, page = str(tmp_path / 'index'), tmp_path / 'out' / 'page.html'
     assert main(['index', str(pictures), '-o', index, '--model', model_folder, '--size', '64', '--workers', '0']) == 0
@@ -396,6 +399,14 @@ def test_commands(pictures, model_folder, tmp_path, capsys):
             ([str(tmp_path / 'no'), queries[0]], 'was not found'),
             ([index, queries[0], '--class', 'x'], 'does not know the class')]:
         assert main(['search', *arguments]) == 2 and message in capsys.readouterr().err
+    (pictures / '4.png').unlink()
+    monkeypatch.setattr('sys.stdin', io.TextIOWrapper(io.BytesIO(f'{queries[0]}\n\nnothing.png\n'.encode())))
+    assert main(['search', index, '-', queries[1], '-k', '8']) == 1
+    out, err = capsys.readouterr()
+    assert err.count('nothing.png: no such file') == err.count('4.png: no such file') == 1
+    lines = out.splitlines()
+    assert lines[0] == f'{queries[0]}:' and len(lines) == 1 + 8
+    assert [line.endswith('4.png  (gone)') for line in lines].count(True) == out.count('(gone)') == 1
     with pytest.raises(SystemExit):
         main(['search', index, queries[0], '--crop', '1,2,3'])
     assert 'is not left,top,width,height' in capsys.readouterr().err
@@ -426,3 +437,10 @@ def count(index):
         return len(Index.open(index))
     except (FileNotFoundError, ValueError):
         return 0
+
+
+def test_one_name_of_a_class_will_do(tmp_path):
+    index = Index.open(write_index(tmp_path / 'index', unit_vectors(6), classes=[0, 1, 2] * 2))
+    index.config['model']['label_names'] = ['tench, Tinca tinca', 'car', 'Car, automobile']
+    for name, rows in (('Tench', {0, 3}), ('tench, Tinca tinca', {0, 3}), ('car', {1, 4}), ('automobile', {2, 5})):
+        assert set(index.search(index.vectors[:1], class_name=name)[1][0].tolist()) == rows

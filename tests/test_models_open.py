@@ -523,3 +523,16 @@ def test_weights_sha256():
     assert weights_sha256(model) != weights_sha256(other)
     pooled = tiny_model(global_pool='mac')
     assert weights_sha256(pooled) != weights_sha256(model)
+
+
+def test_weights_that_are_not_here_and_cannot_be_fetched(monkeypatch, tmp_path):
+    def refuse(*args, **kwargs):
+        raise OSError(-2, 'Name or service not known')
+
+    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr('urllib.request.getproxies', dict)
+    monkeypatch.setattr('socket.create_connection', refuse)
+    monkeypatch.setattr('timm.create_model', lambda *args, **kwargs: pytest.fail('it was tried'))
+    for name in ('resnet18.a1_in1k', 'hf-hub:timm/resnet18.a1_in1k'):
+        with pytest.raises(RuntimeError, match=f'weights of {name} are not on this computer.*service not known'):
+            open_model(name)

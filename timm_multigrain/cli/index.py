@@ -1,5 +1,6 @@
 """Index the images below some folders, or bring an index up to date.
 
+    timm-multigrain index ~/Pictures -o pictures.index
     timm-multigrain index ~/Pictures -o pictures.index --model my-model
     timm-multigrain index -o pictures.index
 
@@ -17,7 +18,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('dirs', nargs='*', metavar='DIR', help='folders of images, searched with their subfolders (default: '
                                                'those of the index)')
     add('-o', '--output', required=True, metavar='INDEX', help='index folder, created if it does not exist')
-    add('--model', metavar='MODEL', help=f"{arguments.MODEL} (default: the index's; needed for a new one)")
+    add('--model', metavar='MODEL',
+        help=f"{arguments.MODEL} (default: the index's; for a new one tf_efficientnet_lite0.in1k)")
+    add('--all', dest='everything', action='store_true',
+        help='take hidden folders into a new index, and those with thumbnails or deleted files (@eaDir, #recycle, ...)')
     add('--half', action='store_true', help='keep descriptors of a new index as 16-bit numbers, in half the space')
     add('--kind', choices=('auto', 'exact', 'hnsw', 'ivf-pq'), default='auto',
         help='structure for search: by the number of images, or this one (%(default)s)')
@@ -39,7 +43,8 @@ def run(args: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     report = build_index(
         args.dirs, args.output, args.model, _protocol_options(args), model_options=given, half=args.half,
-        retry=args.retry, remove_missing=args.remove_missing, kind=args.kind, **arguments.extraction_of(args))
+        retry=args.retry, remove_missing=args.remove_missing, everything=args.everything,
+        kind=args.kind, **arguments.extraction_of(args))
     for path, reason in report.unreadable.items():
         print(f'not searched: {printable(path)}: {reason}', file=sys.stderr)
     if args.list_skipped:

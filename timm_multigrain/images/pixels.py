@@ -106,7 +106,7 @@ def _reason(file: File, error: Exception) -> str:
         if path is not None and os.path.getsize(path) == 0:
             return 'is empty'
         if path is not None and path.lower().endswith(('.heic', '.heif', '.hif')) and 'HEIF' not in _formats():
-            return 'HEIC takes a decoder: pip install pillow-heif'
+            return "HEIC takes pillow-heif: pip install 'timm_multigrain[photos]'"
         return f'is not an image in a format that is read here ({", ".join(_formats())})'
     return ' '.join(str(getattr(error, 'strerror', None) or error).split()) or type(error).__name__
 

@@ -1,7 +1,8 @@
 """The image files below some folders, for every command: by suffix, regular files, each once.
 
 Links are followed; a folder is entered once however many links lead to it, and a link to a file that was found
-without it is left out. Hidden files and folders are skipped, and so are FIFOs and devices.
+without it is left out. Hidden files and folders are skipped, and so are those that programs fill with thumbnails or
+deleted files (`NOT_PICTURES`), FIFOs and devices.
 """
 import os
 import stat
@@ -11,11 +12,15 @@ from typing import NamedTuple
 
 from .pixels import is_image
 
-__all__ = ['EXTENSIONS', 'FoundFile', 'Scan', 'scan_folders']
+__all__ = ['EXTENSIONS', 'NOT_PICTURES', 'FoundFile', 'Scan', 'scan_folders']
 
 EXTENSIONS = frozenset({
     '.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
     '.pnm', '.jp2', '.j2k', '.avif', '.heic', '.heif', '.hif', '.jxl'})  # .jxl: found, and listed as not readable
+
+NOT_PICTURES = frozenset({  # folders by name, in lower case
+    b'@eadir', b'#recycle', b'@recycle', b'@recently-snapshot', b'$recycle.bin', b'system volume information',
+    b'lost+found', b'__macosx', b'lightroom previews.lrdata'})
 
 
 class FoundFile(NamedTuple):
@@ -52,6 +57,7 @@ def scan_folders(
         leave_out: Iterable[bytes] = (),
         skip: Callable[[bytes], bool] = lambda folder: False,
         by_content: bool = False,
+        everything: bool = False,
 ) -> Scan:
     """All image files below some folders.
 
@@ -60,11 +66,12 @@ def scan_folders(
         leave_out: Folders that are not entered.
         skip: Called with the path of each folder; True leaves the folder out.
         by_content: A file without a suffix is an image if its first bytes say so.
+        everything: Hidden files and folders, and those of `NOT_PICTURES`, too.
 
     Raises:
         FileNotFoundError, NotADirectoryError: A folder was not found or is not a folder.
     """
-    walk = _Walk(skip, by_content, {_identity(os.stat(path)) for path in leave_out if os.path.isdir(path)})
+    walk = _Walk(skip, by_content, everything, {_identity(os.stat(path)) for path in leave_out if os.path.isdir(path)})
     for root, folder in enumerate(map(os.fsencode, folders)):
         if not os.path.isdir(folder):
             kind = NotADirectoryError if os.path.lexists(folder) else FileNotFoundError
@@ -76,8 +83,8 @@ def scan_folders(
 
 class _Walk:
 
-    def __init__(self, skip: Callable[[bytes], bool], by_content: bool, seen: set):
-        self.skip, self.by_content, self.seen = skip, by_content, seen
+    def __init__(self, skip: Callable[[bytes], bool], by_content: bool, everything: bool, seen: set):
+        self.skip, self.by_content, self.everything, self.seen = skip, by_content, everything, seen
         self.scan, self.links = Scan(), []
 
     def enter(self, root: int, folder: bytes, below: bytes = b'') -> None:
@@ -101,7 +108,7 @@ class _Walk:
     def _look(self, root: int, folder: bytes, path: bytes, entry: os.DirEntry) -> bytes | None:
         """Take a file, note a link; the path of a folder is returned."""
         path = os.path.join(path, entry.name)
-        if entry.name.startswith(b'.'):
+        if not self.everything and (entry.name.startswith(b'.') or entry.name.lower() in NOT_PICTURES):
             return None
         try:
             status = entry.stat(follow_symlinks=False)

@@ -27,7 +27,9 @@ from .model import SAVED, describe_model, open_described, protocol_from_json
 from .records import RECORD, OtherModel, top_classes
 from .store import FILE, Store, Writer, index_lock, is_index
 
-__all__ = ['BuildReport', 'build_index', 'sha256_of']
+__all__ = ['DEFAULT_MODEL', 'BuildReport', 'build_index', 'sha256_of']
+
+DEFAULT_MODEL = 'tf_efficientnet_lite0.in1k'  # 18 MB, Apache-2.0, quick without a GPU
 
 
 @dataclass
@@ -79,6 +81,7 @@ def build_index(
         half: bool = False,
         retry: bool = False,
         remove_missing: bool = False,
+        everything: bool = False,
         kind: str = 'auto',
         progress: bool = True,
         **extraction,
@@ -93,13 +96,14 @@ def build_index(
             are gone are recognised by their content and move to where they are found.
         out: The index folder; a new one is made.
         model: What `open_model` opens (a saved folder, a checkpoint, a name), or a MultiGrain, which is saved in the
-            index. None takes the index's own; a new index needs one.
+            index. None takes the index's own, for a new index `DEFAULT_MODEL`.
         protocol: Preprocessing, or a function that makes it from the model; None takes the index's own, or what the
             model is made for.
         model_options: Keyword arguments of `open_model`, such as pool and p.
         half: Keep descriptors of a new index as float16, in half the space.
         retry: Try files again that could not be read before and have not changed.
         remove_missing: Forget a folder's images even if all of them, or the folder itself, are gone.
+        everything: Of a new index: hidden files and folders, and those that programs fill, too; see images/walk.py.
         kind: Structure for search: 'auto' by the number of images, 'exact', 'hnsw' or 'ivf-pq'.
         progress: Show bars.
         **extraction: batch_size, workers, device, dtype and fast of `Embedder`; a batch is committed at a time.
@@ -111,7 +115,7 @@ def build_index(
         OtherModel: The index was built with another model or preprocessing.
         DamagedIndex, NewerFormat: The index cannot be read.
         NotWritten: No room on the disk; what is committed is whole.
-        ValueError: No folders or no model for a new index.
+        ValueError: No folders for a new index, or no images in them.
     """
     start, out = time.monotonic(), Path(out)
     folders = list(dict.fromkeys(os.path.realpath(os.fsencode(folder)) for folder in dirs))
@@ -121,12 +125,20 @@ def build_index(
         if not os.path.isdir(folder) and folder not in known:
             kind_of = NotADirectoryError if os.path.lexists(folder) else FileNotFoundError
             raise kind_of(f'{os.fsdecode(folder)!r} is not a folder: give folders with pictures in them.')
-    if new and (not folders or model is None):
-        raise ValueError(f'{out} is a new index: give the folders that it is to be made of, and name the model.')
+    if new:
+        if not folders:
+            raise ValueError(f'{out} is a new index: give the folders that it is to be made of.')
+        scan = scan_folders(folders, skip=is_index, by_content=True, everything=everything)
+        if not scan.files:
+            raise ValueError(f'No images in {", ".join(map(printable, folders))}: nothing was made.')
+        model = model or DEFAULT_MODEL
+        source = os.path.abspath(model) if isinstance(model, str) and os.path.exists(model) else None
+        model = open_model(model, **(model_options or {})) if isinstance(model, str) else model
     out.mkdir(parents=True, exist_ok=True)
     with index_lock(out):
         if new and _is_new(out):  # another process may have made it meanwhile
-            model, protocol, model_options = _create(out, model, protocol, model_options, half), None, None
+            _create(out, model, source, protocol, model_options, half, everything)
+            protocol = model_options = None
         store = Store(out)
         model, protocol = _check_model(store, model, protocol, model_options)
         writer = Writer(store)
@@ -160,21 +172,18 @@ def _is_new(out: Path) -> bool:
     return True
 
 
-def _create(out: Path, model, protocol, model_options, half: bool) -> torch.nn.Module:
-    """Make an index without images; the model that it is of."""
-    source = None
-    if isinstance(model, str):
-        source = os.path.abspath(model) if os.path.exists(model) else None
-        model = open_model(model, **(model_options or {}))
+def _create(
+        out: Path, model: torch.nn.Module, source: str | None, protocol, model_options, half: bool, everything: bool,
+) -> None:
+    """Make an index without images, of a model from a file or folder or from elsewhere."""
     if source is None:  # also of a name: an index is searched without asking the network for what it says
         save_pretrained(model, out / SAVED)
     protocol = Protocol.for_model(model) if protocol is None else protocol(model) if callable(protocol) else protocol
     Writer.create(out, {
         'model': describe_model(model, source, model_options),
-        'protocol': protocol.to_dict(), 'dtype': 'float16' if half else 'float32',
+        'protocol': protocol.to_dict(), 'dtype': 'float16' if half else 'float32', 'everything': everything,
         'versions': {'timm_multigrain': __version__, 'timm': timm.__version__, 'torch': torch.__version__,
                      'python': sys.version.split()[0]}})
-    return model
 
 
 def _check_model(store: Store, model, protocol, model_options) -> tuple[torch.nn.Module | None, Protocol]:
@@ -209,7 +218,9 @@ class _Update:
         named = named or store.roots
         self.folders = [folder for folder in named if os.path.isdir(folder)]
         vanished, forget = self._missing_roots(named, remove_missing)
-        scan = scan_folders(self.folders, leave_out=[os.fsencode(store.folder)], skip=is_index, by_content=True)
+        scan = scan_folders(
+            self.folders, leave_out=[os.fsencode(store.folder)], skip=is_index, by_content=True,
+            everything=bool(store.config.get('everything')))
         present = self._compare(scan, retry, vanished, forget)
         if not remove_missing:
             self._refuse_if_all_gone(scan)

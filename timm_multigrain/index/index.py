@@ -97,7 +97,8 @@ class Collection:
         if k < 1:
             raise ValueError(f'k is {k}: ask for at least one image.')
         names = described['label_names'] or [str(i) for i in range(described['num_classes'])]
-        numbers = [i for i, name in enumerate(names) if name == class_name]
+        numbers = [i for i, name in enumerate(names) if name == class_name] or [  # of 'tench, Tinca tinca' one will do
+            i for i, name in enumerate(names) if str(class_name).lower() in name.lower().split(', ')]
         if class_name is not None and not numbers:
             near = difflib.get_close_matches(class_name, names, n=3, cutoff=0.4) or names[:5]
             hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'its model predicts no classes.'

@@ -3,6 +3,7 @@ import glob
 import http.client
 import os
 import shutil
+import socket
 import time
 import urllib.error
 import urllib.request
@@ -10,6 +11,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -60,6 +62,34 @@ def download(url: str, path: str | os.PathLike, instead: str = _BY_HAND) -> Path
         if unfinished.parent.is_dir():
             unfinished.unlink(missing_ok=True)
     return path
+
+
+def check_reachable(repository: str, name: str) -> None:
+    """Refuse in seconds, not after minutes of retries, what has to come from the Hub and cannot.
+
+    Args:
+        repository: Of the Hub; weights of it that are in the cache need no connection.
+        name: The model, for the error.
+
+    Raises:
+        RuntimeError: The weights are not here and the Hub cannot be reached.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    url = urlsplit(constants.ENDPOINT)
+    cached = any(isinstance(try_to_load_from_cache(repository, file), str)
+                 for file in ('model.safetensors', 'pytorch_model.bin'))
+    if cached or urllib.request.getproxies():  # a proxy may resolve what this computer cannot
+        return
+    try:
+        if constants.HF_HUB_OFFLINE:
+            raise OSError('HF_HUB_OFFLINE is set')
+        socket.create_connection((url.hostname, url.port or (443 if url.scheme == 'https' else 80)), timeout=5).close()
+    except OSError as e:
+        raise RuntimeError(
+            f'The weights of {name} are not on this computer, and {url.hostname} cannot be reached '
+            f'({e.strerror or e}): run the same once with a connection; or copy {constants.HF_HUB_CACHE} from a '
+            'computer that has them; or name a model that is here, a folder of save_pretrained or a checkpoint.') from e
 
 
 _LOGIN = 'log in with `hf auth login`, or set HF_TOKEN, to a token that may {}'

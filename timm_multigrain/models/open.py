@@ -26,7 +26,7 @@ from timm_multigrain.images.labels import read_class_names
 from timm_multigrain.layers import GeM
 
 from .config import check_config, check_saved_args, model_cfg
-from .download import download
+from .download import check_reachable, download
 from .multigrain import MultiGrain
 from .registry import register_multigrain
 from .weights import (
@@ -131,6 +131,8 @@ def _open(name: str, pretrained: bool, ema: bool, architecture: str | None) -> n
                 return _from_file(path, name, ema, architecture)
         name = official
     if name.startswith(('hf-hub:', 'hf_hub:')):
+        if pretrained:
+            check_reachable(name[len('hf-hub:'):].partition('@')[0], name)
         return timm.create_model(name, pretrained=pretrained)
     if not _is_model(name):
         raise FileNotFoundError(
@@ -141,6 +143,9 @@ def _open(name: str, pretrained: bool, ema: bool, architecture: str | None) -> n
         own = [tag for tag in tagged if tag.startswith(f'{name}.')]
         near = ', '.join(own or difflib.get_close_matches(name, tagged) or tagged)
         raise ValueError(f'{name} names no pretrained weights: give one of {near}, or a folder or a checkpoint.')
+    cfg = get_pretrained_cfg(name, allow_unregistered=True)
+    if pretrained and cfg is not None and cfg.hf_hub_id:
+        check_reachable(cfg.hf_hub_id if '/' in cfg.hf_hub_id else f'{cfg.hf_hub_id}{name}', name)
     return timm.create_model(name, pretrained=pretrained)
 
 

@@ -26,7 +26,7 @@ def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
         classes = [_best_class(hit) for hit in hits]
         width = max(map(len, classes), default=0)
         width += 2 if width else 0
-        lines = [f'{rank:4}  {hit.score:6.3f}  {name:{width}}{printable(hit.path)}'
+        lines = [f'{rank:4}  {hit.score:6.3f}  {name:{width}}{printable(hit.path)}{_gone(hit)}'
                  for rank, (hit, name) in enumerate(zip(hits, classes, strict=True), 1)]
         parts.append('\n'.join([f'{printable(image)}:', *(lines or ['  nothing found'])]))
     return '\n\n'.join(parts)
@@ -36,7 +36,7 @@ def search_json(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> list[d
     """What was found, for JSON: a dict per image; bytes of a name that are not UTF-8 are lone surrogates."""
     return [{'query': os.fspath(image), 'rank': rank, 'score': hit.score, 'path': hit.path,
              'width': hit.record.width, 'height': hit.record.height, 'bytes': hit.record.bytes,
-             'sha256': hit.record.sha256, 'mtime_ns': hit.record.mtime_ns,
+             'sha256': hit.record.sha256, 'mtime_ns': hit.record.mtime_ns, 'exists': os.path.exists(hit.path),
              'classes': [list(pair) for pair in hit.record.classes]}
             for image, hits in zip(images, found, strict=True) for rank, hit in enumerate(hits, 1)]
 
@@ -68,6 +68,10 @@ def write_copies_page(path: str | os.PathLike, copies: Copies, title: str = 'Cop
     return write_page(
         path, 'copies.html', title=title, summary=str(copies).splitlines(), kinds=kinds, bases=BASES,
         max_files=MAX_FILES, picture_of=lambda file: read_picture(file, exif))
+
+
+def _gone(hit: Hit) -> str:
+    return '' if os.path.exists(hit.path) else '  (gone)'
 
 
 def _best_class(hit: Hit) -> str:
