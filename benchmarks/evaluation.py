@@ -2,11 +2,16 @@
 
     python benchmarks/evaluation.py [--cases 70x5000 70x1000000 ukb] [--json FILE]
     python benchmarks/evaluation.py --plot benchmarks/evaluation.png [--json FILE]
+    python benchmarks/evaluation.py --cases products-ours products-faiss --rounds 1 --cpu-time
 
 The peer is written here the plain way: argsort of each row, then the positions of the labelled images in it. For the
 revisited measures a query has 40 easy, 60 hard and 30 junk images that score higher than the rest, all scores distinct
 float32; for the UKBench score there are 10,200 x 10,200 float32 scores, the four of a group higher. Memory is numpy's
 peak (tracemalloc) beyond the scores.
+
+products: as many images as the test set of Stanford Online Products has, of 11,316 products, 512 dimensions, each image
+a query among the others: Recall@1, 10, 100, 1000 and MAP@R, by counting ('ours'), and from the 1001 nearest of FAISS'
+flat index. Memory is the most that the process holds, beyond what it held before (Linux).
 """
 import tracemalloc
 from pathlib import Path
@@ -14,7 +19,8 @@ from pathlib import Path
 import numpy as np
 import timing
 
-from timm_multigrain.measure.metrics import RevisitedQuery, revisited_scores, ukb_score
+from timm_multigrain.measure.metrics import RevisitedQuery, mean_average_precision, revisited_scores, ukb_score
+from timm_multigrain.search.exact import SimilarityChunks
 
 KAPPAS = (1, 5, 10)
 PROTOCOLS = {'easy': (('easy',), ('hard', 'junk')), 'medium': (('easy', 'hard'), ('junk',)),
@@ -33,8 +39,8 @@ def main() -> None:
         rows = growth(args)
         plot(rows, args.plot)
     else:
-        rows = [ukb_row(args) if case == 'ukb' else revisited_row(*map(int, case.split('x')), args)
-                for case in args.cases]
+        rows = [ukb_row(args) if case == 'ukb' else products_row(case, args) if case.startswith('products') else
+                revisited_row(*map(int, case.split('x')), args) for case in args.cases]
     timing.finish(args, rows)
 
 
@@ -59,6 +65,51 @@ def ukb_row(args, num_images: int = 10_200) -> dict:
                                  'full sort': lambda: plain_ukb(scores, groups)}, args.rounds)
     difference = np.abs(ukb_score(scores, groups).found - plain_ukb(scores, groups)).max()
     return row(f'UKBench, {num_images}', seconds, float(difference), peak(lambda: ukb_score(scores, groups)))
+
+
+def products_row(case: str, args, num_queries: int = 60_502, dim: int = 512) -> dict:
+    rng = np.random.default_rng(0)
+    labels = np.concatenate([np.arange(11_316).repeat(2), rng.integers(0, 11_316, num_queries - 2 * 11_316)])
+    vectors = rng.standard_normal((11_316, dim), dtype=np.float32)[labels]
+    vectors += 3 * rng.standard_normal(vectors.shape, dtype=np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    measure = {'products-ours': count_products, 'products-faiss': faiss_products}[case]
+    Path('/proc/self/clear_refs').write_text('5')  # the most that is held begins anew
+    before, start = held('VmRSS'), timing.clock()
+    figures = measure(vectors, labels)
+    return {'case': case, 's': timing.clock() - start, 'MiB beyond the vectors': (held('VmHWM') - before) / timing.MIB,
+            **{name: f'{100 * value:.3f}' for name, value in figures.items()}}
+
+
+def count_products(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    members = np.split(np.argsort(labels, kind='stable'), np.cumsum(np.bincount(labels))[:-1])
+    relevant = [members[label][members[label] != query] for query, label in enumerate(labels)]
+    found = mean_average_precision(SimilarityChunks(vectors, vectors), relevant, np.arange(len(vectors))[:, None])
+    return {**{f'Recall@{k}': found.recall_at(k) for k in (1, 10, 100, 1000)}, 'MAP@R': found.map_at_r}
+
+
+def faiss_products(vectors: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    import faiss
+
+    faiss.omp_set_num_threads(1)
+    counts, index, sums = np.bincount(labels) - 1, faiss.IndexFlatIP(vectors.shape[1]), {}
+    index.add(vectors)
+    for start in range(0, len(vectors), 1024):
+        own = labels[start:start + 1024]
+        _, nearest = index.search(vectors[start:start + 1024], 1001)
+        for query, (label, items) in enumerate(zip(own, nearest, strict=True), start):
+            hits, number = labels[items[items != query]][:1000] == label, counts[label]
+            precisions = hits[:number].cumsum() / np.arange(1, number + 1)
+            figures = {f'Recall@{k}': hits[:k].any() for k in (1, 10, 100, 1000)}
+            for name, value in {**figures, 'MAP@R': (precisions * hits[:number]).sum() / number}.items():
+                sums[name] = sums.get(name, 0) + value / len(vectors)
+    return sums
+
+
+def held(name: str) -> int:
+    """Bytes of memory that the process holds (VmRSS), or held at most (VmHWM)."""
+    status = Path('/proc/self/status').read_text()
+    return 1024 * int(status.partition(f'{name}:')[2].split()[0])
 
 
 def row(case: str, seconds: dict[str, float], difference: float, memory: int) -> dict:

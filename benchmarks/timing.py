@@ -66,6 +66,11 @@ def environment(device: str = 'cpu', packages: tuple[str, ...] = ()) -> dict[str
     return found
 
 
+def clock() -> float:
+    """Seconds of the clock that `start` chose."""
+    return _clock()
+
+
 def interleave(
         functions: dict[str, Callable[[], object]],
         rounds: int = 15,

@@ -485,6 +485,9 @@ def _scores_of(items: list[np.ndarray], scores: Scores) -> list[np.ndarray]:
 
 def _count_reaching(scores: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """Number of scores that are at least as high as each level."""
+    if not len(levels):
+        return np.zeros(0, dtype=np.int64)
+    scores = scores[scores >= levels.min()]  # few, where the labelled items are near the top
     if len(levels) <= 8:  # comparing with each takes less time than sorting
         return np.array([np.count_nonzero(scores >= level) for level in levels], dtype=np.int64)
     return len(scores) - np.searchsorted(np.sort(scores), levels)

@@ -14,7 +14,8 @@ Array = np.ndarray | torch.Tensor
 Scores = Array | Iterable[Array]
 CHUNK_BYTES = 32 << 20
 LEAST_CHUNK = 256
-BLOCK_BYTES, LEAST_ROWS, MOST_QUERIES = 64 << 20, 128, 4096
+BLOCK_BYTES = 28 << 20  # glibc's malloc takes 32 MiB and more from the system each time, which costs a tenth of all
+LEAST_ROWS, MOST_QUERIES = 64, 4096
 
 
 class SimilarityChunks:
@@ -63,7 +64,7 @@ class SimilarityChunks:
     def blocks(self) -> Iterator[tuple[slice, Scores]]:
         """Scores of some queries at a time, with the slice that these are.
 
-        Where the database is in memory, and not too large, they are whole rows, (q, N), of 64 MiB; else chunks.
+        Where the database is in memory, and not too large, they are whole rows, (q, N), of 28 MiB; else chunks.
         """
         for start in range(0, len(self.queries), self.block):
             rows = slice(start, start + self.block)
