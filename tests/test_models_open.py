@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -82,10 +83,10 @@ def trained(name, **kwargs):
 
 
 @pytest.mark.parametrize('name, kwargs, pool, p', [
-    ('test_resnet', {}, 'gem', 1), ('test_resnet', dict(global_pool='gem4'), 'gem', 4),
-    ('test_resnet', dict(global_pool='max'), 'gem', float('inf')),
-    ('test_resnet', dict(global_pool='rmac'), 'rmac', None),
-    ('test_efficientnet', dict(global_pool='gem_learn', bn_eps=0.1), 'gem', 3.5), ('test_efficientnet', {}, 'gem', 1)])
+    ('test_resnet', dict(global_pool='gem4'), 'gem', 4), ('test_resnet', dict(global_pool='rmac'), 'rmac', None),
+    ('test_resnet', dict(global_pool='max'), 'trunk', None), ('test_convnext', {}, 'trunk', None),
+    ('test_convnext', dict(global_pool='gem2'), 'trunk', None), ('test_vit2', dict(global_pool='map'), 'trunk', None),
+    ('test_efficientnet', dict(global_pool='gem_learn', bn_eps=0.1), 'gem', 3.5), ('test_vit', {}, 'trunk', None)])
 def test_timm_models_keep_pooling_and_classifier(tmp_path, offline, name, kwargs, pool, p):
     plain = trained(name, num_classes=4, **kwargs)
     if p == 3.5:
@@ -93,14 +94,14 @@ def test_timm_models_keep_pooling_and_classifier(tmp_path, offline, name, kwargs
     path = train_checkpoint(tmp_path / 'last.pth.tar', plain, name, gp=kwargs.get('global_pool'),
                             bn_eps=kwargs.get('bn_eps'))
     timm.models.save_for_hf(plain, str(tmp_path / 'hub'), safe_serialization=True)
-    x = torch.randn(2, 3, 64, 64)
+    x = torch.randn(2, 3, *((160, 160) if 'vit' in name else (64, 64)))
     with torch.no_grad():
         logits, embedding = plain(x), plain.forward_head(plain.forward_features(x), pre_logits=True)
     for opened in (open_model(path), open_model(tmp_path / 'hub'), open_model(f'local-dir:{tmp_path / "hub"}')):
         assert isinstance(opened, MultiGrain) and (opened.global_pool, opened.gem_p, opened.num_classes) == (pool, p, 4)
         with torch.no_grad():
             torch.testing.assert_close(opened(x), logits, rtol=1e-6, atol=1e-6)
-            unit = torch.nn.functional.normalize(embedding, dim=1)
+            unit = embedding / (embedding.norm(dim=1, keepdim=True) + 1e-6)
             torch.testing.assert_close(opened.embed(x), unit, rtol=1e-6, atol=1e-6)
     again = open_model(save_pretrained(open_model(path), tmp_path / 'saved'))
     assert weights_sha256(again) == weights_sha256(open_model(path))
@@ -114,26 +115,28 @@ def test_a_timm_folder_keeps_its_data_configuration(tmp_path):
     assert {key: cfg[key] for key in data} == data and cfg['label_names'] == ['a', 'b'] and cfg['num_classes'] == 2
 
 
-@pytest.mark.parametrize('name', ['test_convnext', 'test_vit', 'test_vit2'])
-def test_a_head_of_another_kind_is_said(tmp_path, name):
-    plain = trained(name, num_classes=4)  # a norm after the pooling, a class token, averaged tokens and then a norm
-    path = train_checkpoint(tmp_path / 'last.pth.tar', plain, name)
-    with pytest.warns(UserWarning, match='pools in a way of its own.*without a classifier'):
-        opened = open_model(path)
-    assert (opened.gem_p, opened.num_classes) == (3, 0)
-    assert all(torch.equal(value, plain.state_dict()[key]) for key, value in opened.trunk.state_dict().items())
+DISTILLED = 'deit_tiny_distilled_patch16_224'
+
+
+def test_a_classifier_of_another_kind_is_said(tmp_path):
+    plain = trained(DISTILLED, num_classes=4, depth=1, embed_dim=32, num_heads=2, img_size=32)  # has two of them
+    timm.models.save_for_hf(plain, str(tmp_path), safe_serialization=True)
+    with pytest.warns(UserWarning, match='does not classify by a linear layer.*without its classifier'):
+        opened = open_model(tmp_path)
+    assert (opened.global_pool, opened.num_classes) == ('trunk', 0)
+    assert plain.state_dict().keys() - opened.trunk.state_dict().keys() == {
+        f'{head}.{name}' for head in ('head', 'head_dist') for name in ('weight', 'bias')}
     with warnings.catch_warnings():
         warnings.simplefilter('error')
-        assert open_model(path, pool='mac').global_pool == 'mac'
-        assert open_model(save_pretrained(opened, tmp_path / 'saved')).gem_p == 3
+        assert open_model(save_pretrained(opened, tmp_path / 'saved')).global_pool == 'trunk'
 
 
 def test_a_command_prints_the_warning_as_a_line(tmp_path, noise_folder, capsys):
-    command = ['embed', 'test_convnext', str(noise_folder / 'validation'), '-o', str(tmp_path / 'out'),
+    command = ['embed', DISTILLED, str(noise_folder / 'validation'), '-o', str(tmp_path / 'out'),
                '--no-pretrained', '--size', '32', '--workers', '0']
     assert main(command) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if 'pools in a way' in line]
-    assert len(lines) == 1 and lines[0].startswith('warning: test_convnext pools in a way of its own')
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'linear layer' in line]
+    assert len(lines) == 1 and lines[0].startswith(f'warning: {DISTILLED} does not classify')
 
 
 def test_timm_names(monkeypatch):
@@ -142,7 +145,7 @@ def test_timm_names(monkeypatch):
     monkeypatch.setattr(timm, 'create_model', lambda name, pretrained=False, **kwargs: (
         asked.append((name, pretrained)), create(name, pretrained=False, **kwargs))[1])
     model = open_model('test_resnet.r160_in1k')
-    assert isinstance(model, MultiGrain) and (model.num_classes, model.gem_p) == (1000, 1)
+    assert isinstance(model, MultiGrain) and (model.num_classes, model.global_pool) == (1000, 'trunk')
     assert asked[0] == ('test_resnet.r160_in1k', True) and not any(pretrained for _, pretrained in asked[1:])
     assert model.pretrained_cfg['tag'] == 'r160_in1k' and model.pretrained_cfg['license']
     assert open_model('test_resnet', pretrained=False, pool='gem', p=2.5).gem_p == 2.5
@@ -456,6 +459,32 @@ def test_whitened_file_by_address_with_other_classes(tmp_path, server):
     bad = server.add('nan.pth', write(tmp_path / 'w', state).read_bytes())
     with refused(ValueError, f"{bad}: ", "'head.fc.bias' in the checkpoint holds NaN"):
         open_model(bad)
+
+
+def test_sscd(tmp_path):
+    """A ResNet of torchvision, GeM, a linear layer, L2; in the files all below `backbone`."""
+    torch.manual_seed(0)
+    network = torchvision.models.resnet18(num_classes=512).eval()
+    with torch.no_grad():
+        for name, value in network.state_dict().items():
+            if name.endswith(('running_mean', 'fc.bias')):
+                value.normal_()
+    torch.save({f'backbone.{k}': v for k, v in network.state_dict().items()}, tmp_path / 'sscd.torchvision.pt')
+    x = torch.randn(2, 3, 96, 64)
+    body = torch.nn.Sequential(*list(network.children())[:-2])
+    assert main(['convert', str(tmp_path / 'sscd.torchvision.pt'), '-o', str(tmp_path / 'sscd')]) == 0
+    with torch.no_grad():
+        pooled = body(x).flatten(2).clamp(min=1e-6).pow(3).mean(2).pow(1 / 3)
+        expected = torch.nn.functional.normalize(network.fc(pooled))
+        for source in (tmp_path / 'sscd.torchvision.pt', tmp_path / 'sscd'):
+            opened = open_model(source)
+            torch.testing.assert_close(opened.embed(x), expected, rtol=1e-5, atol=1e-6)
+    cfg = opened.pretrained_cfg
+    assert (opened.num_classes, opened.gem_p, cfg['input_size'], cfg['crop_pct']) == (0, 3, (3, 288, 288), 1)
+    network.fc = torch.nn.Linear(512, 10)
+    torch.save({f'backbone.{k}': v for k, v in network.state_dict().items()}, tmp_path / 'other.pt')
+    with pytest.raises(ValueError, match='matches none of'):
+        open_model(tmp_path / 'other.pt')
 
 
 def test_model_by_name(tmp_path, capsys):

@@ -27,7 +27,8 @@ def add_model(parser: argparse.ArgumentParser, positional: bool = True) -> None:
     if positional:
         parser.add_argument('model', metavar='MODEL', help=MODEL)
     group = parser.add_argument_group('model')
-    group.add_argument('--pool', metavar='NAME', help="pooling: gem, mac, spoc, rmac, crow, avg (default: the model's)")
+    group.add_argument('--pool', metavar='NAME', help='pooling: gem, mac, spoc, rmac, crow, avg, cls, cls+gem, map, '
+                                                      "trunk (default: the model's)")
     group.add_argument('--p', type=float, metavar='P', help="exponent of GeM (default: the model's)")
     add(group, '--no-pretrained', '--no-ema')
 

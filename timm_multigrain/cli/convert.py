@@ -1,4 +1,4 @@
-"""Convert a checkpoint of the original implementation, or of train.py, to a timm folder.
+"""Convert a checkpoint of the original implementation, of SSCD (for torchvision), or of train.py, to a timm folder.
 
     timm-multigrain convert multigrain_resnet50.fb_p3_l05_in1k -o my-model
     timm-multigrain convert joint_3B_0.5.pth -o my-model

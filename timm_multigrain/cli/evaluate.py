@@ -40,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('what to measure')
     add = group.add_argument
     add('--pool', nargs='+', default=[], metavar='NAME',
-        help="poolings: gem, mac, spoc, rmac, crow, avg (default: the model's own)")
-    add('--p', nargs='+', type=float, default=[], metavar='P', help='exponents of gem')
+        help="poolings: gem, mac, spoc, rmac, crow, avg, cls, cls+gem, map, trunk (default: the model's own)")
+    add('--p', nargs='+', type=float, default=[], metavar='P', help='exponents of gem and cls+gem')
     add('--whiten', metavar='IMAGES', help='add each system with a whitening fitted on these images, at the same size '
                                            'and p: folder or list, none of the benchmark')
     add('--nmi', action='store_true', help='also cluster the queries (k-means, slow for many labels): NMI')

@@ -16,8 +16,8 @@ from tqdm import tqdm
 
 from timm_multigrain.files import printable
 from timm_multigrain.images.sources import ImageSource, UnreadableImage
-from timm_multigrain.layers import GeM, l2_normalize
 from timm_multigrain.layers import gem as power_mean
+from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.trunk import InputSizes, fold_batch_norm
 
 from .protocol import Protocol
@@ -259,11 +259,11 @@ class Embedder:
         """Mean over views, of descriptors normalised again; over scales GeM's mean where the model pools with it."""
         if len(vectors) == 1:
             return vectors[0]
-        stacked, pool = torch.stack(vectors), self.model.head.pool
-        if not (over_scales and self.descriptor and isinstance(pool, GeM) and not self.model.whitened):
+        stacked, head = torch.stack(vectors), self.model.head
+        if not (over_scales and self.descriptor and head.global_pool == 'gem' and not self.model.whitened):
             mean = stacked.mean(0)
         else:  # GeM's values are above 0
-            mean = power_mean(stacked, pool.p, torch.finfo(stacked.dtype).tiny, dim=[0], fixed=pool.fixed)
+            mean = power_mean(stacked, head.pool.p, torch.finfo(stacked.dtype).tiny, dim=[0], fixed=head.pool.fixed)
         return l2_normalize(mean) if self.descriptor else mean
 
 

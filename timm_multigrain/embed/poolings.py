@@ -1,7 +1,7 @@
 """Several descriptors from one pass of a trunk: each pooling of the literature, as it is and whitened.
 
-SPoC, MAC, R-MAC, CroW and GeM differ in how they pool the map that the trunk gives, and nothing else, so that comparing
-them costs one trunk: `Systems` runs it once per image and puts the embeddings side by side, `take` takes one out.
+They differ in how they pool what the trunk gives, and nothing else, so that comparing them costs one trunk: `Systems`
+runs it once per image and puts the embeddings side by side, `take` takes one out.
 """
 import copy
 import math
@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from timm.layers import get_device_dtype
 from torch import nn
 
 from timm_multigrain.layers import l2_normalize
@@ -17,7 +16,9 @@ from timm_multigrain.models.multigrain import MultiGrain
 
 __all__ = ['POOLINGS', 'SUMS', 'System', 'Systems', 'UnitPool', 'choose_systems', 'with_own_head']
 
-POOLINGS = {'gem': 'GeM', 'mac': 'MAC', 'spoc': 'SPoC', 'rmac': 'R-MAC', 'crow': 'CroW', 'avg': 'average'}
+POOLINGS = {'gem': 'GeM', 'mac': 'MAC', 'spoc': 'SPoC', 'rmac': 'R-MAC', 'crow': 'CroW', 'avg': 'average',
+            'trunk': "trunk's own", 'cls': 'class token', 'cls+gem': 'class token + GeM', 'map': 'attention pooling'}
+_WITH_P = ('gem', 'cls+gem')
 SUMS = ('spoc', 'rmac', 'crow')  # over positions or regions, of which there are more in a larger image
 _EXPONENTS = {'mac': 'inf', 'spoc': 1.0, 'avg': 1.0}
 
@@ -28,7 +29,7 @@ class System:
 
     Attributes:
         pooling: One of `POOLINGS`.
-        p: Exponent of 'gem'; None for the other poolings, and for an exponent per channel.
+        p: Exponent of 'gem' and 'cls+gem'; None for the other poolings, and for an exponent per channel.
         whitening: Components of the whitened descriptor, None without.
         own: Whether it is the model's own pooling, with the whitening it was saved with.
     """
@@ -48,7 +49,7 @@ class System:
         return POOLINGS.get(self.pooling, 'GeM')
 
     def __str__(self) -> str:
-        p = f' p={self.p:g}' if self.pooling == 'gem' and self.p is not None else ''
+        p = f' p={self.p:g}' if self.pooling in _WITH_P and self.p is not None else ''
         return self.name + p + ('' if self.whitening is None else f', whitened {self.whitening}')
 
 
@@ -73,10 +74,10 @@ def choose_systems(model: MultiGrain, poolings: Sequence[str] = (), exponents: S
     for p in exponents:
         if not p > 0:
             raise ValueError(f'p = {p} cannot be an exponent: it has to be above 0.')
-    if exponents and 'gem' not in poolings:
+    if exponents and not set(_WITH_P) & set(poolings):
         raise ValueError(f'p is the exponent of gem, and the poolings are {", ".join(poolings)}: add gem.')
     return [System(name, p) for name in poolings
-            for p in ((exponents or [own.p or 3.0]) if name == 'gem' else [None])]
+            for p in ((exponents or [own.p or 3.0]) if name in _WITH_P else [None])]
 
 
 def _own(model: MultiGrain) -> System:
@@ -89,7 +90,7 @@ class Systems(nn.Module):
 
     Args:
         systems: What each head computes.
-        models: A model for each, all with the same trunk.
+        models: A model for each, all with the same trunk but for its head.
     """
     num_classes, whitened = 0, False
 
@@ -97,7 +98,8 @@ class Systems(nn.Module):
         super().__init__()
         self.systems, self.models = list(systems), list(models)  # a list: the trunk is registered once
         first = self.models[0]
-        self.trunk, self.in_chans, self.input_sizes = first.trunk, first.in_chans, first.input_sizes
+        self.in_chans, self.input_sizes = first.in_chans, first.input_sizes
+        self.trunks = nn.ModuleList(dict.fromkeys(model.trunk for model in self.models))
         self.heads = nn.ModuleList(model.head for model in self.models)
         self.embed_dim = sum(model.embed_dim for model in self.models)
         self.train(first.training)
@@ -110,13 +112,16 @@ class Systems(nn.Module):
             ValueError: The model has a whitening, which was fitted for its own pooling, and a system is another.
         """
         models = [with_own_head(model) for _ in systems]
+        headless = None
         for system, other in zip(systems, models, strict=True):
-            if model.whitened and not system.own:
+            if system.own:
+                continue
+            if model.whitened:
                 raise ValueError(f'The model is whitened for its own pooling ({_own(model)}), not for {system}: '
                                  'evaluate it as it is, or take the model without whitening and fit one to each.')
-            if not system.own:
-                name = f'gem{float(system.p)}' if system.pooling == 'gem' else system.pooling
-                other.head.reset_pool(name, **get_device_dtype(model))
+            other.set_pool(f'{system.pooling}{float(system.p)}' if system.pooling in _WITH_P else system.pooling)
+            if other.trunk is not model.trunk:  # the same for all of them
+                headless = other.trunk = headless or other.trunk
         return cls(systems, models)
 
     def __len__(self) -> int:
@@ -128,7 +133,8 @@ class Systems(nn.Module):
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = True) -> torch.Tensor:
         """The map to the embeddings side by side, (N, embed_dim)."""
-        return torch.cat([head(x, pre_logits=True) for head in self.heads], 1)
+        given = {trunk: trunk.forward_head(x) for trunk in self.trunks}
+        return torch.cat([model.head(given[model.trunk], pre_logits=True) for model in self.models], 1)
 
     def take(self, embeddings: torch.Tensor, number: int, normalize: bool = True) -> torch.Tensor:
         """One system's columns of embeddings side by side, L2-normalised or as they are."""

@@ -1,3 +1,4 @@
+from .class_token import ClassToken
 from .functional import l2_normalize
 from .gem import GeM, gem
 from .pool_factory import create_pool, is_multigrain_pool
@@ -5,4 +6,5 @@ from .regional import MAC, RMAC, CroW, SPoC
 from .whitening import Whitening
 
 __all__ = [
-    'MAC', 'RMAC', 'CroW', 'GeM', 'SPoC', 'Whitening', 'create_pool', 'gem', 'is_multigrain_pool', 'l2_normalize']
+    'MAC', 'RMAC', 'ClassToken', 'CroW', 'GeM', 'SPoC', 'Whitening', 'create_pool', 'gem', 'is_multigrain_pool',
+    'l2_normalize']

@@ -19,6 +19,7 @@ import torch
 import torch.nn as nn
 from timm.layers import ClNormMlpClassifierHead
 
+from .class_token import ClassToken
 from .gem import GeM
 from .regional import MAC, RMAC, CroW, SPoC
 
@@ -37,7 +38,7 @@ def _parse_gem(name: str) -> tuple[float, bool] | None:
 
 def is_multigrain_pool(name: str | None) -> bool:
     """Whether `create_pool` knows the name."""
-    return isinstance(name, str) and (name in _REGIONAL or _parse_gem(name) is not None)
+    return isinstance(name, str) and (name in ('cls', *_REGIONAL) or _parse_gem(name) is not None)
 
 
 def create_pool(
@@ -50,7 +51,8 @@ def create_pool(
     """Pooling layer by name.
 
     Args:
-        name: 'gem' (p = 3), 'gem4', 'gem2.5', 'geminf', 'gem_learn', 'gem4_learn', 'mac', 'spoc', 'rmac' or 'crow'.
+        name: 'gem' (p = 3), 'gem4', 'gem2.5', 'geminf', 'gem_learn', 'gem4_learn', 'mac', 'spoc', 'rmac',
+            'crow' or 'cls' (the class token).
         input_fmt: 'NCHW', 'NHWC' or 'NLC'.
         flatten: Return (N, C); otherwise the pooled dimensions stay as 1.
         num_prefix_tokens: Leading tokens left out of the pooling, 'NLC' only.
@@ -66,11 +68,13 @@ def create_pool(
     kwargs = {'input_fmt': input_fmt, 'flatten': flatten, 'num_prefix_tokens': num_prefix_tokens}
     if name in _REGIONAL:
         return _REGIONAL[name](**kwargs)
+    if name == 'cls':
+        return ClassToken(**kwargs)
     gem = _parse_gem(name)
     if gem is None:
         raise ValueError(
             f"Unknown pooling {name!r}, expected 'gem' (p = 3), 'gem<p>' with a number p > 0 such as 'gem4' or "
-            f"'gem2.5', 'geminf', 'gem_learn', 'gem<p>_learn', {', '.join(map(repr, _REGIONAL))}.")
+            f"'gem2.5', 'geminf', 'gem_learn', 'gem<p>_learn', {', '.join(map(repr, _REGIONAL))}, 'cls'.")
     return GeM(gem[0], learn_p=gem[1], persistent=persistent, **kwargs)
 
 

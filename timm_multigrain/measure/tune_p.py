@@ -30,7 +30,7 @@ from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.shards import iter_shards
 from timm_multigrain.files import check_json, read_json, write_text
 from timm_multigrain.images.sources import ImageSource
-from timm_multigrain.layers import GeM, gem
+from timm_multigrain.layers import gem
 from timm_multigrain.models.config import json_p
 from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.open import weights_sha256
@@ -258,8 +258,9 @@ def scan_p_groups(
 
 def check_p_model(model: MultiGrain) -> None:
     """Raises ValueError, with the reason, if another p cannot be given to a model."""
-    if not isinstance(model.head.pool, GeM):
-        raise ValueError(f'The model pools with {model.global_pool!r}, which has no exponent: open it with pool gem.')
+    if model.global_pool != 'gem':
+        raise ValueError(f'The model pools with {model.global_pool!r}, which has no exponent to find: open it with '
+                         'pool gem, or with avg to start from p = 1.')
     if not isinstance(model.gem_p, float):
         raise ValueError('The model has an exponent for each channel: one p cannot replace them.')
     if model.whitened:
@@ -303,7 +304,7 @@ def _map(embedder: Embedder, pixels: np.ndarray) -> torch.Tensor:
     """The trunk's map of an image, (1, ...), as GeM takes it."""
     x = embedder.protocol.normalize(torch.from_numpy(pixels)[None].to(embedder.device))
     with torch.autocast(x.device.type, embedder.dtype or torch.bfloat16, enabled=embedder.dtype is not None):
-        maps = embedder.model.forward_features(x).float()
+        maps = embedder.model.trunk(x).float()
     pool = embedder.model.head.pool
     return maps[:, pool.num_prefix_tokens:] if pool.input_fmt == 'NLC' else maps
 

@@ -19,10 +19,12 @@ from timm_multigrain.layers import GeM, Whitening, create_pool, is_multigrain_po
 from timm_multigrain.layers.functional import is_traced
 
 from .config import model_cfg
-from .trunk import FeatureMap, InputSizes, create_trunk, find_input_sizes, probe_trunk
+from .trunk import FeatureMap, InputSizes, create_trunk, find_input_sizes, probe_trunk, sharing_copy
 from .weights import checkpoint_filter_fn, is_multigrain, unwrapped  # timm looks the first up beside the class
 
-__all__ = ['MultiGrain', 'MultiGrainHead', 'checkpoint_filter_fn']
+__all__ = ['MultiGrain', 'MultiGrainHead', 'checkpoint_filter_fn', 'rebuilding_args']
+
+_OWN_POOLS = ('trunk', 'map')  # those of the trunk's own head, weights included
 
 
 class MultiGrainHead(nn.Module):
@@ -36,40 +38,53 @@ class MultiGrainHead(nn.Module):
             self, feature_map: FeatureMap, num_classes: int, global_pool: str, gem_args: dict[str, Any],
             drop_rate: float = 0., whitening: int | None = None, device=None, dtype=None):
         super().__init__()
-        self.feature_map = feature_map
         self.gem_args = gem_args
-        self.global_pool = self.pool = None
-        self.reset_pool(global_pool, device)
-        self.embed_dim = feature_map.channels if whitening is None else whitening
+        self.pool = self.channels = None
+        self.reset_pool(global_pool, device, feature_map=feature_map)
         self.whitening = nn.Identity()
         if whitening is not None:
-            self.whitening = Whitening(feature_map.channels, whitening, device=device, dtype=dtype)
+            self.whitening = Whitening(self.channels, whitening, device=device, dtype=dtype)
+            self.embed_dim = whitening
         self.drop = nn.Dropout(drop_rate)
         self.reset_fc(num_classes, device, dtype)
 
-    def reset_pool(self, global_pool: str, device=None, dtype=None) -> None:
-        """Change the pooling. 'gem' keeps an existing GeM, and restores a removed one with its p."""
-        if global_pool == self.global_pool:
+    def reset_pool(self, global_pool: str, device=None, dtype=None, feature_map: FeatureMap | None = None) -> None:
+        """Change the pooling. 'gem' keeps an existing GeM, and restores a removed one with its p.
+
+        The map is another one with a ``feature_map``. A whitening of other channels goes.
+        """
+        if feature_map is None and global_pool == self.global_pool:
             return
-        name = {'avg': 'gem1', 'max': 'geminf'}.get(global_pool, global_pool)
-        if name and not is_multigrain_pool(name):
+        args, fmt = self.gem_args, feature_map or self.feature_map
+        prefix, _, name = global_pool.rpartition('+')
+        name = {'avg': 'gem1', 'max': 'geminf'}.get(name, name)
+        own = global_pool in _OWN_POOLS
+        if prefix not in ('', 'cls') or not (is_multigrain_pool(name) or global_pool == '' or own):
             raise ValueError(
                 f"Unknown global_pool {global_pool!r} for a MultiGrain model: choose 'gem', 'gem4', 'gem_learn', "
-                "'avg', 'max', 'mac', 'spoc', 'rmac', 'crow', or '' for the unpooled map.")
-        args, fmt = self.gem_args, self.feature_map
+                "'avg', 'max', 'mac', 'spoc', 'rmac', 'crow', 'cls', 'cls+gem', 'trunk', 'map', or '' for the unpooled "
+                "map.")
+        if 'cls' in (prefix, name) and not fmt.class_token:
+            raise ValueError(f'global_pool={global_pool!r} takes the class token, which this trunk does not have: '
+                             "choose 'trunk', its own pooling, or 'gem'.")
         if isinstance(self.pool, GeM) and not self.pool.per_channel:
             args.update(p=self.pool.value())
         kwargs = dict(input_fmt=fmt.format, num_prefix_tokens=fmt.prefix_tokens)
-        pool = create_pool(name, **kwargs) if name else nn.Identity()
-        self.global_pool = name
+        pool = nn.Identity() if own or not name else create_pool(name, **kwargs)
         if isinstance(pool, GeM):  # 'gem4', 'avg' and the like are GeM with that exponent
-            self.global_pool = 'gem'
             if name != 'gem':
                 args.update(p=pool.value(), learn_p=pool.learn_p, per_channel=False)
             channels = fmt.channels if args['per_channel'] else None
             pool = GeM(args['p'], args['learn_p'], num_channels=channels, eps=args['eps'], **kwargs)
+            name = 'gem'
+        self.feature_map, self.global_pool = fmt, f'cls+{name}' if prefix else name
         self.pool = pool.to(device=device).train(self.training)
+        self.with_class_token = bool(prefix)
         self.pooled = bool(name)  # the whitening and the classifier work on pooled embeddings only
+        channels = fmt.channels * (2 if prefix else 1)
+        if channels != self.channels:
+            self.channels = self.embed_dim = channels
+            self.whitening = nn.Identity()
 
     def reset_fc(self, num_classes: int, device=None, dtype=None) -> None:
         """Give the head a fresh classifier of ``num_classes`` rows, none for 0."""
@@ -83,14 +98,9 @@ class MultiGrainHead(nn.Module):
             self.fc = nn.Linear(self.embed_dim, num_classes, device=device, dtype=dtype)
         self.fc.train(self.training)
 
-    def set_channels(self, channels: int) -> None:
-        """Take a map of so many channels from now on (a pruned trunk's); a whitening of other channels goes."""
-        self.feature_map = self.feature_map._replace(channels=channels)
-        self.whitening = nn.Identity()
-        self.embed_dim = channels
-
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.pool(x)
+        pooled = self.pool(x)
+        x = torch.cat([x[:, 0], pooled], 1) if self.with_class_token else pooled
         if self.pooled:
             x = self.whitening(x)
         return x if pre_logits else self.classify(x)
@@ -107,11 +117,13 @@ class MultiGrain(nn.Module):
     a whitening is fitted), ``forward`` the logits and ``embed`` the retrieval descriptor.
 
     Args:
-        trunk: Name of any timm model that gives an NCHW, NHWC or NLC map.
+        trunk: Name of a timm model that gives an NCHW, NHWC or NLC map, or with its own pooling of any.
         num_classes: Classes, 0 for a model whose output is the embedding.
         in_chans: Channels of the input image.
-        global_pool: 'gem', 'gem4', 'gem_learn', 'avg' (p = 1), 'max' (p = inf), 'mac', 'spoc', 'rmac', 'crow', or ''
-            for none.
+        global_pool: Pooling of the trunk's map: 'gem', 'gem4', 'gem_learn', 'avg' (p = 1), 'max' (p = inf), 'mac',
+            'spoc', 'rmac', 'crow', or '' for none. Of tokens: 'cls', the class token, and 'cls+gem', beside it what
+            GeM makes of the others. With the weights of the trunk's own head: 'trunk', which gives what timm's
+            ``forward_head(..., pre_logits=True)`` does, and 'map', timm's attention pooling.
         gem_p: GeM exponent, > 0, inf allowed. None: 3, or the p of the pretrained weights.
         learn_p: Train the exponent.
         per_channel_p: One exponent a channel.
@@ -119,13 +131,15 @@ class MultiGrain(nn.Module):
         drop_rate: Dropout before the classifier.
         pretrained_trunk: Start from timm's weights for the trunk: True, or the name of a tag.
         whitening: Components of the whitened embedding (at most C + 1), None without whitening.
+        trunk_pool: What 'trunk' pools with, by timm's name, where that is not what the trunk is made with.
         **trunk_kwargs: The trunk's own arguments (drop_path_rate, img_size, ...).
 
     Shape:
         (N, in_chans, H, W) float to (N, num_classes).
 
     Raises:
-        ValueError: Unknown trunk, a trunk without a map of positions, or an impossible p, pooling or whitening.
+        ValueError: Unknown trunk, a trunk without what the pooling takes (a map of positions, a class token), or an
+            impossible p, pooling or whitening.
 
     Example:
         >>> model = timm.create_model('multigrain_resnet18', num_classes=10).eval()
@@ -150,6 +164,7 @@ class MultiGrain(nn.Module):
             drop_rate: float = 0.,
             pretrained_trunk: bool | str = False,
             whitening: int | None = None,
+            trunk_pool: str | None = None,
             device=None,
             dtype=None,
             **trunk_kwargs,
@@ -158,16 +173,15 @@ class MultiGrain(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.trunk = create_trunk(trunk, pretrained_trunk, in_chans, **trunk_kwargs, **dd)
+        own_pool = {'trunk': trunk_pool, 'map': 'map'}.get(global_pool, '')
+        self.trunk = create_trunk(trunk, pretrained_trunk, in_chans, own_pool, **trunk_kwargs, **dd)
+        self._trunk_kwargs = {**trunk_kwargs, 'trunk_pool': trunk_pool}
         if ':' in trunk:  # what rebuilds the model is recorded, not the place that it came from
             trunk = self.trunk.pretrained_cfg['architecture']
-            trunk_kwargs = {k: v for k, v in self.trunk._model_args.items()
-                            if k not in ('num_classes', 'global_pool', 'in_chans')}
+            self._trunk_kwargs = rebuilding_args(self.trunk)
         self.trunk_name = trunk
-        feature_map = probe_trunk(self.trunk, trunk)
-        self.output_fmt = feature_map.format
-        self.num_prefix_tokens = feature_map.prefix_tokens
-        self.num_features = feature_map.channels
+        feature_map = probe_trunk(self.trunk, trunk, pooled=own_pool != '')
+        self._describe(feature_map)
         infos = getattr(self.trunk, 'feature_info', [])
         self.feature_info = [dict(info, **({'module': f'trunk.{info["module"]}'} if 'module' in info else {}))
                              for info in copy.deepcopy(getattr(infos, 'info', infos))]
@@ -178,10 +192,16 @@ class MultiGrain(nn.Module):
         # an exponent that was asked for wins over the one of pretrained weights
         self.fixed_p = not self.head.gem_args['learn_p'] and (gem_p is not None or global_pool != 'gem')
         self.pretrained_cfg = self.default_cfg = model_cfg(self.trunk.pretrained_cfg, architecture='multigrain')
-        self._trunk_kwargs = trunk_kwargs
         self._input_sizes = None  # looked for when it is asked for
         self._recorded_args = {}
         self._traits = {k: v for k, v in get_model_traits(self.trunk).items() if k in ('img_size', 'fixed_input_size')}
+
+    def _describe(self, feature_map: FeatureMap) -> None:
+        """timm's attributes of what ``forward_features`` gives."""
+        pooled = feature_map.format == 'NC'
+        self.output_fmt = getattr(self.trunk, 'output_fmt', 'NCHW') if pooled else feature_map.format
+        self.num_prefix_tokens = feature_map.prefix_tokens
+        self.num_features = self.trunk.num_features if pooled else feature_map.channels
 
     @property
     def global_pool(self) -> str:
@@ -288,13 +308,38 @@ class MultiGrain(nn.Module):
         Another ``global_pool`` may be given, '' for the unpooled map. None keeps the present one, and brings GeM back
         where '' had taken it off and classes are asked for.
         """
-        dd = get_device_dtype(self)
         if global_pool is None and num_classes and not self.head.pooled:
             global_pool = 'gem'
         if global_pool is not None:
-            self.head.reset_pool(global_pool, **dd)
-        self.head.reset_fc(num_classes, **dd)
+            self.set_pool(global_pool)
+        self.head.reset_fc(num_classes, **get_device_dtype(self))
         self.num_classes = num_classes
+
+    @torch.jit.ignore
+    def set_pool(self, global_pool: str) -> None:
+        """Change the pooling. A classifier stays if the embedding has as many channels as before.
+
+        The head of the trunk itself, once replaced by another pooling, does not come back.
+        """
+        has_own, dd = self.head.feature_map.format == 'NC', get_device_dtype(self)
+        if global_pool in _OWN_POOLS:
+            if not has_own:
+                raise ValueError(f'{global_pool!r} needs the own head of the trunk {self.trunk_name!r}, which this '
+                                 'model was made without: make it with that pooling, or open the timm model.')
+            if global_pool == 'map' and getattr(self.trunk, 'attn_pool', None) is None:
+                raise ValueError(f"The trunk {self.trunk_name!r} was not trained with attention pooling ('map'): "
+                                 "choose 'trunk', its own pooling, or 'gem'.")
+            self.head.reset_pool(global_pool, **dd)
+        elif not has_own:
+            self.head.reset_pool(global_pool, **dd)
+        else:
+            trunk = _headless(self.trunk, self.trunk_name)
+            feature_map = probe_trunk(trunk, self.trunk_name)
+            self.head.reset_pool(global_pool, **dd, feature_map=feature_map)
+            self.trunk, self._trunk_kwargs = trunk, {**rebuilding_args(trunk), 'trunk_pool': None}
+            self._describe(feature_map)
+        if self.num_classes and not (self.head.pooled and self.head.fc.in_features == self.embed_dim):
+            self.reset_classifier(0)
 
     @torch.jit.ignore
     def set_gem_p(self, p: float) -> None:
@@ -308,7 +353,7 @@ class MultiGrain(nn.Module):
     def set_whitening(self, components: int) -> None:
         """Make room for a whitening of so many components and a classifier of that width, both to be loaded."""
         dd = get_device_dtype(self)
-        self.head.whitening = Whitening(self.num_features, components, **dd)
+        self.head.whitening = Whitening(self.head.channels, components, **dd)
         self.head.embed_dim = components
         self.head.reset_fc(self.num_classes, **dd)
 
@@ -317,30 +362,28 @@ class MultiGrain(nn.Module):
             self, x: torch.Tensor, indices: int | list[int] | None = None, intermediates_only: bool = False, **kwargs,
     ) -> list[torch.Tensor] | tuple[torch.Tensor, list[torch.Tensor]]:
         """The trunk's intermediate maps, and the last one as ``forward_features`` gives it. Arguments as in timm."""
-        out = self.trunk.forward_intermediates(x, indices=indices, intermediates_only=intermediates_only, **kwargs)
-        return out if intermediates_only else (self.trunk.forward_head(out[0]), out[1])
+        return self.trunk.forward_intermediates(x, indices=indices, intermediates_only=intermediates_only, **kwargs)
 
     @torch.jit.ignore
     def prune_intermediate_layers(
             self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True) -> list[int]:
         """Drop the layers behind the last of these intermediate maps. Arguments and result as in timm."""
         indices = self.trunk.prune_intermediate_layers(indices, prune_norm=prune_norm, prune_head=prune_head)
-        channels = probe_trunk(self.trunk, self.trunk_name).channels
-        pruned = channels != self.num_features
-        if pruned:
-            self.head.set_channels(channels)
-            self.num_features = channels
-        if prune_head or pruned:
-            self.reset_classifier(0, '')
+        pooled = self.head.feature_map.format == 'NC' and not prune_head
+        feature_map = probe_trunk(self.trunk, self.trunk_name, pooled)
+        if prune_head or feature_map.channels != self.head.feature_map.channels:
+            self.head.reset_pool('', **get_device_dtype(self), feature_map=feature_map)
+            self._describe(feature_map)
+            self.reset_classifier(0)
         return indices
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) to the trunk's map: (N, C, h, w), (N, h, w, C) or (N, L, C), see ``output_fmt``."""
-        return self.trunk(x)
+        return self.trunk.forward_features(x)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """The map to (N, num_classes) logits, or with ``pre_logits`` to the (N, embed_dim) embedding."""
-        return self.head(x, pre_logits=pre_logits)
+        return self.head(self.trunk.forward_head(x), pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, in_chans, H, W) to (N, num_classes) logits."""
@@ -381,6 +424,23 @@ class MultiGrain(nn.Module):
                 x = F.interpolate(x, size=size, mode='bilinear', antialias=True)
         embedding = self.forward_head(self.forward_features(x), pre_logits=True)
         return l2_normalize(embedding[:, :dim].float())
+
+
+def rebuilding_args(model: nn.Module) -> dict[str, Any]:
+    """Of a timm model what a MultiGrain on such a trunk is made with."""
+    args = dict(getattr(model, '_model_args', {}))
+    own = {'trunk_pool': args.pop('global_pool', None)}
+    return own | {k: v for k, v in args.items() if k not in ('num_classes', 'in_chans', 'drop_rate')}
+
+
+def _headless(trunk: nn.Module, name: str) -> nn.Module:
+    """A trunk with the same weights that gives its map."""
+    trunk = sharing_copy(trunk)
+    try:
+        trunk.reset_classifier(0, '')
+    except (AssertionError, TypeError) as e:
+        raise ValueError(f"Trunk {name!r} pools in a way of its own only ({e}): its pooling is 'trunk'.") from e
+    return trunk
 
 
 def _prefix_pattern(pattern: str) -> str:

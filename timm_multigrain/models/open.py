@@ -18,23 +18,25 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.layers import get_device_dtype
 from timm.models import get_model_traits, get_pretrained_cfg, get_pretrained_cfg_value, is_model_pretrained
 
 from timm_multigrain.files import read_json
 from timm_multigrain.images.labels import read_class_names
-from timm_multigrain.layers import GeM
+from timm_multigrain.layers import GeM, is_multigrain_pool
 
 from .config import check_config, check_saved_args, model_cfg
 from .download import check_reachable, download
-from .multigrain import MultiGrain
+from .multigrain import MultiGrain, rebuilding_args
 from .registry import register_multigrain
+from .trunk import sharing_copy
 from .weights import (
     CONFIG,
+    SSCD_CFG,
     WEIGHTS,
     UnreadableWeightsError,
     checkpoint_filter_fn,
     is_multigrain,
+    is_sscd,
     model_state,
     read_checkpoint,
     recognize_model,
@@ -49,8 +51,6 @@ _OF_THE_WEIGHTS = ('url', 'hf_hub_id', 'tag', 'description', 'notes', 'test_inpu
 _OF_THE_AUTHORS = ('license', 'origin_url')  # and which still holds of weights that were tuned from them
 # beside the data configuration, what a MultiGrain takes from the timm model that it is made of
 _ALSO_KEPT = ('license', 'tag', 'label_names', 'label_descriptions', 'test_input_size', 'test_crop_pct', 'crop_mode')
-_POOLINGS = {'avg': 'avg', 'fast': 'avg', 'fastavg': 'avg', 'max': 'max', 'fastmax': 'max',
-             **{name: name for name in ('mac', 'spoc', 'rmac', 'crow')}}
 
 
 def open_model(
@@ -70,11 +70,13 @@ def open_model(
 
     Args:
         name: A folder of `save_pretrained` or of timm; a checkpoint of timm's train.py, of the original implementation,
-            or bare weights, as a file or http(s) address; a MultiGrain with or without its tag; 'hf-hub:...'; or any
-            timm model ('resnet50', 'resnet50.a1_in1k'). A timm model is opened as it was trained, with its pooling and
-            its classifier, if that is a linear one on a pooled map; otherwise with GeM and none, and a warning.
-        pool: Another pooling: 'gem', 'mac', 'spoc', 'rmac', 'crow', 'avg' or 'max'.
-        p: Another exponent of GeM.
+            of SSCD (for torchvision), or bare weights, as a file or http(s) address; a MultiGrain with or without its
+            tag; 'hf-hub:...'; or any timm model ('resnet50', 'resnet50.a1_in1k'). A timm model is opened as it was
+            trained, with its pooling ('trunk', or 'gem' and the like where it was trained with that) and its
+            classifier, if that is a linear one on the embedding; otherwise with none, and a warning.
+        pool: Another pooling, see `MultiGrain`: 'gem', 'mac', 'spoc', 'rmac', 'crow', 'avg', 'max', 'cls', 'cls+gem',
+            or of a timm model 'trunk' or 'map'. A classifier stays where it still says the same.
+        p: Another exponent of GeM, which a timm model is then opened with.
         pretrained: False for random weights, with names only.
         num_classes: Classes of the model, 0 for none. A number that is not the model's own gives it a random
             classifier. None: as it is.
@@ -98,16 +100,21 @@ def open_model(
     name = os.fsdecode(name)
     model = _open(name, pretrained, ema, architecture)
     with _building(name):
-        model = _as_multigrain(model, name, pool)
+        model = _as_multigrain(model, name)
         check_config(model.pretrained_cfg)
     if num_classes is not None and num_classes != model.num_classes:
         model.reset_classifier(num_classes)
     if pool == '':
         raise ValueError("pool='' gives a map, not a descriptor: give 'gem', 'mac', 'spoc', 'rmac', 'crow' or 'avg'.")
+    if p is not None and pool is None and model.global_pool == 'trunk':
+        pool = 'gem'
     before = (model.global_pool, model.gem_p)
+    whitened = model.whitened
     if pool is not None:
-        model.head.reset_pool(pool, **get_device_dtype(model))
-    if model.whitened and (model.global_pool, model.gem_p) != before:
+        if model.global_pool == 'trunk' and pool not in ('trunk', 'map') and not _is_average(model):
+            model.reset_classifier(0)
+        model.set_pool(pool)
+    if whitened and (model.global_pool, model.gem_p) != before:
         raise ValueError(f'{name} was whitened for its own pooling: {pool!r} needs a model without whitening.')
     if p is not None:
         if model.whitened and p != model.gem_p:
@@ -205,6 +212,8 @@ def _from_file(path: Path, shown: str, ema: bool, architecture: str | None) -> n
             raise ValueError(f'it does not fit {name}: {" ".join(str(e).split())}') from e
         unknown = () if tag else _OF_THE_WEIGHTS if args.get('pretrained') else (*_OF_THE_WEIGHTS, *_OF_THE_AUTHORS)
         cfg = {**model.pretrained_cfg, **dict.fromkeys(unknown), 'num_classes': model.num_classes}
+        if is_sscd(weights_in(checkpoint, ema)):
+            cfg.update(SSCD_CFG)
         if args:  # what it was trained at replaces what is recommended for the weights that it started from
             cfg.update(resolve_data_config(args, model=model), test_crop_pct=None, test_pool_size=None, pool_size=None)
             names = read_class_names(path)
@@ -231,8 +240,8 @@ def _model_args(name: str, state: dict, args: dict) -> dict[str, Any]:
         bn_momentum=args.get('bn_momentum'), bn_eps=args.get('bn_eps'))
 
 
-def _as_multigrain(model: nn.Module, shown: str, pool: str | None) -> MultiGrain:
-    """A MultiGrain as it is, and any other timm model with its own pooling and classifier where we have them."""
+def _as_multigrain(model: nn.Module, shown: str) -> MultiGrain:
+    """A MultiGrain as it is, and any other timm model with its own pooling and, if that is a linear one, classifier."""
     if isinstance(model, MultiGrain):
         return model
     if not hasattr(model, 'pretrained_cfg') or not hasattr(model, 'forward_head'):
@@ -240,40 +249,44 @@ def _as_multigrain(model: nn.Module, shown: str, pool: str | None) -> MultiGrain
     pooling = _pooling_of(model)
     if pooling is not None:
         with suppress(ValueError):  # weights that a trunk without its pooling has no place for
-            own = _wrap(model, model.num_classes, **pooling)
+            own = _wrap(model, model.num_classes, trunk_pool=None, **pooling)
             if _same_outputs(model, own):
                 return own
-    if pool is None:
+    own = _wrap(model, model.num_classes, global_pool='trunk')
+    if not _same_outputs(model, own):
+        own = _wrap(model, 0, global_pool='trunk')
         warnings.warn(
-            f'{shown} pools in a way of its own, which a MultiGrain does not have: it is opened with GeM, p = 3, and '
-            'without a classifier. Name a pooling to choose another one.', stacklevel=3)
-    with suppress(AssertionError, TypeError):  # then the trunk says what it cannot do
-        model.reset_classifier(0, '')  # some models move their last norm, and record it
-    return _wrap(model, 0)
+            f'{shown} does not classify by a linear layer on its embedding: it is opened without its classifier.',
+            stacklevel=3)
+    return own
 
 
 def _wrap(model: nn.Module, num_classes: int, **pooling: Any) -> MultiGrain:
     """A MultiGrain on a timm model, with its weights and configuration."""
     cfg = model.pretrained_cfg
-    kwargs = {k: v for k, v in getattr(model, '_model_args', {}).items()
-              if k not in ('num_classes', 'global_pool', 'in_chans', 'drop_rate')}
-    own = MultiGrain(
-        cfg['architecture'], num_classes=num_classes, in_chans=getattr(model, 'in_chans', 3), **kwargs, **pooling)
+    own = MultiGrain(cfg['architecture'], num_classes=num_classes, in_chans=getattr(model, 'in_chans', 3),
+                     **{**rebuilding_args(model), **pooling})
     own.load_state_dict(model.state_dict())
     kept = {key: cfg[key] for key in _ALSO_KEPT if cfg.get(key) is not None}
     own.pretrained_cfg = own.default_cfg = model_cfg(cfg, architecture='multigrain', num_classes=num_classes, **kept)
     return own
 
 
+def _is_average(model: MultiGrain) -> bool:
+    """Whether the head of a trunk averages its map and does nothing else, so that the classifier is one of any map."""
+    average = sharing_copy(model)
+    average.set_pool('avg')
+    return _same_outputs(model, average)
+
+
 def _pooling_of(model: nn.Module) -> dict[str, Any] | None:
-    """MultiGrain's arguments for the pooling of a timm model, None if it is another one."""
+    """MultiGrain's arguments for a pooling of ours in a timm model, None if it is another one."""
     gem = next((module for module in model.modules() if isinstance(module, GeM)), None)
     if gem is not None:
         return {'gem_p': gem.value(), 'learn_p': gem.learn_p}
     pools = [getattr(holder, 'global_pool', None) for holder in (getattr(model, 'head', None), model)]
     names = [getattr(pool, 'pool_type', pool) for pool in pools]
-    name = next((_POOLINGS.get(name) for name in names if isinstance(name, str)), None)
-    return name and {'global_pool': name}
+    return next(({'global_pool': name} for name in names if is_multigrain_pool(name)), None)
 
 
 @torch.no_grad()

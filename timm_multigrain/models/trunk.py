@@ -1,4 +1,6 @@
-"""Any timm model as a trunk: created without classifier and pooling, its map, its sizes, its batch norms folded."""
+"""Any timm model as a trunk: created without classifier, with or without its pooling, its map, its sizes, its batch
+norms folded.
+"""
 import copy
 import difflib
 import math
@@ -14,14 +16,16 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import nasnet
 
-__all__ = ['FeatureMap', 'InputSizes', 'create_trunk', 'find_input_sizes', 'fold_batch_norm', 'probe_trunk']
+__all__ = ['FeatureMap', 'InputSizes', 'create_trunk', 'find_input_sizes', 'fold_batch_norm', 'probe_trunk',
+           'sharing_copy']
 
 
 class FeatureMap(NamedTuple):
     """What a trunk gives."""
-    format: str  # 'NCHW', 'NHWC' or 'NLC'
+    format: str  # 'NCHW', 'NHWC' or 'NLC'; 'NC' of a trunk that pools
     channels: int
     prefix_tokens: int = 0  # leading class and register tokens of an NLC map
+    class_token: bool = False  # whether the first of them is one
 
 
 class InputSizes(NamedTuple):
@@ -37,8 +41,15 @@ class InputSizes(NamedTuple):
         return height, width
 
 
-def create_trunk(name: str, pretrained: bool | str = False, in_chans: int = 3, **kwargs) -> nn.Module:
-    """Create a timm model that gives its last feature map instead of logits.
+def create_trunk(
+        name: str,
+        pretrained: bool | str = False,
+        in_chans: int = 3,
+        global_pool: str | None = '',
+        **kwargs,
+) -> nn.Module:
+    """Create a timm model that gives its last feature map instead of logits, or with a ``global_pool`` of timm (None:
+    the model's own) what its head pools that to.
 
     PNASNet-5-Large gets the padding of the original implementation, see `restore_padding`. Transformers that can take
     images of any size, by positions that are interpolated or windows that are masked, are made to. The name may have a
@@ -52,40 +63,63 @@ def create_trunk(name: str, pretrained: bool | str = False, in_chans: int = 3, *
         raise ValueError(f'Unknown trunk {name!r}.{hint}')
     if name.startswith('multigrain'):
         raise ValueError(f'Trunk {name!r} is a MultiGrain model itself: name the timm model inside it.')
-    kwargs = {'pretrained': bool(pretrained), 'num_classes': 0, 'global_pool': '', 'in_chans': in_chans, **kwargs}
+    kwargs = {'pretrained': bool(pretrained), 'num_classes': 0, 'in_chans': in_chans, **kwargs}
+    if global_pool is not None:
+        kwargs['global_pool'] = global_pool
+    # sizes that not every model has, and no dropout of the embedding: that belongs to our classifier
+    optional = {'dynamic_img_size': True, 'drop_rate': 0.}
     try:
-        try:
-            trunk = timm.create_model(name, **{'dynamic_img_size': True, **kwargs})
-        except TypeError as e:
-            if 'dynamic_img_size' not in str(e) or 'dynamic_img_size' in kwargs:
-                raise
-            trunk = timm.create_model(name, **kwargs)
+        trunk = _create(name, {**optional, **kwargs}, [key for key in optional if key not in kwargs])
     except AssertionError as e:
-        raise ValueError(f'Trunk {name!r} cannot be built without its pooling and classifier ({e}).') from e
+        how = f'with global_pool={global_pool!r}' if global_pool else 'without its pooling'
+        raise ValueError(f'Trunk {name!r} cannot be built {how} ({e}): choose another pooling; global_pool=\'trunk\' '
+                         'is its own.') from e
+    if global_pool == 'map' and getattr(trunk, 'attn_pool', None) is None:
+        raise ValueError(f"Trunk {name!r} cannot have timm's attention pooling: choose 'trunk', its own pooling, or "
+                         "'gem'.")
     if isinstance(trunk, timm.models.PNASNet5Large):
         nasnet.restore_padding(trunk)
     return trunk
 
 
-def probe_trunk(trunk: nn.Module, name: str) -> FeatureMap:
-    """Find format and channels of a trunk's map by one forward of shapes only (meta device: no data, no arithmetic)."""
+def _create(name: str, kwargs: dict, optional: list[str]) -> nn.Module:
+    try:
+        return timm.create_model(name, **kwargs)
+    except TypeError as e:
+        unknown = next((key for key in optional if f"'{key}'" in str(e)), None)
+        if unknown is None:
+            raise
+        return _create(name, {k: v for k, v in kwargs.items() if k != unknown}, [k for k in optional if k != unknown])
+
+
+def sharing_copy(module: nn.Module) -> nn.Module:
+    """A copy that may get another head, with the very parameters and buffers of the module."""
+    return copy.deepcopy(module, {id(t): t for t in (*module.parameters(), *module.buffers())})
+
+
+def probe_trunk(trunk: nn.Module, name: str, pooled: bool = False) -> FeatureMap:
+    """Find format and channels of what a trunk gives by one forward of shapes only (meta device: no arithmetic)."""
     try:
         x = _meta_forward(trunk, _own_size(trunk))
     except _FAILURES as e:
-        raise ValueError(f'Trunk {name!r} does not run without its pooling and classifier: {e}') from e
+        raise ValueError(f'Trunk {name!r} does not run without its classifier: {e}') from e
     shape = tuple(x.shape) if isinstance(x, torch.Tensor) else ()
     features = {trunk.num_features, getattr(trunk, 'head_hidden_size', None)} - {None}
     prefix = getattr(trunk, 'num_prefix_tokens', 0)
+    if pooled:
+        if len(shape) != 2:
+            raise ValueError(f'Trunk {name!r} does not have a pooling of its own: choose another one.')
+        return FeatureMap('NC', shape[1])
     if len(shape) == 4 and shape[1] in features and getattr(trunk, 'output_fmt', 'NCHW') == 'NCHW':
         return FeatureMap('NCHW', shape[1])
     if len(shape) == 4 and shape[3] in features:
         return FeatureMap('NHWC', shape[3])
     if len(shape) == 3 and shape[2] in features and shape[1] > prefix + 1:
-        return FeatureMap('NLC', shape[2], prefix)
+        return FeatureMap('NLC', shape[2], prefix, prefix > 0 and getattr(trunk, 'cls_token', None) is not None)
     raise ValueError(
         f'Trunk {name!r} gives no map to pool: its output without pooling is a {type(x).__name__} {shape or ""}, while '
         f'(N, C, H, W), (N, H, W, C) or (N, L, C) with C in {sorted(features)} is needed. Choose a trunk with spatial '
-        'features, such as resnet50.')
+        "features, such as resnet50, or global_pool='trunk', its own pooling.")
 
 
 def find_input_sizes(trunk: nn.Module) -> InputSizes:
@@ -119,14 +153,17 @@ def _own_size(trunk: nn.Module) -> tuple[int, int]:
 
 
 def _meta_forward(trunk: nn.Module, size: tuple[int, int]):
-    state = {k: torch.empty_like(v, device='meta')
-             for named in (trunk.named_parameters(), trunk.named_buffers()) for k, v in named}
+    # each place of a tensor once, also where modules or tensors are shared (CoaT): torch restores no second one
+    state = {f'{name}.{key}'.removeprefix('.'): torch.empty_like(value, device='meta')
+             for name, module in trunk.named_modules() for named in (module.named_parameters, module.named_buffers)
+             for key, value in named(recurse=False, remove_duplicate=False)}
     dtype = next((p.dtype for p in trunk.parameters()), torch.float32)
     training = trunk.training
     try:
         with torch.no_grad():
             return functional_call(
-                trunk.eval(), state, (torch.empty(1, trunk.in_chans, *size, device='meta', dtype=dtype),))
+                trunk.eval(), state, (torch.empty(1, trunk.in_chans, *size, device='meta', dtype=dtype),),
+                tie_weights=False)
     finally:
         trunk.train(training)
 

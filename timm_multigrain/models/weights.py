@@ -23,9 +23,9 @@ from timm_multigrain.files import file_sha256
 from .download import download, hub_errors
 
 __all__ = [
-    'CONFIG', 'SHA256', 'WEIGHTS', 'UnreadableWeightsError', 'build_pretrained', 'checkpoint_filter_fn',
-    'is_multigrain', 'load_starting_weights', 'model_state', 'read_checkpoint', 'recognize_model', 'telling_line',
-    'unwrapped', 'weights_in']
+    'CONFIG', 'SHA256', 'SSCD_CFG', 'WEIGHTS', 'UnreadableWeightsError', 'build_pretrained', 'checkpoint_filter_fn',
+    'is_multigrain', 'is_sscd', 'load_starting_weights', 'model_state', 'read_checkpoint', 'recognize_model',
+    'telling_line', 'unwrapped', 'weights_in']
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 SHA256 = 'weights_sha256'  # where config.json holds the hash of model.safetensors beside it
@@ -152,11 +152,13 @@ def _is_real(value: Any) -> bool:
 
 
 def model_state(checkpoint: Any, ema: bool = True, own: dict | None = None) -> dict[str, torch.Tensor]:
-    """As `weights_in`, with the original's weights under our names.
+    """As `weights_in`, with the original's weights, and SSCD's, under our names.
 
     ``own``, the state dict of the model that will load it, separates the original's names from a trunk's (DenseNet).
     """
     state = weights_in(checkpoint, ema)
+    if is_sscd(state):
+        return _from_sscd(state)
     if 'classifier.weight' not in state or not any(
             k.startswith('features.') and f'trunk.{k}' not in (own or {}) for k in state):
         return state
@@ -166,6 +168,28 @@ def model_state(checkpoint: Any, ema: bool = True, own: dict | None = None) -> d
     if foreign is not None:
         raise ValueError(f'Key {foreign!r} does not belong to a checkpoint of the original implementation.')
     return {_HEAD.get(k) or _BODY.sub('trunk.', k): v for k, v in state.items()}
+
+
+# --- SSCD, "A Self-Supervised Descriptor for Image Copy Detection" (Pizzi et al., arXiv 2202.10261): a ResNet of
+# torchvision, GeM with p = 3, a linear layer to 512 components, L2
+
+SSCD_CFG = {  # shorter side 288, of which the authors cut nothing off
+    'input_size': (3, 288, 288), 'crop_pct': 1., 'interpolation': 'bilinear', 'paper_ids': 'arXiv:2202.10261',
+    'paper_name': 'A Self-Supervised Descriptor for Image Copy Detection',
+    'origin_url': 'https://github.com/facebookresearch/sscd-copy-detection'}
+
+
+def is_sscd(state: dict) -> bool:
+    """Whether a state dict is one of SSCD's files for torchvision."""
+    return all(k.startswith('backbone.') for k in state) and len(state.get('backbone.fc.weight', ())) == 512
+
+
+def _from_sscd(state: dict) -> dict:
+    """The linear layer W e + b as a whitening without mean, [W, b] [e; 1] / |[e; 1]|: L2 makes them the same."""
+    fc = torch.cat([state['backbone.fc.weight'], state['backbone.fc.bias'][:, None]], 1)
+    trunk = {k.replace('backbone.', 'trunk.', 1): v for k, v in state.items() if not k.startswith('backbone.fc.')}
+    return trunk | {'head.pool.p': torch.tensor([3.]), 'head.whitening.mean': torch.zeros(fc.shape[1]),
+                    'head.whitening.proj': fc.mT.contiguous()}
 
 
 def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -187,7 +211,8 @@ def checkpoint_filter_fn(state_dict: dict, model: torch.nn.Module) -> dict[str, 
     for k, v in state.items():
         if k == 'head.pool.p' and not (v > 0).all():
             raise ValueError(f'The exponent p in the checkpoint is {v.tolist()}: only p > 0 can be pooled with.')
-        if k != 'head.pool.p' and v.is_floating_point() and not v.isfinite().all():
+        ours = own.get(k, own.get(f'trunk.{k}', torch.zeros(1)))  # Gemma's bounds are infinite as they are made
+        if k != 'head.pool.p' and v.is_floating_point() and not v.isfinite().all() and ours.isfinite().all():
             raise ValueError(f'{k!r} in the checkpoint holds NaN or infinity: its training diverged or the file is '
                              'damaged, take another one.')
     if not is_multigrain(state):
@@ -219,6 +244,7 @@ def _from_trunk(state: dict, model: torch.nn.Module) -> dict:
     for name in ('weight', 'bias'):
         value, ours = state.get(f'{classifier}.{name}'), own.get(f'head.fc.{name}')
         if ours is not None:
+            value = value.flatten(1) if value is not None and value.ndim == 4 else value  # of a 1 x 1 convolution
             out[f'head.fc.{name}'] = value if value is not None and value.shape[1:] == ours.shape[1:] else ours
     return out
 

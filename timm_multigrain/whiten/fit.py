@@ -224,8 +224,8 @@ def fold_whitening(model: MultiGrain, fit: WhiteningFit) -> None:
     """
     if model.whitened:
         raise ValueError('The model is whitened already: fit a whitening to the model without one.')
-    if not model.head.pooled or model.num_features + 1 != len(fit.mean):
-        raise ValueError(f'A whitening of {len(fit.mean) - 1} channels does not fit a model of {model.num_features} '
+    if not model.head.pooled or model.head.channels + 1 != len(fit.mean):
+        raise ValueError(f'A whitening of {len(fit.mean) - 1} channels does not fit a model of {model.head.channels} '
                          f'with global_pool={model.global_pool!r}.')
     head, old, training = model.head, model.head.fc, model.training
     model.set_whitening(fit.dim)
