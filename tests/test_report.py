@@ -1,9 +1,13 @@
 """Pages: complete, well-formed, escaped, in need of nothing else, written in one step."""
 import base64
+import hashlib
 import io
+import json
 import math
+import os
 import re
 import sys
+import urllib.parse
 from collections import Counter
 from html.parser import HTMLParser
 
@@ -19,7 +23,7 @@ from timm_multigrain.report import collection, report
 from timm_multigrain.report.collection import search_json, search_table, write_copies_page, write_search_page
 from timm_multigrain.report.report import Answer, Neighbor, Query, Table, write_report
 
-VOID = {'meta', 'br', 'img'}
+VOID = {'meta', 'br', 'img', 'wbr'}
 NASTY = '<script>alert("1\')</script> & {{ x }} {% y %} $x_{\x00\n\x1b[31m\u202e\udc80'
 SPELLED = '<script>alert("1\')</script> & {{ x }} {% y %} $x_{\\x00\\n\\x1b[31m\\u202e\\udc80'
 
@@ -29,13 +33,18 @@ class Page(HTMLParser):
 
     def __init__(self, path):
         super().__init__()
-        self.open, self.tags, self.attributes, self.text, self.style = [], Counter(), [], '', ''
+        self.open, self.tags, self.attributes, self.text, self.style, self.script = [], Counter(), [], '', '', ''
         self.feed(path.read_text(encoding='utf-8'))
         self.close()
-        assert not self.open and not self.tags['script'] and not self.tags['link']
-        assert "default-src 'none'" in self.values('content')[0] and not re.search('@import|url', self.style)
-        for name in ('src', 'href', 'xlink:href', 'srcset', 'action'):
+        policy = self.values('content')[0]
+        assert not self.open and self.tags['script'] == bool(self.script) and not self.tags['link']
+        digest = base64.b64encode(hashlib.sha256(self.script.encode()).digest()).decode()
+        assert f"script-src 'sha256-{digest}'" in policy if self.script else 'script' not in policy
+        assert "default-src 'none'" in policy and not re.search('@import|url', self.style)
+        assert not any(name.startswith('on') for _, name, _ in self.attributes)
+        for name in ('src', 'xlink:href', 'srcset', 'action'):
             assert all(value.startswith(('data:image/jpeg;base64,', '#')) for value in self.values(name))
+        assert not any(re.match('[a-zA-Z]+:|//', value) for value in self.values('href'))  # files beside it
 
     def handle_starttag(self, tag, attrs):
         self.handle_startendtag(tag, attrs)
@@ -52,6 +61,8 @@ class Page(HTMLParser):
     def handle_data(self, data):
         if self.open[-1:] == ['style']:
             self.style += data
+        elif self.open[-1:] == ['script']:
+            self.script += data
         else:
             self.text += data
 
@@ -201,7 +212,7 @@ def test_search_page(tmp_path, found):
     for text in ('in an <index> to 2 pictures, of class a class.', '1. 1.000', '2. 0.900', '<b>\\n\\udc80.png',
                  '<i>\\x1b 25 %', '40\xa0×\xa030', 'The file cannot be read now.', 'Nothing found.'):
         assert text in page.text
-    assert page.text.count('The query') == 1 and not page.tags['b'] and str(tmp_path) in page.values('title')
+    assert page.text.count('The query') == 1 and not page.tags['b'] and page.text.count(str(tmp_path)) > 2
     shown, *results, again = page.pictures()
     assert len(results) == 2 and shown.size == again.size == (40, 30)
     assert np.allclose(shown.getpixel((30, 8)), (255, 0, 0), atol=30)  # inside of the part
@@ -222,16 +233,20 @@ def test_search_text(found):
 
 def test_copies_page(tmp_path, found, monkeypatch):
     monkeypatch.setattr(collection, 'MAX_FILES', 2)
-    monkeypatch.setattr(collection, 'MAX_GROUPS', 2)
+    monkeypatch.setattr(collection, 'MAX_GROUPS', 3)
     kept = [CopyFile(hit.record, 1., keep=True) for hit in found]
     same = CopyGroup('exact', (kept[0], CopyFile(found[1].record, 1., 'identical', reason='older')))
     near = CopyGroup('near', (kept[2], *(CopyFile(hit.record, 0.91, 'details', ('mirrored',), reason='in colour')
                                          for hit in found[1::-1])))
-    page = Page(write_copies_page(tmp_path / 'page.html', Copies((same, near, near), None, 5), 'Copies <of> it'))
-    for text in ('Copies <of> it', '5 images', '1 group of identical files', '2 groups of copies and near-duplicates',
-                 'Identical', 'Certain', 'mirrored', '40 × 30, 2.5 MB', '5.0 MB to gain; kept: in colour',
+    page = Page(write_copies_page(tmp_path / 'page.html', Copies((same, near, near, same), None, 5), 'Copies <of> it'))
+    for text in ('Copies <of> it', '5 images', '2 groups of identical files', '2 groups of copies and near-duplicates',
+                 'Identical', 'Certain', 'mirrored', '40 × 30, 2.5 MB', '5.0 MB to gain', '3 files; kept: in colour',
                  'and 1 more files', '<b>\\n\\udc80.png',
                  'The file cannot be read now.', '1 more groups are not shown; --json has them'):
         assert text in page.text, text
-    assert page.text.count('Keep') == page.tags['section'] == 2 and len(page.pictures()) == 3 and not page.tags['b']
-    assert page.values('alt') == ['query.png, to keep', r'<b>\n\udc80.png, copy', r'<b>\n\udc80.png, copy']
+    assert page.tags['section'] == 3 and len(page.pictures()) == 4 and not page.tags['b']
+    assert page.values('aria-pressed') == ['false', 'true', 'false'] * 3  # kept; surplus, and not flipped
+    assert {json.loads(path) for path in page.values('data-path')} == {found[0].path, found[2].path}
+    assert page.text.count('Keep') == 6 and len(page.values('title')) == 3  # a name that is not UTF-8 cannot be marked
+    links = [urllib.parse.unquote_to_bytes(link) for link in page.values('href')]
+    assert {os.path.join(os.fsencode(tmp_path), link) for link in links} == {os.fsencode(hit.path) for hit in found}

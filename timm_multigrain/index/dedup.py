@@ -88,6 +88,11 @@ class CopyGroup:
         return tuple(file for file in self.files if not file.keep)
 
     @property
+    def certain(self) -> bool:
+        """Whether all its surplus files are certain copies."""
+        return all(file.certain for file in self.others)
+
+    @property
     def reasons(self) -> tuple[str, ...]:
         """Why the first file is kept and not the others."""
         return tuple(dict.fromkeys(file.reason for file in self.others))

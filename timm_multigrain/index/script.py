@@ -8,7 +8,7 @@ from timm_multigrain.files import write_bytes
 
 from .dedup import CopyFile
 
-__all__ = ['HEADER', 'move_line', 'write_script']
+__all__ = ['FOOTER', 'HEADER', 'move_line', 'write_script']
 
 # POSIX sh, for Linux, macOS and BSD. The page of copies writes the same script.
 HEADER = '''#!/bin/sh

@@ -7,16 +7,18 @@ from typing import Any
 from PIL import Image, ImageDraw
 
 from timm_multigrain.images.sources import printable
-from timm_multigrain.index.dedup import BASES, KINDS, Copies
+from timm_multigrain.index.dedup import BASES, Copies
 from timm_multigrain.index.index import Hit
 from timm_multigrain.index.model import cut
+from timm_multigrain.index.script import FOOTER, HEADER
 
 from .page import read_picture, write_page
 
 __all__ = ['search_json', 'search_table', 'write_copies_page', 'write_search_page']
 
-MAX_GROUPS = 500  # a page of more is a burden for browsers; the JSON has them all
+MAX_GROUPS = 300  # a page of more is a burden for browsers; the JSON has them all
 MAX_FILES = 24
+SIDE = 400  # pixels of the longer side of a picture, to be judged by
 
 
 def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
@@ -53,21 +55,17 @@ def write_search_page(
     return write_page(
         path, 'search.html', title='Search results', index=os.fspath(index), class_name=class_name,
         queries=list(zip(images, found, strict=True)), query_picture=lambda image: _query_picture(image, crop),
-        picture_of=read_picture, class_of=_best_class,
+        side=SIDE, picture_of=lambda path: read_picture(path, size=SIDE), class_of=_best_class,
         same=lambda hit, image: os.path.realpath(hit.path) == os.path.realpath(image))
 
 
 def write_copies_page(path: str | os.PathLike, copies: Copies, title: str = 'Copies', exif: bool = True) -> Path:
-    """Write a page with the groups of copies in pictures, the file to keep marked."""
-    kinds, room = [], MAX_GROUPS
-    for kind, heading in KINDS.items():
-        groups = copies.of_kind(kind)
-        if groups:
-            kinds.append((heading, len(groups), groups[:room]))
-            room -= len(groups[:room])
+    """Write a page with the groups of copies in pictures, where files are marked, and a list or script is saved."""
+    groups = sorted(copies.groups, key=lambda group: -group.surplus_bytes)
     return write_page(
-        path, 'copies.html', title=title, summary=str(copies).splitlines(), kinds=kinds, bases=BASES,
-        max_files=MAX_FILES, picture_of=lambda file: read_picture(file, exif))
+        path, 'copies.html', 'copies.js', title=title, summary=str(copies).splitlines(), groups=groups[:MAX_GROUPS],
+        number=len(groups), bases=BASES, max_files=MAX_FILES, side=SIDE, header=HEADER, footer=FOOTER,
+        picture_of=lambda file: read_picture(file, exif, SIDE))
 
 
 def _gone(hit: Hit) -> str:
@@ -78,6 +76,7 @@ def _best_class(hit: Hit) -> str:
     if not hit.record.classes:
         return ''
     name, probability = hit.record.classes[0]
+    name = name.partition(', ')[0]  # of 'tench, Tinca tinca'
     return f'{printable(name)} {100 * probability:.0f} %'
 
 

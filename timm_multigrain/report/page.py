@@ -1,13 +1,17 @@
-"""Pages of HTML that need nothing else: style, pictures and charts are in the file, which forbids itself to load more.
+"""Pages of HTML that need nothing else: style, script, pictures and charts are in the file, which forbids itself
+to load more, and to run anything else.
 
 Everything that a template shows is escaped, and control characters and what UTF-8 cannot hold are spelled out. Pages
 follow the reader's light or dark setting, and no meaning is carried by colour alone.
 """
 import base64
+import hashlib
 import io
 import os
+import re
 from functools import cache
 from pathlib import Path
+from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -22,9 +26,19 @@ __all__ = ['THUMBNAIL', 'file_size', 'read_picture', 'write_page']
 THUMBNAIL = 200  # pixels of the longer side
 
 
-def write_page(path: str | os.PathLike, template: str, **values: object) -> Path:
-    """Fill the values into a template of templates/ and write the page; an old file is replaced in one step."""
-    return write_text(path, _environment().get_template(template).render(values))
+def write_page(path: str | os.PathLike, template: str, script: str = '', **values: object) -> Path:
+    """Fill the values into a template of templates/ and write the page; an old file is replaced in one step.
+
+    Args:
+        path: File to write.
+        template: Name of the template.
+        script: Name of a file of templates/ that the page runs, the only one that it may.
+        **values: What the template shows.
+    """
+    environment, folder = _environment(), os.path.dirname(os.path.realpath(path))
+    code = Markup(environment.loader.get_source(environment, script)[0]) if script else ''
+    return write_text(path, environment.get_template(template).render(
+        **values, script=code, link=lambda file: quote(os.fsencode(os.path.relpath(file, folder)))))
 
 
 @cache
@@ -33,14 +47,26 @@ def _environment() -> Environment:
         loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if hasattr(value, '__html__') else printable(str(value)))
     environment.filters.update(
-        thumbnail=_thumbnail, file_size=file_size, basename=os.path.basename, dirname=os.path.dirname)
+        thumbnail=_thumbnail, file_size=file_size, basename=os.path.basename, dirname=os.path.dirname,
+        breakable=_breakable, sha256=_sha256)
+    environment.tests['utf8'] = lambda path: not any('\udc80' <= c <= '\udcff' for c in path)
     return environment
 
 
-def _thumbnail(image: Image.Image) -> Markup:
+def _breakable(name: str) -> Markup:
+    """A name that lines may break in between words, not within them."""
+    return Markup('').join(part + Markup('<wbr>') if part in '/_-. ' else part
+                           for part in re.split(r'([/_. -])', printable(name)) if part)
+
+
+def _sha256(script: str) -> str:
+    return base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode('ascii')
+
+
+def _thumbnail(image: Image.Image, side: int = THUMBNAIL) -> Markup:
     """A small JPEG as a data URI."""
     small, buffer = decode(image).copy(), io.BytesIO()
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    small.thumbnail((side, side))
     small.save(buffer, 'JPEG', quality=85)
     return Markup('data:image/jpeg;base64,' + base64.b64encode(buffer.getvalue()).decode('ascii'))
 
