@@ -24,6 +24,7 @@ _LAZY = {
     'embed.protocol': ('Protocol',),
     'embed.extract': ('extract',),
     'whiten.fit': ('fit_whitening', 'fold_whitening', 'whiten_model'),
+    'whiten.adapt': ('adapt', 'fit_adaptation'),
     'index': ('Index',),
     'measure.tune_p': ('tune_p',),
     'measure.evaluate': ('evaluate',),

@@ -16,7 +16,7 @@ What differs between matching images is whitened, C_S^-1/2, then what varies ove
 import os
 import tempfile
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,7 +28,7 @@ import torch.nn.functional as F
 
 from timm_multigrain.embed.extract import extract, skipped_lines
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.shards import iter_shards
+from timm_multigrain.embed.shards import Descriptors, iter_shards
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.config import json_p, note_fitted
@@ -38,9 +38,10 @@ from timm_multigrain.models.save import save_pretrained
 from .pca import ROWS, StreamingPCA, oas_shrinkage
 
 __all__ = [
-    'WhitenedModel', 'WhiteningFit', 'fit_whitening', 'fold_whitening', 'matching_pairs', 'save_fitted', 'whiten_model',
-    'with_constant', 'work_folder']
+    'WhitenedModel', 'WhiteningFit', 'fit_model', 'fit_whitening', 'fold_whitening', 'groups_of', 'matching_pairs',
+    'save_fitted', 'whiten_model', 'with_constant', 'work_folder']
 
+_KINDS = {'pca': 'PCA whitening', 'learned': 'Learned whitening', 'adapted': 'Linear adaptation'}
 CONSTANT = 1e-10  # of the largest variance: below it, directions hold the rounding of float32 embeddings
 NOTHING = 1e-20  # of |z| = 1
 CHECKED = 4096  # images that classification before and after is compared on
@@ -59,7 +60,7 @@ class WhiteningFit:
         num_images: Images it was fitted on.
         num_constant: Directions without variance, scaled as the strongest one.
         shrinkage: Share of the identity in the covariance.
-        kind: 'pca' or 'learned'.
+        kind: 'pca', 'learned', or 'adapted' (`fit_adaptation`, which whitens nothing).
     """
     mean: torch.Tensor = field(repr=False)
     proj: torch.Tensor = field(repr=False)
@@ -82,7 +83,7 @@ class WhiteningFit:
     def __str__(self) -> str:
         notes = [f'shrinkage {self.shrinkage:.3g}'] * bool(self.shrinkage)
         notes += [f'{self.num_constant} directions constant'] * bool(self.num_constant)
-        return (f'{"PCA" if self.kind == "pca" else "Learned"} whitening, {self.dim} of {len(self.mean)} '
+        return (f'{_KINDS[self.kind]}, {self.dim} of {len(self.mean)} '
                 f'components, {self.num_images} images' + (f' ({", ".join(notes)})' if notes else ''))
 
 
@@ -307,6 +308,30 @@ def whiten_model(
     Raises:
         ValueError: The model is whitened already, several views of an image, or too few images.
     """
+    def fit(folder: Path, described: Descriptors) -> WhiteningFit:
+        if groups is None:
+            return fit_whitening((vectors for _, vectors in iter_shards(folder)), dim, shrinkage)
+        return fit_whitening(described.vectors, dim, shrinkage, matching_pairs(groups_of(described, source, groups)))
+
+    return fit_model(model, source, protocol, fit, work_dir, strict, **extraction)
+
+
+def groups_of(described: Descriptors, source: ImageSource, groups: Sequence[int]) -> np.ndarray:
+    """Groups of the images that were described, which are those of the source that could be read."""
+    group = dict(zip(source.names, groups, strict=True))
+    return np.array([group[name] for name in described.names])
+
+
+def fit_model(
+        model: MultiGrain,
+        source: ImageSource,
+        protocol: Protocol,
+        fit: Callable[[Path, Descriptors], WhiteningFit],
+        work_dir: str | os.PathLike | None,
+        strict: bool,
+        **extraction: Any,
+) -> WhitenedModel:
+    """Fold what is fitted on the embeddings of images, in a folder, into a model; see `whiten_model`."""
     if model.whitened:
         raise ValueError('The model is whitened already: whiten the one without whitening.')
     if protocol.scales != (1.,) or protocol.flip:
@@ -314,17 +339,12 @@ def whiten_model(
                          'one scale without flip, and use several views afterwards.')
     with work_folder(work_dir) as folder:
         described = extract(model, source, protocol, folder, strict=strict, descriptor=False, **extraction)
-        if groups is None:
-            fit = fit_whitening((vectors for _, vectors in iter_shards(folder)), dim, shrinkage)
-        else:
-            group = dict(zip(source.names, groups, strict=True))
-            pairs = matching_pairs([group[name] for name in described.names])
-            fit = fit_whitening(described.vectors, dim, shrinkage, pairs)
+        fitted = fit(folder, described)
         sample = next(iter_shards(folder))[1][:CHECKED].to(next(model.parameters()).device)
     before = _first_classes(model, sample)
-    fold_whitening(model, fit)
+    fold_whitening(model, fitted)
     agreement = None if before is None else float((before == _first_classes(model, sample)).float().mean())
-    result = WhitenedModel(fit, protocol, model.gem_p, agreement, described.skipped)
+    result = WhitenedModel(fitted, protocol, model.gem_p, agreement, described.skipped)
     note_fitted(model, 'whitening', result.to_dict())
     return result
 
