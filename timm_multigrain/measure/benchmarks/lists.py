@@ -27,7 +27,7 @@ from timm_multigrain.images.sources import Box, ImageFiles
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import RetrievalResult, knn_accuracy, mean_average_precision
 
-from .base import Benchmark, Figure, Scores, SetFolder, part_of
+from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
 __all__ = ['Entry', 'Layout', 'ListBenchmark', 'Listing', 'OwnList', 'read_entries']
 
@@ -168,6 +168,10 @@ class OwnList(Layout):
         path = Path(ground_truth) if ground_truth else folder.file('list.csv', 'list.jsonl')
         entries = [entry for entry in read_entries(path) if entry.split != 'train']
         queries = [entry for entry in entries if entry.split == 'query']
+        unclear = [entry.path for entry in entries if entry.split not in ('query', 'gallery')]
+        if queries and unclear:
+            raise ValueError(f'{printable(path)} has queries, and does not say of {len(unclear)} images '
+                             f'({some(unclear)}) whether they are of the gallery: give each a split.')
         listing = Listing([entry for entry in entries if entry.split == 'gallery'], queries)
         named = replace(self, name=folder.path.resolve().name)
         return named._build(folder, listing if queries else Listing(entries), subset)
