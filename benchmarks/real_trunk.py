@@ -30,12 +30,13 @@ from timm_multigrain.files import write_text
 from timm_multigrain.images.copies import COPY_TRANSFORMS
 from timm_multigrain.images.sources import ImageSource, Subset
 from timm_multigrain.measure.benchmarks import load_benchmark
+from timm_multigrain.measure.results import BenchmarkResult
 from timm_multigrain.train.evaluation import retrieval_figures
 
 BATCH = 48
 ROWS = {  # name: data set, flags
     'kinds': ('kinds', ['--mg-repeats', '1', '--mg-classif-weight', '1']),
-    'kinds, 3 copies': ('kinds', ['--mg-classif-weight', '1']),
+    'kinds, copies': ('kinds', ['--mg-classif-weight', '1']),
     'joint, copies': ('kinds', []),
     'joint, copies, batch': ('kinds', ['--mg-sampling', 'batch']),
     'joint, products': ('folders', ['--mg-instances', 'folder']),
@@ -170,17 +171,25 @@ def measure(args: argparse.Namespace, data: Path, checkpoint: Path | None) -> di
     figures['copies'] = copy_map(similarity, kinds)
     figures |= {KINDS[kind]: copy_map(similarity, [kind]) for kind in kinds}
     if args.ukbench:
-        images = open_images(args.ukbench)
-        vectors, _ = _embed(model, images, protocol)
-        groups = np.array([int(re.sub(r'\D', '', Path(name).stem)) // 4 for name in images.names])
-        first = (vectors @ vectors.T).topk(4).indices.numpy()
-        figures['ukbench'] = float((groups[first] == groups[:, None]).sum(1).mean())
+        figures['ukbench'] = ukbench_score(model, args.ukbench, protocol)
     if args.paris:
-        benchmark = load_benchmark('rparis6k', args.paris, subset=True,
-                                   ground_truth=args.paris / 'gnd_rparis6k_subset.json')
-        result = evaluate(model, benchmark, protocols=Protocol.for_model(model, size=224, **benchmark.published))
-        figures['paris'] = result.value('mAP', 'Hard')
+        figures['paris'] = paris_subset(model, args.paris, 224).value('mAP', 'Hard')
     return figures
+
+
+def ukbench_score(model: torch.nn.Module, folder: Path, protocol: Protocol) -> float:
+    """Images of the same object among the first four, per image; the folder may hold some of UKBench's groups."""
+    images = open_images(folder)
+    vectors, _ = _embed(model, images, protocol)
+    groups = np.array([int(re.sub(r'\D', '', Path(name).stem)) // 4 for name in images.names])
+    first = (vectors @ vectors.T).topk(4).indices.numpy()
+    return float((groups[first] == groups[:, None]).sum(1).mean())
+
+
+def paris_subset(model: torch.nn.Module, folder: Path, size: int) -> BenchmarkResult:
+    """Revisited Paris' measures on the images that are there."""
+    benchmark = load_benchmark('rparis6k', folder, subset=True, ground_truth=folder / 'gnd_rparis6k_subset.json')
+    return evaluate(model, benchmark, protocols=Protocol.for_model(model, size=size, **benchmark.published))
 
 
 def _embed(model: torch.nn.Module, images: ImageSource, protocol: Protocol) -> tuple[torch.Tensor, torch.Tensor]:
