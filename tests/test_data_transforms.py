@@ -1,5 +1,6 @@
 """Lighting, training recipes and test-time sizes against the original implementation's numbers."""
 import copy
+import io
 import json
 import random
 
@@ -13,7 +14,7 @@ from torchvision import transforms as T
 from torchvision.transforms import functional as F
 
 from timm_multigrain.data import Lighting, create_transform
-from timm_multigrain.data.transforms import EIGENVALUES, EIGENVECTORS, insert_lighting
+from timm_multigrain.data.transforms import EIGENVALUES, EIGENVECTORS, insert_jpeg, insert_lighting
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -97,6 +98,30 @@ def test_lighting_inserted_into_every_scheduled_size():
     Dataset.transforms = [T.Compose([T.RandomHorizontalFlip()])]
     with pytest.raises(RuntimeError, match='no conversion to a tensor'):
         insert_lighting(Dataset, Lighting(0.1))
+
+
+@pytest.mark.parametrize('prefetcher', [False, True])
+def test_jpeg_inserted_as_the_last_step_on_images(prefetcher):
+    class Dataset:
+        transform = timm_transform(32, is_training=True, use_prefetcher=prefetcher, no_aug=True)
+
+    plain, image = copy.deepcopy(Dataset.transform), picture(32, 32)
+    assert (Dataset.transform(image) == plain(image)).all()
+    insert_jpeg(Dataset, 1.)
+    seen = torch.stack([Dataset.transform(image) for _ in range(20)])
+    assert not any(torch.equal(x, plain(image)) for x in seen) and len(torch.unique(seen, dim=0)) > 5
+    compressed = []
+    for quality in range(5, 51):
+        buffer = io.BytesIO()
+        image.save(buffer, 'JPEG', quality=quality)
+        compressed.append(plain(Image.open(buffer)))
+    assert all(any(torch.equal(x, y) for y in compressed) for x in seen)
+    insert_jpeg(Dataset, 0.)
+    torch.manual_seed(0)
+    first = Dataset.transform(image)
+    Dataset.transform.transforms = [s for s in Dataset.transform.transforms if getattr(s, 'p', 1) != 0]
+    torch.manual_seed(0)
+    assert torch.equal(first, Dataset.transform(image))
 
 
 def test_lighting_draws_from_torch():

@@ -39,7 +39,8 @@ SCRIPTS = [Path(folder) / 'train.py' for folder in os.environ.get('TIMM_SCRIPTS'
 KNOWN = {
     'aa': str, 'amp': bool, 'amp_dtype': str, 'batch_size': int, 'channels_last': bool, 'color_jitter': float,
     'crop_pct': float, 'decay_milestones': [int], 'decay_rate': float, 'dist_bn': str, 'epochs': int,
-    'grad_accum_steps': int, 'hflip': float, 'img_size': int, 'interpolation': str, 'layer_decay': float, 'lr': float,
+    'gaussian_blur_prob': float, 'grad_accum_steps': int, 'hflip': float, 'img_size': int, 'interpolation': str,
+    'layer_decay': float, 'lr': float,
     'lr_base': float, 'lr_base_scale': str, 'lr_base_size': int, 'min_lr': float, 'model': str, 'model_ema': bool,
     'model_ema_decay': float, 'model_ema_warmup': bool, 'model_kwargs': dict, 'momentum': float, 'opt': str,
     'opt_kwargs': dict, 'pretrained': bool, 'ratio': [float], 'reprob': float, 'scale': [float], 'sched': str,
@@ -88,7 +89,8 @@ def test_keys_and_types(name):
 def test_options_are_accepted_and_go_together(name):
     recipe = _recipe(name)
     options = TrainOptions.from_mapping(recipe)
-    assert (options.repeats, options.classif_weight, options.instance_loss) == (3, 0.5, 'margin')
+    repeats = 2 if name == 'finetune' else 3
+    assert (options.repeats, options.classif_weight, options.instance_loss) == (repeats, 0.5, 'margin')
     assert conflict(argparse.Namespace(**recipe), options) is None
     loss = options.create_loss()
     assert loss.margin == 0.2

@@ -179,6 +179,32 @@ def test_frozen_statistics(weight, freeze_bn):
         torch.testing.assert_close(again(x, target)['output'], _model().eval()(x))
 
 
+def test_start_is_kept():
+    x, target = _batch()
+    task = MultiGrainTask(_model(), freeze_bn=True, start_weight=3.)
+    start = copy.deepcopy(task.get_eval_model()).eval()
+    optimizer = create_optimizer_v2(task.get_trainable_module(), opt='sgd', lr=0.1)
+    for _ in range(2):
+        task.get_trainable_module().train()
+        task.sampler.generator = 0
+        result = task(x, target)
+        model = copy.deepcopy(task.get_eval_model()).eval()
+        now, before = (m.forward_head(m.forward_features(x), pre_logits=True).detach() for m in (model, start))
+        unit = before / before.norm(dim=1, keepdim=True)
+        away = 0.
+        for i, row in enumerate(now):
+            wanted = sum(unit[j] for j in range(len(x)) if target[j, 1] == target[i, 1])
+            away += (1 - float(row @ wanted / (row.norm() * wanted.norm()))) / len(x)
+        assert result['start_loss'].item() == pytest.approx(away, abs=1e-6)
+        expected = (result['classification_loss'] + result['instance_loss'] + 3 * away) / 2
+        assert result['loss'].item() == pytest.approx(expected.item(), rel=1e-5)
+        optimizer.zero_grad()
+        result['loss'].backward()
+        optimizer.step()
+    assert task.get_checkpoint_state()['state_dict'].keys() == start.state_dict().keys()
+    assert len(list(task.parameters())) == len(list(MultiGrainTask(_model()).parameters()))
+
+
 def test_ema_and_checkpoint_round_trip():
     x, target = _batch()
     # a boundary this low has more active positives than negatives, so that it moves

@@ -35,14 +35,14 @@ def test_every_flag_reaches_its_field():
     options = _parse(
         '--mg-repeats', '4', '--mg-classif-weight', '0.25', '--mg-instance-loss', 'margin', '--mg-margin', '0.3',
         '--mg-beta-init', '1.1', '--mg-beta-lr', '0.01', '--mg-sampling', 'batch', '--mg-gather',
-        '--mg-freeze-bn', '--mg-epoch-len-factor', '2', '--mg-lighting', '0.1', '--mg-fast-loader',
-        '--mg-instances', 'folder', '--mg-decode', 'timm', '--mg-strict', '--mg-eval',
-        '--mg-instance-loss-kwargs', 'margin=0.4')
+        '--mg-freeze-bn', '--mg-start-weight', '2', '--mg-epoch-len-factor', '2', '--mg-lighting', '0.1',
+        '--mg-fast-loader', '--mg-jpeg', '0.5', '--mg-instances', 'folder', '--mg-decode', 'timm', '--mg-strict',
+        '--mg-eval', '--mg-instance-loss-kwargs', 'margin=0.4')
     assert asdict(options) == {
         'repeats': 4, 'classif_weight': 0.25, 'instance_loss': 'margin', 'margin': 0.3, 'beta_init': 1.1,
-        'beta_lr': 0.01, 'sampling': 'batch', 'gather': True, 'freeze_bn': True, 'epoch_len_factor': 2.,
-        'lighting': 0.1, 'fast_loader': True, 'instances': 'folder', 'decode': 'timm', 'strict': True, 'eval': True,
-        'instance_loss_kwargs': {'margin': 0.4}}
+        'beta_lr': 0.01, 'sampling': 'batch', 'gather': True, 'freeze_bn': True, 'start_weight': 2.,
+        'epoch_len_factor': 2., 'lighting': 0.1, 'jpeg': 0.5, 'fast_loader': True, 'instances': 'folder',
+        'decode': 'timm', 'strict': True, 'eval': True, 'instance_loss_kwargs': {'margin': 0.4}}
     assert options.create_loss().margin == 0.4
     assert all(asdict(options)[f.name] != f.default for f in fields(options) if f.name != 'instance_loss')
     assert 'repeats=4' in str(options) and 'gather=True' in str(options)

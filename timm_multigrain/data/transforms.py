@@ -1,5 +1,6 @@
 """Training transforms of MultiGrain (Berman et al., arXiv 1902.05509, section 4 and appendix), and its colour noise."""
 import math
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -10,12 +11,17 @@ from torch import nn
 from torch.utils.data import Dataset
 from torchvision import transforms as T
 
+from timm_multigrain.images.copies import jpeg
 from timm_multigrain.images.pixels import decode
 from timm_multigrain.images.transforms import check_size, filter_of
 
-from .fast import to_float
+from .fast import on_tensors, to_float
 
-__all__ = ['Lighting', 'create_transform', 'insert_lighting']
+__all__ = ['Lighting', 'create_transform', 'insert_jpeg', 'insert_lighting']
+
+JPEG_QUALITY = 5, 50
+_TO_BYTES = MaybePILToTensor, T.PILToTensor
+_TO_TENSOR = *_TO_BYTES, MaybeToTensor, T.ToTensor
 
 # strength of the jitter of brightness, contrast and saturation
 JITTER = {'full': 0.3, 'senet': 0.2, 'torch': 0.0, 'autoaugment': 0.0}
@@ -147,15 +153,36 @@ def insert_lighting(dataset: Dataset, lighting: Lighting) -> None:
     Raises:
         RuntimeError: No known conversion to tensors was found in timm's transforms.
     """
+    for steps, at in _conversions(dataset):
+        steps.insert(at + (not isinstance(steps[at], _TO_BYTES)), lighting)
+
+
+def insert_jpeg(dataset: Dataset, prob: float) -> None:
+    """Put compression as JPEG, of a random quality, into the transforms that timm's create_loader gave a dataset: last
+    of all that works on images, as in a copy that was edited and saved.
+
+    Args:
+        dataset: With a `transform`, or the `transforms` of scheduled sizes.
+        prob: Share of the images that are compressed.
+
+    Raises:
+        RuntimeError: No known conversion to tensors was found in timm's transforms.
+    """
+    step = T.RandomApply([_compress], prob)
+    for steps, at in _conversions(dataset):
+        steps.insert(at, on_tensors(step) if steps[at] is to_float else step)
+
+
+def _compress(image: Image.Image) -> Image.Image:
+    return jpeg(image, int(torch.randint(JPEG_QUALITY[0], JPEG_QUALITY[1] + 1, ())))
+
+
+def _conversions(dataset: Dataset) -> Iterator[tuple[list, int]]:
+    """The steps of each transform, and where among them images become tensors that the network takes."""
     composed = getattr(dataset, 'transforms', None)
     for transform in composed if isinstance(composed, (list, tuple)) else [dataset.transform]:
         steps = getattr(transform, 'transforms', [])
-        for at, step in enumerate(steps):
-            if step is to_float or isinstance(step, (MaybeToTensor, T.ToTensor)):
-                steps.insert(at + 1, lighting)
-                break
-            if isinstance(step, (MaybePILToTensor, T.PILToTensor)):
-                steps.insert(at, lighting)
-                break
-        else:
-            raise RuntimeError(f'no conversion to a tensor found in {transform}, before which lighting could be put')
+        at = next((i for i, step in enumerate(steps) if step is to_float or isinstance(step, _TO_TENSOR)), None)
+        if at is None:
+            raise RuntimeError(f'no conversion to a tensor found in {transform}, before which more could be put')
+        yield steps, at

@@ -1,12 +1,16 @@
 """MultiGrain's training task: cross-entropy and an instance loss on one embedding (arXiv 1902.05509, equation 5).
 
     loss = lambda * cross-entropy(W e) + (1 - lambda) * instance loss(e / |e|)
+
+For fine-tuning, a term that keeps the embedding near that of the start can be added to the instance loss.
 """
 from collections.abc import Callable
+from copy import deepcopy
 
 import torch
 import torch.distributed as dist
 import torch.nn as nn
+import torch.nn.functional as F
 from timm.models import group_parameters
 from timm.task import ClassificationTask
 from timm.utils import unwrap_model
@@ -87,6 +91,9 @@ class MultiGrainTask(ClassificationTask):
         freeze_bn: Batch norms normalise by their running statistics and leave them as they are, as at test time; their
             weights are trained. For fine-tuning, where the statistics of a few images in crops and altered colours
             would be most of what is forgotten.
+        start_weight: Weight, beside the instance loss, of 1 - the mean cosine between an embedding and the sum of the
+            unit embeddings that the model has, as it is given here, for the samples of the instance in the batch. For
+            fine-tuning, so that objects that are not in the training set are still found; a third more per step.
         statistics: Add what to watch in a training to the result: 'spread', 1 - |mean embedding|^2, which is half the
             mean squared distance of two rows and 0 when all embeddings are equal; for the margin loss those of
             `timm_multigrain.loss.margin_statistics`; and 'effective_negatives', the exponential of the entropy of the
@@ -116,6 +123,7 @@ class MultiGrainTask(ClassificationTask):
             num_repeats: int = 3,
             gather: bool = False,
             freeze_bn: bool = False,
+            start_weight: float = 0.,
             statistics: bool = False,
             device: torch.device | None = None,
             dtype: torch.dtype | None = None,
@@ -146,6 +154,9 @@ class MultiGrainTask(ClassificationTask):
                 sampling = create_sampler(sampling, max_positives=num_repeats - 1)
             self.sampler = sampling
             self.trainable_module = MultiGrainTrainableModule(model, loss)
+        self.start_weight = start_weight if self.joint else 0.
+        # in a tuple, so that it is no part of the task: not trained, distributed or saved
+        self._start = (deepcopy(model).requires_grad_(False).eval(),) if self.start_weight else ()
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'MultiGrainTask':
         """Wrap the trainable module in DDP. On the CPU, DDP takes no device ids: they are dropped."""
@@ -210,8 +221,8 @@ class MultiGrainTask(ClassificationTask):
             target: (B, 2) integers [class, instance id], or (B,) classes in eval mode or with lambda = 1.
 
         Returns:
-            'loss', 'output' (logits), and with an instance loss also 'classification_loss', 'instance_loss' and, if it
-            has one, 'beta', detached; then the statistics, if asked for.
+            'loss', 'output' (logits), and with an instance loss also 'classification_loss', 'instance_loss' and, if
+            there are such, 'beta' and 'start_loss', detached; then the statistics, if asked for.
 
         Raises:
             ValueError: Training without instance ids, or with a batch that has no two instances or no two copies, or
@@ -236,7 +247,12 @@ class MultiGrainTask(ClassificationTask):
         logits, embedding, _ = self.trainable_module(input)
         classification_loss = self.criterion(logits, labels)
         instance_loss, statistics = self._instance_loss(embedding, target[:, 1])
-        loss = self.classif_weight * classification_loss + (1 - self.classif_weight) * instance_loss
+        embedding_loss = instance_loss
+        if self.start_weight:
+            start_loss = self._start_loss(input, embedding, target[:, 1])
+            embedding_loss = instance_loss + self.start_weight * start_loss
+            statistics['start_loss'] = start_loss.detach()
+        loss = self.classif_weight * classification_loss + (1 - self.classif_weight) * embedding_loss
         result = {
             'loss': loss,
             'output': logits,
@@ -247,6 +263,13 @@ class MultiGrainTask(ClassificationTask):
         if beta is not None:
             result['beta'] = beta.detach()
         return result | statistics
+
+    def _start_loss(self, input: torch.Tensor, embedding: torch.Tensor, instance: torch.Tensor) -> torch.Tensor:
+        start, = self._start
+        with torch.no_grad():
+            before = l2_normalize(start.forward_head(start.forward_features(input), pre_logits=True).float())
+            before = (instance[:, None] == instance).float() @ before  # one direction for all copies, as the loss wants
+        return 1 - F.cosine_similarity(embedding.float(), before).mean()
 
     def _instance_loss(self, embedding: torch.Tensor, instance: torch.Tensor) -> tuple[torch.Tensor, dict]:
         with torch.autocast(embedding.device.type, enabled=False):

@@ -89,7 +89,7 @@ class Monitor(logging.Filter):
 def format_values(now: dict[str, float], mean: dict[str, float]) -> str:
     """The parts as text, in the style of train.py: the last value (the average)."""
     words = []
-    for name, label in (('classification_loss', 'CE'), ('instance_loss', 'Instance')):
+    for name, label in (('classification_loss', 'CE'), ('instance_loss', 'Instance'), ('start_loss', 'Start')):
         if name in now:
             words.append(f'{label}: {now[name]:#.3g} ({mean[name]:#.3g})')
     if 'beta' in now:

@@ -72,9 +72,15 @@ class TrainOptions:
     gather: bool = _option(False, 'take negatives from the batches of all processes', bool)
     freeze_bn: bool = _option(
         False, 'batch norms keep their running statistics and normalise by them: for fine-tuning', bool)
+    start_weight: float = _option(
+        0., 'weight, beside the instance loss, of 1 - the cosine between an embedding and the start for the '
+        'samples of the instance: for fine-tuning, so that what is not in the training set is still found', float, 'W')
     epoch_len_factor: float = _option(
         1.0, "samples per epoch over images of the training set (the original's recipe: 2)", float, 'FACTOR')
     lighting: float = _option(0.0, "PCA colour noise; the original's full augmentation uses 0.1", float, 'STD')
+    jpeg: float = _option(
+        0., 'share of the training images that are compressed as JPEG of quality 5 to 50, so that such copies are '
+        'found', float, 'PROB')
     fast_loader: bool = _option(
         False, "decode and augment tensors instead of Pillow's images; pixels differ by a grey level or a few", bool)
     decode: str = _option(
@@ -101,7 +107,7 @@ class TrainOptions:
         """Whether nothing of train.py is changed at all."""
         return not any((
             self.joint, self.repeats != 1, self.instances != 'copy', self.epoch_len_factor != 1, self.lighting,
-            self.freeze_bn, self.fast_loader, self.strict, self.eval))
+            self.jpeg, self.freeze_bn, self.fast_loader, self.strict, self.eval))
 
     def loss_kwargs(self) -> dict[str, Any]:
         """Arguments of the instance loss."""
@@ -170,8 +176,9 @@ def conflict(args: argparse.Namespace, options: TrainOptions) -> str | None:
         return ('--opt adahessian needs second derivatives, and the boundary of the margin loss has none: '
                 'choose another optimizer')
     channels = getattr(args, 'in_chans', None) or (getattr(args, 'input_size', None) or [3])[0]
-    if options.lighting and channels != 3:
-        return f'--mg-lighting is colour noise of RGB images, and these have {channels} channels: leave it out'
+    for flag in ('lighting', 'jpeg'):
+        if getattr(options, flag) and channels != 3:
+            return f'--mg-{flag} is made for RGB images, and these have {channels} channels: leave it out'
     kind = str(getattr(args, 'dataset', '') or '').split('/')[0]
     if kind in ('wds', 'tfds', 'hfids'):
         return (f'--dataset {args.dataset} is read as a stream, and repeated augmentation reads images by their index: '
@@ -248,8 +255,10 @@ def _check_values(o: TrainOptions) -> None:
         ('beta_init', o.beta_init == 'auto' or 0 < o.beta_init < 2,
          'give auto, or a number: distances of unit vectors lie between 0 and 2'),
         ('beta_lr', o.beta_lr is None or 0 <= o.beta_lr < math.inf, 'give at least 0; 0 leaves beta as it is'),
+        ('start_weight', 0 <= o.start_weight < math.inf, 'give at least 0'),
         ('epoch_len_factor', 0 < o.epoch_len_factor < math.inf, 'give more than 0'),
         ('lighting', 0 <= o.lighting < math.inf, 'give at least 0, the original uses 0.1'),
+        ('jpeg', 0 <= o.jpeg <= 1, 'give a share from 0 to 1'),
         ('decode', o.decode in WAYS, f'give one of {", ".join(WAYS)}'),
     )
     for name, good, hint in ranges:

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 
 from timm_multigrain.data import DecodedDataset, InstanceDataset, Lighting, create_loader
 from timm_multigrain.data.labels import label_instances
-from timm_multigrain.data.transforms import insert_lighting
+from timm_multigrain.data.transforms import insert_jpeg, insert_lighting
 from timm_multigrain.images.labels import write_class_names
 from timm_multigrain.images.sources import EXTENSIONS, UnreadableImage
 from timm_multigrain.models import MultiGrain
@@ -129,6 +129,8 @@ class TrainPlugin:
                 dataset, *args, num_repeats=options.repeats, instances='copy' if ids is None else ids,
                 epoch_len_factor=options.epoch_len_factor, seed=self.args.seed, fast=options.fast_loader, **decoding,
                 **kwargs)
+            if options.jpeg:
+                insert_jpeg(loader.dataset, options.jpeg)
             if options.lighting:
                 insert_lighting(loader.dataset, Lighting(options.lighting))
         except (AssertionError, OSError, RuntimeError, TypeError, ValueError) as e:
@@ -169,7 +171,8 @@ class TrainPlugin:
         task = MultiGrainTask(
             model, *args, classif_weight=options.classif_weight, instance_loss=options.instance_loss,
             instance_loss_kwargs=options.loss_kwargs(), sampling=options.sampling, num_repeats=options.repeats,
-            gather=options.gather, freeze_bn=options.freeze_bn, statistics=options.joint, **kwargs)
+            gather=options.gather, freeze_bn=options.freeze_bn,
+            start_weight=options.start_weight, statistics=options.joint, **kwargs)
         task.register_forward_hook(lambda module, inputs, result: self.monitor.update(result))
         return task
 
