@@ -2,15 +2,12 @@
 
 All families of timm: python benchmarks/poolings.py
 """
-import re
-from pathlib import Path
 
 import pytest
 import timm
 import torch
 from torch import nn
 
-import timm_multigrain
 from timm_multigrain import MultiGrain, MultiGrainTask, open_model, save_pretrained
 from timm_multigrain.embed.poolings import Systems, choose_systems
 from timm_multigrain.hub import publish
@@ -169,9 +166,3 @@ def test_a_refused_change_changes_nothing(tmp_path):
         with pytest.raises(ValueError, match=r'class token|attention pooling|Unknown'):
             model.set_pool(pool)
     assert model.global_pool == 'trunk' and torch.equal(model(torch.ones(1, 3, 160, 160)), before)
-
-
-def test_python_of_the_guide():
-    text = (Path(timm_multigrain.__file__).parent / 'layers/README.md').read_text()
-    for block in re.findall(r'```python\n(.*?)```', text, flags=re.DOTALL):
-        exec(compile(block, 'layers/README.md', 'exec'), {})
