@@ -113,7 +113,7 @@ def test_golden_fit_and_fold(golden):
     np.testing.assert_allclose(fit.proj * signs(fit.proj, proj), proj, rtol=0, atol=1e-5 * proj.abs().max())
 
     model = tiny_model(num_classes=7)
-    model.head.set_channels(12)
+    model.head.reset_pool('gem', feature_map=model.head.feature_map._replace(channels=12))
     model.num_features = 12
     model.head.fc = nn.Linear(12, 7)
     model.head.fc.load_state_dict({'weight': g['initial.weight'], 'bias': g['initial.bias']})

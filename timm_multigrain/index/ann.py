@@ -195,4 +195,6 @@ def _candidates(index, queries: np.ndarray, count: int, settings: dict, selector
         parameters = faiss.SearchParametersIVF(nprobe=settings['probes'], **chosen)
     else:
         parameters = faiss.SearchParametersHNSW(efSearch=max(settings.get('ef', 0), count), **chosen)
-    return index.search(np.ascontiguousarray(queries, dtype=np.float32), count, params=parameters)[1]
+    # faiss.contrib.torch_utils, which others import, puts a search without parameters in its place
+    search = getattr(index, 'search_numpy', index.search)
+    return search(np.ascontiguousarray(queries, dtype=np.float32), count, params=parameters)[1]

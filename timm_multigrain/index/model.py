@@ -50,7 +50,8 @@ def label_names_of(model: torch.nn.Module) -> list[str] | None:
     subset = infer_imagenet_subset(model)
     if subset is None or not re.search(r'in\d+k', cfg.get('tag') or ''):
         return None
-    return [ImageNetInfo(subset).index_to_description(row) for row in range(model.num_classes)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(row) for row in range(model.num_classes)]
 
 
 def open_described(
