@@ -13,7 +13,7 @@ from timm_multigrain.images.sources import find_images
 from timm_multigrain.models.config import fitted
 from timm_multigrain.models.open import open_model
 from timm_multigrain.whiten.adapt import fit_adaptation
-from timm_multigrain.whiten.fit import with_constant
+from timm_multigrain.whiten.fit import WhitenedModel, with_constant
 
 from .tiny import image_for, tiny_model
 
@@ -118,10 +118,15 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     save_pretrained(tiny_model(), saved, label_names=['a', 'b', 'c'])
     arguments = ['adapt', str(saved), things, '-o', str(out), '--dim', '8', '--epochs', '3', '--seed', '2', *SETTINGS]
     assert main(arguments) == 0
-    assert 'Linear adaptation, 8 of 97 components, 12 images' in capsys.readouterr().out
+    shown = capsys.readouterr()
+    assert 'Linear adaptation, 8 of 97 components, 12 images' in shown.out
+    assert 'Adapting' not in shown.err  # not a terminal
     assert sorted(path.name for path in tmp_path.iterdir()) == ['adapted', 'model', 'things']
     model = open_model(saved)
     source, protocol = find_images(things), Protocol.for_model(model, size=32, kind='longer-side')
+    for agreement, lost in ((0.94, True), (0.96, False)):
+        text = str(WhitenedModel(fit_adaptation(torch.eye(4), [0, 0, 1, 1], 2, epochs=1), protocol, 3., agreement))
+        assert ('classify with the model as it was' in text) is lost
     raw = extract(model, source, protocol, descriptor=False, workers=0).vectors
     groups = [int(name.split('thing ')[1][0]) for name in source.names]
     fit = fit_adaptation(raw, groups, 8, epochs=3, seed=2, progress=False)

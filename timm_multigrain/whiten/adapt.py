@@ -52,7 +52,7 @@ def fit_adaptation(
         scale: Of the cosines.
         margin: Taken off the cosine with the right class.
         seed: Of the start and the order.
-        progress: Show a bar.
+        progress: Show a bar if stderr is a terminal.
 
     Raises:
         ValueError: Less than two groups, or impossible arguments.
@@ -78,7 +78,7 @@ def fit_adaptation(
     optimizer = torch.optim.AdamW([proj, centres], lr, weight_decay=0)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs * per_epoch)
     with torch.enable_grad():
-        for _ in tqdm(range(epochs), desc='adapt', unit='epoch', disable=not progress):
+        for _ in tqdm(range(epochs), desc='Adapting', unit='epoch', disable=None if progress else True):
             for rows in torch.randperm(len(x), generator=generator).split(BATCH):
                 cosines = F.normalize(x[rows] @ proj, dim=1) @ F.normalize(centres, dim=0)
                 cosines = cosines - margin * F.one_hot(labels[rows], len(classes))

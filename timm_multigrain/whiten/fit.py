@@ -44,6 +44,7 @@ __all__ = [
 _KINDS = {'pca': 'PCA whitening', 'learned': 'Learned whitening', 'adapted': 'Linear adaptation'}
 CONSTANT = 1e-10  # of the largest variance: below it, directions hold the rounding of float32 embeddings
 NOTHING = 1e-20  # of |z| = 1
+SAME = 0.95  # share of images below which a whitened classifier is not what it was
 CHECKED = 4096  # images that classification before and after is compared on
 PAIRS = 1000  # of a group of matching images
 
@@ -276,7 +277,8 @@ class WhitenedModel:
         p = f', p = {self.p:g}' if isinstance(self.p, float) else ''
         lines = [str(self.fit), f'Fitted for {self.protocol}{p}: another size or p needs another whitening.']
         if self.agreement is not None:
-            lines.append(f'First class the same as before for {100 * self.agreement:.2f} % of the images.')
+            lost = '; classify with the model as it was, the components left out are missed' * (self.agreement < SAME)
+            lines.append(f'First class the same as before for {100 * self.agreement:.2f} % of the images{lost}.')
         return '\n'.join(lines + skipped_lines(self.skipped))
 
 
