@@ -425,9 +425,13 @@ def test_killed_indexing_goes_on(pictures, model_folder):
     with forked(lambda pipe: make(pictures, model_folder, batch_size=4)):
         while count(index) < 20:
             time.sleep(0.01)
-    Index.open(index).store.check()
+    with pytest.warns(UserWarning, match=r'not complete: \d+ pictures .* timm-multigrain index'):
+        killed = Index.open(index)
+    killed.store.check()
     seen = count(index)
+    assert killed.pending == 68 - len(killed)
     report = update(pictures)
+    assert Index.open(index).pending == 0
     assert 20 <= seen < 68 and counts(report)[:2] == [68, 68 - report.unchanged] and report.unchanged >= seen
     check_against_the_slow_way(Index.open(index))
 

@@ -329,9 +329,11 @@ class _Update:
         self.report.copied, self.report.removed = len(self.copy), len(self.gone)
 
     def _embed(self) -> None:
-        files = self.embed
+        files, pending = self.embed, len(self.embed)
         if self.model is None:
             self.model = open_described(self.store.config['model'], self.store.folder)
+        self.writer.set_pending(pending)
+        self.writer.commit()
         with ThreadPoolExecutor(4) as pool:
             for batch in embed_images(
                     self.model, ImageFiles([os.fsdecode(self._path(file)) for file in files]), self.protocol,
@@ -343,7 +345,10 @@ class _Update:
                 for file, digest in zip(found, hashes, strict=True):
                     if digest is None:  # a time of -1: tried by the next run in any case
                         self._unreadable(file._replace(mtime_ns=-1), 'it was changing while it was read')
+                pending -= len(found)
+                self.writer.set_pending(pending)
                 self.writer.commit()
+        self.writer.set_pending(0)
         self.writer.commit()
 
     def _path(self, file: FoundFile) -> bytes:

@@ -1,6 +1,7 @@
 """An index of a photo collection: descriptors, classes, sizes and hashes of the images below some folders."""
 import difflib
 import os
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -120,6 +121,10 @@ class Index(Collection):
     def __init__(self, path: str | os.PathLike):
         self.path, self.store = Path(path), Store(path)
         self.config = self.store.config
+        if self.pending:
+            warnings.warn(
+                f'{self.path} is not complete: {self.pending:,} pictures of its last update are still to come. If that '
+                'is not running, let timm-multigrain index go on with it.', stacklevel=2)
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> 'Index':
@@ -131,6 +136,11 @@ class Index(Collection):
         """Make or update an index and open it; arguments as for `build_index`."""
         build_index(dirs, out, model, protocol, **options)
         return cls(out)
+
+    @property
+    def pending(self) -> int:
+        """Pictures that an update, which is running or was stopped, has yet to embed."""
+        return self.store.state['pending']
 
     def __len__(self) -> int:
         return len(self.store.ids)

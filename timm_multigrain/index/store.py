@@ -55,8 +55,8 @@ _SETTINGS = {  # anybody can write them, with a checksum that is right
     'config': {'dtype': str, 'protocol': {}, 'model': {
         'name': str, 'source': (str, None), 'pool': str, 'weights_sha256': str, 'dim': int, 'num_classes': int,
         'label_names': ([str], None), 'options': {}}},
-    'state': {  # the generation is that of the file of vectors
-        'generation': int, 'totals': {name: [int] for name in _TABLES if name != 'settings'}, 'faiss': (
+    'state': {  # the generation is that of the file of vectors; pending are pictures that an update has yet to embed
+        'generation': int, 'pending': int, 'totals': {name: [int] for name in _TABLES if name != 'settings'}, 'faiss': (
             {'number': int, 'kind': str, 'rows': int, 'settings': {str: int}, 'size': int, 'crc32': int}, None)}}
 
 
@@ -228,7 +228,8 @@ class Writer:
     def create(cls, folder: str | os.PathLike, config: dict) -> None:
         """Make an existing folder an index without images; config is that of `Store`. The lock must be held."""
         unfinished = Path(folder) / f'.{FILE}-{uuid.uuid4().hex[:8]}'
-        state = {'generation': 1, 'faiss': None, 'totals': {name: [0, 0] for name in _TABLES if name != 'settings'}}
+        totals = {name: [0, 0] for name in _TABLES if name != 'settings'}
+        state = {'generation': 1, 'pending': 0, 'faiss': None, 'totals': totals}
         with writing(folder):
             try:
                 with closing(sqlite3.connect(unfinished)) as db:
@@ -273,6 +274,14 @@ class Writer:
     def unskip(self, root: int, name: bytes) -> None:
         """Forget that a file could not be indexed, if it is noted."""
         self._delete('skipped', [(root, name)])
+
+    def set_pending(self, number: int) -> None:
+        """Say with the next commit how many pictures the update has yet to embed."""
+        if self.state['pending'] != number:
+            self.state['pending'] = number
+            if not self._db.in_transaction:
+                with writing(self.folder):
+                    self._db.execute('BEGIN IMMEDIATE')
 
     def commit(self) -> None:
         """Make what was done part of the index."""
