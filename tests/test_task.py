@@ -203,6 +203,7 @@ def test_start_is_kept():
         optimizer.step()
     assert task.get_checkpoint_state()['state_dict'].keys() == start.state_dict().keys()
     assert len(list(task.parameters())) == len(list(MultiGrainTask(_model()).parameters()))
+    assert torch.isfinite(task.double()(x.double(), target)['start_loss'])  # the start is converted, too
 
 
 def test_ema_and_checkpoint_round_trip():

@@ -155,8 +155,13 @@ class MultiGrainTask(ClassificationTask):
             self.sampler = sampling
             self.trainable_module = MultiGrainTrainableModule(model, loss)
         self.start_weight = start_weight if self.joint else 0.
-        # in a tuple, so that it is no part of the task: not trained, distributed or saved
+        # in a tuple: a submodule would be distributed, averaged and saved
         self._start = (deepcopy(model).requires_grad_(False).eval(),) if self.start_weight else ()
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> 'MultiGrainTask':
+        for start in self._start:  # moves and converts with the task
+            start._apply(fn)
+        return super()._apply(fn, recurse)
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'MultiGrainTask':
         """Wrap the trainable module in DDP. On the CPU, DDP takes no device ids: they are dropped."""
