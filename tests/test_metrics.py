@@ -13,15 +13,14 @@ from hypothesis import strategies as st
 from timm_multigrain.measure.metrics import (
     RevisitedQuery,
     average_precision,
-    best_pairs,
     clustering_nmi,
-    count_above,
     knn_accuracy,
     mean_average_precision,
     micro_average_precision,
     revisited_scores,
     ukb_score,
 )
+from timm_multigrain.measure.ranks import best_pairs, count_above
 from timm_multigrain.search import exact
 from timm_multigrain.search.exact import SimilarityChunks
 

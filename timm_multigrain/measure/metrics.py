@@ -7,7 +7,7 @@ the number of unlabelled items that score at least as much, counted chunk by chu
 equal scores every wrong item comes before every right one, and constant scores earn the worst value, not a lucky one.
 """
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -17,16 +17,15 @@ import torch
 
 from timm_multigrain.search.exact import Array, Scores, SimilarityChunks, nearest_of
 
+from .ranks import Indices, count_above, ranks, to_indices
 from .results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ['CopyResult', 'RetrievalResult', 'RevisitedQuery', 'RevisitedResult', 'UKBScore', 'average_precision',
-           'best_pairs', 'clustering_nmi', 'count_above', 'knn_accuracy', 'mean_average_precision',
-           'micro_average_precision', 'ranks', 'revisited_scores', 'ukb_score']
-
-Indices = Sequence[int] | Array
+           'clustering_nmi', 'knn_accuracy', 'mean_average_precision', 'micro_average_precision', 'revisited_scores',
+           'ukb_score']
 
 KAPPAS = (1, 5, 10)
 PRECISION = 0.9  # at which the recall of copy detection is quoted
@@ -132,7 +131,7 @@ def average_precision(ranks_of_relevant: Indices, num_relevant: int) -> float:
             query itself) are taken out of the list.
         num_relevant: Number of relevant items, found or not; with none the result is NaN.
     """
-    places = np.sort(_to_indices(ranks_of_relevant))
+    places = np.sort(to_indices(ranks_of_relevant))
     found = np.arange(len(places))
     before = np.where(places == 0, 1., found / np.maximum(places, 1))
     return float((before + (found + 1) / (places + 1)).sum() / 2 / num_relevant) if num_relevant else np.nan
@@ -411,107 +410,6 @@ def clustering_nmi(vectors: Array, labels: Indices, seed: int = 0) -> float:
     vectors = vectors.cpu().numpy() if isinstance(vectors, torch.Tensor) else vectors
     clusters = KMeans(len(np.unique(labels)), n_init=1, random_state=seed).fit_predict(vectors)
     return float(normalized_mutual_info_score(labels, clusters))
-
-
-def count_above(scores: Scores, *labelled: Sequence[Indices]) -> list[np.ndarray]:
-    """For each labelled item, the number of unlabelled items that score at least as much for its query.
-
-    Memory is that of a chunk. Chunks are read twice up to the last labelled item, and once beyond it. Many queries are
-    taken some at a time.
-
-    Args:
-        scores: (Q, N) or chunks.
-        labelled: Lists of database indices for each of the Q queries; those of a query have no item in common.
-
-    Returns:
-        Per query the numbers for its first list, then its second, and so on, (L,) int64.
-    """
-    if isinstance(scores, Iterator):
-        raise ValueError('scores are a generator, and are read twice: pass a list of the chunks, or SimilarityChunks.')
-    if isinstance(scores, SimilarityChunks) and scores.in_blocks:
-        return [own for rows, part in scores.blocks() for own in count_above(part, *(own[rows] for own in labelled))]
-    items = [np.concatenate([_to_indices(own) for own in lists]) for lists in zip(*labelled, strict=True)]
-    for query, own in enumerate(items):
-        if len(np.unique(own)) < len(own):
-            raise ValueError(f'Query {query}: an item is labelled more than once.')
-    levels = _scores_of(items, scores)
-    above = [-_count_reaching(own, own) for own in levels]  # labelled ones do not count
-    for chunk in _chunks(scores, len(items)):
-        for count, row, own in zip(above, chunk, levels, strict=True):
-            count += _count_reaching(row, own)
-    return above
-
-
-def ranks(above: np.ndarray) -> np.ndarray:
-    """Of items with so many unlabelled ones above each, (L,), their 0-based ranks when other labelled ones are out."""
-    return np.sort(above) + np.arange(len(above))
-
-
-def best_pairs(scores: Iterable[Array], limit: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Rows, columns and scores of the `limit` highest scores over all queries together, best first.
-
-    Memory is a few times the limit and a chunk. Among equal scores at the limit the choice is arbitrary.
-    """
-    values, pairs, threshold, start = np.empty(0, np.float32), np.empty((2, 0), np.int64), -np.inf, 0
-    for chunk in _chunks(scores):
-        rows, columns = np.nonzero(chunk >= threshold)
-        values = np.concatenate([values, chunk[rows, columns]])
-        pairs = np.concatenate([pairs, [rows, columns + start]], axis=1)
-        start += chunk.shape[1]
-        if len(values) > 2 * limit:
-            best = np.argpartition(-values, limit - 1)[:limit]
-            values, pairs = values[best], pairs[:, best]
-            threshold = values.min()
-    order = np.argsort(-values, kind='stable')[:limit]
-    return *pairs[:, order], values[order]
-
-
-def _scores_of(items: list[np.ndarray], scores: Scores) -> list[np.ndarray]:
-    """The scores of the labelled items of each query."""
-    last, start, levels = max((own.max(initial=-1) for own in items), default=-1), 0, [own[:0] for own in items]
-    for chunk in _chunks(scores, len(items)):
-        if not start:
-            levels = [np.empty(len(own), chunk.dtype) for own in items]
-        for own, level, row in zip(items, levels, chunk, strict=True):
-            inside = (own >= start) & (own < start + len(row))
-            level[inside] = row[own[inside] - start]
-        start += chunk.shape[1]
-        if start > last:
-            return levels
-    if start <= last:
-        raise ValueError(f'Item {last} is labelled, and there are {start}.')
-    return levels
-
-
-def _count_reaching(scores: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """Number of scores that are at least as high as each level."""
-    if not len(levels):
-        return np.zeros(0, dtype=np.int64)
-    scores = scores[scores >= levels.min()]  # few, where the labelled items are near the top
-    if len(levels) <= 8:  # comparing with each takes less time than sorting
-        return np.array([np.count_nonzero(scores >= level) for level in levels], dtype=np.int64)
-    return len(scores) - np.searchsorted(np.sort(scores), levels)
-
-
-def _chunks(scores: Scores, num_queries: int | None = None) -> Iterator[np.ndarray]:
-    """The chunks as numpy arrays, half precision as float32."""
-    for chunk in [scores] if isinstance(scores, Array) else scores:
-        if isinstance(chunk, torch.Tensor):
-            chunk = chunk.detach().cpu()
-            chunk = (chunk.float() if chunk.dtype in (torch.bfloat16, torch.float16) else chunk).numpy()
-        if chunk.ndim != 2 or chunk.dtype.kind not in 'fiub' or num_queries not in (None, len(chunk)):
-            raise ValueError(f'scores have shape {chunk.shape} and dtype {chunk.dtype}: give real numbers, '
-                             f'({"queries" if num_queries is None else num_queries}, items).')
-        if np.isnan(chunk).any():
-            raise ValueError('scores contain NaN.')
-        yield chunk.astype(np.float32) if chunk.dtype == np.float16 else chunk
-
-
-def _to_indices(values: Indices) -> np.ndarray:
-    values = np.asarray(values.cpu() if isinstance(values, torch.Tensor) else values)
-    if values.size and (values.ndim != 1 or values.dtype.kind not in 'iu' or values.min() < 0):
-        raise ValueError(f'Items are integers from 0, not {values.dtype} {values.tolist()!r:.60}.')
-    return values.astype(np.int64, copy=False).ravel()
 
 
 def _to_list(values: Iterable | Array) -> list:

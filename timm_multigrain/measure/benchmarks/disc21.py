@@ -12,7 +12,8 @@ from pathlib import Path
 
 from timm_multigrain.files import read_lines
 from timm_multigrain.images.sources import ImageFiles, ImageSource
-from timm_multigrain.measure.metrics import best_pairs, micro_average_precision
+from timm_multigrain.measure.metrics import micro_average_precision
+from timm_multigrain.measure.ranks import best_pairs
 
 from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
