@@ -74,7 +74,7 @@ class BuildReport:
 def build_index(
         dirs: Iterable[str | os.PathLike],
         out: str | os.PathLike,
-        model: str | torch.nn.Module | None = None,
+        model: str | os.PathLike | torch.nn.Module | None = None,
         protocol: Protocol | Callable[[torch.nn.Module], Protocol] | None = None,
         *,
         model_options: Mapping[str, Any] | None = None,
@@ -118,6 +118,7 @@ def build_index(
         ValueError: No folders for a new index, or no images in them.
     """
     start, out = time.monotonic(), Path(out)
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
     folders = list(dict.fromkeys(os.path.realpath(os.fsencode(folder)) for folder in dirs))
     new = _is_new(out)
     known = [] if new else Store(out).roots

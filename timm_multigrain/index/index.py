@@ -47,7 +47,7 @@ class Collection:
         """The preprocessing it was built with, which queries go through too."""
         return protocol_from_json(self.config['protocol'])
 
-    def model(self, model: str | torch.nn.Module | None = None) -> torch.nn.Module:
+    def model(self, model: str | os.PathLike | torch.nn.Module | None = None) -> torch.nn.Module:
         """The model it was built with, opened once.
 
         Args:

@@ -57,7 +57,7 @@ def label_names_of(model: torch.nn.Module) -> list[str] | None:
 def open_described(
         described: Mapping[str, Any],
         folder: Path | str,
-        model: str | torch.nn.Module | None = None,
+        model: str | os.PathLike | torch.nn.Module | None = None,
         options: Mapping[str, Any] | None = None,
 ) -> torch.nn.Module:
     """The model of an index as `describe_model` has described it.
@@ -73,6 +73,7 @@ def open_described(
         DamagedIndex: The model inside the index is a link, or has one in it.
         OSError, ValueError, RuntimeError: It cannot be opened.
     """
+    model = os.fspath(model) if isinstance(model, os.PathLike) else model
     shown, own = model if isinstance(model, str) else 'This model', dict(described['options'])
     if own.keys() - _OPTIONS.keys():
         odd = printable(min(own.keys() - _OPTIONS.keys()))
