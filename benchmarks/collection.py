@@ -1,35 +1,46 @@
-"""Index real folders, search them, and search synthetic collections of up to a million images: exact, HNSW, IVF-PQ.
+"""Index real folders; update, search and compare synthetic collections of up to a million images, beside FAISS alone.
 
-    python benchmarks/collection.py --model MODEL --data DIR... --work WORK [--sizes 10000 100000 1000000] [--plot PNG]
+    python benchmarks/collection.py --work WORK [--sizes 10000 100000 1000000] [--plot PNG] [--cpu-time]
+    python benchmarks/collection.py --work WORK --model MODEL --data DIR... [--ground-truth gt.json] --sizes
 
-The real folders are indexed once from nothing and once more without a change. The synthetic descriptors are mixtures of
-two real ones and noise, so that they crowd as real ones do; queries are more of the kind. Each structure is built, then
-searched by a process of its own, one query at a time, and its recall@10 is that against exact search. What is measured
-is kept in WORK, so that an interrupted run goes on where it stopped.
+Synthetic descriptors have 512 dimensions and lie in clusters; one in a hundred is a copy of another. The index's own
+writer writes them, and empty files stand for the pictures. Each structure is built, then searched by a process of its
+own, one query at a time; so are FAISS' flat index and HNSW over the same descriptors.
+Then copies are looked for, what a look at two pictures would say being known; FAISS' inverted file with as many cells
+searches for the same pairs. At last the collection is updated without a change and with 1,000 new pictures of noise.
+What is measured is kept in WORK, so that an interrupted run goes on where it stopped. A million images take 9 GB there,
+which are deleted with WORK only.
 """
 import argparse
 import json
+import os
 import resource
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import timing
 import torch
+from PIL import Image
 
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import write_text
 from timm_multigrain.index import Index, build_index
-from timm_multigrain.index.ann import KINDS, update_structure
+from timm_multigrain.index.ann import KINDS, TARGET_RECALL, import_faiss, update_structure
+from timm_multigrain.index.dedup import FALSE_POSITIVES, CopySearch, identical_rows
+from timm_multigrain.index.pairs import star_groups
 from timm_multigrain.index.records import RECORD
 from timm_multigrain.index.store import Store, Writer
 from timm_multigrain.measure.metrics import mean_average_precision
+from timm_multigrain.models.open import open_model
 
-QUERIES, CHUNK, WARM = 200, 50_000, 20
+QUERIES, CHUNK, WARM, DIM, CLUSTER, COPY_SHARE = 200, 50_000, 20, 512, 200, 0.01
+FAISS = ('faiss flat', 'faiss hnsw')
 
 
 def main() -> None:
@@ -39,28 +50,37 @@ def main() -> None:
     parser.add_argument('--ground-truth', type=Path, help='gt.json: path in a folder of the data -> group')
     parser.add_argument('--work', type=Path, required=True)
     parser.add_argument('--sizes', type=int, nargs='*', default=[10_000, 100_000, 1_000_000])
-    parser.add_argument('--kinds', nargs='+', default=KINDS, choices=KINDS)
+    parser.add_argument('--kinds', nargs='+', default=[*KINDS, *FAISS], choices=[*KINDS, *FAISS])
+    parser.add_argument('--parts', nargs='*', default=list(PARTS), choices=PARTS)
     parser.add_argument('--plot', type=Path)
-    parser.add_argument('--measure', type=Path, help=argparse.SUPPRESS)
+    parser.add_argument('--measure', help=argparse.SUPPRESS)
     parser.set_defaults(threads=2)
     args = parser.parse_args()
     if args.measure:
         torch.set_num_threads(args.threads)
-        print(json.dumps(measure(args.measure, time.process_time if args.cpu_time else time.perf_counter)))
+        import_faiss().omp_set_num_threads(args.threads)
+        clock = processor_seconds if args.cpu_time else time.perf_counter
+        measures = {'search': measure, **{kind: partial(measure_faiss, kind) for kind in FAISS}, **PARTS}
+        print(json.dumps(measures[args.measure](args.work, clock)))
         return
     args = timing.start(parser, packages=('faiss-cpu',))
+    import_faiss().omp_set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     kept = args.work / 'results.json'
     results = json.loads(kept.read_text()) if kept.exists() else {}
-    steps = [('real', lambda: real(args))]
-    steps += [(f'{kind} {size}', lambda size=size, kind=kind: synthetic(args, size, kind))
-              for size in args.sizes for kind in args.kinds]
+    steps = [('real', lambda: real(args))] if args.data else []
+    for size in args.sizes:
+        steps += [(f'{kind} {size}', partial(search, args, size, kind)) for kind in args.kinds]
+        steps += [(f'{part} {size}', partial(apart, args, size, part)) for part in args.parts]
     for name, step in steps:
         if name not in results:
+            print(name, flush=True)
             results[name] = step()
             write_text(kept, json.dumps(results, indent=1))
-    rows = [row for name, row in results.items() if name != 'real']
-    timing.print_table([{'measure': k, 'value': v} for k, v in results['real'].items()])
+    tables = {name: value for name, value in results.items() if name.rsplit(' ', 1)[0] in ('real', *PARTS)}
+    for name, table in tables.items():
+        timing.print_table([{name: k, 'value': v} for k, v in table.items()])
+    rows = [row for name, row in results.items() if name not in tables]
     timing.finish(args, rows)
     if args.plot:
         plot(rows, args.plot)
@@ -116,83 +136,228 @@ def search_map(index: Index, ground_truth: Path) -> dict:
     return result
 
 
-def synthetic(args, size: int, kind: str) -> dict:
+def search(args, size: int, kind: str) -> dict:
     """One row: build the structure and search with it."""
+    described, seconds = None, None
+    if kind in KINDS:
+        folder, clock = prepared(args, size), processor_seconds if args.cpu_time else time.perf_counter
+        start = clock()
+        with closing(Writer(Store(folder))) as writer:
+            described = update_structure(writer, kind, progress=False)
+        seconds = clock() - start
+    found = apart(args, size, kind if kind in FAISS else 'search')
+    row = {'images': size, 'kind': kind, 'build s': seconds if described else None, **found}
+    if described:
+        row |= {'file bytes an image': described['size'] / size, 'stated recall': described['recall_at_10'],
+                'settings': str(described['settings'])}
+    return row
+
+
+def apart(args, size: int, what: str) -> dict:
+    """What a process that does nothing else measures."""
+    command = [sys.executable, __file__, '--work', str(prepared(args, size)), '--measure', what, '--threads',
+               str(args.threads), *['--cpu-time'] * args.cpu_time]
+    return json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+
+
+def prepared(args, size: int) -> Path:
+    """The index of a synthetic collection: pictures, files that stand for pictures, and queries.npy in it."""
     folder = args.work / f'synthetic-{size}'
-    if not (folder / 'queries.npy').exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        write_synthetic(Index.open(args.work / 'real'), folder, size)
-    print(f'{size:,} images, {kind}', flush=True)
-    clock = time.process_time if args.cpu_time else time.perf_counter
-    start = clock()
+    if (folder / 'queries.npy').exists():
+        return folder
+    pictures, rng = args.work / f'pictures-{size}', np.random.default_rng(0)
+    for path in (folder, pictures):
+        shutil.rmtree(path, ignore_errors=True)
+    draw_pictures(pictures / 'first', 16)
+    model = open_model('multigrain_resnet18', pretrained=False, num_classes=0)
+    build_index([pictures], folder, model, Protocol(64), progress=False)
+    shutil.rmtree(pictures / 'first')
+    centres = spectrum(rng, max(1, size // CLUSTER))
     with closing(Writer(Store(folder))) as writer:
-        described = update_structure(writer, kind, progress=False)
-    seconds = clock() - start
-    output = subprocess.run(
-        [sys.executable, __file__, '--work', str(args.work), '--measure', str(folder), '--threads', str(args.threads),
-         *['--cpu-time'] * args.cpu_time], check=True, capture_output=True, text=True).stdout
-    file_bytes = described['size'] if described else 0
-    return {'images': size, 'kind': kind, 'build s': seconds if described else None,
-            'file bytes an image': file_bytes / size if described else None, **json.loads(output),
-            'stated recall': described['recall_at_10'] if described else None,
-            'settings': str(described['settings']) if described else ''}
+        writer.remove(range(16))
+        for start in range(0, size, CHUNK):
+            count = min(CHUNK, size - start)
+            names = [b'%05d/%08d.jpg' % (i // 1000, i) for i in range(start, start + count)]
+            rows, vectors = np.zeros(count, dtype=RECORD), members(rng, centres, count)
+            copies = int(COPY_SHARE * count)
+            vectors[-copies:] = unit(vectors[:copies] + 0.3 * unit(spectrum(rng, copies)))
+            rows['width'], rows['height'], rows['bytes'], rows['classes'] = 640, 480, 100_000, -1
+            rows['mtime_ns'], rows['sha256'] = 10 ** 18, rng.integers(0, 256, (count, 32), dtype=np.uint8)
+            writer.add(names, rows, vectors)
+            writer.commit()
+            for name in names:
+                path = pictures / os.fsdecode(name)
+                if path.name.endswith('000.jpg'):
+                    path.parent.mkdir(exist_ok=True)
+                os.mknod(path)
+                os.truncate(path, 100_000)
+                os.utime(path, ns=(10 ** 18, 10 ** 18))
+    np.save(folder / 'queries.npy', members(rng, centres, QUERIES))
+    return folder
 
 
-def write_synthetic(real: Index, folder: Path, size: int, seed: int = 0) -> None:
-    """An index of mixtures of real descriptors, and queries.npy in it."""
-    rng, vectors = np.random.default_rng(seed), np.asarray(real.vectors).astype(np.float32)
+def draw_pictures(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
-    Writer.create(folder, real.store.config)
-    writer = Writer(Store(folder))
-    writer.add_root(b'/synthetic')
-    for start in range(0, size, CHUNK):
-        count = min(CHUNK, size - start)
-        rows = np.zeros(count, dtype=RECORD)
-        rows['width'], rows['height'], rows['bytes'], rows['classes'] = 640, 480, 100_000, -1
-        rows['sha256'] = rng.integers(0, 256, (count, 32), dtype=np.uint8)
-        writer.add([b'%08d.jpg' % i for i in range(start, start + count)], rows, mixtures(rng, vectors, count))
-        writer.commit()
-    writer.close()
-    np.save(folder / 'queries.npy', mixtures(rng, vectors, QUERIES))
+    for i, pixels in enumerate(np.random.default_rng(count).integers(0, 256, (count, 8, 8, 3), dtype=np.uint8)):
+        Image.fromarray(pixels).resize((64, 64)).save(folder / f'{i}.jpg')
 
 
-def mixtures(rng: np.random.Generator, vectors: np.ndarray, count: int) -> np.ndarray:
-    share = rng.random((count, 1), dtype=np.float32)
-    first, second = vectors[rng.integers(len(vectors), size=(2, count))]
-    mixed = share * first + (1 - share) * second
-    mixed += 0.02 * rng.standard_normal(mixed.shape, dtype=np.float32)
-    return mixed / np.linalg.norm(mixed, axis=1, keepdims=True)
+def spectrum(rng: np.random.Generator, count: int) -> np.ndarray:
+    """Gaussian rows whose variances fall as those of trained networks do, (count, 512) float32."""
+    return rng.standard_normal((count, DIM), dtype=np.float32) / np.arange(1, DIM + 1, dtype=np.float32) ** 0.5
 
 
-def measure(folder: Path, clock: Callable[[], float]) -> dict:
-    """Latency, memory and recall of the index as it is, in a process that does nothing else."""
-    start = clock()
+def unit(rows: np.ndarray) -> np.ndarray:
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def members(rng: np.random.Generator, centres: np.ndarray, count: int) -> np.ndarray:
+    return unit(centres[rng.integers(len(centres), size=count)] + 0.8 * spectrum(rng, count))
+
+
+def copies_of(rows: np.ndarray, size: int) -> np.ndarray:
+    """The image that each one is a copy of, itself if it is none."""
+    chunk = np.minimum(CHUNK, size - rows // CHUNK * CHUNK)
+    place, copies = rows % CHUNK, (COPY_SHARE * chunk).astype(int)
+    return np.where(place >= chunk - copies, rows - chunk + copies, rows)
+
+
+def measure(folder: Path, clock) -> dict:
+    """Latency, memory and recall of the index as it is."""
+    before, start = memory(), clock()
     index = Index.open(folder)
+    opened = clock() - start
     queries = np.load(folder / 'queries.npy')
-    before = memory()
+    start = clock()
     index.search(queries[:1])
     first = clock() - start
     approximate = index.structure is not None
     queries = queries if approximate else queries[:max(WARM, min(QUERIES, 20_000_000 // len(index)))]
-    index.search(queries[:WARM])
+    found, milliseconds = one_by_one(lambda query: index.search(query, 10)[1], queries, clock)
+    own = memory() - before
+    truth = index.search(queries, 10, exact=True)[1] if approximate else found
+    return {'open s': opened, 'first query s': first, 'ms a query': milliseconds, 'recall@10': recall(found, truth),
+            'own memory MiB': own}
+
+
+def measure_faiss(kind: str, folder: Path, clock) -> dict:
+    """The same of FAISS alone, whose index is in memory."""
+    faiss, before, queries = import_faiss(), memory(), np.load(folder / 'queries.npy')
+    vectors = np.memmap(next(folder.glob('vectors.*.bin')), np.float32, 'r').reshape(-1, DIM)
+    start = clock()
+    index = faiss.IndexFlatIP(DIM)
+    if kind == 'faiss hnsw':
+        index = faiss.IndexHNSWFlat(DIM, 32, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction = 80
+    for first in range(0, len(vectors), CHUNK):
+        index.add(vectors[first:first + CHUNK])
+    built, result = clock() - start, {}
+    truth = folder / 'truth.npy'
+    if kind == 'faiss flat':
+        np.save(truth, index.search(queries, 10)[1])
+        queries, efs = queries[:max(WARM, 20_000_000 // len(vectors))], [None]
+    else:
+        efs = [16, 32, 64, 128, 256, 512]
+    for ef in efs:
+        if ef:
+            index.hnsw.efSearch, result['settings'] = ef, str({'links': 32, 'ef': ef})
+        found, milliseconds = one_by_one(lambda query: index.search(query, 10)[1], queries, clock)
+        share = recall(found, np.load(truth)[:len(queries)])
+        if share >= TARGET_RECALL:
+            break
+    return {'build s': built, 'ms a query': milliseconds, 'recall@10': share, 'own memory MiB': memory() - before,
+            **result}
+
+
+def one_by_one(function, queries: np.ndarray, clock) -> tuple[list, float]:
+    """What was found for each, and the median milliseconds."""
     seconds, found = [], []
-    for query in queries:
+    for query in [*queries[:WARM], *queries]:
         start = clock()
-        found.append(index.search(query[None], 10)[1][0])
+        found.append(function(query[None])[0])
         seconds.append(clock() - start)
-    own, mapped = memory()
-    recall = 1.
-    if approximate:
-        truth = index.search(queries, 10, exact=True)[1]
-        recall = float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)]))
-    return {'ms a query': 1000 * float(np.median(seconds)), 'first query s': first, 'recall@10': recall,
-            'own memory MiB': own - before[0], 'mapped MiB': mapped - before[1]}
+    return found[-len(queries):], 1000 * float(np.median(seconds[-len(queries):]))
 
 
-def memory() -> tuple[float, float]:
-    """Resident MiB of this process: its own, and of files that are mapped, which the system takes back when it must."""
-    lines = dict(line.split(':', 1) for line in Path('/proc/self/status').read_text().splitlines())
-    return tuple(int(lines[name].split()[0]) / 1024 for name in ('RssAnon', 'RssFile'))
+def recall(found, truth) -> float:
+    return float(np.mean([len(np.intersect1d(a, b)) / 10 for a, b in zip(found, truth, strict=True)]))
+
+
+def measure_copies(folder: Path, clock) -> dict:
+    """Everything that dedup does before and after looking at pictures, and FAISS searching for the same pairs."""
+    faiss, looked = import_faiss(), set()
+
+    class Search(CopySearch):
+        def _alike(self, i: int, j: int) -> bool:
+            looked.add((min(i, j), max(i, j)))
+            return bool(source[i] == source[j])
+
+    index = Index.open(folder)
+    source, result, before = copies_of(np.arange(len(index)), len(index)), {}, memory()
+
+    def timed(name: str, function):
+        start = clock()
+        value = function()
+        result[name] = clock() - start
+        return value
+
+    timed('identical files, s', lambda: identical_rows(index))
+    search = timed('whitening and thresholds, s', lambda: Search(index, None, FALSE_POSITIVES, look=True))
+    result['of them pairs to look at'] = len(looked)
+    pairs = timed('pairs, s', search.pairs)
+    groups = timed('groups, s', lambda: star_groups(pairs, np.arange(len(index))))
+    copies = np.flatnonzero(source != np.arange(len(index)))
+    good = source[pairs.first] == source[pairs.second]
+    limits = search.thresholds
+    result |= {
+        'own memory at the end, MiB': memory() - before, 'pairs to look at in all': len(looked),
+        'certain and possible from': f'{limits.certain:.3f}, {limits.possible:.3f}', 'groups': len(groups),
+        'copies found, %': 100 * len(np.intersect1d(pairs.rows(), copies)) / len(copies),
+        'of all pairs that are of copies, %': 100 * float(good.mean())}
+    cells, sample = int(2 * len(index) ** 0.5), slice(0, len(index), max(1, len(index) // 5000))
+    inverted = faiss.index_factory(search.vectors.shape[1], f'IVF{cells},Flat', faiss.METRIC_INNER_PRODUCT)
+    inverted.cp.max_points_per_centroid, inverted.cp.niter, inverted.nprobe = 32, 6, 17
+
+    def build():
+        inverted.train(np.array(search.vectors[::max(1, len(index) // (32 * cells))]))
+        for start in range(0, len(index), CHUNK):
+            inverted.add(np.array(search.vectors[start:start + CHUNK]))
+
+    timed('FAISS: inverted file, s', build)
+    queries = np.array(search.vectors[sample])
+    timed('FAISS: pairs, s', lambda: inverted.range_search(queries, limits.possible))
+    result['FAISS: pairs, s'] *= len(index) / len(queries)
+    return result
+
+
+def measure_update(folder: Path, clock) -> dict:
+    """An update without a change, and one with 1,000 new pictures, beside an index of these alone."""
+    pictures, result = folder.with_name(folder.name.replace('synthetic', 'pictures')), {}
+    kind = (Store(folder).faiss or {'kind': 'exact'})['kind']
+
+    def update(name: str, dirs: Path, out: Path, *model):
+        start = clock()
+        report = build_index([dirs], out, *model, kind=kind, workers=0, progress=False)
+        result[name] = clock() - start
+        print(report, file=sys.stderr)
+
+    update('update without a change, s', pictures, folder)
+    new, alone = pictures / 'new', folder.with_name('alone')
+    for path in (new, alone):
+        shutil.rmtree(path, ignore_errors=True)
+    draw_pictures(new, 1000)
+    update('update with 1,000 new pictures, s', pictures, folder)
+    update('an index of the 1,000 alone, s', new, alone, str(folder / 'model'), Protocol(64))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return {**result, 'most memory of the process, MiB': peak}
+
+
+PARTS = {'copies': measure_copies, 'update': measure_update}
+
+
+def memory() -> float:
+    """MiB that this process holds, without files that are mapped, which the system takes back when it must."""
+    return int(Path('/proc/self/status').read_text().partition('RssAnon:')[2].split()[0]) / 1024
 
 
 def plot(rows: list[dict], path: Path) -> None:
@@ -202,7 +367,7 @@ def plot(rows: list[dict], path: Path) -> None:
     figure = Figure(figsize=(9, 3.6), layout='constrained')
     for axes, key, title in zip(figure.subplots(1, 2), ('ms a query', 'own memory MiB'),
                                 ('Search, ms a query', 'Memory of the process, MiB'), strict=True):
-        for kind, marker in zip(KINDS, 'os^', strict=True):
+        for kind, marker in zip([*KINDS, *FAISS], 'os^+x', strict=True):
             points = sorted((row['images'], row[key]) for row in rows if row['kind'] == kind)
             axes.loglog(*zip(*points, strict=True), marker=marker, label=kind)
         axes.set(xlabel='images', title=title)

@@ -23,6 +23,24 @@ def test_every_script_starts(name, monkeypatch, capsys):
     assert f'benchmarks/{name}' in (FOLDER / 'README.md').read_text()
 
 
+def test_all_goes_on_after_a_failure(monkeypatch, capsys, tmp_path):
+    module = runpy.run_path(str(FOLDER / 'all.py'))
+    scripts = tmp_path / 'scripts'
+    scripts.mkdir()
+    (scripts / 'good.py').write_text('import sys; print("a table", sys.argv[1:])')
+    (scripts / 'bad.py').write_text('raise SystemExit("out of order")')
+    (scripts / 'other.py').write_text('"""Another.\n\n    python benchmarks/other.py --data DIR\n\nMore."""')
+    monkeypatch.setitem(module['main'].__globals__, 'FOLDER', scripts)
+    monkeypatch.setitem(module['main'].__globals__, 'QUICK', {'bad': '', 'good': '--work {work}'})
+    assert module['main'](['--output', str(tmp_path / 'out')]) == 1
+    printed = capsys.readouterr().out
+    assert 'failed: bad' in printed and printed.rstrip().endswith('    python benchmarks/other.py --data DIR')
+    assert 'out of order' in (tmp_path / 'out' / 'bad.txt').read_text()
+    assert 'a table' in (tmp_path / 'out' / 'good.txt').read_text()
+    module = runpy.run_path(str(FOLDER / 'all.py'))
+    assert {f'{name}.py' for name in module['QUICK']} <= set(SCRIPTS)
+
+
 @pytest.fixture
 def gpu(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
