@@ -13,7 +13,7 @@ from timm_multigrain.layers import l2_normalize
 from .exact import Array, SimilarityChunks, as_vectors, nearest, shards_of
 
 __all__ = ['Background', 'RerankedChunks', 'alpha_query_expansion', 'check_neighbours', 'chosen',
-           'database_augmentation', 'rerank_candidates', 'score_offsets']
+           'database_augmentation', 'replaced', 'rerank_candidates', 'score_offsets']
 
 TOP = 400  # images of the first ranking that are refined
 NEIGHBOURS = 3
@@ -137,13 +137,19 @@ class RerankedChunks:
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         first = self.scores if self.offsets is None else self.scores + self.offsets[:, None]
-        start = 0
-        for chunk in self.chunks:
-            chunk -= 3  # cosines are from -1 to 1
-            inside = (self.indices >= start) & (self.indices < start + chunk.shape[1])
-            chunk[inside.nonzero()[:, 0], self.indices[inside] - start] = first[inside]
-            start += chunk.shape[1]
-            yield chunk
+        return replaced(self.chunks, first, self.indices, lower=3)  # cosines are from -1 to 1
+
+
+def replaced(chunks: Iterable[torch.Tensor], scores: torch.Tensor, indices: torch.Tensor,
+             lower: float = 0) -> Iterator[torch.Tensor]:
+    """Chunks of scores (Q, n) with other ones, (Q, M), at some indices, and everything else lowered."""
+    start = 0
+    for chunk in chunks:
+        chunk -= lower
+        inside = (indices >= start) & (indices < start + chunk.shape[1])
+        chunk[inside.nonzero()[:, 0], indices[inside] - start] = scores[inside]
+        start += chunk.shape[1]
+        yield chunk
 
 
 def _about(vectors: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
