@@ -13,6 +13,7 @@ import pytest
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.index import Index, OtherModel, export
+from timm_multigrain.index.ann import update_structure
 from timm_multigrain.index.export import METADATA, export_index, export_parquet
 from timm_multigrain.index.milvus import MilvusIndex, export_milvus, parse_address
 from timm_multigrain.index.model import protocol_from_json
@@ -74,6 +75,26 @@ def test_same_neighbours(index, address):
     with pytest.raises(ValueError, match='in Milvus is not re-ranked'):
         there.hits(queries, rerank='auto')
     there.client.close()
+
+
+def test_the_same_ten_of_a_clustered_collection(tmp_path, address):
+    """As descriptors lie, with equal ones among them; the index proposes by HNSW, too."""
+    vectors = np.repeat(unit_vectors(50, dim=512), 40, axis=0) + 0.8 * unit_vectors(2000, dim=512, seed=1)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    vectors[-20:] = vectors[:20]
+    folder = write_index(tmp_path / 'index', vectors, [f'{i:04}.jpg' for i in range(2000)])
+    queries = vectors[::100] + 0.3 * unit_vectors(20, dim=512, seed=2)
+    index = Index.open(folder)
+    exact = index.search(queries, 10)[1]
+    export_milvus(index, address, progress=False)
+    there = MilvusIndex(address)
+    assert [[hit.path for hit in part] for part in there.hits(queries, 10)] == [
+        [index.path_of(row) for row in part] for part in exact]
+    there.client.close()
+    with writer_of(folder) as writer:
+        update_structure(writer, 'hnsw', progress=False)
+    index = Index.open(folder)
+    assert index.structure and np.mean(index.search(queries, 10)[1] == exact) > 0.95
 
 
 def test_exporting_again_sends_what_has_changed(index, address):
