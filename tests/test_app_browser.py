@@ -1,28 +1,16 @@
 """The web app and a report in a headless browser, wide and of a phone's width; nothing comes from elsewhere."""
-import base64
-import contextlib
-import json
-import os
-import shutil
-from pathlib import Path
-
 import pytest
 
 from timm_multigrain.report.report import Table, write_report
 
+from .browser import browsing, needs_browser
 from .copies_folder import make_index, make_pictures
 from .test_app import running
 
 pytest.importorskip('gradio')
-webdriver = pytest.importorskip('selenium.webdriver')
-from selenium.common.exceptions import TimeoutException  # noqa: E402
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
+from selenium.webdriver.common.keys import Keys
 
-BROWSER, DRIVER = (shutil.which(name) for name in ('chromium', 'chromedriver'))
-FLAGS = ('--headless', '--no-sandbox', '--disable-gpu', '--disable-quic', '--no-first-run', '--disable-sync',
-         '--disable-background-networking', '--disable-component-update')
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (BROWSER and DRIVER), reason='Chromium is not installed')]
+pytestmark = [pytest.mark.slow, needs_browser]
 
 
 @pytest.fixture(scope='module')
@@ -36,113 +24,119 @@ def url(pictures):
         yield address
 
 
-@pytest.fixture(params=[1280, 390], ids=['wide', 'phone'])
-def page(request, url, tmp_path):
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, f'--window-size={request.param},900', f'--user-data-dir={tmp_path}'):
-        options.add_argument(flag)
-    if request.param < 500:
-        metrics = {'width': request.param, 'height': 844, 'pixelRatio': 2.0}
-        options.add_experimental_option('mobileEmulation', {'deviceMetrics': metrics})
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL', 'performance': 'ALL'})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        driver.get(url)
-        yield Page(driver, request.param)
-    finally:
-        driver.quit()
+@pytest.fixture(scope='module', params=[1400, 390], ids=['wide', 'phone'])
+def browser(request, tmp_path_factory):
+    with browsing(tmp_path_factory.mktemp('profile'), request.param) as page:
+        yield page
 
 
-class Page:
-    """What the tests do with the page; APP_SCREENSHOTS names a folder for pictures of it."""
-
-    def __init__(self, driver, width):
-        self.driver, self.width = driver, width
-
-    def find(self, selector, number=0):
-        return self.wait(lambda driver: driver.find_elements(By.CSS_SELECTOR, selector)[number:])[0]
-
-    def wait(self, condition):
-        return WebDriverWait(self.driver, 60, ignored_exceptions=[Exception]).until(condition)
-
-    def click(self, selector, number=0, dx=0, dy=0):
-        element = self.find(selector, number)
-        self.driver.execute_script('arguments[0].scrollIntoView({block: "center"})', element)
-        webdriver.ActionChains(self.driver).pause(0.3).move_to_element_with_offset(element, dx, dy).click().perform()
-
-    def upload(self, path):
-        """Give the file again until the page, which may not be listening yet, has taken it."""
-        for _ in range(6):
-            self.find('#picture input[type=file]').send_keys(str(path))
-            with contextlib.suppress(TimeoutException):
-                WebDriverWait(self.driver, 10).until(
-                    lambda driver: driver.find_elements(By.CSS_SELECTOR, '#picture img'))
-                return
-
-    def text(self, selector):
-        return self.find(selector).text
-
-    def screenshot(self, what):
-        if os.environ.get('APP_SCREENSHOTS'):
-            run = self.driver.execute_script
-            clip = {'x': 0, 'y': 0, 'scale': 1, 'width': run('return document.documentElement.clientWidth'),
-                    'height': run('return document.documentElement.scrollHeight')}
-            shot = self.driver.execute_cdp_cmd('Page.captureScreenshot', {'captureBeyondViewport': True, 'clip': clip})
-            path = Path(os.environ['APP_SCREENSHOTS']) / f'app-{self.width}-{what}.png'
-            path.write_bytes(base64.b64decode(shot['data']))
+@pytest.fixture
+def page(browser, url):
+    browser.driver.get_log('performance')
+    browser.driver.get(url)
+    browser.wait(lambda: 'most like yours' in browser.text('#state'))
+    return browser
 
 
-def test_search_part_and_copies(page, pictures, url):
-    page.upload(pictures / '3.png')
-    page.find('#nearest .thumbnail-item', 5)
-    assert page.text('#nearest .caption-label').startswith('1.000') and '3.png' in page.text('#nearest .caption-label')
-    assert '%' in page.text('#classes')
+def found(page, name):
+    """Wait for the end of a search and the name of what it finds first."""
+    page.wait(lambda: name in page.text('#hits button') and 'nearest first' in page.text('#state'))
+
+
+def width(page, what='#search'):
+    return page.run('return document.querySelector(arguments[0]).getBoundingClientRect().width', what)
+
+
+def test_search_a_part_and_look(page, pictures, url):
+    before = width(page)
+    page.find('#file').send_keys(str(pictures / '3.png'))
+    found(page, '3.png')
+    assert page.text('#hits button').startswith('1.000') and '%' in page.text('#classes')
     page.screenshot('found')
-    page.click('#picture img', dx=-16, dy=-16)  # 32 of 96 pixels, far from the whole: other pictures are nearer
-    page.wait(lambda driver: 'opposite corner.' in page.text('#hint') and 'Now' in page.text('#hint'))
-    page.click('#picture img', dx=16, dy=16)
-    page.wait(lambda driver: 'Part of' in page.text('#hint'))
-    page.click('#search')
-    page.wait(lambda driver: '7.png' in page.text('#nearest .caption-label'))
-    page.click('#nearest .thumbnail-item')
-    page.wait(lambda driver: 'pixels' in page.find('#details textarea').get_attribute('value'))
+
+    frame = page.find('#query .frame').rect  # 32 of 96 pixels, far from the whole: another picture is nearer
+    side = frame['width'] / 3
+    page.act('#query .frame').move_by_offset(-side / 2, -side / 2).click_and_hold().move_by_offset(
+        side / 2, side / 3).move_by_offset(side / 2, side - side / 3).release().perform()
+    found(page, '7.png')
+    part = page.find('#query .part')
+    assert part.is_displayed() and part.rect['width'] == pytest.approx(side, abs=3)
+    assert part.rect['x'] == pytest.approx(frame['x'] + side, abs=3)
     page.screenshot('part')
-    page.click('#whole')
-    page.wait(lambda driver: 'click two' in page.text('#hint'))
-    page.click('button[role=tab]', 1)
-    page.click('#find-copies')
-    page.find('#groups .thumbnail-item')
-    assert '1 group of identical files' in page.find('#summary textarea').get_attribute('value')
-    page.click('#groups .thumbnail-item')
-    page.find('#members .thumbnail-item', 1)
-    assert page.text('#members .caption-label').startswith('KEEP')
+
+    page.click('#hits button', 1)
+    page.wait(lambda: page.text('dialog code') == str(pictures / page.text('#hits button', 1).split()[1]))
+    assert page.find('dialog .part').is_displayed()
+    pictures_beside = [image.rect['width'] for image in page.all('dialog img')]
+    assert min(pictures_beside) > 0.4 * min(page.width, 900)
+    page.screenshot('look')
+    page.click('dialog [data-do=copy]')
+    assert page.run('return getSelection().toString()') == page.text('dialog code')
+    page.click('dialog a')
+    page.wait(lambda: list(page.folder.glob('*.jpg')))
+    page.press(Keys.ARROW_LEFT)
+    page.wait(lambda: page.text('dialog code') == str(pictures / '7.png'))
+    page.press(Keys.ESCAPE)
+    assert not page.find('dialog').is_displayed()
+    page.click('#hits button')
+    page.click('dialog [data-do=with]')
+    found(page, '7.png')
+    assert page.text('#hits button').startswith('1.000') and not page.find('#query .part').is_displayed()
+    page.click('#back')
+    page.wait(lambda: page.find('#query .part').is_displayed())
+    found(page, '7.png')
+    assert width(page) == before
+    page.check(url)
+
+
+def test_keys_choose_a_part(page, pictures):
+    page.find('#file').send_keys(str(pictures / '3.png'))
+    found(page, '3.png')
+    whole = page.text('#hits')
+    frame = page.find('#query .frame')
+    frame.send_keys(Keys.ARROW_RIGHT)
+    frame.send_keys(Keys.SHIFT, Keys.ARROW_DOWN)
+    style = page.find('#query .part').get_attribute('style')
+    assert [f'{side}: {value}%' in style for side, value in zip(
+        ('left', 'top', 'width', 'height'), (30, 25, 50, 55), strict=True)] == [True] * 4, style
+    page.wait(lambda: page.text('#hits') != whole and 'nearest first' in page.text('#state'))
+    frame.send_keys(Keys.ESCAPE)
+    page.wait(lambda: page.text('#hits') == whole)
+
+
+def test_what_is_wrong_is_said(page, tmp_path):
+    (tmp_path / 'broken.png').write_bytes(b'no picture')
+    page.find('#file').send_keys(str(tmp_path / 'broken.png'))
+    page.wait(lambda: 'cannot be used: is not an image' in page.text('#state.warn'))
+    (tmp_path / 'large.png').write_bytes(bytes(1_400_000))
+    page.find('#file').send_keys(str(tmp_path / 'large.png'))
+    page.wait(lambda: '1 MB: 0 are taken' in page.text('#state.warn'))
+
+
+def test_copies_are_the_page_of_dedup(page, pictures, url):
+    before = width(page)
+    page.click('[data-show=copies]')
+    page.wait(lambda: page.find('iframe').is_displayed())
+    assert width(page, '#copies') == before
+    page.driver.switch_to.frame(page.find('iframe'))
+    assert page.text('.mark', 1) == 'Surplus' and '1 group of identical files' in page.text('ul')
+    assert not page.all('figcaption a') and page.run('return document.documentElement.scrollWidth <= innerWidth')
+    page.click('.mark', 1)
+    page.click('#list')
+    page.wait(lambda: list(page.folder.glob('surplus*.txt')))
+    surplus = [page.text('figure', i) for i in range(len(page.all('figure'))) if page.text('.mark', i) == 'Surplus']
+    written = max(page.folder.glob('surplus*.txt'), key=lambda path: path.stat().st_mtime).read_text().splitlines()
+    assert len(written) == len(surplus) and all(str(pictures) in path for path in written)
+    page.driver.switch_to.default_content()
     page.screenshot('copies')
-    check_width(page.driver, page.width)
-    check_requests(page.driver, url)
+    page.check(url)
 
 
-def test_a_report_fits_and_needs_no_server(page, tmp_path):
+def test_a_report_fits_and_needs_no_server(browser, tmp_path):
     columns = [f'column {i}' for i in range(12)]
     table = Table(['Model', *columns], [['a', *range(12)], ['b', *range(12)]], columns)
     path = write_report(tmp_path / 'report.html', 'A title', 'Text.', [table], {'a': {'loss': ([0, 1], [1, 0])}})
-    page.driver.get_log('performance')
-    page.driver.get(path.as_uri())
-    assert page.text('h1') == 'A title' and len(page.driver.find_elements(By.CSS_SELECTOR, 'td.best')) == 24
-    page.screenshot('report')
-    check_width(page.driver, page.width)
-    check_requests(page.driver, path.as_uri())
-
-
-def check_width(driver, width):
-    assert driver.execute_script('return document.documentElement.scrollWidth') <= width
-
-
-def check_requests(driver, url):
-    """Everything was asked of the app itself, and the browser had nothing to refuse."""
-    refused = [line['message'] for line in driver.get_log('browser') if 'Content Security Policy' in line['message']]
-    assert not refused
-    asked = [json.loads(line['message'])['message'] for line in driver.get_log('performance')]
-    asked = [m['params'] for m in asked if m['method'] == 'Network.requestWillBeSent']
-    own = [p for p in asked if p.get('documentURL', '').startswith(url)]
-    assert own and all(p['request']['url'].startswith((url, 'data:', 'blob:')) for p in own)
+    browser.driver.get_log('performance')
+    browser.driver.get(path.as_uri())
+    assert browser.text('h1') == 'A title' and len(browser.all('td.best')) == 24
+    browser.check(path.as_uri())

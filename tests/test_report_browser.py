@@ -9,15 +9,10 @@ from PIL import Image
 from timm_multigrain.index.dedup import find_copies
 from timm_multigrain.report.collection import write_copies_page
 
+from .browser import browsing, needs_browser
 from .copies_folder import make_index
 
-webdriver = pytest.importorskip('selenium.webdriver')
-from selenium.webdriver.common.by import By  # noqa: E402
-from selenium.webdriver.support.ui import WebDriverWait  # noqa: E402
-
-from .test_app_browser import BROWSER, DRIVER, FLAGS  # noqa: E402
-
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not (BROWSER and DRIVER), reason='Chromium is not installed')]
+pytestmark = [pytest.mark.slow, needs_browser]
 
 
 def test_page_of_copies(tmp_path):
@@ -30,46 +25,39 @@ def test_page_of_copies(tmp_path):
         shutil.copyfile(folder / f"it's {i}.png", folder / f'copy {i}.png')
     copies = find_copies(make_index(folder, tmp_path / 'index'), exact_only=True)
     page = write_copies_page(tmp_path / 'page.html', copies)
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, '--window-size=390,800', f'--user-data-dir={tmp_path / "profile"}'):
-        options.add_argument(flag)
-    options.set_capability('goog:loggingPrefs', {'browser': 'ALL'})
-    driver = webdriver.Chrome(options=options, service=webdriver.ChromeService(DRIVER))
-    try:
-        driver.execute_cdp_cmd('Browser.setDownloadBehavior', {'behavior': 'allow', 'downloadPath': str(down)})
-        driver.get(page.as_uri())
-        first, second = driver.find_elements(By.CSS_SELECTOR, 'section')[0].find_elements(By.CSS_SELECTOR, 'figure')
+    with browsing(down, 390) as browser:
+        browser.driver.get(page.as_uri())
+        first, second = browser.all('section:first-of-type figure')
 
         def click(element):
-            driver.execute_script('arguments[0].click()', element)
+            browser.run('arguments[0].click()', element)
 
         def marks():
-            return [mark.text for mark in driver.find_elements(By.CSS_SELECTOR, '.mark')]
+            return [mark.text for mark in browser.all('.mark')]
+
+        def inside(figure, selector):
+            return figure.find_element('css selector', selector)
 
         def source(figure):
-            return figure.find_element(By.CSS_SELECTOR, 'img').get_attribute('src')
+            return inside(figure, 'img').get_attribute('src')
 
         own = source(second)
-        driver.execute_script('arguments[0].setAttribute("src", "data:image/jpeg;base64,")',
-                              first.find_element(By.CSS_SELECTOR, 'img'))
-        click(second.find_element(By.CSS_SELECTOR, '.flip'))
+        browser.run('arguments[0].setAttribute("src", "data:image/jpeg;base64,")', inside(first, 'img'))
+        click(inside(second, '.flip'))
         assert source(second) == source(first) != own
-        click(second.find_element(By.CSS_SELECTOR, '.flip'))
+        click(inside(second, '.flip'))
         assert source(second) == own
-        assert marks() == ['Keep', 'Surplus', 'Keep', 'Surplus'] and '2 surplus' in driver.page_source
-        click(first.find_element(By.CSS_SELECTOR, '.mark'))  # one of a group has to stay
+        assert marks() == ['Keep', 'Surplus', 'Keep', 'Surplus'] and '2 surplus' in browser.driver.page_source
+        click(inside(first, '.mark'))  # one of a group has to stay
         assert marks()[:2] == ['Keep', 'Surplus']
-        click(second.find_element(By.CSS_SELECTOR, '.mark'))
-        click(first.find_element(By.CSS_SELECTOR, '.mark'))
+        click(inside(second, '.mark'))
+        click(inside(first, '.mark'))
         assert marks() == ['Surplus', 'Keep', 'Keep', 'Surplus']
         for name in ('list', 'script'):
-            click(driver.find_element(By.ID, name))
-            WebDriverWait(driver, 20).until(lambda _, name=name: list(down.glob('*.txt' if name == 'list' else '*.sh')))
-        assert driver.execute_script('return document.documentElement.scrollWidth <= innerWidth')
-        assert not driver.get_log('browser')
-    finally:
-        driver.quit()
+            click(browser.find(f'#{name}'))
+            browser.wait(lambda name=name: list(down.glob('*.txt' if name == 'list' else '*.sh')))
+        assert browser.run('return document.documentElement.scrollWidth <= innerWidth')
+        assert not browser.driver.get_log('browser')
     group, other = sorted(copies.groups, key=lambda group: -group.surplus_bytes)
     moved = [group.keep, other.files[1].record.path]
     assert (down / 'surplus.txt').read_text().splitlines() == moved

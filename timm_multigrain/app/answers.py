@@ -1,114 +1,155 @@
-"""What the web app shows, computed without gradio: classes, nearest images, groups of copies, thumbnails."""
+"""What the web app shows, computed without gradio: nearest images, their classes, one of them large, copies."""
+import base64
+import functools
+import io
 import os
 import threading
-from functools import cached_property, lru_cache
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from timm_multigrain.files import check_json, printable
 from timm_multigrain.images.labels import class_names
-from timm_multigrain.images.sources import UnreadableImage, printable, read_image
-from timm_multigrain.index.dedup import BASES, Copies, CopyGroup, find_copies
+from timm_multigrain.images.sources import UnreadableImage, read_image
+from timm_multigrain.index.dedup import find_copies
 from timm_multigrain.index.model import cut, embed_queries
 from timm_multigrain.index.records import Record, top_classes
-from timm_multigrain.report.page import file_size
+from timm_multigrain.report.collection import class_caption, copies_page
+from timm_multigrain.report.page import file_size, read_picture, thumbnail
 
 if TYPE_CHECKING:
     from timm_multigrain.index.index import Index
 
-__all__ = ['Answers', 'Found']
+__all__ = ['MAX_HITS', 'Answers', 'answering']
 
-THUMBNAIL = 400
+SMALL, LARGE = 400, 1200  # pixels of the longer side of the pictures that are drawn
 MAX_HITS = 100
-CACHED_THUMBNAILS = 500
-
-
-class Found(NamedTuple):
-    """An image as it is shown: small picture, caption, and some lines about it."""
-    picture: Image.Image
-    caption: str
-    details: str = ''
+SMALLEST_PART = 8  # pixels
+CACHED_PICTURES = 500
+QUESTION = {'picture': (None, str), 'row': (None, int), 'part': (None, [float]), 'k': int, 'class_name': str}
 
 
 class Answers:
-    """The questions of the web app to one index; pictures above `max_pixels` are refused before they are decoded."""
+    """The questions of the web app to one index.
 
-    def __init__(self, index: 'Index', max_pixels: int):
-        self.index, self.max_pixels = index, max_pixels
-        self._lock = threading.Lock()  # the model works on one picture at a time
-        self.thumbnail = lru_cache(maxsize=CACHED_THUMBNAILS)(self._thumbnail)
+    Args:
+        index: The index.
+        max_pixels: Larger pictures to search for are refused before they are decoded.
+        places: Tell where files are, which the page of copies has to; else names below the indexed folders only.
+    """
 
-    @cached_property
+    def __init__(self, index: 'Index', max_pixels: int, places: bool = True):
+        self.index, self.max_pixels, self.places = index, max_pixels, places
+        self._one, self._copies = threading.Lock(), threading.Lock()  # of the model, and of the memory it takes
+        self._exif, self._page = index.protocol().exif, None
+        self._small = functools.lru_cache(CACHED_PICTURES)(functools.partial(self._drawn, side=SMALL))
+
+    @property
     def class_names(self) -> list[str]:
         """Names to filter by, those that are the most probable class of some image."""
         numbers = sorted(set(self.index.columns['classes'][:, 0].tolist()) - {-1})
         return class_names(map(self._class_name, numbers))
 
+    def search(self, question: dict) -> dict:
+        """The images nearest to a picture, or to the image of a row, or to a part of it.
+
+        Args:
+            question: 'picture' (base64) or 'row', 'part' (left, top, width, height as fractions, or None), 'k' and
+                'class_name' ('' for any).
+
+        Returns:
+            The query drawn, its most probable classes, and of each hit the row, score, name, class and small picture.
+        """
+        check_json(question, QUESTION, 'The question')
+        with self._one:
+            image = self._read(question)
+            part = image if question['part'] is None else _part(image, question['part'])
+            embedded = embed_queries(self.index.model(), self.index.protocol(), [part])
+            scores, rows = self.index.search(
+                embedded.vectors, min(max(1, question['k']), MAX_HITS), question['class_name'] or None)
+            hits = [self._hit(row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)]
+            shown = thumbnail(image, LARGE)
+        classes = []
+        if embedded.logits is not None:
+            numbers, probabilities = (values[0].tolist() for values in top_classes(embedded.logits))
+            classes = list(zip(map(self._class_name, numbers), probabilities, strict=True))
+        return {'picture': shown, 'classes': class_caption(classes, 3), 'hits': hits}
+
+    def look(self, question: dict) -> dict:
+        """The image of a 'row', drawn large, with where it is."""
+        check_json(question, {'row': int}, 'The question')
+        record = self._record(question['row'])
+        with self._one:
+            return {'picture': self._drawn(record.path, LARGE), 'file': self._name(record.path, self.places)}
+
+    def copies(self, question: dict) -> dict:
+        """The page that `dedup --html` writes, made at the first question; its files are not linked to."""
+        if not self.places:
+            raise ValueError('The page of copies tells where files are: it is shown on this computer, or with --auth.')
+        with self._copies:
+            if self._page is None:
+                self._page = copies_page(find_copies(self.index), 'Copies', self._exif)
+        return {'page': self._page}
+
+    def _hit(self, row: int, score: float) -> dict:
+        record = self._record(row)
+        return {'row': row, 'score': f'{score:.3f}', 'name': self._name(record.path),
+                'picture': self._small(record.path), 'class': class_caption(record.classes),
+                'size': f'{record.width} × {record.height}, {file_size(record.bytes)}'}
+
+    def _record(self, row: int) -> Record:
+        if not 0 <= row < len(self.index):
+            raise ValueError(f'Row {row} is not in the index.')
+        return self.index.records(row)
+
+    def _read(self, question: dict) -> Image.Image:
+        """The picture that is asked about; UnreadableImage, whose message has no path, if it cannot be used."""
+        if question['picture'] is None and question['row'] is None:
+            raise ValueError('Give a picture first.')
+        if question['row'] is None:
+            file, name = io.BytesIO(base64.b64decode(question['picture'])), 'image'
+        else:
+            file = self._record(question['row']).path
+            name = printable(file)
+        try:
+            return read_image(file, exif=self._exif, max_pixels=self.max_pixels)
+        except UnreadableImage as e:
+            raise UnreadableImage(f'This picture cannot be used: {str(e).removeprefix(f"{name}: ")}.') from e
+
+    def _drawn(self, path: str, side: int) -> str:
+        """A picture of an indexed image; '' if its file cannot be read now."""
+        image = read_picture(path, self._exif, side)
+        return '' if image is None else thumbnail(image, side)
+
     def _class_name(self, number: int) -> str:
         names = self.index.label_names
         return names[number] if names else str(number)
 
-    @cached_property
-    def copies(self) -> Copies:
-        """The groups of copies, found at the first question."""
-        return find_copies(self.index)
-
-    def read(self, path: str) -> Image.Image:
-        """A picture to search for; UnreadableImage, whose message has no path, if it is not one or too large."""
-        try:
-            return read_image(path, exif=self.index.protocol().exif, max_pixels=self.max_pixels)
-        except UnreadableImage as e:
-            reason = str(e).removeprefix(f'{printable(path)}: ')
-            raise UnreadableImage(f'This picture cannot be used: {reason}.') from e
-
-    def search(
-            self, image: Image.Image, crop: tuple | None, k: int, class_name: str | None,
-    ) -> tuple[dict[str, float], list[Found]]:
-        """The most probable classes of a picture or of a part (x, y, width, height), and the k nearest images."""
-        image = cut(image, crop, 'the picture') if crop else image
-        with self._lock:
-            embedded = embed_queries(self.index.model(), self.index.protocol(), [image])
-        classes = {}
-        if embedded.logits is not None:
-            numbers, probabilities = (values[0].tolist() for values in top_classes(embedded.logits))
-            classes = {printable(self._class_name(i)): p for i, p in zip(numbers, probabilities, strict=True)}
-        scores, rows = self.index.search(embedded.vectors, k, class_name)
-        records = map(self.index.records, rows[0].tolist())
-        return classes, [Found(self.thumbnail(r.path), f'{score:.3f}  {self.name(r.path)}', self.describe(r))
-                         for score, r in zip(scores[0].tolist(), records, strict=True)]
-
-    def cover(self, group: CopyGroup) -> Found:
-        kind = 'identical' if group.kind == 'exact' else 'similar'
-        return Found(self.thumbnail(group.keep),
-                     f'{len(group.files)} {kind} · {file_size(group.surplus_bytes)} to gain')
-
-    def members(self, group: CopyGroup) -> list[Found]:
-        """The files of a group of copies, the one to keep first."""
-        marks = ['KEEP', *(', '.join([BASES[file.basis], *file.edits]) for file in group.files[1:])]
-        return [Found(self.thumbnail(r.path), f'{mark}  {self.name(r.path)} · {r.width} x {r.height} · '
-                                              f'{file_size(r.bytes)}')
-                for mark, r in zip(marks[:MAX_HITS], (file.record for file in group.files), strict=False)]
-
-    def describe(self, record: Record) -> str:
-        lines = [self.name(record.path), f'{record.width} x {record.height} pixels, {file_size(record.bytes)}']
-        if record.classes:
-            lines.append(', '.join(f'{printable(name)} {probability:.0%}' for name, probability in record.classes[:3]))
-        return '\n'.join(lines)
-
-    def name(self, path: str) -> str:
-        """A path as it is shown: below the indexed folders, whose own places are nobody's business."""
+    def _name(self, path: str, whole: bool = False) -> str:
+        """A path as it is shown: below the indexed folders, unless it is to be found."""
         for folder in self.index.info['folders']:
-            if path.startswith(folder.rstrip(os.sep) + os.sep):
+            if not whole and path.startswith(folder.rstrip(os.sep) + os.sep):
                 return printable(os.path.relpath(path, folder))
-        return printable(os.path.basename(path))
+        return printable(path if whole else os.path.basename(path))
 
-    def _thumbnail(self, path: str) -> Image.Image:
-        """A small picture of an indexed image; a grey one that says so if the file is gone."""
+
+def _part(image: Image.Image, part: list[float]) -> Image.Image:
+    """The part (left, top, width, height as fractions) of a picture."""
+    if len(part) != 4:
+        raise ValueError('A part is left, top, width and height.')
+    crop = [value * side for value, side in zip(part, image.size * 2, strict=True)]
+    if min(crop[2:]) < SMALLEST_PART:
+        raise ValueError(f'That part has {crop[2]:.0f} × {crop[3]:.0f} pixels: draw a larger one.')
+    return cut(image, crop, 'the picture')
+
+
+def answering(answer: Callable[[dict], dict]) -> Callable[[dict], dict]:
+    """An answer that says in a sentence, as 'error', what is wrong with its question."""
+    @functools.wraps(answer)
+    def answered(question: dict) -> dict:
         try:
-            image = read_image(
-                path, exif=self.index.protocol().exif, max_pixels=self.max_pixels, size=THUMBNAIL)
-        except UnreadableImage:
-            image = Image.new('RGB', (THUMBNAIL, THUMBNAIL), (128, 128, 128))
-            ImageDraw.Draw(image).text((20, THUMBNAIL // 2), 'The file cannot be read', 'white', font_size=24)
-        image.thumbnail((THUMBNAIL, THUMBNAIL))
-        return image
+            return answer(question)
+        except ValueError as e:
+            return {'error': str(e)}
+    return answered

@@ -1,17 +1,12 @@
-"""What the web app does not let in or out: other names and sites, large bodies, files and addresses, too many files."""
-import json
-import os
-import stat
+"""What the web app does not let in: other names and sites, large bodies, and what of gradio this app does not use."""
+import re
 from collections.abc import Callable, Collection
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
-__all__ = ['Guard', 'keep_newest']
+__all__ = ['Guard']
 
 # Everything comes from the app itself. Gradio's own scripts are inline and build functions at run time.
 HEADERS = {
@@ -20,7 +15,12 @@ HEADERS = {
         "style-src 'self' 'unsafe-inline'; object-src 'none'; base-uri 'self'; frame-ancestors 'none'",
     'referrer-policy': 'no-referrer', 'x-content-type-options': 'nosniff', 'x-frame-options': 'DENY',
     'cross-origin-resource-policy': 'same-origin'}
-MAX_JSON = 1 << 20  # bytes
+QUESTIONS = '/gradio_api/component_server/'
+# Gradio's own page and files, and the questions. Its routes that serve, take and fetch other files are not among them.
+ROUTES = re.compile(
+    r'/|/(config|theme\.css|favicon\.ico|manifest\.json|login|gradio_api/startup-events)/?|/(assets|static)/.*|'
+    rf'{QUESTIONS}?')
+MAX_FORM = 1 << 16  # bytes of a login
 
 
 class _Refused(Exception):
@@ -47,43 +47,34 @@ class Guard:
     Attributes:
         app: The application.
         hosts: Names and addresses it may be asked by, beside the address that a connection came in on.
-        uploads: Folder of the uploaded files, the only ones that a request may name.
-        max_bytes: Largest body of a request.
-        max_total: Bytes kept in the folder.
-        max_files: Files kept in the folder.
+        max_bytes: Largest body of a question.
     """
     app: Callable
     hosts: Collection[str]
-    uploads: str
     max_bytes: int
-    max_total: int
-    max_files: int
 
     async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
-        if scope['type'] not in ('http', 'websocket'):
-            await self.app(scope, receive, send)
-            return
-        body = _Body(receive, self.max_bytes)
+        if scope['type'] == 'lifespan':
+            return await self.app(scope, receive, send)
+        if scope['type'] == 'websocket':  # of no use here
+            return await send({'type': 'websocket.close', 'code': 1008})
+        asks = scope['path'].rstrip('/') == QUESTIONS.rstrip('/')
+        body = _Body(receive, self.max_bytes if asks else MAX_FORM)
         try:
             self._check_sender(scope)
-            if scope['type'] == 'http':
-                receive = await self._checked(scope, body)
+            _check_request(scope, asks, body.max_bytes)
         except _Refused as e:
-            if scope['type'] == 'websocket':
-                await send({'type': 'websocket.close', 'code': 1008})
-                return
             while body.more:  # a client that is still sending sees a closed connection, not the answer
                 await body()
             status, reason = e.args
-            await PlainTextResponse(reason, status, {'connection': 'close'})(scope, receive, send)
-            return
+            return await PlainTextResponse(reason, status, {'connection': 'close'})(scope, receive, send)
 
         async def send_with_headers(message: dict) -> None:
             if message['type'] == 'http.response.start':
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
-        await self.app(scope, receive, send_with_headers)
+        return await self.app(scope, body, send_with_headers)
 
     def _check_sender(self, scope: dict) -> None:
         """A page of another site reaches this server by a name of its own that leads here, or sends its origin."""
@@ -99,65 +90,16 @@ class Guard:
         if any(origin.partition('://')[2] not in asked for origin in values('origin')):
             raise _Refused(403, 'Other sites may not use this app.')
 
-    async def _checked(self, scope: dict, body: _Body) -> Callable:
-        """What the app may receive."""
-        path, length = scope['path'], Headers(scope=scope).get('content-length', '0')
-        if 'file=http' in path.lower() or '/proxy=' in path.lower():  # gradio would fetch it
-            raise _Refused(403, 'Addresses are not fetched here.')
-        if not length.isdigit() or int(length) > self.max_bytes:
-            raise _Refused(413, 'The request is larger than this app takes.')
-        if scope['method'] != 'POST' or path == '/login':
-            return body
-        keep_newest(self.uploads, self.max_total - int(length), self.max_files)
-        return body if path == '/gradio_api/upload' else await self._checked_json(body)
 
-    async def _checked_json(self, body: _Body) -> Callable:
-        content = b''
-        while body.more:
-            content += (await body()).get('body', b'')
-            if len(content) > MAX_JSON:
-                raise _Refused(413, 'The request is larger than this app takes.')
-        try:
-            self._check_files(json.loads(content or b'null'))
-        except (ValueError, RecursionError):
-            raise _Refused(400, 'The request is not JSON.') from None
-        waiting = [{'type': 'http.request', 'body': content, 'more_body': False}]
-
-        async def replay() -> dict:
-            return waiting.pop() if waiting else await body()
-        return replay
-
-    def _check_files(self, value: Any) -> None:
-        """Gradio fetches or copies what a request names as the path of a file, before the app's own code sees it."""
-        if isinstance(value, dict):
-            path = value.get('path')
-            if path is not None and not (
-                    isinstance(path, str) and '\0' not in path
-                    and os.path.realpath(path).startswith(os.path.join(os.path.realpath(self.uploads), ''))):
-                raise _Refused(403, 'Only files that were uploaded here can be used, and no addresses.')
-            value = list(value.values())
-        if isinstance(value, list):
-            for item in value:
-                self._check_files(item)
-
-
-def keep_newest(folder: str, max_bytes: int, max_files: int) -> None:
-    """Delete the oldest files below a folder, whole subfolders where they become empty, until so many are left."""
-    files = []
-    for path in Path(folder).rglob('*'):
-        with suppress(OSError):  # deleted meanwhile
-            status = path.lstat()
-            if not stat.S_ISDIR(status.st_mode):
-                files.append((status.st_mtime_ns, status.st_size, path))
-    files.sort()
-    total = sum(size for _, size, _ in files)
-    while files and (len(files) > max_files or total > max_bytes):
-        _, size, path = files.pop(0)
-        total -= size
-        with suppress(OSError):
-            path.unlink()
-            if path.parent != Path(folder):
-                path.parent.rmdir()
+def _check_request(scope: dict, asks: bool, max_bytes: int) -> None:
+    headers = Headers(scope=scope)
+    length = headers.get('content-length', '0')
+    if not ROUTES.fullmatch(scope['path']) or scope['method'] not in ('GET', 'HEAD', 'POST'):
+        raise _Refused(404, 'Not found.')
+    if asks and not headers.get('content-type', '').startswith('application/json'):  # gradio writes forms to files
+        raise _Refused(415, 'A question is JSON.')
+    if not length.isdecimal() or int(length) > max_bytes:
+        raise _Refused(413, 'The request is larger than this app takes.')
 
 
 def _name(host: str) -> str:

@@ -12,9 +12,9 @@ from timm_multigrain.index.index import Hit
 from timm_multigrain.index.model import cut
 from timm_multigrain.index.script import FOOTER, HEADER
 
-from .page import read_picture, write_page
+from .page import read_picture, render_page, write_page
 
-__all__ = ['search_json', 'search_table', 'write_copies_page', 'write_search_page']
+__all__ = ['class_caption', 'copies_page', 'search_json', 'search_table', 'write_copies_page', 'write_search_page']
 
 MAX_GROUPS = 300  # a page of more is a burden for browsers; the JSON has them all
 MAX_FILES = 24
@@ -25,7 +25,7 @@ def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
     """Rank, score, most probable class and path of what was found, query by query."""
     parts = []
     for image, hits in zip(images, found, strict=True):
-        classes = [_best_class(hit) for hit in hits]
+        classes = [class_caption(hit.record.classes) for hit in hits]
         width = max(map(len, classes), default=0)
         width += 2 if width else 0
         lines = [f'{rank:4}  {hit.score:6.3f}  {name:{width}}{printable(hit.path)}{_gone(hit)}'
@@ -55,29 +55,35 @@ def write_search_page(
     return write_page(
         path, 'search.html', title='Search results', index=os.fspath(index), class_name=class_name,
         queries=list(zip(images, found, strict=True)), query_picture=lambda image: _query_picture(image, crop),
-        side=SIDE, picture_of=lambda path: read_picture(path, size=SIDE), class_of=_best_class,
+        side=SIDE, picture_of=lambda path: read_picture(path, size=SIDE), class_caption=class_caption,
         same=lambda hit, image: os.path.realpath(hit.path) == os.path.realpath(image))
 
 
 def write_copies_page(path: str | os.PathLike, copies: Copies, title: str = 'Copies', exif: bool = True) -> Path:
     """Write a page with the groups of copies in pictures, where files are marked, and a list or script is saved."""
+    return write_page(path, **_copies_values(copies, title, exif))
+
+
+def copies_page(copies: Copies, title: str = 'Copies', exif: bool = True) -> str:
+    """The page of `write_copies_page` without links to the files."""
+    return render_page(**_copies_values(copies, title, exif))
+
+
+def _copies_values(copies: Copies, title: str, exif: bool) -> dict[str, Any]:
     groups = sorted(copies.groups, key=lambda group: -group.surplus_bytes)
-    return write_page(
-        path, 'copies.html', 'copies.js', title=title, summary=str(copies).splitlines(), groups=groups[:MAX_GROUPS],
-        number=len(groups), bases=BASES, max_files=MAX_FILES, side=SIDE, header=HEADER, footer=FOOTER,
-        picture_of=lambda file: read_picture(file, exif, SIDE))
+    return dict(
+        template='copies.html', script='copies.js', title=title, summary=str(copies).splitlines(),
+        groups=groups[:MAX_GROUPS], number=len(groups), bases=BASES, max_files=MAX_FILES, side=SIDE, header=HEADER,
+        footer=FOOTER, picture_of=lambda file: read_picture(file, exif, SIDE))
+
+
+def class_caption(classes: Sequence[tuple[str, float]], number: int = 1) -> str:
+    """The most probable classes in words, '' without any: of 'tench, Tinca tinca' the first name."""
+    return ', '.join(f'{printable(name.partition(", ")[0])} {100 * p:.0f} %' for name, p in classes[:number])
 
 
 def _gone(hit: Hit) -> str:
     return '' if os.path.exists(hit.path) else '  (gone)'
-
-
-def _best_class(hit: Hit) -> str:
-    if not hit.record.classes:
-        return ''
-    name, probability = hit.record.classes[0]
-    name = name.partition(', ')[0]  # of 'tench, Tinca tinca'
-    return f'{printable(name)} {100 * probability:.0f} %'
 
 
 def _query_picture(path: str, crop: Sequence[float] | None) -> Image.Image | None:

@@ -9,6 +9,7 @@ import hashlib
 import io
 import os
 import re
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
@@ -21,24 +22,30 @@ from timm_multigrain.files import printable, write_text
 from timm_multigrain.images.pixels import decode
 from timm_multigrain.images.sources import UnreadableImage, read_image
 
-__all__ = ['THUMBNAIL', 'file_size', 'read_picture', 'write_page']
+__all__ = ['THUMBNAIL', 'file_size', 'read_picture', 'render_page', 'thumbnail', 'write_page']
 
 THUMBNAIL = 200  # pixels of the longer side
 
 
 def write_page(path: str | os.PathLike, template: str, script: str = '', **values: object) -> Path:
-    """Fill the values into a template of templates/ and write the page; an old file is replaced in one step.
+    """Write `render_page`, which links to files relative to it; an old file is replaced in one step."""
+    folder = os.path.dirname(os.path.realpath(path))
+    return write_text(path, render_page(
+        template, script, link=lambda file: quote(os.fsencode(os.path.relpath(file, folder))), **values))
+
+
+def render_page(template: str, script: str = '', link: Callable[[str], str] | None = None, **values: object) -> str:
+    """Fill the values into a template of templates/.
 
     Args:
-        path: File to write.
         template: Name of the template.
         script: Name of a file of templates/ that the page runs, the only one that it may.
+        link: Gives the address of a file; None for a page that cannot lead to files.
         **values: What the template shows.
     """
-    environment, folder = _environment(), os.path.dirname(os.path.realpath(path))
+    environment = _environment()
     code = Markup(environment.loader.get_source(environment, script)[0]) if script else ''
-    return write_text(path, environment.get_template(template).render(
-        **values, script=code, link=lambda file: quote(os.fsencode(os.path.relpath(file, folder)))))
+    return environment.get_template(template).render(**values, script=code, link=link)
 
 
 @cache
@@ -47,7 +54,7 @@ def _environment() -> Environment:
         loader=PackageLoader(__package__), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: value if hasattr(value, '__html__') else printable(str(value)))
     environment.filters.update(
-        thumbnail=_thumbnail, file_size=file_size, basename=os.path.basename, dirname=os.path.dirname,
+        thumbnail=thumbnail, file_size=file_size, basename=os.path.basename, dirname=os.path.dirname,
         breakable=_breakable, sha256=_sha256)
     environment.tests['utf8'] = lambda path: not any('\udc80' <= c <= '\udcff' for c in path)
     return environment
@@ -63,7 +70,7 @@ def _sha256(script: str) -> str:
     return base64.b64encode(hashlib.sha256(script.encode('utf-8')).digest()).decode('ascii')
 
 
-def _thumbnail(image: Image.Image, side: int = THUMBNAIL) -> Markup:
+def thumbnail(image: Image.Image, side: int = THUMBNAIL) -> Markup:
     """A small JPEG as a data URI."""
     small, buffer = decode(image).copy(), io.BytesIO()
     small.thumbnail((side, side))
