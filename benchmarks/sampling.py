@@ -1,14 +1,12 @@
 """Negative sampling and margin loss, forward and backward, against a host loop and pytorch-metric-learning.
 
-    python benchmarks/sampling.py [--batches 128 512 2048] [--plot benchmarks/sampling.png] [--json FILE]
+    python benchmarks/sampling.py [--batches 128 512 2048] [--json FILE]
 
 Embeddings (B, 2048), 3 copies of each instance, the margin loss of beta = 1.2. The host loop is what the original does,
 written here in the plain way: float32 weights scaled by the largest of the batch, moved to numpy, a numpy.random.choice
 for each anchor, lists of indices, distances of the gathered rows. pytorch-metric-learning: DistanceWeightedMiner and
 MarginLoss, up to B = 1024.
 """
-from pathlib import Path
-
 import numpy as np
 import timing
 import torch
@@ -18,18 +16,14 @@ from timm_multigrain.loss import MarginLoss, create_sampler
 
 DIM, COPIES = 2048, 3
 HOST, PML = 'host loop', 'pytorch-metric-learning'
-BARS = {128: 0.45, 512: 0.50, 2048: 0.80}
 
 
 def main() -> None:
     parser = timing.make_parser(__doc__, rounds=9)
     parser.add_argument('--batches', type=int, nargs='+', default=[128, 512, 2048])
-    parser.add_argument('--plot', type=Path, metavar='FILE.png')
     args = timing.start(parser, packages=('pytorch-metric-learning', 'numpy'))
     rows = [row for batch_size in args.batches for row in measure(batch_size, args)]
     timing.finish(args, rows)
-    if args.plot:
-        draw(rows, args.plot)
 
 
 def measure(batch_size: int, args) -> list[dict]:
@@ -41,7 +35,6 @@ def measure(batch_size: int, args) -> list[dict]:
     seconds = timing.interleave(steps, args.rounds, args.device)
     return [{
         'B': batch_size, 'way': name, 'ms': 1e3 * seconds[name], 'x host loop': seconds[name] / seconds[HOST],
-        'bar': BARS.get(batch_size) if name.startswith('ours') else None,
         'x pml': seconds[name] / seconds[PML] if PML in seconds else None,
         'peak MiB': timing.peak_memory(steps[name], args.device) / timing.MIB} for name in steps]
 
@@ -116,25 +109,6 @@ def host_triplets(embedding: torch.Tensor, target: torch.Tensor) -> tuple[list[i
         positives += of_anchor.tolist()
         negatives += drawn.tolist()
     return anchors, positives, negatives
-
-
-def draw(rows: list[dict], path: Path) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), layout='constrained')
-    for name in dict.fromkeys(row['way'] for row in rows):
-        chosen = [row for row in rows if row['way'] == name]
-        for axes, key in ((left, 'ms'), (right, 'peak MiB')):
-            axes.loglog([row['B'] for row in chosen], [row[key] for row in chosen], 'o-', label=name, base=2)
-    left.set(xlabel='batch size', ylabel='ms, forward and backward')
-    right.set(xlabel='batch size', ylabel='peak memory of tensors, MiB')
-    left.legend(fontsize='small')
-    for axes in (left, right):
-        axes.grid(alpha=0.3)
-        axes.xaxis.set_major_formatter('{x:g}')
-        axes.yaxis.set_major_formatter('{x:g}')
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == '__main__':

@@ -6,7 +6,6 @@ as `server.faults.append(Fault(...))`.
 import base64
 import hashlib
 import json
-import os
 import re
 import socket
 import threading
@@ -342,9 +341,3 @@ def use(server: HubServer, monkeypatch, home) -> None:
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', True, raising=False)  # the server speaks LFS
     monkeypatch.setenv('HF_TOKEN', 'me-write')
     monkeypatch.setattr('time.sleep', lambda seconds: None)  # between the client's attempts
-
-
-def environment(server: HubServer, home) -> dict[str, str]:
-    """The same for another process."""
-    return {**os.environ, 'HF_ENDPOINT': server.endpoint, 'HF_HOME': str(home), 'HF_TOKEN': 'me-write',
-            'HF_HUB_DISABLE_XET': '1', 'HF_HUB_DISABLE_PROGRESS_BARS': '1', 'OMP_NUM_THREADS': '1'}

@@ -1,10 +1,7 @@
 """The scripts of benchmarks/ start and explain themselves."""
-import json
 import runpy
 import sys
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -46,38 +43,6 @@ def gpu(monkeypatch):
     monkeypatch.syspath_prepend(FOLDER)
     import gpu
     return gpu
-
-
-def test_a_case_that_fails_leaves_the_others(gpu, monkeypatch, tmp_path):
-    def broken():
-        raise torch.OutOfMemoryError('no room\nfor 3 GiB')
-
-    cases = [('a', lambda: [gpu.compare('ms', 2., 4., at_most=0.4)]), ('b', broken),
-             ('c', lambda: [gpu.compare('waits', 0, at_most=0), gpu.compare('images/s', 9., 10., at_least=0.95)])]
-    monkeypatch.setitem(gpu.SECTIONS, 'tests', (lambda args: cases, 1))
-    rows = {}
-    for dry_run in (False, True):
-        args = SimpleNamespace(dry_run=dry_run, device='cpu', rows=tmp_path / 'rows.json')
-        gpu.run_cases('tests', args)
-        rows[dry_run] = json.loads(args.rows.read_text())
-    assert [(row['case'], row.get('ours'), row.get('ours / peer'), row.get('met')) for row in rows[False]] == [
-        ('a', 2., 0.5, 'no'), ('b', None, None, None), ('c', 0, None, 'yes'), ('c', 9., 0.9, 'no')]
-    assert rows[False][1]['note'] == 'OutOfMemoryError: no room for 3 GiB'
-    assert [row.get('ours') for row in rows[True]] == ['dry run', None, 'dry run', 'dry run']
-    assert not any(isinstance(value, (int, float)) for row in rows[True] for value in row.values())
-
-
-def test_waits_are_counted(gpu, monkeypatch):
-    modes = []
-    monkeypatch.setattr(torch.cuda, 'synchronize', lambda device: None)
-    monkeypatch.setattr(torch.cuda, 'set_sync_debug_mode', modes.append)
-
-    def step():
-        warnings.warn('a prototype feature that does not yet detect all synchronizing operations', stacklevel=1)
-        for _ in range(3):
-            warnings.warn('called a synchronizing CUDA operation', stacklevel=1)
-
-    assert gpu.count_waits(step, 'cuda') == 3 and modes == ['warn', 'default']
 
 
 def test_without_a_gpu(gpu, monkeypatch, capsys):

@@ -187,20 +187,6 @@ def test_wrong_figures_are_one_sentence(tmp_path, change, error):
     assert str(caught.value).startswith(f'{path}: figure 1') and '\n' not in str(caught.value)
 
 
-def test_files_of_figures(tmp_path):
-    path = tmp_path / 'results.json'
-    with pytest.raises(FileNotFoundError, match='file of figures not found'):
-        read_metrics(path)
-    for content, error in (('{', 'is not JSON'), ('{"task": 1}', 'a list of figures is needed, not dict'),
-                           ('[{"value": NaN}]', 'NaN is not a number'),
-                           ('[3]', 'figure 1 has to be an object, not 3'), ('[{}]', 'figure 1 lacks task, dataset')):
-        path.write_text(content)
-        with pytest.raises(ValueError, match=error):
-            read_metrics(path)
-    path.write_text(json.dumps([figure(), HOLIDAYS]))
-    assert read_metrics(path) == [Metric(**figure()), Metric(**HOLIDAYS)]
-
-
 def test_a_license_is_no_yaml():
     card = _card(tiny_model(), license='mit\ntags: [x]\x1b')
     assert card.data.license == 'mit\ntags: [x]\x1b' and 'x' not in card.data.tags

@@ -129,15 +129,6 @@ def _turned():
     return exif
 
 
-@pytest.mark.parametrize('kind', CONTENTS)
-def test_decodes_what_pillow_does(kind):
-    content = CONTENTS[kind]()
-    found = decode(content, 'timm')
-    assert found.dtype == torch.uint8
-    assert torch.equal(found, T.functional.pil_to_tensor(pillow(content)))
-    assert TensorTransform(create_transform(16, True, use_prefetcher=True))(found).shape == (3, 16, 16)
-
-
 def test_who_decodes(monkeypatch):
     calls, decode_jpeg = [], fast.decode_jpeg
     monkeypatch.setattr(

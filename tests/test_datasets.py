@@ -3,7 +3,6 @@ import collections
 import json
 import os
 import pickle
-import re
 
 import numpy as np
 import pytest
@@ -14,7 +13,6 @@ from timm_multigrain.cli.evaluate import _BENCHMARKS
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.benchmarks import BENCHMARKS, copydays, disc21, download_benchmark, load_benchmark
 from timm_multigrain.measure.benchmarks.disc21 import read_pairs
-from timm_multigrain.measure.benchmarks.groups import read_turns
 from timm_multigrain.measure.benchmarks.revisited import read_ground_truth
 
 from .test_archives import zipped
@@ -107,15 +105,6 @@ def test_holidays_upright(tmp_path, shared_data, form):
     # the white half was right: a clockwise turn brings it to the bottom, the other one to the top
     assert turned.getpixel((3, 7))[0] > 200 > 50 > turned.getpixel((3, 0))[0]
     assert back.getpixel((3, 0))[0] > 200 > 50 > back.getpixel((3, 7))[0]
-
-
-def test_turns_of_another_form(tmp_path):
-    for name, texts in (('turns.txt', ('a.jpg', 'a.jpg 45', 'a.jpg x', 'a.jpg 90 1', 'a.jpg 90\na.jpg 0')),
-                        ('turns.json', ('[]', '{"a.jpg": "x"}', '{"a.jpg": 90.5}', '{"a.jpg": null}', '{'))):
-        for text in texts:
-            (tmp_path / name).write_text(text)
-            with pytest.raises(ValueError, match=re.escape(name)):
-                read_turns(tmp_path / name)
 
 
 def test_ukbench(tmp_path, shared_data, monkeypatch):
@@ -254,28 +243,6 @@ def test_revisited_part(tmp_path, shared_data):
                 images[i] for i in entries[q][kind] if images[i] in names]
     with pytest.raises(ValueError, match='has no query of Revisited Paris with an image to find'):
         load_benchmark('rparis6k', touch(tmp_path / 'x', [f'{queries[0]}.jpg']), ground_truth=path, subset=True)
-
-
-CHANGES = [
-    {'bbx': None}, {'easy': [5]}, {'junk': [-1]}, {'junk': [0]}, {'easy': [0.5]}, {'bbx': [5, 1, 5, 5]},
-    {'bbx': [5, 1]}, {'gnd': []}, {'gnd': [{'bbx': [1, 1, 5, 5], 'easy': [], 'hard': [], 'junk': []}] * 2},
-    {'imlist': list('aacde')}, {'imlist': None}]
-
-
-def test_revisited_ground_truth_of_another_form(tmp_path):
-    """Without a field (None), with one of another form, out of range or twice, and with nothing to find."""
-    path = tmp_path / 'gnd.json'
-    for change in CHANGES:
-        truth = small_truth()
-        for name, value in change.items():
-            place = truth if name in truth else truth['gnd'][0]
-            place[name] = value
-            if value is None:
-                del place[name]
-        path.write_text(json.dumps(truth))
-        with pytest.raises(ValueError, match=r'gnd\.json') as error:
-            read_ground_truth(path)
-        assert '\n' not in str(error.value)
 
 
 RAN = []

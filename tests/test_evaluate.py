@@ -296,27 +296,6 @@ def test_cache_is_used_and_told_apart(model, pictures, tmp_path, monkeypatch):
         evaluate(model, 'folder', pictures, replace(PROTOCOL, size=41), work_dir=tmp_path)
 
 
-def test_a_run_that_was_cut_off_goes_on(model, pictures, tmp_path, monkeypatch):
-    """Of the 12 images the first 4, a whole shard, need not be described again."""
-    kwargs = dict(exponents=[3., 1.], shard_size=4, batch_size=2, work_dir=tmp_path / 'cache')
-    whole = evaluate({'model': model}, 'folder', pictures, PROTOCOL, **kwargs | {'work_dir': tmp_path / 'whole'})
-    seen, forward = [], type(model).forward_features
-
-    def cut_off(self, x, *args, **kwargs):
-        if len(seen) == 7:
-            raise KeyboardInterrupt
-        seen.append(x.shape)
-        return forward(self, x, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), 'forward_features', cut_off)
-    with pytest.raises(KeyboardInterrupt):
-        evaluate({'model': model}, 'folder', pictures, PROTOCOL, **kwargs)
-    monkeypatch.setattr(type(model), 'forward_features', lambda *args: seen.append(args[1].shape) or forward(*args))
-    seen.clear()
-    assert evaluate({'model': model}, 'folder', pictures, PROTOCOL, **kwargs) == whole
-    assert len(seen) == 8
-
-
 def test_images_of_the_benchmark_have_to_be_readable(model, pictures, tmp_path):
     for path in pictures.rglob('*.png'):
         copy = tmp_path / path.relative_to(pictures)
@@ -403,15 +382,3 @@ def test_the_command_says_what_is_wrong(pictures, capsys, args, message):
     status = main(['evaluate', 'test_resnet', '--no-pretrained', '--data', str(pictures), '--device', 'cpu', *args])
     err = capsys.readouterr().err
     assert status == 2 and message in err and 'Traceback' not in err and err.count('\n') == 1
-
-
-@pytest.mark.slow
-def test_real_photographs(shared_data, tmp_path, capsys):
-    """From photographs of Paris to JSON."""
-    paris = shared_data / 'instances' / 'paris'
-    truth = paris / 'gnd_rparis6k_subset.json'
-    assert main([
-        'evaluate', 'test_resnet', '--no-pretrained', '--benchmark', 'rparis6k', '--data', str(paris), '--ground-truth',
-        str(truth), '--subset', '--size', '64', '--json', str(tmp_path / 'r.json')]) == 0
-    assert 'Revisited Paris (12 queries, 238 images)' in capsys.readouterr().out
-    assert {f.split for f in read_metrics(tmp_path / 'r.json')} == {'Easy', 'Medium', 'Hard'}

@@ -68,11 +68,11 @@ def places(tree, path=()):
         yield from places(tree[key], (*path, key))
 
 
-def change_tree(tree, random):
+def change_tree(tree, random, odd_values=ODD):
     """The tree with up to three of its parts replaced by odd values, removed or added."""
     tree = copy.deepcopy(tree)
     for _ in range(random.randint(1, 3)):
-        path, odd = random.choice(list(places(tree))), copy.deepcopy(random.choice(ODD))
+        path, odd = random.choice(list(places(tree))), copy.deepcopy(random.choice(odd_values))
         if not path:
             continue
         parent = tree

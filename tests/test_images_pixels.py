@@ -368,22 +368,6 @@ def test_training_and_validation_see_what_the_commands_see(files, kind):
             assert torch.equal(dataset[index][0], pixels), name
 
 
-def test_pixels_by_hand(files):
-    expected = dict(zip(KINDS, as_commands_see(files), strict=True))
-    upright = expected['rgb.jpg']
-    assert torch.equal(expected['turned.jpg'], upright.rot90(-1, (1, 2)))  # 6: a quarter turn clockwise sets it right
-    assert torch.equal(expected['mirrored grey.jpg'], expected['grey.jpg'].transpose(1, 2))
-    assert torch.equal(expected['turned.png'], PILToTensor()(PICTURE).rot90(1, (1, 2)))
-    deep = torch.from_numpy((RAMP / 257).round().astype(np.uint8)).expand(3, -1, -1)  # 65535 is 255
-    assert torch.equal(expected['deep.png'], deep) and torch.equal(expected['deep.tif'], deep)
-    lines = expected['drawing.png']
-    assert lines.max() == 255 and lines[:, 0, -1].tolist() == [0, 0, 0]
-    opacity = torch.from_numpy(np.array(ALPHA)).double() / 255
-    for name in ('transparent.png', 'lossless.webp'):
-        blended = PILToTensor()(PICTURE) * opacity + 255 * (1 - opacity)
-        assert (expected[name] - blended).abs().max() <= 1, name
-
-
 @pytest.mark.parametrize('fast', [False, True])
 def test_timms_way(files, fast):
     reference = ImageDataset(str(files), transform=PILToTensor())

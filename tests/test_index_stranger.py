@@ -1,6 +1,7 @@
 """An index that somebody else has made: nothing is written, deleted, fetched or run for what is in it."""
 import json
 import os
+import random
 import shutil
 import socket
 import sqlite3
@@ -17,6 +18,7 @@ from timm_multigrain.index.dedup import find_copies
 from timm_multigrain.index.records import RECORD, DamagedIndex
 from timm_multigrain.index.store import FILE
 
+from .test_files import change_tree
 from .tiny import tiny_model
 
 REFUSALS = (ValueError, OSError, RuntimeError)  # what a command says in a sentence
@@ -207,27 +209,8 @@ def test_names_are_printed_without_control_characters(copy, capsys):
     assert 'does not know the class' in err and not [c for c in err if c != '\n' and not c.isprintable()]
 
 
-ODD = [None, True, -1, 0, 3, 1e308, -0.5, 2 ** 70, '', 'x', '../../x', '\x1b[31m\0', [], {}, [[]], [None] * 5, {'a': 1}]
-
-
 CELLS = [None, -1, 0, 1, 2 ** 31, 2 ** 62, -2 ** 63, 1.5, 1e300, '', 'x', '1', b'', b'x', b'a\0b', b'/', b'..',
          b'../..', bytes(RECORD.itemsize), b'\xff' * RECORD.itemsize, '\x1b[31m']
-
-
-def mutate_json(value, rng):
-    """Some place in a JSON value replaced by something odd, or gone."""
-    place = value
-    while True:
-        keys = list(place) if isinstance(place, dict) else list(range(len(place)))
-        key = keys[rng.integers(len(keys))]
-        if isinstance(place[key], (dict, list)) and place[key] and rng.random() < 0.7:
-            place = place[key]
-            continue
-        if rng.random() < 0.2:
-            del place[key]
-        else:
-            place[key] = ODD[rng.integers(len(ODD))]
-        return
 
 
 def mutate(folder, rng):
@@ -238,9 +221,7 @@ def mutate(folder, rng):
         row = rows[rng.integers(len(rows))]
         if table == 'settings':
             value = json.loads(row[1])
-            if isinstance(value, dict):
-                mutate_json(value, rng)
-            row[1] = json.dumps(value if isinstance(value, dict) else ODD[rng.integers(len(ODD))])
+            row[1] = json.dumps(change_tree({'value': value}, random.Random(int(rng.integers(1 << 30)))).get('value'))
         elif table == 'images' and rng.random() < 0.5:
             record = np.frombuffer(row[2], dtype=RECORD).copy()
             name = RECORD.names[rng.integers(len(RECORD.names))]

@@ -10,7 +10,7 @@ import torch
 
 from timm_multigrain.measure.benchmarks import load_benchmark
 from timm_multigrain.measure.benchmarks.layouts import _CORRUPT
-from timm_multigrain.measure.benchmarks.lists import Entry, read_entries
+from timm_multigrain.measure.benchmarks.lists import COLUMNS, Entry, read_entries
 
 from .test_datasets import chunks, touch
 from .test_metrics import slow_figures
@@ -31,7 +31,7 @@ def written(path, rows=ROWS):
         path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
         return path
     text = io.StringIO()
-    writer = csv.DictWriter(text, Entry._fields)
+    writer = csv.DictWriter(text, COLUMNS)
     writer.writeheader()
     writer.writerows({**row, 'box': ' '.join(map(str, row.get('box', ())))} for row in rows)
     path.write_text('\ufeff' + text.getvalue(), encoding='utf-8')

@@ -141,22 +141,6 @@ def test_measures_of_labels_equal_slow_loop(seed, levels):
     assert {name: 100 * value for name, value in found.items()} == pytest.approx(wanted, abs=1e-9)
 
 
-def test_measures_of_labels_equal_pytorch_metric_learning():
-    """Its numbers where it has them, without ties; it divides mAP by all relevant images, also beyond k."""
-    calculator = pytest.importorskip('pytorch_metric_learning.utils.accuracy_calculator').AccuracyCalculator
-    vectors = torch.nn.functional.normalize(torch.randn(200, 8, generator=torch.Generator().manual_seed(0)))
-    labels = torch.arange(200) % 23
-    scores = SimilarityChunks(vectors, vectors)
-    relevant = [np.setdiff1d(np.flatnonzero(labels == labels[i]), [i]) for i in range(200)]
-    result = mean_average_precision(scores, relevant, np.arange(200)[:, None])
-    theirs = calculator(
-        include=('precision_at_1', 'mean_average_precision_at_r', 'mean_average_precision'), k=199,
-        device=torch.device('cpu')).get_accuracy(vectors, labels)
-    assert result.recall_at(1) == pytest.approx(theirs['precision_at_1'], abs=1e-9)
-    assert result.map_at_r == pytest.approx(theirs['mean_average_precision_at_r'], abs=1e-9)
-    assert result.map_at(199) == pytest.approx(theirs['mean_average_precision'], abs=1e-9)
-
-
 def slow_knn(row, labels, wanted, k, own):
     """Votes of the k nearest; the label wins only if its votes are more than those of each other."""
     order = sorted((i for i in range(len(row)) if i != own), key=lambda i: (-row[i], i))[:k]
@@ -245,17 +229,6 @@ def test_revisited_equals_the_public_evaluator(shared_data, name, ranking):
             assert len(queries) - part.num_queries == expected['queries_without_positives']
 
 
-def test_revisited_by_hand():
-    """Order of the images: junk 3, easy 0, wrong 4, hard 1, wrong 5, easy 2."""
-    scores = np.array([[0.8, 0.5, 0.3, 0.9, 0.7, 0.4]])
-    result = revisited_scores(scores, [RevisitedQuery([0, 2], [1], [3])], kappas=(1, 2, 10))
-    assert result.easy.ap[0] == pytest.approx(((1 + 1) / 2 + (1 / 3 + 2 / 4) / 2) / 2)  # ranks 0 and 3: 1 is out
-    assert result.medium.ap[0] == pytest.approx(((1 + 1) / 2 + (1 / 2 + 2 / 3) / 2 + (2 / 4 + 3 / 5) / 2) / 3)
-    assert result.hard.ap[0] == pytest.approx((0 + 1 / 2) / 2)  # rank 1: 0 is out
-    assert result.easy.mp_at == pytest.approx({1: 1, 2: 1 / 2, 10: 2 / 4})  # of 10 no more than to the last one found
-    assert result.hard.mp_at == pytest.approx({1: 0, 2: 1 / 2, 10: 1 / 2})
-
-
 @pytest.mark.parametrize('digits', [0, 9])
 def test_ukb_equals_slow_ranking(digits):
     rng = np.random.default_rng(digits)
@@ -263,14 +236,6 @@ def test_ukb_equals_slow_ranking(digits):
     scores = (rng.standard_normal((20, 20)) + 1.5 * (groups == groups[:, None])).round(digits)
     result = ukb_score(np.array_split(scores, 6, axis=1), groups.tolist())
     assert result.found.tolist() == slow_ukb(scores, groups) and result.score == np.mean(slow_ukb(scores, groups))
-
-
-def test_ukb_by_hand():
-    groups = np.arange(8) // 4
-    scores = np.equal.outer(groups, groups).astype(np.float32)
-    assert ukb_score(scores, groups).score == 4 and ukb_score(1 - scores, groups).score == 0
-    assert ukb_score(np.zeros((8, 8)), groups).score == 0  # ties count against the system
-    assert ukb_score(np.eye(8), groups).score == 1  # the query itself; the others are tied with wrong ones
 
 
 @pytest.mark.parametrize('digits', [1, 12])
@@ -283,21 +248,6 @@ def test_pairs_equal_slow_list(digits):
     result = micro_average_precision(*map(list, zip(*pairs, strict=True)), truth)
     assert (result.uap, result.recall_at_p90) == pytest.approx(slow_pairs(pairs, truth)[:2], abs=1e-12)
     assert result.threshold_at_p90 == slow_pairs(pairs, truth)[2]
-
-
-def test_pairs_by_hand():
-    """Right, wrong, right, and one true pair that was not predicted."""
-    truth = [('a', 'x'), ('c', 'y'), ('d', 'z')]
-    result = micro_average_precision(['a', 'b', 'c'], ['x', 'x', 'y'], [0.9, 0.8, 0.7], truth)
-    assert result.uap == pytest.approx((1 + 2 / 3) / 3)
-    assert (result.recall_at_p90, result.threshold_at_p90) == (pytest.approx(1 / 3), 0.9)
-    tied = micro_average_precision(['a', 'b'], ['x', 'x'], [1, 1], [('a', 'x')])
-    assert (tied.uap, tied.recall_at_p90, tied.threshold_at_p90) == (0.5, 0, None)
-    missed = micro_average_precision(['a'], ['y'], [1.], [('a', 'x')])
-    assert (missed.uap, missed.recall_at_p90) == (0, 0)
-    numbers = micro_average_precision(  # of a type without a sign
-        torch.tensor([0, 1]), np.array([5, 6]), np.array([0, 9], dtype=np.uint8), [(1, 6)])
-    assert (numbers.uap, numbers.threshold_at_p90) == (1, 9)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.uint8, torch.int64, torch.bool])

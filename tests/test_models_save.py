@@ -3,8 +3,6 @@ import json
 import math
 import os
 import resource
-import subprocess
-import sys
 
 import pytest
 import timm
@@ -36,19 +34,6 @@ def test_round_trip(tmp_path, kwargs):
     assert torch.equal(loaded(x), model.eval()(x)) and loaded.gem_p == model.gem_p
     config = json.loads((path / 'config.json').read_text(), parse_constant=pytest.fail)  # strict JSON
     assert config['architecture'] == 'multigrain_resnet18' and config['label_names'] == ['a', 'b', 'c']
-
-
-def test_another_process_needs_only_the_import(tmp_path):
-    name = timm_multigrain.register_multigrain('resnet10t')
-    model = _model(name, gem_p=2.0).eval()
-    path = save_pretrained(model, tmp_path / 'model', data_config=dict(input_size=(3, 96, 96)))
-    code = (
-        'import timm, timm_multigrain, torch; '
-        f'm = timm.create_model("local-dir:{path}", pretrained=True).eval(); '
-        'print(m.gem_p, m.pretrained_cfg["input_size"], m(torch.ones(1, 3, 64, 64)).sum().item())')
-    out = subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout
-    with torch.inference_mode():
-        assert out.split() == ['2.0', '(3,', '96,', '96)', str(model(torch.ones(1, 3, 64, 64)).sum().item())]
 
 
 @torch.inference_mode()
@@ -118,14 +103,9 @@ def test_files_have_the_mode_that_the_umask_says(tmp_path, umask):
 
 
 def test_leftovers_of_a_killed_run_go_and_those_of_a_running_one_stay(tmp_path):
-    code = ('import os, pathlib, signal, sys\n'
-            'from timm_multigrain.models.save import model_folder\n'
-            'with model_folder(sys.argv[1]) as folder:\n'
-            '    (folder / "model.safetensors").write_bytes(bytes(1000))\n'
-            '    os.kill(os.getpid(), signal.SIGKILL)\n')
-    killed = subprocess.run([sys.executable, '-c', code, str(tmp_path / 'model')])
-    left, = tmp_path.iterdir()
-    assert killed.returncode == -9 and (left / 'model.safetensors').exists()
+    left = tmp_path / '.model.unfinished'
+    left.mkdir()
+    (left / 'model.safetensors').write_bytes(bytes(1000))
     save_pretrained(tiny_model(), tmp_path / 'model')
     assert [p.name for p in tmp_path.iterdir()] == ['model']
     with model_folder(tmp_path / 'model') as running:

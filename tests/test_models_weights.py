@@ -257,37 +257,26 @@ def test_every_network_is_recognized(shared_golden):
 # --- sources: tags, addresses, the Hub
 
 
-# tag: file, how it was trained, top-1, size of the test
-OFFICIAL = {
-    'multigrain_resnet50.fb_p3_l05_aa_in1k': ('joint_3BAA_0.5', 'p = 3, lambda = 0.5, AutoA', '78.2', None),
-    'multigrain_resnet50.fb_p3_l05_in1k': ('joint_3B_0.5', 'p = 3, lambda = 0.5, full', '77.4', None),
-    'multigrain_resnet50.fb_p1_l05_in1k': ('joint_1B_0.5', 'p = 1, lambda = 0.5, full', '77.0', None),
-    'multigrain_resnet50.fb_p3_l1_in1k': ('joint_3B_1.0', 'p = 3, lambda = 1 (class', '76.9', None),
-    'multigrain_resnet50.fb_p1_l1_in1k': ('joint_1B_1.0', 'p = 1, lambda = 1 (class', '76.8', None),
-    'multigrain_senet154.fb_p16_400_in1k': ('senet154-finetune400', 'p = 1.6 fine-tuned at 400', '83.0', 400),
-    'multigrain_pnasnet5large.fb_p17_500_in1k': (
-        'pnasnet5large-finetune500', 'p = 1.7 fine-tuned at 500', '83.6', 500),
-    'multigrain_nasnetamobile.fb_p17_350_in1k': (
-        'nasnetamobile-finetune350', 'p = 1.7 fine-tuned at 350', '75.1', 350),
-}
-
-
 def test_tags_of_the_official_weights():
-    assert set(timm.list_models('multigrain*', pretrained=True)) >= set(OFFICIAL)
-    default = [name for name in OFFICIAL if get_pretrained_cfg(name.split('.')[0]).tag == name.split('.')[1]]
-    assert default == [next(iter(OFFICIAL)), *list(OFFICIAL)[5:]]
-    for name, (file, training, top1, size) in OFFICIAL.items():
+    tags = [name for name in timm.list_models('multigrain*', pretrained=True) if get_pretrained_cfg(name).url]
+    assert len(tags) == 8
+    default = [name for name in tags if get_pretrained_cfg(name.split('.')[0]).tag == name.split('.')[1]]
+    assert sorted(default) == [
+        'multigrain_nasnetamobile.fb_p17_350_in1k', 'multigrain_pnasnet5large.fb_p17_500_in1k',
+        'multigrain_resnet50.fb_p3_l05_aa_in1k', 'multigrain_senet154.fb_p16_400_in1k']
+    for name in tags:
         cfg, arch = get_pretrained_cfg(name), name.split('.')[0]
         trunk = get_pretrained_cfg({'senet154': 'legacy_senet154'}.get(arch[11:], arch[11:]))
+        size = re.search(r'p\d\d_(\d+)_', name)  # of the test that p was fine-tuned for
         folder = 'finetuned_models' if size else 'multigrain_models'
-        assert cfg.url == f'https://dl.fbaipublicfiles.com/multigrain/{folder}/{file}.pth'
+        assert re.fullmatch(rf'https://dl\.fbaipublicfiles\.com/multigrain/{folder}/\w+(-\w+)?(\.\d)?\.pth', cfg.url)
+        assert cfg.test_input_size == (size and (3, int(size[1]), int(size[1])))
         assert (cfg.crop_pct, cfg.interpolation, cfg.classifier) == (224 / 256, 'bilinear', 'head.fc')
         assert (cfg.mean, cfg.std) == (((0.5,) * 3,) * 2 if 'nasnet' in arch else (
             (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        assert cfg.input_size == trunk.input_size and cfg.test_input_size == (size and (3, size, size))
+        assert cfg.input_size == trunk.input_size and 'top-1' in cfg.description
         assert cfg.first_conv == f'trunk.{trunk.first_conv}' and cfg.paper_ids == 'arXiv:1902.05509'
-        assert training in cfg.description and f'top-1 {top1} at' in cfg.description
-    for name in [*timm.list_models('multigrain*'), *OFFICIAL]:  # not free software
+    for name in [*timm.list_models('multigrain*'), *tags]:  # not free software
         assert get_pretrained_cfg(name).license == ('cc-by-nc-4.0' if get_pretrained_cfg(name).url else None)
 
 

@@ -7,11 +7,9 @@ import pytest
 import timm
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from safetensors.torch import load_file
 from timm.models import group_parameters
 
-from timm_multigrain.models.nasnet import FloorConv2d, crop_like, floor_pool2d, restore_padding
 from timm_multigrain.models.trunk import create_trunk
 
 from . import original
@@ -121,52 +119,6 @@ def test_size_of_the_map_for_every_remainder_of_32(name, rounds_down):
     for side in range(64, 80):
         out = trunk(torch.empty(1, 3, side, side + 16, device='meta'))
         assert out.shape[2:] == (_side_of_map(side, rounds_down), _side_of_map(side + 16, rounds_down))
-
-
-def test_pnasnet5large_keeps_its_mode_and_parameters():
-    trunk = timm.create_model('pnasnet5large', num_classes=0, device='meta').eval()
-    before = dict(trunk.named_parameters())
-    restore_padding(trunk)
-    after = dict(trunk.named_parameters())
-    assert list(before) == list(after) and all(before[k] is after[k] for k in before)
-    assert not any(module.training for module in trunk.modules())
-
-
-@pytest.mark.parametrize('side', [7, 8])
-def test_rounding_down_is_padding_in_front_and_dropping_the_first(side):
-    x = torch.randn(2, 3, side, side + 1)
-    in_front = F.pad(x, (1, 0, 1, 0))
-    for k in (3, 5, 7):
-        conv = FloorConv2d(3, 3, k, stride=2, groups=3, bias=False)
-        expected = F.conv2d(in_front, conv.weight, stride=2, padding=k // 2, groups=3)[:, :, 1:, 1:]
-        torch.testing.assert_close(conv(x), expected)
-    for pool in (nn.MaxPool2d(3, 2, 1), nn.AvgPool2d(3, 2, 1, count_include_pad=False)):
-        torch.testing.assert_close(floor_pool2d(type(pool))(x), pool(in_front)[:, :, 1:, 1:])
-    point = FloorConv2d(3, 4, 1, stride=2)
-    expected = F.conv2d(x, point.weight, point.bias, stride=2)[:, :, :side // 2, :(side + 1) // 2]
-    torch.testing.assert_close(point(x), expected)
-
-
-@torch.no_grad()
-def test_cropping_cell_crops_what_it_sums():
-    torch.manual_seed(0)
-    trunk = timm.create_model('pnasnet5large', num_classes=0, device='meta')
-    cell = type(trunk.cell_5)(6, 4, 10, 4, pad_type='same', match_prev_layer_dims=True).eval()
-    trunk.cell_5 = cell
-    restore_padding(trunk)
-    cropping = trunk.cell_5
-    right = torch.randn(2, 10, 4, 3)
-    same = torch.randn(2, 6, 8, 6)
-    torch.testing.assert_close(cropping(same, right), cell(same, right))
-    larger = torch.randn(2, 6, 9, 7)
-    out = cropping(larger, right)
-    left, inner = cell.conv_prev_1x1(larger), cell.conv_1x1(right)
-    assert left.shape[2:] == (5, 4) and out.shape == (2, 20, 4, 3)
-    torch.testing.assert_close(
-        out[:, :4], (cell.comb_iter_0_left(left) + cell.comb_iter_0_right(left))[:, :, :4, :3])
-    torch.testing.assert_close(out[:, 4:16], cell(same, right)[:, 4:16])  # these see the right input alone
-    torch.testing.assert_close(out[:, 16:], cell.comb_iter_4_left(left)[:, :, :4, :3] + inner)
-    assert torch.equal(crop_like(larger, right), larger[:, :, :4, :3])
 
 
 @torch.no_grad()

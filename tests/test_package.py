@@ -78,17 +78,6 @@ def test_old_timm_is_refused_in_one_sentence(tmp_path):
     assert 'needs timm 1.0.31 or newer, found 1.0.29.dev0 in' in done.stderr.strip().splitlines()[-1]
 
 
-def test_a_checkout_of_timm_in_the_current_folder_does_not_hide_the_installed_one(tmp_path):
-    (tmp_path / 'timm').mkdir()
-    (tmp_path / 'timm' / '__init__.py').write_text('__version__ = "1.0.29.dev0"')
-    script = tmp_path / 'validate.py'
-    script.write_text('import timm, sys\nprint(timm.__version__, sys.argv[1:], __name__)\n')
-    done = subprocess.run(
-        [sys.executable, '-m', 'timm_multigrain', 'validate.py', '--flag'], capture_output=True, text=True,
-        cwd=tmp_path, env={**os.environ, 'PYTHONPATH': str(Path(timm_multigrain.__path__[0]).parent)})
-    assert done.stdout.split(maxsplit=1) == [timm.__version__, "['--flag'] __main__\n"], done.stderr
-
-
 def _documented() -> list[doctest.DocTest]:
     """The examples in the docstrings of the public functions and classes, and of the measures and searches."""
     names = dict(vars(timm_multigrain), timm=timm, torch=torch)

@@ -14,17 +14,11 @@ from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
 from timm_multigrain.train import evaluation
 from timm_multigrain.train.evaluation import EditedImages, retrieval_figures
 
+from .test_metrics import slow_query
 
-def trapezoid(scores, right):
-    """Average precision, every wrong item of a score before every right one."""
-    order = sorted(range(len(scores)), key=lambda i: (-scores[i], right[i]))
-    found, area = 0, 0.
-    for place, i in enumerate(order):
-        if right[i]:
-            before = found / place if place else 1.
-            found += 1
-            area += (before + found / (place + 1)) / 2 / sum(right)
-    return area
+
+def slow_ap(scores, right):
+    return slow_query(scores, [i for i, one in enumerate(right) if one], ())[0]
 
 
 def naive_figures(vectors, instances, copies, rows):
@@ -34,10 +28,10 @@ def naive_figures(vectors, instances, copies, rows):
         right = [instances[i] == instances[query] for i in others]
         scores = [float(vectors[query] @ vectors[i]) for i in others]
         if any(right):
-            precisions.append(trapezoid(scores, right))
+            precisions.append(slow_ap(scores, right))
             best = max(s for s, r in zip(scores, right, strict=True) if r)
             firsts.append(all(s < best for s, r in zip(scores, right, strict=True) if not r))
-    found = [trapezoid([float(copy @ v) for v in vectors], [i == row for i in range(len(vectors))])
+    found = [slow_ap([float(copy @ v) for v in vectors], [i == row for i in range(len(vectors))])
              for copy, row in zip(copies, rows, strict=True)]
     mean = lambda values: 100 * sum(values) / len(values) if values else math.nan  # noqa: E731
     return {'recall1': mean(firsts), 'map': mean(precisions), 'copy_map': mean(found)}

@@ -1,5 +1,6 @@
-"""Resuming: what cannot be resumed is said at once, and what can continues exactly."""
+"""Trainings in processes of their own: killed and resumed, which is exact or refused at once; two of torchrun."""
 import argparse
+import csv
 import os
 import signal
 import subprocess
@@ -84,13 +85,15 @@ CheckpointSaver.save_checkpoint = save_or_die
 '''
 
 
-def _command(script, noise_folder, output, *flags):
-    return [
-        sys.executable, '-m', 'timm_multigrain', str(script), '--data-dir', str(noise_folder), '--model', 'multigrain',
-        '--model-kwargs', 'trunk=test_resnet', '--num-classes', '3', '--input-size', '3', '32', '32', '-b', '12',
-        '--epochs', '3', '--opt', 'adamw', '--lr', '0.003', '--warmup-epochs', '1', '--no-aug',
-        '--model-ema', '--model-ema-decay', '0.9',
-        '--device', 'cpu', '-j', '1', '--output', str(output), *flags]
+def _run(script, noise_folder, folder, *flags, launcher=(), path=ROOT):
+    """A training of a tiny model, in processes that a signal to this one does not reach."""
+    command = [
+        sys.executable, '-m', *launcher, 'timm_multigrain', script, '--data-dir', noise_folder, '--model', 'multigrain',
+        '--model-kwargs', 'trunk=test_resnet', '--num-classes', 3, '--device', 'cpu', '--output', folder.parent,
+        '--experiment', folder.name, *flags]
+    environment = {**os.environ, 'PYTHONPATH': str(path), 'OMP_NUM_THREADS': '1'}
+    return subprocess.run(
+        list(map(str, command)), env=environment, capture_output=True, text=True, start_new_session=True, timeout=400)
 
 
 def _load(path):
@@ -104,14 +107,14 @@ def test_killed_and_resumed_equals_uninterrupted(script, noise_folder, tmp_path)
     """The workers of the last run are spawned, which import the launcher anew; those of the others are forked."""
     (tmp_path / 'spawned.py').write_text(_SPAWN)
     (tmp_path / 'killed.py').write_text(_KILL)
-    environment = {**os.environ, 'PYTHONPATH': f'{ROOT}{os.pathsep}{tmp_path}', 'OMP_NUM_THREADS': '1'}
+    flags = [
+        '--input-size', 3, 32, 32, '-b', 12, '--epochs', 3, '--opt', 'adamw', '--lr', 0.003, '--warmup-epochs', 1,
+        '--no-aug', '--model-ema', '--model-ema-decay', 0.9, '-j', 1]
     last = tmp_path / 'killed' / 'last.pth.tar'
-    for name, module, flags in (
-            ('whole', [], []), ('killed', ['killed'], []), ('resumed', ['spawned'], ['--resume', str(last)])):
-        command = _command(script, noise_folder, tmp_path, '--experiment', name, *flags)
-        done = subprocess.run(
-            [*command, '--device-modules', 'tests.same_copies', *module], env=environment, capture_output=True,
-            text=True, start_new_session=True)
+    for name, module, more in (
+            ('whole', [], []), ('killed', ['killed'], []), ('resumed', ['spawned'], ['--resume', last])):
+        done = _run(script, noise_folder, tmp_path / name, *flags, *more, '--device-modules', 'tests.same_copies',
+                    *module, path=f'{ROOT}{os.pathsep}{tmp_path}')
         assert done.returncode == (-signal.SIGKILL if name == 'killed' else 0), done.stderr
     assert _load(last)['epoch'] == 1
     whole, resumed = (_load(tmp_path / name / 'last.pth.tar') for name in ('whole', 'resumed'))
@@ -124,3 +127,25 @@ def test_killed_and_resumed_equals_uninterrupted(script, noise_folder, tmp_path)
     for key in ('task_state', 'task_state_ema'):
         assert torch.equal(whole[key]['instance_loss']['beta'], resumed[key]['instance_loss']['beta'])
     assert not torch.equal(*(whole[key]['instance_loss']['beta'] for key in ('task_state', 'task_state_ema')))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('script', SCRIPTS, ids=lambda p: f'{p.parent.name}/{p.name}')
+def test_two_processes_train_one_model(script, noise_folder, tmp_path):
+    done = _run(
+        script, noise_folder, tmp_path / 'run', '--input-size', 3, 64, 64, '-b', 9, '--epochs', 2, '--lr', 0.01,
+        '-j', 0, '--log-interval', 1, '--mg-sampling', 'uniform', '--mg-gather', '--model-ema', '--grad-accum-steps', 2,
+        launcher=['torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m'])
+    assert done.returncode == 0, done.stderr[-3000:]
+    checkpoint = _load(tmp_path / 'run' / 'last.pth.tar')
+    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
+    model = timm.create_model('multigrain', trunk='test_resnet', num_classes=3)
+    model.load_state_dict(checkpoint['state_dict'], strict=True)
+    # 36 images, shared out: one step of 2 accumulated batches of 9 a process and epoch; one process logs
+    assert done.stderr.count('Train: 1 [') == 1 and len(rows) == 2
+    assert done.stderr.count('MultiGrain: repeats=3') == 1
+    assert float(rows[-1]['train_instance_loss']) > 0
+    # 3 images of 3 copies in a batch, the negatives of an anchor are the others of both processes
+    assert float(rows[-1]['train_effective_negatives']) == pytest.approx(15)
+    assert checkpoint['task_state']['instance_loss']['beta'].item() != pytest.approx(1.2, abs=1e-7)
+    assert 'state_dict_ema' in checkpoint

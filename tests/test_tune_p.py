@@ -1,8 +1,8 @@
 """p*: the recipe recomputed step by step, the scan against models of each p, the command, cut off and gone on with."""
 import argparse
 import json
-import subprocess
-import sys
+import shutil
+import signal
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from PIL import Image
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.files import write_text
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.labels import open_classes
 from timm_multigrain.layers import GeM
@@ -157,7 +158,6 @@ def test_what_is_chosen():
 
 
 def test_damaged_images_are_left_out(model, pictures, tmp_path):
-    import shutil
     shutil.copytree(pictures / 'train', tmp_path / 'data')
     (tmp_path / 'data' / '1' / 'x.png').write_bytes(b'no')
     source = open_classes(tmp_path / 'data', model)
@@ -238,25 +238,18 @@ def test_command_scanning(model, pictures, tmp_path, capsys):
         assert message in capsys.readouterr().err
 
 
-@pytest.mark.slow
-def test_a_process_that_is_killed(model, pictures, tmp_path):
+def test_a_command_that_was_interrupted_goes_on(model, pictures, tmp_path, monkeypatch):
+    def write(path, text):
+        write_text(path, text)
+        raise KeyboardInterrupt
+
     folder = save_pretrained(model, tmp_path / 'm', label_names=['0', '1', '2'])
-    script = '''
-import os, sys
-from timm_multigrain.measure import tune_p
-tune_p.SAVED_EVERY = 1
-write = tune_p.write_text
-def killed(path, text):
-    write(path, text)
-    os.kill(os.getpid(), 9)
-tune_p.write_text = killed
-from timm_multigrain.cli.main import main
-main(sys.argv[1:])
-'''
-    arguments = ['tune-p', str(folder), str(pictures), '-o', str(tmp_path / 'a'), '--grid', '1', '3', *SETTINGS]
-    assert subprocess.run([sys.executable, '-c', script, *arguments], capture_output=True).returncode == -9
+    monkeypatch.setattr(module, 'SAVED_EVERY', 1)
+    arguments = ['tune-p', str(folder), str(pictures), '--grid', '1', '3', *SETTINGS, '-o']
+    with monkeypatch.context() as patch:
+        patch.setattr(module, 'write_text', write)
+        assert main([*arguments, str(tmp_path / 'a')]) == 128 + signal.SIGINT
     assert json.loads((tmp_path / 'a-progress.json').read_text())['step'] == 1
-    assert main(arguments) == 0
-    assert main([argument.replace('/a', '/b') if argument.endswith('/a') else argument for argument in arguments]) == 0
+    assert main([*arguments, str(tmp_path / 'a')]) == main([*arguments, str(tmp_path / 'b')]) == 0
     assert (tmp_path / 'a-p.json').read_bytes() == (tmp_path / 'b-p.json').read_bytes()
     assert not (tmp_path / 'a-progress.json').exists()

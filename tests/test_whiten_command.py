@@ -1,7 +1,7 @@
 """From images to the folder of a whitened model, in Python and by the command, cut off and gone on with."""
 import argparse
 import shutil
-import subprocess
+import signal
 import sys
 
 import pytest
@@ -14,6 +14,7 @@ from timm_multigrain.cli.arguments import protocol_of
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.protocol import Protocol, check_fitted
+from timm_multigrain.embed.shards import write_shard
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.measure.benchmarks import BENCHMARKS
@@ -146,30 +147,20 @@ def test_refusals(saved, noise_folder, tmp_path, capsys):
     assert (tmp_path / 'full' / 'notes.txt').read_text() == 'mine'
 
 
-SLOW = '''
-import os, sys
-from timm_multigrain.embed import extract
-write = extract.write_shard
-def slow(folder, number, *args):
-    write(folder, number, *args)
-    if number == 1:
-        os.kill(os.getpid(), 9)
-extract.write_shard = slow
-extract.extract.__kwdefaults__['shard_size'] = 8
-from timm_multigrain.cli.main import main
-sys.exit(main(sys.argv[1:]))
-'''
+def test_a_run_that_was_interrupted_goes_on(saved, noise_folder, tmp_path, monkeypatch):
+    def write(folder, number, *args):
+        if number == 2:
+            raise KeyboardInterrupt
+        write_shard(folder, number, *args)
 
-
-@pytest.mark.slow
-def test_a_killed_run_goes_on(saved, noise_folder, tmp_path, monkeypatch):
-    arguments = ['whiten', str(saved), str(noise_folder), '-o', str(tmp_path / 'w'), *SETTINGS]
-    assert subprocess.run([sys.executable, '-c', SLOW, *arguments], capture_output=True).returncode == -9
-    shards = sorted((tmp_path / 'w-embeddings').glob('*.safetensors'))
-    assert len(shards) == 2 and not (tmp_path / 'w').exists()
-    before = [path.stat().st_mtime_ns for path in shards]
     monkeypatch.setitem(extract.__kwdefaults__, 'shard_size', 8)
-    assert main([*arguments, '--work-dir', str(tmp_path / 'w-embeddings')]) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules[extract.__module__], 'write_shard', write)
+        assert whiten(saved, noise_folder, tmp_path / 'w') == 128 + signal.SIGINT
+    shards = sorted((tmp_path / 'w-embeddings').glob('*.safetensors'))
+    before = [path.stat().st_mtime_ns for path in shards]
+    assert len(shards) == 2 and not (tmp_path / 'w').exists()
+    assert whiten(saved, noise_folder, tmp_path / 'w', '--work-dir', tmp_path / 'w-embeddings') == 0
     assert [path.stat().st_mtime_ns for path in shards] == before
     assert whiten(saved, noise_folder, tmp_path / 'v') == 0
     one, other = (open_model(tmp_path / name).head.whitening.proj for name in ('w', 'v'))

@@ -67,11 +67,8 @@ def create_loader(
             the dataset.
         shuffle: Shuffle the images.
         seed: Seed of the order, the same on all ranks.
-        fast: Decode and augment tensors instead of Pillow's images, see `TensorTransform`: the same augmentations,
-            pixels that may differ by a grey level or a few.
-        decode: 'multigrain': upright by EXIF orientation, transparent parts on a ground, 16 bits reduced to 8, as in
-            all commands. 'timm': Pillow's conversion to RGB.
-        strict: An image that cannot be read is an error; otherwise the next one stands in for all its copies.
+        fast: Decode and augment tensors, see `TensorTransform`: pixels may differ by a grey level or a few.
+        decode, strict: As of `InstanceDataset`.
         **kwargs: All other arguments of timm.data.create_loader. With `distributed=False` the loader goes through
             the whole dataset even where torch.distributed is initialised.
 

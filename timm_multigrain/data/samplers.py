@@ -115,8 +115,7 @@ class InstanceSampler(_EpochSampler):
     A group is never divided between batches or ranks. The groups of an instance are dealt out to as many batches as
     possible, so that a batch holds an instance twice only where there are more groups of it than batches.
 
-    The order depends on `seed + epoch` alone. Without calls of `set_epoch` each iteration is the next epoch; after
-    `set_epoch(n)` the next iteration is epoch n.
+    The order depends on `seed + epoch` alone; epochs count as those of `RepeatedAugSampler`.
 
     Args:
         instances: Number of the instance of each image, (N,) integers.
@@ -124,12 +123,7 @@ class InstanceSampler(_EpochSampler):
         num_repeats: Photographs of an instance in a batch, m.
         epoch_len_factor: Passes over the data in an epoch.
         shuffle: Shuffle photographs, groups and batches.
-        seed: The same on all ranks.
-        num_replicas: Number of ranks, by default that of torch.distributed, 1 where it is not initialised.
-        rank: Rank of this process, by default that of torch.distributed.
-
-    Raises:
-        ValueError: No images, or an argument out of range.
+        seed, num_replicas, rank: As of `RepeatedAugSampler`.
 
     Example:
         >>> sampler = InstanceSampler([7, 7, 7, 8, 9, 9], batch_size=4, num_repeats=2, shuffle=False)

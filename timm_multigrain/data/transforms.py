@@ -12,8 +12,7 @@ from torch.utils.data import Dataset
 from torchvision import transforms as T
 
 from timm_multigrain.images.copies import jpeg
-from timm_multigrain.images.pixels import decode
-from timm_multigrain.images.transforms import check_size, filter_of
+from timm_multigrain.images.pixels import check_size, decode, filter_of
 
 from .fast import on_tensors, to_float
 
@@ -145,13 +144,6 @@ def insert_lighting(dataset: Dataset, lighting: Lighting) -> None:
     that works on images and before the normalisation.
 
     With timm's prefetcher, whose loader hands over 8-bit images, the result is rounded to 8 bits.
-
-    Args:
-        dataset: With a `transform`, or the `transforms` of scheduled sizes.
-        lighting: What to insert.
-
-    Raises:
-        RuntimeError: No known conversion to tensors was found in timm's transforms.
     """
     for steps, at in _conversions(dataset):
         steps.insert(at + (not isinstance(steps[at], _TO_BYTES)), lighting)
@@ -159,14 +151,7 @@ def insert_lighting(dataset: Dataset, lighting: Lighting) -> None:
 
 def insert_jpeg(dataset: Dataset, prob: float) -> None:
     """Put compression as JPEG, of a random quality, into the transforms that timm's create_loader gave a dataset: last
-    of all that works on images, as in a copy that was edited and saved.
-
-    Args:
-        dataset: With a `transform`, or the `transforms` of scheduled sizes.
-        prob: Share of the images that are compressed.
-
-    Raises:
-        RuntimeError: No known conversion to tensors was found in timm's transforms.
+    of all that works on images, as in a copy that was edited and saved. ``prob`` is the share of the images.
     """
     step = T.RandomApply([_compress], prob)
     for steps, at in _conversions(dataset):
@@ -178,7 +163,10 @@ def _compress(image: Image.Image) -> Image.Image:
 
 
 def _conversions(dataset: Dataset) -> Iterator[tuple[list, int]]:
-    """The steps of each transform, and where among them images become tensors that the network takes."""
+    """The steps of each transform, and where among them images become tensors that the network takes.
+
+    RuntimeError if timm's transforms have no such place.
+    """
     composed = getattr(dataset, 'transforms', None)
     for transform in composed if isinstance(composed, (list, tuple)) else [dataset.transform]:
         steps = getattr(transform, 'transforms', [])

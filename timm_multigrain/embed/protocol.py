@@ -15,8 +15,7 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
 from timm_multigrain.files import printable
-from timm_multigrain.images.pixels import decode
-from timm_multigrain.images.transforms import check_size, filter_of
+from timm_multigrain.images.pixels import check_size, decode, filter_of
 from timm_multigrain.models.config import fitted, json_p, whitened_for
 from timm_multigrain.models.trunk import InputSizes
 

@@ -141,11 +141,7 @@ def write_shard(folder: str | os.PathLike, number: int, manifest: dict, shard: D
 
 
 def read_shard(folder: str | os.PathLike, number: int, manifest: dict) -> Descriptors:
-    """A shard, checked.
-
-    Raises:
-        DamagedShard: It is missing, damaged, or of another extraction.
-    """
+    """A shard, checked; DamagedShard if it is missing, damaged, or of another extraction."""
     path = shard_path(folder, number)
     try:
         with safetensors.safe_open(path, framework='pt') as file:

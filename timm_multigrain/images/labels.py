@@ -39,11 +39,7 @@ def write_class_names(folder: str | os.PathLike, names: Sequence[str]) -> Path:
 
 
 def read_class_names(checkpoint_path: str | os.PathLike) -> list[str] | None:
-    """What `write_class_names` has written beside a checkpoint, or in a folder; None if not found.
-
-    Raises:
-        ValueError: The file is not a JSON list of names.
-    """
+    """What `write_class_names` has written beside a checkpoint, or in a folder; None if not found."""
     path = Path(checkpoint_path)
     path = (path if path.is_dir() else path.parent) / NAMES_FILE
     if not path.is_file():
@@ -57,11 +53,7 @@ def read_class_names(checkpoint_path: str | os.PathLike) -> list[str] | None:
 def find_classes(folder: str | os.PathLike) -> ImageFiles:
     """All image files below a folder, labelled as timm labels them: with the name of the folder that each is in.
 
-    Images right in `folder` and not in one of a class are left out.
-
-    Raises:
-        FileNotFoundError: Folder not found.
-        ValueError: The folder has no subfolders with images.
+    Images right in `folder` and not in one of a class are left out. ValueError if no others are there.
     """
     names = [name for name in find_images(folder).names if '/' in name]
     if not names:

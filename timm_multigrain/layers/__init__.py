@@ -1,8 +1,7 @@
-from .class_token import ClassToken
 from .functional import l2_normalize
 from .gem import GeM, gem
 from .pool_factory import create_pool, is_multigrain_pool
-from .regional import MAC, RMAC, CroW, SPoC
+from .regional import MAC, RMAC, ClassToken, CroW, SPoC
 from .whitening import Whitening
 
 __all__ = [

@@ -19,11 +19,10 @@ import torch
 import torch.nn as nn
 from timm.layers import ClNormMlpClassifierHead
 
-from .class_token import ClassToken
 from .gem import GeM
-from .regional import MAC, RMAC, CroW, SPoC
+from .regional import MAC, RMAC, ClassToken, CroW, SPoC
 
-_REGIONAL = {'mac': MAC, 'spoc': SPoC, 'rmac': RMAC, 'crow': CroW}
+_OTHERS = {'mac': MAC, 'spoc': SPoC, 'rmac': RMAC, 'crow': CroW, 'cls': ClassToken}
 _GEM = re.compile(r'gem(inf|\d+(?:\.\d+)?)?(_learn)?')
 
 
@@ -38,7 +37,7 @@ def _parse_gem(name: str) -> tuple[float, bool] | None:
 
 def is_multigrain_pool(name: str | None) -> bool:
     """Whether `create_pool` knows the name."""
-    return isinstance(name, str) and (name in ('cls', *_REGIONAL) or _parse_gem(name) is not None)
+    return isinstance(name, str) and (name in _OTHERS or _parse_gem(name) is not None)
 
 
 def create_pool(
@@ -53,34 +52,27 @@ def create_pool(
     Args:
         name: 'gem' (p = 3), 'gem4', 'gem2.5', 'geminf', 'gem_learn', 'gem4_learn', 'mac', 'spoc', 'rmac',
             'crow' or 'cls' (the class token).
-        input_fmt: 'NCHW', 'NHWC' or 'NLC'.
-        flatten: Return (N, C); otherwise the pooled dimensions stay as 1.
-        num_prefix_tokens: Leading tokens left out of the pooling, 'NLC' only.
+        input_fmt, flatten, num_prefix_tokens: As of `GeM`.
         persistent: Whether a fixed p is part of the state dict.
-
-    Raises:
-        ValueError: Unknown name.
 
     Example:
         >>> create_pool('gem2.5')(torch.ones(2, 8, 7, 7)).shape
         torch.Size([2, 8])
     """
     kwargs = {'input_fmt': input_fmt, 'flatten': flatten, 'num_prefix_tokens': num_prefix_tokens}
-    if name in _REGIONAL:
-        return _REGIONAL[name](**kwargs)
-    if name == 'cls':
-        return ClassToken(**kwargs)
+    if name in _OTHERS:
+        return _OTHERS[name](**kwargs)
     gem = _parse_gem(name)
     if gem is None:
         raise ValueError(
             f"Unknown pooling {name!r}, expected 'gem' (p = 3), 'gem<p>' with a number p > 0 such as 'gem4' or "
-            f"'gem2.5', 'geminf', 'gem_learn', 'gem<p>_learn', {', '.join(map(repr, _REGIONAL))}, 'cls'.")
+            f"'gem2.5', 'geminf', 'gem_learn', 'gem<p>_learn', {', '.join(map(repr, _OTHERS))}.")
     return GeM(gem[0], learn_p=gem[1], persistent=persistent, **kwargs)
 
 
 def _is_ours(name: Any) -> bool:
-    # a misspelt 'gem-3' or 'GeM' is ours too, to be refused with the list of names
-    return isinstance(name, str) and (name.lower().startswith('gem') or name in _REGIONAL)
+    # a misspelt 'gem-3' or 'GeM' is ours too, to be refused with the list of names; the class token is timm's 'token'
+    return isinstance(name, str) and (name.lower().startswith('gem') or (name in _OTHERS and name != 'cls'))
 
 
 class _MultiGrainHead(ClNormMlpClassifierHead):

@@ -1,4 +1,4 @@
-"""The poolings of image retrieval that GeM is compared with: MAC, SPoC, R-MAC, CroW.
+"""The poolings that GeM is compared with: those of image retrieval, MAC, SPoC, R-MAC and CroW, and the class token.
 
 None of them normalises or whitens its result; descriptors are L2-normalised afterwards.
 
@@ -16,13 +16,7 @@ from .functional import at_least_float32, drop_prefix_tokens, l2_normalize, spat
 
 
 class _RegionalPool(nn.Module):
-    """A pooling of the (N, H, W, C) or (N, L, C) map that its `pool` gets in float32 or float64.
-
-    Args:
-        input_fmt: 'NCHW', 'NHWC' or 'NLC'.
-        flatten: Return (N, C); otherwise the pooled dimensions stay as 1.
-        num_prefix_tokens: Leading tokens (class, registers) left out of the pooling, 'NLC' only.
-    """
+    """A pooling of the (N, H, W, C) or (N, L, C) map that its `pool` gets in float32 or float64. Arguments as GeM's."""
 
     def __init__(self, input_fmt: str = 'NCHW', flatten: bool = True, num_prefix_tokens: int = 0):
         super().__init__()
@@ -132,3 +126,20 @@ class CroW(_RegionalPool):
         eps = 1e-6
         channel = torch.log((x.shape[2] * eps + density.sum(1, keepdim=True)) / (density + eps))
         return channel * (spatial * x).sum(1)
+
+
+class ClassToken(nn.Module):
+    """The first token of an (N, L, C) map: what DINOv2, DINOv3 and CLIP were trained to describe an image by."""
+
+    def __init__(self, input_fmt: str = 'NLC', flatten: bool = True, num_prefix_tokens: int = 1):
+        super().__init__()
+        if input_fmt != 'NLC' or num_prefix_tokens < 1:
+            raise ValueError(f'A class token is one of tokens: a map of format {input_fmt!r} with {num_prefix_tokens} '
+                             'prefix tokens does not have one.')
+        self.flatten = flatten
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x[:, 0] if self.flatten else x[:, :1]
+
+    def extra_repr(self) -> str:
+        return f'flatten={self.flatten}'

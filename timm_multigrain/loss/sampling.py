@@ -47,8 +47,7 @@ class DistanceWeightedSampler(TripletSampler):
         normalize: 'row' or 'batch'.
         cutoff: Distances below are raised to it (weight cap tau).
         nonzero_loss_cutoff: Negatives at this distance or beyond are not drawn, as their loss would be zero.
-        max_positives: See `TripletSampler`.
-        generator: See `TripletSampler`.
+        max_positives, generator: As of `TripletSampler`.
 
     Example:
         >>> sampler = DistanceWeightedSampler('row', generator=0)
@@ -98,9 +97,7 @@ class DistanceWeightedSampler(TripletSampler):
 class UniformSampler(TripletSampler):
     """Draws negatives uniformly from the images of the other instances; every row with negatives counts as uniform.
 
-    Args:
-        max_positives: See `TripletSampler`.
-        generator: See `TripletSampler`.
+    Arguments as of `TripletSampler`.
     """
 
     def log_weights(self, embedding: Tensor) -> Tensor:
@@ -115,15 +112,7 @@ _SAMPLERS = {
 
 
 def create_sampler(name: str, **kwargs) -> TripletSampler:
-    """Builds a sampler by name.
-
-    Args:
-        name: 'batch' or 'row', `DistanceWeightedSampler` with that normalisation, or 'uniform', `UniformSampler`.
-        **kwargs: Its other arguments.
-
-    Raises:
-        ValueError: Unknown name.
-    """
+    """'batch' or 'row', `DistanceWeightedSampler` with that normalisation, or 'uniform', `UniformSampler`."""
     if name not in _SAMPLERS:
         raise ValueError(f'unknown sampling {name!r}, choose one of {", ".join(map(repr, _SAMPLERS))}')
     return _SAMPLERS[name](**kwargs)

@@ -40,10 +40,7 @@ def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike,
                 report: Callable[[str], None] = print) -> None:
     """Download what is missing, check it and unpack it; called again, it goes on with the first file missing.
 
-    Args:
-        remotes: Files of the set.
-        root: Folder of the set, made if missing.
-        report: Takes a sentence for each file.
+    ``report`` takes a sentence for each file.
     """
     root = Path(root)
     manifest = read_manifest(root)

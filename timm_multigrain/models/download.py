@@ -24,10 +24,7 @@ _BY_HAND = 'download it by other means and give the file'
 def download(url: str, path: str | os.PathLike, instead: str = _BY_HAND) -> Path:
     """Fetch a URL under a temporary name, check its length, then rename; an old file is replaced.
 
-    Args:
-        url: Address of the file.
-        path: File to write; its folder is made if missing.
-        instead: What else the user can do, as the end of a sentence.
+    ``instead`` says what else the user can do, as the end of a sentence.
 
     Raises:
         FileNotFoundError: The server does not have it.
@@ -65,14 +62,9 @@ def download(url: str, path: str | os.PathLike, instead: str = _BY_HAND) -> Path
 
 
 def check_reachable(repository: str, name: str) -> None:
-    """Refuse in seconds, not after minutes of retries, what has to come from the Hub and cannot.
+    """Refuse in seconds, not after minutes of retries, what has to come from the Hub and cannot: a RuntimeError.
 
-    Args:
-        repository: Of the Hub; weights of it that are in the cache need no connection.
-        name: The model, for the error.
-
-    Raises:
-        RuntimeError: The weights are not here and the Hub cannot be reached.
+    Weights of the repository that are in the cache need no connection.
     """
     from huggingface_hub import constants, try_to_load_from_cache
 
@@ -108,9 +100,7 @@ _STATUS = {  # cause and way out
 def hub_errors(what: str, verb: str = 'write there') -> Iterator[None]:
     """Turn errors of huggingface_hub into sentences; errors of other kinds pass as they are.
 
-    Args:
-        what: The failure, such as 'me/name could not be created'.
-        verb: What the token has to be allowed.
+    ``what`` is the failure, such as 'me/name could not be created', ``verb`` what the token has to be allowed.
 
     Raises:
         ValueError: A repository name or metadata that the Hub cannot take.

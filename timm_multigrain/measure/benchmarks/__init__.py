@@ -43,12 +43,9 @@ def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:
 
 
 def download_benchmark(name: str, data: str | os.PathLike, report: Callable[[str], None] = print) -> None:
-    """Fetch and unpack what is missing of a benchmark.
+    """Fetch and unpack what is missing of a benchmark, or of 'revisitop1m', a million distractors.
 
-    Args:
-        name: One of `BENCHMARKS`, or 'revisitop1m' for the million distractors of Revisited Oxford and Paris.
-        data: Folder, made if missing.
-        report: Takes a sentence for each file.
+    ``report`` takes a sentence for each file.
     """
     downloads = DISTRACTORS if name == 'revisitop1m' else _find(name).downloads
     if not downloads:

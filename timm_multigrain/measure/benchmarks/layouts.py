@@ -101,7 +101,7 @@ def _consumer(folder: SetFolder) -> Listing:
 def _street(folder: SetFolder) -> Listing:
     """retrieval_<category>.json of photo and product; test_pairs_<category>.json of photo, product and bbox."""
     files = {int(stem): name for name in folder.names if (stem := Path(name).stem).isdecimal()}  # 17.jpg, 000000017.png
-    gallery, queries, right = [], [], []
+    gallery, queries = [], []
     first = folder.file('retrieval_dresses.json')
     for path in sorted(first.parent.glob('retrieval_*.json')):
         category = path.stem.removeprefix('retrieval_')
@@ -117,21 +117,20 @@ def _street(folder: SetFolder) -> Listing:
         for pair in pairs:
             left, top, width, height = (pair['bbox'][side] for side in ('left', 'top', 'width', 'height'))
             wanted[pair['photo'], (left, top, left + width, top + height)].update(of_product[pair['product']])
-        queries += [Entry(files.get(photo, str(photo)), category=category, box=box) for photo, box in wanted]
-        right += wanted.values()
-    return Listing(gallery, queries, right)
+        queries += [Entry(files.get(photo, str(photo)), category=category, box=box, relevant=right)
+                    for (photo, box), right in wanted.items()]
+    return Listing(gallery, queries)
 
 
 def _instre(folder: SetFolder) -> Listing:
     """gnd_instre.mat: imlist, qimlist, and of each query the numbers of its images, from 1, and x, y, width, height."""
     content = _mat(folder.file('gnd_instre.mat'))
-    names = [str(name) for name in content['imlist']]
-    queries, relevant = [], []
+    names, queries = [str(name) for name in content['imlist']], []
     for name, truth in zip(content['qimlist'], content['gnd'], strict=True):
         numbers, (left, top, width, height) = (np.atleast_1d(truth[part]).tolist() for part in truth.dtype.names[:2])
-        queries.append(Entry(str(name), box=(left, top, left + width, top + height)))
-        relevant.append({names[number - 1] for number in numbers})
-    return Listing([Entry(name) for name in names], queries, relevant)
+        queries.append(Entry(str(name), box=(left, top, left + width, top + height),
+                             relevant={names[number - 1] for number in numbers}))
+    return Listing([Entry(name) for name in names], queries)
 
 
 def _landmarks(folder: SetFolder) -> Listing:
@@ -143,8 +142,8 @@ def _landmarks(folder: SetFolder) -> Listing:
     truth = [row for row in truth if row['Usage'] != 'Ignored']
     return Listing(
         [Entry(place('index', row['id'])) for row in _table(folder.file('index.csv'), 'id')],
-        [Entry(place('test', row['id']), category=row['Usage'].lower()) for row in truth],
-        [{place('index', name) for name in row['images'].split()} for row in truth])
+        [Entry(place('test', row['id']), category=row['Usage'].lower(),
+               relevant={place('index', name) for name in row['images'].split()}) for row in truth])
 
 
 def _ilias(folder: SetFolder) -> Listing:
@@ -161,19 +160,17 @@ def _buildings(folder: SetFolder) -> Listing:
     names = [Path(name).stem for name in folder.names]
     gallery = [Entry(name) for name in names if name not in _CORRUPT]
     lists = sorted(folder.path.rglob('*_query.txt'))
-    queries, relevant, junk = [], [], []
+    queries = []
     for path in lists:
         (image, *box), = _rows(path, 5)
         stem = path.name.removesuffix('query.txt')
         good, fair, bad = (set(read_lines(path.with_name(f'{stem}{kind}.txt'), 'ground truth'))
                            for kind in ('good', 'ok', 'junk'))
-        queries.append(Entry(image.removeprefix('oxc1_'), box=tuple(map(float, box))))
-        relevant.append(good | fair)
-        junk.append(bad)
+        queries.append(Entry(image.removeprefix('oxc1_'), box=tuple(map(float, box)), relevant=good | fair, junk=bad))
     if not lists:
         raise FileNotFoundError(f'{folder.path} has no ground truth of {folder.benchmark.name} '
                                 f'(all_souls_1_query.txt and so on); {folder.benchmark.source}.')
-    return Listing(gallery, queries, relevant, junk)
+    return Listing(gallery, queries)
 
 
 def _grocery(folder: SetFolder) -> Listing:

@@ -14,6 +14,7 @@ published sets (`layouts`) are the same lists, read from the files they come wit
 """
 import csv
 import os
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
@@ -35,13 +36,20 @@ CROP = {'kind': 'crop', 'crop_pct': 0.875, 'exif': False}  # of metric learning:
 
 
 class Entry(NamedTuple):
-    """An image of a list, see the module."""
+    """An image of a list, see the module.
+
+    Attributes:
+        relevant: As a query: paths in the gallery that it has to find; None for those of its instance or label.
+        junk: Paths that are taken out of its ranking.
+    """
     path: str
     label: str = ''
     instance: str = ''
     category: str = ''
     split: str = ''
     box: Box | None = None
+    relevant: Collection[str] | None = None
+    junk: Collection[str] = ()
 
     @property
     def wanted(self) -> str:
@@ -49,19 +57,13 @@ class Entry(NamedTuple):
         return self.instance or self.label
 
 
-class Listing(NamedTuple):
-    """What a layout says.
+COLUMNS = Entry._fields[:-2]  # of a list of one's own
 
-    Attributes:
-        gallery: Images to search among.
-        queries: Images to search with; None where they are those of the gallery, each left out of its own ranking.
-        relevant: Paths in the gallery that each query has to find; None where these have the same instance or label.
-        junk: Paths that are taken out of each query's ranking.
-    """
+
+class Listing(NamedTuple):
+    """Images to search among, and to search with: None where each of the gallery is searched among all the others."""
     gallery: Sequence[Entry]
     queries: Sequence[Entry] | None = None
-    relevant: Sequence[Collection[str]] | None = None
-    junk: Sequence[Collection[str]] | None = None
 
 
 @dataclass(frozen=True)
@@ -96,43 +98,32 @@ class Layout:
         return self._build(folder, self.read(folder), subset)
 
     def _build(self, folder: SetFolder, listing: Listing, subset: bool) -> 'ListBenchmark':
-        asked = listing.gallery if listing.queries is None else listing.queries
-        names = list(dict.fromkeys(entry.path for entry in [*listing.gallery, *(listing.queries or ())]))
-        if subset:
-            found = folder.find(names, self.prefer)
-        else:
-            found = dict(zip(names, folder.locate(names, self.prefer), strict=True))
-            if self.counts not in (None, (len(asked), len(listing.gallery))):
-                raise FileNotFoundError(
-                    f'{folder.path} has {len(asked)} queries and {len(listing.gallery)} images to search among, where '
-                    f'{self.name} has {self.counts[0]} and {self.counts[1]}: ask for a subset if that is meant; '
-                    f'{self.source}.')
+        alone = listing.queries is not None
+        asked = listing.queries if alone else [e._replace(junk=[e.path]) for e in listing.gallery]
+        found = self._find(folder, listing.gallery, asked, subset)
         gallery = [entry for entry in listing.gallery if entry.path in found]
-        within = any(entry.category for entry in gallery)
-        places, groups = {}, {}
+        within = any(entry.category for entry in gallery)  # each category is searched by itself
+        by_path, by_wanted = {}, defaultdict(list)
         for place, entry in enumerate(gallery):
-            places[entry.path, within and entry.category] = place
-            groups.setdefault((entry.wanted, within and entry.category), []).append(place)
+            by_path[entry.path, within and entry.category] = place
+            by_wanted[entry.wanted, within and entry.category].append(place)
 
-        def of(paths: Iterable[str], category: str) -> np.ndarray:
+        def places(paths: Iterable[str], category: str) -> np.ndarray:
             keys = [(path, within and category) for path in paths]
-            return np.array([places[key] for key in keys if key in places], dtype=np.int64)
+            return np.array([by_path[key] for key in keys if key in by_path], dtype=np.int64)
 
         queries, relevant, ignore = [], [], []
-        for number, entry in enumerate(asked):
-            if entry.path not in found:
-                continue
-            junk = [entry.path] if listing.queries is None else listing.junk[number] if listing.junk else []
-            left_out = of(junk, entry.category)
-            if listing.relevant:
-                right = of(listing.relevant[number], entry.category)
-            else:
-                right = groups.get((entry.wanted, within and entry.category), []) if entry.wanted else []
-            right = np.setdiff1d(np.array(right, dtype=np.int64), left_out)
-            if len(right):
+        for entry in asked:
+            junk, right = places(entry.junk, entry.category), []
+            if entry.relevant is not None:
+                right = places(entry.relevant, entry.category)
+            elif entry.wanted:
+                right = np.array(by_wanted[entry.wanted, within and entry.category], dtype=np.int64)
+            right = np.setdiff1d(right, junk)
+            if entry.path in found and len(right):
                 queries.append(entry)
                 relevant.append(right)
-                ignore.append(left_out)
+                ignore.append(junk)
         if not queries:
             raise ValueError(f'{folder.path} has no query of {self.name} with an image to find.')
         title = self.name
@@ -140,16 +131,29 @@ class Layout:
             title = part_of(title, len(queries), len(gallery))
         known = sorted({entry.label for entry in [*gallery, *queries]} - {''})
         numbers = {label: number for number, label in enumerate(known)}
-        alone = listing.queries is not None
         return ListBenchmark(
             title, _images(gallery, found), _images(queries, found) if alone else None,
-            None if alone else np.concatenate([of([entry.path], entry.category) for entry in queries]),
+            None if alone else np.concatenate([places([entry.path], entry.category) for entry in queries]),
             layout=self, relevant=relevant, ignore=ignore,
             parts=np.array([entry.category for entry in queries]),
             categories=np.array([entry.category for entry in gallery]) if within else None,
             query_groups=np.unique([entry.wanted for entry in queries], return_inverse=True)[1],
             query_labels=np.array([numbers.get(entry.label, -1) for entry in queries]),
             labels=np.array([numbers.get(entry.label, -2) for entry in gallery]))
+
+    def _find(self, folder: SetFolder, gallery: Sequence[Entry], queries: Sequence[Entry],
+              subset: bool) -> dict[str, Path]:
+        """The files of all images; in a subset of those that are there."""
+        names = list(dict.fromkeys(entry.path for entry in [*gallery, *queries]))
+        if subset:
+            return folder.find(names, self.prefer)
+        found = dict(zip(names, folder.locate(names, self.prefer), strict=True))
+        if self.counts not in (None, (len(queries), len(gallery))):
+            raise FileNotFoundError(
+                f'{folder.path} has {len(queries)} queries and {len(gallery)} images to search among, where '
+                f'{self.name} has {self.counts[0]} and {self.counts[1]}: ask for a subset if that is meant; '
+                f'{self.source}.')
+        return found
 
 
 class OwnList(Layout):
@@ -274,11 +278,11 @@ def _entry(row: dict) -> Entry:
     if isinstance(row, dict) and isinstance(row.get('box'), str):  # of a CSV file
         row = {**row, 'box': [float(side) for side in row['box'].split()] or None}
     check_json(row, {'path': str}, 'it')
-    if unknown := sorted(map(str, set(row) - set(Entry._fields))):
-        raise ValueError(f'{unknown[0]!r} is not one of {", ".join(Entry._fields)}.')
+    if unknown := sorted(map(str, set(row) - set(COLUMNS))):
+        raise ValueError(f'{unknown[0]!r} is not one of {", ".join(COLUMNS)}.')
     check_json(row, dict.fromkeys(set(row) - {'box'}, (str, int, None)) | dict.fromkeys(
         {'box'} & set(row), ([float], None)), 'it')
-    texts = {name: '' if row.get(name) is None else str(row[name]).strip() for name in Entry._fields[:-1]}
+    texts = {name: '' if row.get(name) is None else str(row[name]).strip() for name in COLUMNS[:-1]}
     name = PurePosixPath(texts['path'])
     if not texts['path'] or name.is_absolute() or '..' in name.parts:
         raise ValueError(f'the path {texts["path"]!r} is not one of a file below the folder.')
