@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from timm_multigrain.images.lists import COLUMNS, Entry, read_entries
 from timm_multigrain.measure.benchmarks import load_benchmark
 from timm_multigrain.measure.benchmarks.layouts import _CORRUPT
-from timm_multigrain.measure.benchmarks.lists import COLUMNS, Entry, read_entries
 
 from .test_datasets import chunks, touch
 from .test_metrics import slow_figures

@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 
 from timm_multigrain.files import check_json, read_json, read_lines
+from timm_multigrain.images.lists import Entry
 from timm_multigrain.measure.archives import RemoteFile
 
 from .base import SetFolder
-from .lists import Entry, Layout, Listing, OwnList
+from .lists import Layout, Listing, OwnList
 
 __all__ = ['LAYOUTS']
 
