@@ -13,6 +13,7 @@ import subprocess
 import sys
 import urllib.parse
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -75,9 +76,10 @@ def ask(client, name, question, path=ASK, **options):
                        **options)
 
 
-def about(picture=None, row=None, part=None, k=4, class_name=''):
+def about(picture=None, row=None, part=None, k=4, class_name='', category=''):
     picture = base64.b64encode(picture).decode('ascii') if isinstance(picture, bytes) else picture
-    return {'picture': picture, 'row': row, 'part': part, 'k': k, 'class_name': class_name}
+    return {'picture': picture, 'row': row, 'part': part, 'k': k, 'class_name': class_name,
+            'category': category}
 
 
 def drawn(uri):
@@ -113,7 +115,8 @@ def test_answers(index, tmp_path):
     part, alone = answers.search(about(row=2, part=[0.25, 0, 0.5, 0.5])), answers.search(about(buffer.getvalue()))
     assert part['hits'] == alone['hits'] != answers.search(about(row=2))['hits']
     assert answers.look({'row': 2})['file'] == index.path_of(2)
-    assert answers._name('/elsewhere/x\n.jpg') == 'x\\n.jpg' and answers._drawn('/elsewhere/x.jpg', 100) == ''
+    assert answers._name('/elsewhere/x\n.jpg') == 'x\\n.jpg' and answers._drawn(
+        replace(index.records(2), path='/elsewhere/x.jpg'), 100) == ''
     page = answers.copies({})['page']
     assert '1 group of identical files' in page and index.path_of(0) in page and '<a ' not in page
     assert answers.copies({})['page'] is page

@@ -15,7 +15,7 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.index import Index, OtherModel, build_index, store
 from timm_multigrain.index.dedup import find_copies
-from timm_multigrain.index.records import RECORD, DamagedIndex
+from timm_multigrain.index.records import RECORD, REGION, DamagedIndex
 from timm_multigrain.index.store import FILE
 
 from .test_files import change_tree
@@ -35,7 +35,8 @@ def made(tmp_path_factory):
     (base / 'pictures' / 'broken.png').write_bytes(b'x')
     model = tiny_model()
     model.pretrained_cfg['label_names'] = ['boat', 'car', 'tree']
-    build_index([base / 'pictures'], base / 'index', model, Protocol(32), workers=0, progress=False, kind='hnsw')
+    build_index([base / 'pictures'], base / 'index', model, Protocol(32), workers=0, progress=False, kind='hnsw',
+                boxes=lambda image: [(0, 0, 9, 9, 'part')])
     Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(base / 'pictures' / 'new.png')
     assert len(list((base / 'index').glob('faiss*'))) == 1
     return base
@@ -216,15 +217,15 @@ CELLS = [None, -1, 0, 1, 2 ** 31, 2 ** 62, -2 ** 63, 1.5, 1e300, '', 'x', '1', b
 def mutate(folder, rng):
     """Something odd in the tables of an index, with the checksums that belong to it."""
     with closing(sqlite3.connect(folder / FILE, isolation_level=None)) as db:
-        table = ('settings', 'settings', 'roots', 'images', 'images', 'skipped', 'chunks')[rng.integers(7)]
+        table = ('settings', 'settings', 'roots', 'images', 'regions', 'skipped', 'chunks')[rng.integers(7)]
         rows = [list(row[:-1]) for row in db.execute(f'SELECT * FROM {table}')]
         row = rows[rng.integers(len(rows))]
         if table == 'settings':
             value = json.loads(row[1])
             row[1] = json.dumps(change_tree({'value': value}, random.Random(int(rng.integers(1 << 30)))).get('value'))
-        elif table == 'images' and rng.random() < 0.5:
-            record = np.frombuffer(row[2], dtype=RECORD).copy()
-            name = RECORD.names[rng.integers(len(RECORD.names))]
+        elif table in ('images', 'regions') and rng.random() < 0.5:
+            record = np.frombuffer(row[2], dtype=RECORD if table == 'images' else REGION).copy()
+            name = record.dtype.names[rng.integers(len(record.dtype.names))]
             record[name] = np.frombuffer(rng.bytes(record[name].nbytes), dtype=record[name].dtype).reshape(
                 record[name].shape) if rng.random() < 0.5 else 0
             row[2] = record.tobytes()
@@ -264,7 +265,7 @@ def fuzz(copy, seeds):
         mutate(copy / 'index', np.random.default_rng(seed))
         index = str(copy / 'index')
         for arguments in (['search', index, str(query), '-k', '2'],
-                          ['search', index, str(query), '--json', '-', '--exact'],
+                          ['search', index, str(query), '--json', '-', '--category', 'part'],
                           ['dedup', index, '--no-look', '--json', '-'], ['dedup', index, '--list', '-0', '--identical'],
                           ['index', '-o', index, '--remove-missing', '--workers', '0', '--list-skipped']):
             refused += main(arguments) == 2

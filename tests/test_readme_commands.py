@@ -61,6 +61,7 @@ def home(tmp_path_factory):
     Image.effect_noise((400, 300), 60).convert('RGB').save(root / 'query.jpg')
     paths = [path.relative_to(root / 'my-images') for path in sorted((root / 'my-images').rglob('*.jpg'))]
     (root / 'list.csv').write_text('path,label\n' + ''.join(f'{path},{path.parent}\n' for path in paths))
+    (root / 'boxes.csv').write_text('path,box,category\n' + ''.join(f'{path},9 9 60 60,shoe\n' for path in paths))
     for split in ('train', 'val'):
         build.build_index([pictures / split], root / f'{split}.index', root / 'my-model')
     return root

@@ -15,8 +15,8 @@ from timm_multigrain.images.sources import UnreadableImage, read_image
 from timm_multigrain.index.dedup import find_copies
 from timm_multigrain.index.model import cut, embed_queries
 from timm_multigrain.index.records import Record, top_classes
-from timm_multigrain.report.collection import class_caption, copies_page
-from timm_multigrain.report.page import file_size, read_picture, thumbnail
+from timm_multigrain.report.collection import class_caption, copies_page, indexed_picture
+from timm_multigrain.report.page import file_size, thumbnail
 
 if TYPE_CHECKING:
     from timm_multigrain.index.index import Index
@@ -27,7 +27,8 @@ SMALL, LARGE = 400, 1200  # pixels of the longer side of the pictures that are d
 MAX_HITS = 100
 SMALLEST_PART = 8  # pixels
 CACHED_PICTURES = 500
-QUESTION = {'picture': (None, str), 'row': (None, int), 'part': (None, [float]), 'k': int, 'class_name': str}
+QUESTION = {'picture': (None, str), 'row': (None, int), 'part': (None, [float]), 'k': int, 'class_name': str,
+            'category': str}
 
 
 class Answers:
@@ -56,10 +57,11 @@ class Answers:
 
         Args:
             question: 'picture' (base64) or 'row', 'part' (left, top, width, height as fractions, or None), 'k' and
-                'class_name' ('' for any).
+                'class_name' and 'category' ('' for any).
 
         Returns:
-            The query drawn, its most probable classes, and of each hit the row, score, name, class and small picture.
+            The query drawn, its most probable classes, and of each hit the row, score, name, class (of a region its
+            category), part and small picture.
         """
         check_json(question, QUESTION, 'The question')
         with self._one:
@@ -67,7 +69,8 @@ class Answers:
             part = image if question['part'] is None else _part(image, question['part'])
             embedded = embed_queries(self.index.model(), self.index.protocol(), [part])
             scores, rows = self.index.search(
-                embedded.vectors, min(max(1, question['k']), MAX_HITS), question['class_name'] or None)
+                embedded.vectors, min(max(1, question['k']), MAX_HITS), question['class_name'] or None,
+                question['category'] or None)
             hits = [self._hit(row, score) for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True)]
             shown = thumbnail(image, LARGE)
         classes = []
@@ -81,7 +84,7 @@ class Answers:
         check_json(question, {'row': int}, 'The question')
         record = self._record(question['row'])
         with self._one:
-            return {'picture': self._drawn(record.path, LARGE), 'file': self._name(record.path, self.places)}
+            return {'picture': self._drawn(record, LARGE), 'file': self._name(record.path, self.places)}
 
     def copies(self, question: dict) -> dict:
         """The page that `dedup --html` writes, made at the first question; its files are not linked to."""
@@ -95,11 +98,12 @@ class Answers:
     def _hit(self, row: int, score: float) -> dict:
         record = self._record(row)
         return {'row': row, 'score': f'{score:.3f}', 'name': self._name(record.path),
-                'picture': self._small(record.path), 'class': class_caption(record.classes),
+                'picture': self._small(record), 'class': printable(record.category) or class_caption(record.classes),
+                'part': record.box and _fractions(record),
                 'size': f'{record.width} × {record.height}, {file_size(record.bytes)}'}
 
     def _record(self, row: int) -> Record:
-        if not 0 <= row < len(self.index):
+        if not 0 <= row < len(self.index.image_rows):
             raise ValueError(f'Row {row} is not in the index.')
         return self.index.records(row)
 
@@ -117,9 +121,9 @@ class Answers:
         except UnreadableImage as e:
             raise UnreadableImage(f'This picture cannot be used: {str(e).removeprefix(f"{name}: ")}.') from e
 
-    def _drawn(self, path: str, side: int) -> str:
+    def _drawn(self, record: Record, side: int) -> str:
         """A picture of an indexed image; '' if its file cannot be read now."""
-        image = read_picture(path, self._exif, side)
+        image = indexed_picture(record, self._exif, side)
         return '' if image is None else thumbnail(image, side)
 
     def _class_name(self, number: int) -> str:
@@ -132,6 +136,12 @@ class Answers:
             if not whole and path.startswith(folder.rstrip(os.sep) + os.sep):
                 return printable(os.path.relpath(path, folder))
         return printable(path if whole else os.path.basename(path))
+
+
+def _fractions(record: Record) -> list[float]:
+    """Left, top, width and height of a region."""
+    left, top, right, bottom = record.box
+    return [left / record.width, top / record.height, (right - left) / record.width, (bottom - top) / record.height]
 
 
 def _part(image: Image.Image, part: list[float]) -> Image.Image:

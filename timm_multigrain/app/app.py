@@ -71,8 +71,8 @@ def launch_app(
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as app:
         page, code = _page()
         gr.HTML(
-            {'title': title, 'classes': answers.class_names, 'most': MAX_HITS, 'largest': max_upload,
-             'copies': answers.places},
+            {'title': title, 'classes': answers.class_names, 'categories': index.categories, 'most': MAX_HITS,
+             'largest': max_upload, 'copies': answers.places},
             html_template=page, js_on_load=code, apply_default_css=False,
             server_functions=[answering(answer) for answer in (answers.search, answers.look, answers.copies)])
     guard = Middleware(Guard, hosts=[LOOPBACK, '::1', 'localhost', host, *allow_hosts],

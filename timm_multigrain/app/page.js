@@ -1,6 +1,7 @@
 // Runs inside gradio: `element` holds the page, `props.value` what it shows, `server` asks `Answers`.
 const find = (selector) => element.querySelector(selector);
-const [query, dialog, state, number, ofClass] = ['#query', '#large', '#state', '#number', '#class'].map(find);
+const [query, dialog, state, number, ofClass, ofCategory] = [
+  '#query', '#large', '#state', '#number', '#class', '#category'].map(find);
 element.addEventListener('load', ({ target: image }) => {
   if (image.naturalHeight) image.parentElement.style.setProperty('--ratio', image.naturalWidth / image.naturalHeight);
 }, true);
@@ -10,8 +11,10 @@ let hits = [], open = 0, asked = 0, waiting;
 
 find('h1').textContent = shown.title;
 find('[data-show=copies]').hidden = !shown.copies;
-ofClass.append(...shown.classes.map((name) => new Option(name, name)));
-ofClass.closest('label').hidden = !shown.classes.length;
+for (const [select, names] of [[ofClass, shown.classes], [ofCategory, shown.categories]]) {
+  select.append(...names.map((name) => new Option(name, name)));
+  select.closest('label').hidden = !names.length;
+}
 number.max = shown.most;
 
 function tell(text, warn = false) {
@@ -34,7 +37,7 @@ async function search() {
   tell('Searching');
   try {
     const answer = await ask('search', { picture: here.picture ?? null, row: here.row ?? null, part: here.part,
-      k: Number(number.value) || 1, class_name: ofClass.value });
+      k: Number(number.value) || 1, class_name: ofClass.value, category: ofCategory.value });
     if (now !== asked) return;
     query.hidden = false;
     for (const image of [frame, dialog].map((one) => one.querySelector('img'))) image.src = answer.picture;
@@ -150,7 +153,7 @@ async function look(i) {
 const actions = {
   previous: () => look((open + hits.length - 1) % hits.length),
   next: () => look((open + 1) % hits.length),
-  with: () => take({ row: hits[open].row }),
+  with: () => take({ row: hits[open].row, part: hits[open].part }),
   copy: () => {
     getSelection().selectAllChildren(dialog.querySelector('code'));
     document.execCommand('copy'); // the newer way is not there without https
@@ -165,7 +168,7 @@ dialog.addEventListener('keydown', (event) => {
 find('#file').onchange = (event) => { read(event.target.files[0]); event.target.value = ''; };
 find('#whole').onclick = () => { trail.at(-1).part = null; search(); };
 find('#back').onclick = () => { trail.pop(); search(); };
-number.onchange = ofClass.onchange = search;
+number.onchange = ofClass.onchange = ofCategory.onchange = search;
 addEventListener('paste', (event) => read(event.clipboardData.files[0]));
 addEventListener('dragover', (event) => { event.preventDefault(); element.classList.add('over'); });
 addEventListener('dragleave', () => element.classList.remove('over'));

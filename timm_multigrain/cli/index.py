@@ -20,6 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('-o', '--output', required=True, metavar='INDEX', help='index folder, created if it does not exist')
     add('--model', metavar='MODEL',
         help=f"{arguments.MODEL} (default: the index's; for a new one tf_efficientnet_lite0.in1k)")
+    add('--boxes', metavar='FILE|MODULE:FUNCTION',
+        help='embed parts of the pictures, too: a list (.csv, .jsonl) with path, box and category, or a function that '
+             'is given a picture and gives (left, top, right, bottom) of each thing in it, or that and a category')
     add('--all', dest='everything', action='store_true',
         help='take hidden folders into a new index, and those with thumbnails or deleted files (@eaDir, #recycle, ...)')
     add('--half', action='store_true', help='keep descriptors of a new index as 16-bit numbers, in half the space')
@@ -42,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
              'ema': False if args.no_ema else None}
     given = {name: value for name, value in given.items() if value is not None}
     report = build_index(
-        args.dirs, args.output, args.model, _protocol_options(args), model_options=given, half=args.half,
-        retry=args.retry, remove_missing=args.remove_missing, everything=args.everything,
+        args.dirs, args.output, args.model, _protocol_options(args), model_options=given, boxes=args.boxes,
+        half=args.half, retry=args.retry, remove_missing=args.remove_missing, everything=args.everything,
         kind=args.kind, **arguments.extraction_of(args))
     for path, reason in report.unreadable.items():
         print(f'not searched: {printable(path)}: {reason}', file=sys.stderr)

@@ -22,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('-k', type=int, default=10, metavar='N', help='images to find for each (%(default)s)')
     add('--crop', type=_crop, metavar='X,Y,W,H', help='search for this part: left, top, width, height in pixels')
     add('--class', dest='class_name', metavar='NAME', help='only images whose most probable class is this one')
+    add('--category', metavar='NAME', help='only parts of pictures, of this category of the boxes')
     add('--exact', action='store_true', help='compare with all images of an index that is searched approximately')
     arguments.add_rerank(add)
     add('--html', metavar='FILE', help='write a page with the pictures')
@@ -60,7 +61,7 @@ def _search(index, images: list[str], args: argparse.Namespace) -> tuple[list[st
     """The pictures that can be read, what was found for each, and what is wrong with the others."""
     from timm_multigrain.images.sources import UnreadableImage
 
-    options = {'class_name': args.class_name, 'exact': args.exact, 'rerank': args.rerank,
+    options = {'class_name': args.class_name, 'category': args.category, 'exact': args.exact, 'rerank': args.rerank,
                'report': lambda text: print(text, file=sys.stderr)}
     try:
         return images, index.search_images(images, args.k, args.crop, **options), []

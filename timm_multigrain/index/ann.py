@@ -74,7 +74,7 @@ def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) 
     if kind not in ('auto', *KINDS):
         raise ValueError(f'kind is {kind!r}: choose auto, {", ".join(KINDS)}.')
     store = Store(writer.folder)
-    images, rows, old = len(store.ids), len(store.file), store.faiss
+    images, rows, old = len(store.vector_rows), len(store.file), store.faiss
     wanted = kind
     if kind == 'auto':
         wanted = 'exact' if images <= EXACT_UP_TO else 'hnsw' if images <= HNSW_UP_TO else 'ivf-pq'

@@ -25,6 +25,7 @@ from timm_multigrain.version import __version__
 from .ann import update_structure
 from .model import SAVED, describe_model, open_described, protocol_from_json
 from .records import RECORD, OtherModel, top_classes
+from .regions import Boxes, update_regions
 from .store import FILE, Store, Writer, index_lock, is_index
 
 __all__ = ['DEFAULT_MODEL', 'BuildReport', 'build_index', 'sha256_of']
@@ -46,6 +47,7 @@ class BuildReport:
         unreadable: Path to reason of folders that could not be opened; their images were left as they were.
         other: Files that are not images by their names.
         faiss: The structure for search and the recall that it has, None without one.
+        regions: Parts of images in the index now.
     """
     images: int = 0
     new: int = 0
@@ -60,6 +62,7 @@ class BuildReport:
     other: int = 0
     seconds: float = 0.
     faiss: dict | None = None
+    regions: int = 0
 
     def __str__(self) -> str:
         counts = {name: getattr(self, name) for name in ('new', 'changed', 'moved', 'copied', 'removed', 'unchanged')}
@@ -68,7 +71,8 @@ class BuildReport:
             parts.append(f'{len(self.skipped):,} unreadable ({self.new_skipped:,} of them met now)')
         if self.other:
             parts.append(f'{self.other:,} other files ignored')
-        return f'{self.images:,} images: ' + (', '.join(parts) or 'nothing found') + f'; {self.seconds:.1f} s'
+        regions = f', {self.regions:,} regions' if self.regions else ''
+        return f'{self.images:,} images{regions}: ' + (', '.join(parts) or 'nothing found') + f'; {self.seconds:.1f} s'
 
 
 def build_index(
@@ -78,7 +82,8 @@ def build_index(
         protocol: Protocol | Callable[[torch.nn.Module], Protocol] | None = None,
         *,
         model_options: Mapping[str, Any] | None = None,
-        half: bool = False,
+        boxes: str | os.PathLike | Callable | None = None,
+    half: bool = False,
         retry: bool = False,
         remove_missing: bool = False,
         everything: bool = False,
@@ -100,6 +105,8 @@ def build_index(
         protocol: Preprocessing, or a function that makes it from the model; None takes the index's own, or what the
             model is made for.
         model_options: Keyword arguments of `open_model`, such as pool and p.
+        boxes: Where things are in the pictures, see `Boxes`: each is embedded, too, and found by itself. None leaves
+            the regions of images that have not changed as they are.
         half: Keep descriptors of a new index as float16, in half the space.
         retry: Try files again that could not be read before and have not changed.
         remove_missing: Forget a folder's images even if all of them, or the folder itself, are gone.
@@ -117,7 +124,7 @@ def build_index(
         NotWritten: No room on the disk; what is committed is whole.
         ValueError: No folders for a new index, or no images in them.
     """
-    start, out = time.monotonic(), Path(out)
+    start, out, boxes = time.monotonic(), Path(out), None if boxes is None else Boxes(boxes)
     model = os.fspath(model) if isinstance(model, os.PathLike) else model
     folders = list(dict.fromkeys(os.path.realpath(os.fsencode(folder)) for folder in dirs))
     new = _is_new(out)
@@ -145,7 +152,7 @@ def build_index(
         writer = Writer(store)
         try:
             update = _Update(store, writer, model, protocol, {'progress': progress, **extraction})
-            update.run(folders, retry, remove_missing)
+            update.run(folders, retry, remove_missing, boxes)
             writer.compact_if_worthwhile()
             update.report.faiss = update_structure(writer, kind, progress)
         finally:
@@ -214,7 +221,7 @@ class _Update:
         self.gone: list[int] = []  # rows of deleted files
         self.skipped = {os.path.join(store.roots[root], name): (root, name) for root, name in store.skipped}
 
-    def run(self, named: list[bytes], retry: bool, remove_missing: bool) -> None:
+    def run(self, named: list[bytes], retry: bool, remove_missing: bool, boxes: Boxes | None) -> None:
         store, report = self.store, self.report
         named = named or store.roots
         self.folders = [folder for folder in named if os.path.isdir(folder)]
@@ -229,8 +236,11 @@ class _Update:
         self._take_over([path for path in self.skipped if path not in present and self._is_gone(path, scan, forget)])
         if self.embed:
             self._embed()
+        if boxes is not None:
+            update_regions(self.writer, self._opened, self.protocol, boxes, self.folders, **self.options)
         after = Store(store.folder)
-        report.images, report.other, report.skipped = len(after.ids), scan.other, after.skipped_paths()
+        report.images, report.regions, report.other, report.skipped = (
+            len(after.ids), len(after.regions), scan.other, after.skipped_paths())
         report.unreadable = {os.fsdecode(path): reason for path, reason in scan.unreadable.items()}
 
     def _missing_roots(self, named: list[bytes], remove_missing: bool) -> tuple[list[bytes], list[bytes]]:
@@ -331,13 +341,11 @@ class _Update:
 
     def _embed(self) -> None:
         files, pending = self.embed, len(self.embed)
-        if self.model is None:
-            self.model = open_described(self.store.config['model'], self.store.folder)
         self.writer.set_pending(pending)
         self.writer.commit()
         with ThreadPoolExecutor(4) as pool:
             for batch in embed_images(
-                    self.model, ImageFiles([os.fsdecode(self._path(file)) for file in files]), self.protocol,
+                    self._opened(), ImageFiles([os.fsdecode(self._path(file)) for file in files]), self.protocol,
                     logits=self.model.num_classes > 0, on_error=lambda i, message: self._unreadable(files[i], message),
                     **self.options):
                 found = [files[i] for i in batch.indices]
@@ -351,6 +359,11 @@ class _Update:
                 self.writer.commit()
         self.writer.set_pending(0)
         self.writer.commit()
+
+    def _opened(self) -> torch.nn.Module:
+        if self.model is None:
+            self.model = open_described(self.store.config['model'], self.store.folder)
+        return self.model
 
     def _path(self, file: FoundFile) -> bytes:
         return os.path.join(self.folders[file.root], file.path)

@@ -71,7 +71,7 @@ class Collection:
             images: Files or pictures.
             k: Images per query.
             crop: (x, y, width, height) in pixels, the part of each picture to search for.
-            **options: class_name, exact, rerank and report of `Index.search`.
+            **options: class_name, category, exact, rerank and report of `Index.search`.
 
         Raises:
             UnreadableImage: A file is not a readable image.
@@ -110,7 +110,8 @@ class Collection:
 class Index(Collection):
     """An index folder as of its last commit, for reading. `Index.build` makes or updates one.
 
-    Row i of everything here is the same image. Descriptors are mapped, and checked when they are first touched.
+    Row i of everything here is the same image; searches give rows from len(index) on, too, which are regions of images.
+    Descriptors are mapped, and checked when they are first touched.
 
     Raises:
         FileNotFoundError: Not found, or not an index.
@@ -151,7 +152,22 @@ class Index(Collection):
     @cached_property
     def vectors(self) -> Vectors:
         """Descriptors, (N, D) float32 or float16, L2-normalised, mapped from the disk."""
+        return Vectors(self.store.file, self.store.vector_rows[:len(self)])
+
+    @cached_property
+    def _searched(self) -> Vectors:
+        """Descriptors of the images and of their regions, (N + R, D)."""
         return Vectors(self.store.file, self.store.vector_rows)
+
+    @cached_property
+    def image_rows(self) -> np.ndarray:
+        """Row of the image that each row is of, also the regions', (N + R,) int64."""
+        return np.concatenate([np.arange(len(self)), self.store.region_rows])
+
+    @cached_property
+    def categories(self) -> list[str]:
+        """Categories of the regions."""
+        return sorted({name.decode(errors='replace') for name in self.store.regions['category'].tolist()} - {''})
 
     @property
     def columns(self) -> np.ndarray:
@@ -165,15 +181,18 @@ class Index(Collection):
 
     def path_of(self, row: int) -> str:
         """Absolute path of one image."""
-        return os.fsdecode(self.store.path(row))
+        return os.fsdecode(self.store.path(self.image_rows[row]))
 
     def records(self, row: int) -> Record:
-        """What is known of one image; a class without a name is called by its number."""
-        r, names = self.columns[row], self.label_names
+        """What is known of one image or region; a class without a name is called by its number."""
+        r, names, region = self.columns[self.image_rows[row]], self.label_names, ()
+        if row >= len(self):
+            box, category, _ = self.store.regions[row - len(self)].tolist()
+            region = tuple(box.tolist()), category.decode(errors='replace')
         classes = tuple((names[number] if names else str(number), probability) for number, probability in zip(
             r['classes'].tolist(), r['probabilities'].tolist(), strict=True) if number >= 0)
         return Record(self.path_of(row), int(r['width']), int(r['height']), int(r['bytes']),
-                      r['sha256'].tobytes().hex(), int(r['mtime_ns']), classes)
+                      r['sha256'].tobytes().hex(), int(r['mtime_ns']), classes, *region)
 
     @property
     def label_names(self) -> list[str] | None:
@@ -189,8 +208,9 @@ class Index(Collection):
     def info(self) -> dict:
         """How it was made: model, protocol, versions; and what is in it."""
         roots = [os.fsdecode(root) for root in self.store.roots]
-        return {**self.config, 'path': str(self.path), 'images': len(self), 'skipped': len(self.store.skipped),
-                'folders': roots, 'size': self.store.size, 'faiss': self.store.faiss}
+        return {**self.config, 'path': str(self.path), 'images': len(self), 'regions': len(self.store.regions),
+                'skipped': len(self.store.skipped), 'folders': roots, 'size': self.store.size,
+                'faiss': self.store.faiss}
 
     @cached_property
     def structure(self) -> Structure | None:
@@ -202,9 +222,9 @@ class Index(Collection):
 
     @cached_property
     def row_of_vector(self) -> np.ndarray:
-        """Row of the image that each row of the file of vectors belongs to, -1 where it was deleted."""
+        """Row of the image or region that each row of the file of vectors belongs to, -1 where it was deleted."""
         row_of = np.full(len(self.store.file), -1, dtype=np.int64)
-        row_of[self.store.vector_rows] = np.arange(len(self))
+        row_of[self.store.vector_rows] = np.arange(len(self._searched))
         return row_of
 
     @cached_property
@@ -217,16 +237,18 @@ class Index(Collection):
             vectors,
             k: int = 10,
             class_name: str | None = None,
+            category: str | None = None,
             exact: bool = False,
             rerank: int | Literal['auto'] | None = None,
             report: Callable[[str], None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The k nearest images of each descriptor.
+        """The k nearest images of each descriptor, each image once, by itself or by its nearest region.
 
         Args:
             vectors: (Q, D), numpy or tensor, L2-normalised.
             k: Images per query; fewer if the index has fewer.
             class_name: Only images whose most probable class has this name.
+            category: Only regions of this category.
             exact: Compare with all images, also where the index has a structure that spares that (`info['faiss']` says
                 which, and the share of the 10 nearest that it finds).
             rerank: Neighbours by which the first 400 images (k, if that is more) refine each other and the query, or
@@ -234,20 +256,44 @@ class Index(Collection):
             report: Takes a sentence on what the re-ranking chose.
 
         Returns:
-            Cosine similarities (Q, k) float32, highest first, and rows (Q, k) int64.
+            Cosine similarities (Q, k) float32, highest first, and rows (Q, k) int64, of images or of regions.
 
         Raises:
-            ValueError: Wrong shape, values that are not finite, k below 1, or a class that the model does not know.
+            ValueError: Wrong shape, values that are not finite, k below 1, or a class that the model does not know, or
+                a category that no region has.
         """
         queries, numbers = self._check(vectors, k, class_name)
         if rerank is not None:
             check_neighbours(rerank)
-            return self._reranked(queries, k, rerank, report, class_name=class_name, exact=exact)
-        if class_name is not None:
-            return self._exact(queries, k, np.flatnonzero(np.isin(self.columns['classes'][:, 0], numbers)))
-        structure = None if exact or k > APPROXIMATE_UP_TO else self.structure
-        found = None if structure is None else self._approximate(structure, queries, k)
-        return self._exact(queries, k) if found is None else found
+            return self._reranked(queries, k, rerank, report, class_name=class_name, category=category, exact=exact)
+        # that k images are among them in any case
+        asked = k * max(1, int(np.bincount(self.image_rows, minlength=1).max()))
+        if class_name is not None or category is not None:
+            chosen = np.ones(len(self._searched), dtype=bool)
+            if class_name is not None:
+                chosen = np.isin(self.columns['classes'][self.image_rows, 0], numbers)
+            if category is not None:
+                chosen[:len(self)] = False
+                chosen[len(self):] &= self.store.regions['category'] == self._category(category)
+            return self._each_once(*self._exact(queries, asked, np.flatnonzero(chosen)), k)
+        structure = None if exact or asked > APPROXIMATE_UP_TO else self.structure
+        found = None if structure is None else self._approximate(structure, queries, asked)
+        return self._each_once(*(self._exact(queries, asked) if found is None else found), k)
+
+    def _category(self, name: str) -> bytes:
+        if name not in self.categories:
+            known = ' or '.join(map(repr, difflib.get_close_matches(name, self.categories, 3) or self.categories[:5]))
+            hint = f'did you mean {known}?' if known else 'index it with boxes that have categories.'
+            raise ValueError(f'{self.path} has no region of the category {name!r}: {hint}')
+        return name.encode()
+
+    def _each_once(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first k of each query that are of different images."""
+        if len(self.store.regions):
+            first = np.array([np.sort(np.unique(self.image_rows[row], return_index=True)[1])[:k] for row in rows],
+                             dtype=np.int64).reshape(len(rows), -1)
+            scores, rows = (np.take_along_axis(values, first, 1) for values in (scores, rows))
+        return scores, rows
 
     def hits(self, vectors, k: int = 10, **options) -> list[list[Hit]]:
         found = (values.tolist() for values in self.search(vectors, k, **options))
@@ -259,7 +305,7 @@ class Index(Collection):
         scores, rows = self.search(queries, max(k, TOP), **options)
         agreements = []
         for i, query in enumerate(torch.from_numpy(queries)):
-            candidates = torch.from_numpy(self.vectors[rows[i]].astype(np.float32))
+            candidates = torch.from_numpy(self._searched[rows[i]].astype(np.float32))
             found, agreement = rerank_candidates(query, candidates, self.background, neighbours)
             order = found.argsort(descending=True, stable=True)
             scores[i], rows[i] = found[order], rows[i][order]
@@ -271,10 +317,10 @@ class Index(Collection):
     def _exact(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of all rows or of these, ascending; among equals the first ones."""
         if rows is None:
-            chunks, number = self.vectors.chunks(), len(self)
+            chunks, number = self._searched.chunks(), len(self._searched)
         else:
-            step, number = max(1, CHUNK // (4 * self.vectors.shape[1])), len(rows)
-            chunks = (self.vectors[rows[start:start + step]] for start in range(0, number, step))
+            step, number = max(1, CHUNK // (4 * self._searched.shape[1])), len(rows)
+            chunks = (self._searched[rows[start:start + step]] for start in range(0, number, step))
         if not number:
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
         scores, found = (values.numpy() for values in nearest(queries, chunks, k))
@@ -282,7 +328,7 @@ class Index(Collection):
 
     def _approximate(self, structure: Structure, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:
         """The nearest among what a structure proposes and all that was added later; None if it proposes too few."""
-        k, late = min(k, len(self)), self.row_of_vector[structure.rows:]
+        k, late = min(k, len(self._searched)), self.row_of_vector[structure.rows:]
         scores, found = np.empty((len(queries), k), np.float32), np.empty((len(queries), k), np.int64)
         for i, proposed in enumerate(structure.candidates(queries, k)):
             rows = np.union1d(self.row_of_vector[proposed[proposed >= 0]], late)

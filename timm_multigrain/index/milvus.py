@@ -227,8 +227,10 @@ class MilvusIndex(Collection):
     def __len__(self) -> int:
         return _count(self.client, self.collection)
 
-    def hits(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False, rerank=None,
-             report=None) -> list[list[Hit]]:
+    def hits(self, vectors, k: int = 10, class_name: str | None = None, category: str | None = None,
+             exact: bool = False, rerank=None, report=None) -> list[list[Hit]]:
+        if category is not None:
+            raise ValueError('A collection in Milvus has whole pictures only: search the index for regions.')
         if rerank is not None:
             raise ValueError('A collection in Milvus is not re-ranked: search the index that it was exported from.')
         queries, _ = self._check(vectors, k, class_name)

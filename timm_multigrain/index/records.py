@@ -8,7 +8,7 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 import numpy as np
 
 __all__ = [
-    'RECORD', 'TOP', 'DamagedIndex', 'IndexInUse', 'NewerFormat', 'NotWritten', 'OtherModel', 'Record',
+    'RECORD', 'REGION', 'TOP', 'DamagedIndex', 'IndexInUse', 'NewerFormat', 'NotWritten', 'OtherModel', 'Record',
     'path_from_text', 'path_to_text', 'top_classes', 'writing']
 
 TOP = 5  # classes kept per image
@@ -17,6 +17,8 @@ TOP = 5  # classes kept per image
 RECORD = np.dtype([
     ('root', '<u4'), ('vector', '<u8'), ('bytes', '<u8'), ('mtime_ns', '<i8'), ('width', '<u4'), ('height', '<u4'),
     ('sha256', 'u1', 32), ('classes', '<i4', TOP), ('probabilities', '<f4', TOP)])
+# a part of an image that has a descriptor of its own: left, top, right, bottom in pixels; the category in UTF-8
+REGION = np.dtype([('box', '<i4', 4), ('category', 'S64'), ('vector', '<u8')])
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Record:
         sha256: Hexadecimal.
         mtime_ns: When the file was last changed, nanoseconds since 1970.
         classes: (name, probability) of the most probable classes, best first; empty for a model without classes.
+        box: Of a part of the image: left, top, right, bottom in pixels; None for the whole.
+        category: What the part shows, as whoever gave the box says.
     """
     path: str
     width: int
@@ -36,6 +40,8 @@ class Record:
     sha256: str
     mtime_ns: int
     classes: tuple[tuple[str, float], ...] = ()
+    box: tuple[int, int, int, int] | None = None
+    category: str = ''
 
 
 def top_classes(logits) -> tuple[np.ndarray, np.ndarray]:

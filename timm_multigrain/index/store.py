@@ -31,13 +31,13 @@ import numpy as np
 from timm_multigrain.files import check_json, fsync, open_regular, parse_json, printable
 from timm_multigrain.version import __version__
 
-from .records import RECORD, DamagedIndex, IndexInUse, NewerFormat, writing
+from .records import RECORD, REGION, DamagedIndex, IndexInUse, NewerFormat, writing
 from .vectors import VectorFile
 
 __all__ = ['FILE', 'Store', 'Writer', 'index_lock', 'is_index']
 
 FILE = 'index.sqlite'
-FORMAT = 3  # PRAGMA user_version
+FORMAT = 4  # PRAGMA user_version
 APPLICATION = 0x4D47_4958  # PRAGMA application_id
 CHUNK = 1 << 20  # bytes of vectors under one checksum, at most
 REMOVED_SHARE = 0.25  # of the vectors, at which the file is written anew without them
@@ -46,6 +46,7 @@ _TABLES = {  # columns, key, and the text of a row that its checksum is of, whic
     'settings': ('name TEXT, value TEXT', 'name', b'%b\0%b'),
     'roots': ('id INTEGER, path BLOB', 'id', b'%x %b'),
     'images': ('id INTEGER, path BLOB, record BLOB', 'id', b'%x %b\0%b'),
+    'regions': ('image INTEGER, source TEXT, regions BLOB', 'image', b'%x %b\0%b'),  # of images looked at for parts
     'skipped': ('root INTEGER, path BLOB, reason TEXT, bytes INTEGER, mtime_ns INTEGER', 'root, path',
                 b'%x %b\0%b\0%x %x'),
     'chunks': ('start INTEGER, rows INTEGER, crc32 INTEGER', 'start', b'%x %x %x')}
@@ -69,6 +70,9 @@ class Store:
         ids: (N,) int64, numbers of the images in the order they were added.
         records: (N,) of `RECORD`.
         names: Paths of the images below their folders, bytes.
+        regions: (R,) of `REGION`, parts of the images, by image.
+        region_rows: (R,) int64, row of the image that each is a part of.
+        region_sources: Number of each image that was looked at for parts, to who said where they are.
         skipped: (number of the folder, path below it) to (reason, bytes, mtime_ns) of files that could not be read.
         file: The file of vectors.
 
@@ -128,13 +132,20 @@ class Store:
         self.ids = np.array([row[0] for row in tables['images']], dtype=np.int64)
         self.names = [row[1] for row in tables['images']]
         self.records = np.frombuffer(b''.join([row[2] for row in tables['images']]), dtype=RECORD)
+        images = np.array([row[0] for row in tables['regions']], dtype=np.int64)
+        if not np.isin(images, self.ids).all():
+            raise ValueError('it has parts of no image')
+        self.region_sources = {row[0]: row[1].decode() for row in tables['regions']}
+        self.regions = np.frombuffer(b''.join([row[2] for row in tables['regions']]), dtype=REGION)
+        numbers = np.array([len(row[2]) // REGION.itemsize for row in tables['regions']], dtype=np.int64)
+        self.region_rows = np.repeat(np.searchsorted(self.ids, images), numbers)
         self.skipped = {(root, name): (reason.decode(), size, mtime_ns)
                         for root, name, reason, size, mtime_ns, _ in tables['skipped']}
         chunks = np.array(tables['chunks'], dtype=np.int64).reshape(-1, 4)
         self.dim, self.dtype = self.config['model']['dim'], np.dtype(self.config['dtype']).newbyteorder('<')
         self._check(chunks)
         self.file = VectorFile(self.vectors_path, self.dim, self.dtype, chunks)
-        if len(self.records) and self.records['vector'].max() >= len(self.file):
+        if not ((self.vector_rows >= 0) & (self.vector_rows < len(self.file))).all():
             raise ValueError('an image has a vector beyond the last one')
 
     def _check(self, chunks: np.ndarray) -> None:
@@ -142,6 +153,8 @@ class Store:
         names, classes = self.config['model']['label_names'], self.config['model']['num_classes']
         roots = {*np.unique(self.records['root']).tolist(), *(root for root, _ in self.skipped)}
         paths = b''.join([*self._roots, *self.names, *(name for _, name in self.skipped)])
+        first, last = np.split(self.regions['box'], 2, axis=1)
+        sizes = np.stack([self.records['width'], self.records['height']], axis=1)
         numbers = [1] if self.faiss is None else [
             self.faiss['number'], self.faiss['rows'], *self.faiss['settings'].values()]
         checks = {
@@ -150,6 +163,8 @@ class Store:
             'not a name for each class': classes >= 0 and (names is None or len(names) == classes),
             'settings of the structure below 1': min(numbers) >= 1,
             f'a record that does not have {RECORD.itemsize} bytes': len(self.records) == len(self.ids),
+            'parts of images that are not within them': len(self.regions) == len(self.region_rows) and (
+                (first >= 0) & (first < last) & (last <= sizes[self.region_rows])).all(),
             'a file in no folder of the index': roots <= set(range(len(self._roots))) and b'\0' not in paths,
             'an image of an unknown class': (self.records['classes'] < max(1, classes)).all(),
             'chunks of vectors with gaps':
@@ -189,8 +204,12 @@ class Store:
 
     @property
     def vector_rows(self) -> np.ndarray:
-        """Row of each image in the file of vectors, (N,) int64."""
-        return self.records['vector'].astype(np.int64)
+        """Row of each image, and then of each region, in the file of vectors, (N + R,) int64."""
+        return np.concatenate([self.records['vector'], self.regions['vector']]).astype(np.int64)
+
+    def regions_of(self, row: int) -> np.ndarray:
+        """The regions of one image, (n,) of `REGION`."""
+        return self.regions[slice(*np.searchsorted(self.region_rows, [row, row + 1]))]
 
     @property
     def size(self) -> int:
@@ -259,12 +278,21 @@ class Writer:
 
     def replace(self, ids: Sequence[int], names: Sequence[bytes], records: np.ndarray) -> None:
         """Give images another path or record; they keep their place among the others."""
-        self.remove(ids)
+        self._delete('images', [(int(i),) for i in ids])
         self._insert_images(ids, names, records)
 
     def remove(self, ids: Iterable[int]) -> None:
-        """Take images out."""
-        self._delete('images', [(int(i),) for i in ids])
+        """Take images out, with their regions."""
+        for table in ('images', 'regions'):
+            self._delete(table, [(int(i),) for i in ids])
+
+    def set_regions(self, ids: Sequence[int], source: str, regions: Sequence[np.ndarray], vectors: np.ndarray) -> None:
+        """Give images other regions: (n,) of `REGION` each (where 'vector' is set), descriptors of all, (m, D)."""
+        for each, last in zip(regions, self.num_vectors + np.cumsum([len(each) for each in regions]), strict=True):
+            each['vector'] = np.arange(last - len(each), last)
+        self._append(vectors)
+        self._delete('regions', [(int(i),) for i in ids])
+        self._insert('regions', [(int(i), source, each.tobytes()) for i, each in zip(ids, regions, strict=True)])
 
     def skip(self, root: int, name: bytes, reason: str, size: int, mtime_ns: int) -> None:
         """Note a file that cannot be indexed."""
@@ -309,12 +337,13 @@ class Writer:
 
         Readers that have the index open keep what they see. The structure for search goes.
         """
-        if self.num_vectors - self.state['totals']['images'][0] <= REMOVED_SHARE * self.num_vectors:
-            return
         store = Store(self.folder)
-        rows = np.unique(store.vector_rows)  # an image may share the vector of another
-        records = store.records.copy()
-        records['vector'] = np.searchsorted(rows, store.vector_rows)
+        rows = np.unique(store.vector_rows)
+        if self.num_vectors - len(rows) <= REMOVED_SHARE * self.num_vectors:
+            return
+        records, store.regions = store.records.copy(), store.regions.copy()
+        for each in (records, store.regions):
+            each['vector'] = np.searchsorted(rows, each['vector'])
         self.state.update(generation=self.state['generation'] + 1, faiss=None)
         with writing(self.folder):
             self._file.close()
@@ -325,6 +354,9 @@ class Writer:
             for start in range(0, len(rows), self._step):
                 self._append(store.file[rows[start:start + self._step]])
             self.replace(store.ids, store.names, records)
+            self._delete('regions', [(i,) for i in store.region_sources])
+            self._insert('regions', [(i, source, store.regions_of(np.searchsorted(store.ids, i)).tobytes())
+                                     for i, source in store.region_sources.items()])
             self.commit()
             self._delete_leftovers()
 

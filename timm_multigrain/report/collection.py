@@ -4,17 +4,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from timm_multigrain.images.sources import printable
 from timm_multigrain.index.dedup import BASES, Copies
 from timm_multigrain.index.index import Hit
 from timm_multigrain.index.model import cut
+from timm_multigrain.index.records import Record
 from timm_multigrain.index.script import FOOTER, HEADER
 
-from .page import read_picture, render_page, write_page
+from .page import outlined, read_picture, render_page, write_page
 
-__all__ = ['class_caption', 'copies_page', 'search_json', 'search_table', 'write_copies_page', 'write_search_page']
+__all__ = [
+    'class_caption', 'copies_page', 'indexed_picture', 'search_json', 'search_table', 'write_copies_page',
+    'write_search_page']
 
 MAX_GROUPS = 300  # a page of more is a burden for browsers; the JSON has them all
 MAX_FILES = 24
@@ -22,13 +25,13 @@ SIDE = 400  # pixels of the longer side of a picture, to be judged by
 
 
 def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
-    """Rank, score, most probable class and path of what was found, query by query."""
+    """Rank, score, most probable class, path and box of what was found, query by query."""
     parts = []
     for image, hits in zip(images, found, strict=True):
         classes = [class_caption(hit.record.classes) for hit in hits]
         width = max(map(len, classes), default=0)
         width += 2 if width else 0
-        lines = [f'{rank:4}  {hit.score:6.3f}  {name:{width}}{printable(hit.path)}{_gone(hit)}'
+        lines = [f'{rank:4}  {hit.score:6.3f}  {name:{width}}{printable(hit.path)}{_region(hit)}{_gone(hit)}'
                  for rank, (hit, name) in enumerate(zip(hits, classes, strict=True), 1)]
         parts.append('\n'.join([f'{printable(image)}:', *(lines or ['  nothing found'])]))
     return '\n\n'.join(parts)
@@ -39,7 +42,8 @@ def search_json(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> list[d
     return [{'query': os.fspath(image), 'rank': rank, 'score': hit.score, 'path': hit.path,
              'width': hit.record.width, 'height': hit.record.height, 'bytes': hit.record.bytes,
              'sha256': hit.record.sha256, 'mtime_ns': hit.record.mtime_ns, 'exists': os.path.exists(hit.path),
-             'classes': [list(pair) for pair in hit.record.classes]}
+             'classes': [list(pair) for pair in hit.record.classes], 'box': hit.record.box and list(hit.record.box),
+             'category': hit.record.category}
             for image, hits in zip(images, found, strict=True) for rank, hit in enumerate(hits, 1)]
 
 
@@ -55,7 +59,7 @@ def write_search_page(
     return write_page(
         path, 'search.html', title='Search results', index=os.fspath(index), class_name=class_name,
         queries=list(zip(images, found, strict=True)), query_picture=lambda image: _query_picture(image, crop),
-        side=SIDE, picture_of=lambda path: read_picture(path, size=SIDE), class_caption=class_caption,
+        side=SIDE, picture_of=lambda hit: indexed_picture(hit.record), class_caption=class_caption, region_of=_region,
         same=lambda hit, image: os.path.realpath(hit.path) == os.path.realpath(image))
 
 
@@ -82,6 +86,17 @@ def class_caption(classes: Sequence[tuple[str, float]], number: int = 1) -> str:
     return ', '.join(f'{printable(name.partition(", ")[0])} {100 * p:.0f} %' for name, p in classes[:number])
 
 
+def indexed_picture(record: Record, exif: bool = True, size: int = SIDE) -> Image.Image | None:
+    """A picture of an index to be looked at, the part that a record is of outlined; None if it cannot be read."""
+    image = read_picture(record.path, exif, size)
+    return outlined(image, record.box, (record.width, record.height)) if image and record.box else image
+
+
+def _region(hit: Hit) -> str:
+    """Category and box of a part of a picture, '' for a whole one."""
+    return f'  {printable(hit.record.category)} {list(hit.record.box)}' if hit.record.box else ''
+
+
 def _gone(hit: Hit) -> str:
     return '' if os.path.exists(hit.path) else '  (gone)'
 
@@ -95,6 +110,4 @@ def _query_picture(path: str, crop: Sequence[float] | None) -> Image.Image | Non
     dimmed = Image.blend(image, Image.new('RGB', image.size, 'white'), 0.6)
     x, y = max(0, round(crop[0])), max(0, round(crop[1]))
     dimmed.paste(inside, (x, y))
-    line = max(1, max(image.size) // 100)
-    ImageDraw.Draw(dimmed).rectangle((x, y, x + inside.width - 1, y + inside.height - 1), outline='#e0701a', width=line)
-    return dimmed
+    return outlined(dimmed, (x, y, x + inside.width, y + inside.height), image.size)

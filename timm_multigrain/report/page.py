@@ -9,20 +9,20 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from timm_multigrain.files import printable, write_text
 from timm_multigrain.images.pixels import decode
 from timm_multigrain.images.sources import UnreadableImage, read_image
 
-__all__ = ['THUMBNAIL', 'file_size', 'read_picture', 'render_page', 'thumbnail', 'write_page']
+__all__ = ['THUMBNAIL', 'file_size', 'outlined', 'read_picture', 'render_page', 'thumbnail', 'write_page']
 
 THUMBNAIL = 200  # pixels of the longer side
 
@@ -84,6 +84,15 @@ def read_picture(path: str, exif: bool = True, size: int | None = THUMBNAIL) -> 
         return read_image(path, exif=exif, size=size)
     except UnreadableImage:
         return None
+
+
+def outlined(image: Image.Image, box: Sequence[float], size: tuple[int, int]) -> Image.Image:
+    """A picture with a box drawn on it: left, top, right, bottom in pixels of its original of this (width, height)."""
+    image, scale = image.copy(), image.width / size[0]
+    left, top, right, bottom = (scale * side for side in box)
+    corners = (left, top, max(left, right - 1), max(top, bottom - 1))
+    ImageDraw.Draw(image).rectangle(corners, outline='#e0701a', width=max(1, max(image.size) // 100))
+    return image
 
 
 def file_size(number: int) -> str:
