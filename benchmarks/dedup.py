@@ -1,46 +1,30 @@
-"""Copies found in a real collection, by edit: recall and precision of dedup, mAP of search.
+"""Copies found in a real collection, by edit: recall and precision of dedup and of perceptual hashes, mAP of search.
 
     python benchmarks/dedup.py --data-dir DIR --model MODEL --work WORK [--images 300] [--results FILE]
 
-DIR has the folders classes, photos and instances, which are indexed. 300 of the images in classes/val, photos and
-instances are edited, every edit of every one is a file, and the files are indexed too. Then, for one edit after the
-other, the copies made by it are put among the originals, and dedup is run with its defaults; at last with all of them
-at once. A copy is found if it is in one group with its original. Precision is the share of the pairs of a copy and
-another file in its group that are of one original. Search: each copy is a query, its original the one relevant image.
+DIR has the folders photos and instances, which are indexed. Some of the images are edited, every edit of every one is a
+file, and the files are indexed too. Then, for one edit after the other, the copies made by it are put among the
+originals, and dedup is run with its defaults; at last with all of them at once. A copy is found if it is in one group
+with its original. Precision is the share of the pairs of a copy and another file in its group that are of one original.
+Search: each copy is a query, its original the one relevant image. PDQ (pip install pdqhash), and PHash and DHash of
+imagededup, compare each copy with each original, at the distance that their authors advise.
 """
 import argparse
 import json
 import shutil
-import time
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 
 from timm_multigrain.files import write_text
+from timm_multigrain.images.copies import EDITS
 from timm_multigrain.images.sources import read_image
 from timm_multigrain.index import Index
-from timm_multigrain.index.dedup import EDITS, find_copies
+from timm_multigrain.index.dedup import FALSE_POSITIVES, CopySearch
+from timm_multigrain.index.pairs import CollectionWhitening, find_thresholds, star_groups
 
-FOLDERS = ('classes', 'photos', 'instances')
-
-
-class Part:
-    """Some rows of an index, as an index."""
-
-    def __init__(self, index, rows):
-        self.index, self.rows = index, np.asarray(rows)
-        self.columns, self.vectors = index.columns[self.rows], np.asarray(index.vectors)[self.rows]
-        self.protocol = index.protocol
-
-    def __len__(self):
-        return len(self.rows)
-
-    def path_of(self, row):
-        return self.index.path_of(int(self.rows[row]))
-
-    def records(self, row):
-        return self.index.records(int(self.rows[row]))
+FOLDERS = ('photos', 'instances')
+DISTANCES = {'PDQ': 31, 'PHash': 10, 'DHash': 10}  # of 256, 64 and 64 bits
 
 
 def main():
@@ -52,10 +36,8 @@ def main():
     parser.add_argument('--results', type=Path)
     args = parser.parse_args()
     folders = [args.data_dir / name for name in FOLDERS]
-    start = time.monotonic()
     base = Index.build(folders, args.work / 'originals', args.model)
-    print(f'{len(base):,} images indexed in {time.monotonic() - start:.0f} s')
-    chosen = choose(base, args.data_dir, args.images)
+    chosen = np.random.default_rng(0).permutation(sorted(range(len(base)), key=base.path_of))[:args.images]
     make_copies(base, chosen, args.work / 'copies')
     if not (args.work / 'with-copies').exists():  # the originals need not be embedded again
         shutil.copytree(args.work / 'originals', args.work / 'with-copies')
@@ -64,14 +46,6 @@ def main():
     show(results)
     if args.results:
         write_text(args.results, json.dumps(results, indent=1))
-
-
-def choose(base, data_dir, number):
-    """Rows of the images to edit."""
-    allowed = [str((data_dir / name).resolve()) for name in ('classes/val', 'photos', 'instances')]
-    rows = [row for row in range(len(base)) if base.path_of(row).startswith(tuple(f'{name}/' for name in allowed))]
-    rows = sorted(rows, key=base.path_of)
-    return np.random.default_rng(0).permutation(rows)[:number]
 
 
 def make_copies(base, chosen, folder):
@@ -86,38 +60,63 @@ def make_copies(base, chosen, folder):
 
 
 def measure(index, base, folder):
-    names = list(EDITS)
-    prefix = f'{folder.resolve()}/'
+    names, prefix = list(EDITS), f'{folder.resolve()}/'
     paths = [index.path_of(row) for row in range(len(index))]
     edit_of = np.array([int(path[len(prefix):].split('/')[0]) if path.startswith(prefix) else -1 for path in paths])
-    results = {}
+    hashes = [Path(path).stem if edit_of[row] >= 0 else index.records(row).sha256 for row, path in enumerate(paths)]
+    origin = np.unique(hashes, return_inverse=True)[1]
+    bits, results = hash_all(paths), {}
+    search = CopySearch(index, None, FALSE_POSITIVES, look=True, progress=True)  # looks at two pictures once only
+    once = search.rows
     for number, name in [*enumerate(names), (None, 'all at once')]:
-        members = np.flatnonzero((edit_of == -1) | ((edit_of >= 0) if number is None else (edit_of == number)))
-        start = time.monotonic()
-        copies = find_copies(Part(index, members))
-        seconds = time.monotonic() - start
-        queries = members[edit_of[members] >= 0]
-        results[name] = {
-            'copies': len(queries), **judge(copies, prefix), 'seconds': seconds,
-            'thresholds': asdict(copies.thresholds), 'map': search_map(index, base, queries)}
-        print(name, {key: value for key, value in results[name].items() if key != 'thresholds'}, flush=True)
+        copies = np.flatnonzero(edit_of >= 0 if number is None else edit_of == number)
+        search.rows = np.intersect1d(once, np.union1d(np.flatnonzero(edit_of == -1), copies))
+        search.whitening = CollectionWhitening(index.vectors[search.rows])
+        search.vectors = search.whitening.all(index.vectors)
+        search.thresholds = find_thresholds(search.vectors, search.rows, FALSE_POSITIVES)
+        pairs = search.pairs()
+        groups = [search.group(rows) for rows in star_groups(pairs, np.arange(len(index)))]
+        results[name] = {'copies': len(copies), 'dedup': judge(groups, dict(zip(paths, origin, strict=True)), prefix),
+                         'map': search_map(index, base, copies)}
+        originals = np.intersect1d(once, np.flatnonzero(edit_of == -1))
+        for kind, distance in DISTANCES.items():
+            near = (bits[kind][copies, None] != bits[kind][None, originals]).sum(2) <= distance
+            right = near & (origin[copies, None] == origin[None, originals])
+            results[name][kind] = {'found': int(right.any(1).sum()), 'right': int(right.sum()),
+                                   'wrong': int((near & ~right).sum())}
+        print(name, results[name], flush=True)
     return results
 
 
-def judge(copies, prefix):
-    """Counts of copies, of those found, of right and wrong pairs with a copy, and of the groups without one."""
-    found = right = wrong = others = 0
-    for group in copies.groups:
-        files = [file.record for file in group.files]
-        origins = [Path(file.path).stem if file.path.startswith(prefix) else file.sha256 for file in files]
-        is_copy = [file.path.startswith(prefix) for file in files]
-        others += not any(is_copy)
-        for i, origin in enumerate(origins):
-            if is_copy[i]:
-                same = [other == origin for j, other in enumerate(origins) if j != i]
+def hash_all(paths):
+    """Bits (N, 256 or 64) of each picture."""
+    import pdqhash
+    from imagededup.methods import DHash, PHash
+    others = {'PHash': PHash(verbose=False), 'DHash': DHash(verbose=False)}
+    bits = {kind: [] for kind in DISTANCES}
+    for path in paths:
+        pixels = np.asarray(read_image(path))
+        bits['PDQ'].append(pdqhash.compute(pixels)[0].astype(bool))
+        for kind, method in others.items():
+            bits[kind].append([bit == '1' for bit in f'{int(method.encode_image(image_array=pixels), 16):064b}'])
+    return {kind: np.array(values, dtype=bool) for kind, values in bits.items()}
+
+
+def judge(groups, origin_of, prefix):
+    """Counts of copies found, and found for certain, and of right and wrong pairs with a copy."""
+    found = certain = right = wrong = others = 0
+    for group in groups:
+        files = [(origin_of[file.record.path], file.record.path.startswith(prefix), file) for file in group.files]
+        others += not any(is_copy for _, is_copy, _ in files)
+        for origin, is_copy, file in files:
+            if is_copy:
+                same = [other == origin for other, _, it in files if it is not file]
                 right, wrong = right + sum(same), wrong + len(same) - sum(same)
-                found += any(other == origin and not is_copy[j] for j, other in enumerate(origins))
-    return {'found': found, 'right': right, 'wrong': wrong, 'groups_of_originals': others}
+                beside = [it for other, is_copy, it in files if other == origin and not is_copy]
+                found += bool(beside)
+                kept = group.files[0]
+                certain += any(it.certain for it in beside) if file is kept else file.certain and kept in beside
+    return {'found': found, 'certain': certain, 'right': right, 'wrong': wrong, 'groups_of_originals': others}
 
 
 def search_map(index, base, queries):
@@ -136,13 +135,15 @@ def search_map(index, base, queries):
 
 
 def show(results):
-    print('\n| edit | recall % | precision % | search mAP % | threshold |')
-    print('|---|---|---|---|---|')
+    print('\n| edit | dedup | certain | ' + ' | '.join(DISTANCES) + ' | search mAP % |\n|---|---|---|---|---|---|---|')
     for name, r in results.items():
-        pairs = r['right'] + r['wrong']
-        precision = f'{100 * r["right"] / pairs:.1f}' if pairs else '–'
-        recall = 100 * r['found'] / r['copies']
-        print(f'| {name} | {recall:.1f} | {precision} | {100 * r["map"]:.1f} | {r["thresholds"]["certain"]:.3f} |')
+        cells = []
+        for kind in ('dedup', *DISTANCES):
+            pairs = r[kind]['right'] + r[kind]['wrong']
+            precision = f'{100 * r[kind]["right"] / pairs:.1f}' if pairs else '–'
+            cells.append(f'{100 * r[kind]["found"] / r["copies"]:.1f} ({precision})')
+        cells.insert(1, f'{100 * r["dedup"]["certain"] / r["copies"]:.1f}')
+        print(f'| {name} | ' + ' | '.join(cells) + f' | {100 * r["map"]:.1f} |')
 
 
 if __name__ == '__main__':

@@ -11,9 +11,10 @@ import pytest
 from PIL import Image
 
 from timm_multigrain.cli.main import main
+from timm_multigrain.images.copies import EDITS
 from timm_multigrain.images.sources import holds_several
 from timm_multigrain.index import Index
-from timm_multigrain.index.dedup import EDITS, find_copies, measure_recall
+from timm_multigrain.index.dedup import find_copies, measure_recall
 from timm_multigrain.index.detail import Picture, compare
 from timm_multigrain.index.keep import KEEP
 from timm_multigrain.index.script import write_script
@@ -143,6 +144,32 @@ def test_what_is_never_certain():
     assert 'partly covered' in compare(Picture(it), Picture(covered)).edits
     assert compare(Picture(it), Picture(it.rotate(8).crop((40, 40, 280, 200)))).certain
     assert not compare(Picture(Image.new('RGB', (90, 90))), Picture(it)).edits
+    shot = compare(Picture(it), Picture(EDITS['screenshot'](it)))  # nobody wants to keep that one
+    assert shot.alike and not shot.certain and shot.edits == ('shows more, of which this is 50 %', 'inset')
+
+
+@pytest.mark.parametrize('edit, mirrored, degrees', [
+    (lambda it: it.transpose(Image.Transpose.FLIP_LEFT_RIGHT), True, None),
+    (lambda it: it.transpose(Image.Transpose.ROTATE_180), False, 180),
+    (lambda it: it.transpose(Image.Transpose.TRANSPOSE), True, 90),
+    (EDITS['rotate 10'], False, 10)])
+def test_small_versions_and_features_see_the_same(edit, mirrored, degrees, monkeypatch):
+    it = drawing(size=(320, 240))
+    expected = (*['mirrored'] * mirrored, *[f'turned by {degrees} degrees'] * bool(degrees))
+    compared = compare(Picture(it), Picture(edit(it)))
+    assert compared.certain and compared.edits[:len(expected)] == expected
+    monkeypatch.setattr('timm_multigrain.index.detail.cv2', None)
+    alone = compare(Picture(it), Picture(edit(it)))
+    expected = (False, False, ()) if degrees == 10 else (True, False, expected)
+    assert (alone.alike, alone.certain, alone.edits) == expected
+
+
+def test_without_opencv(index, monkeypatch):
+    monkeypatch.setattr('timm_multigrain.index.detail.cv2', None)
+    with pytest.warns(UserWarning, match=r"pip install 'timm_multigrain\[local\]'"):
+        copies = find_copies(index)
+    assert {'2.png', 'mirror.png'} in [set(names(group)) for group in copies.of_kind('near')]
+    assert {file.basis for group in copies.of_kind('near') for file in group.others} == {'look'}
 
 
 def run_script(script, to):
@@ -367,6 +394,6 @@ def test_recall_of_edits(index, capfd):
     assert recall.images == 6 and set(recall.recall) == set(edits)
     assert recall.recall['mirror'] >= 0.5 and all(0 <= share <= 1 for share in recall.recall.values())
     everything = measure_recall(index, 6, -0.99, false_positives=0.01, edits=edits)
-    assert set(everything.recall.values()) == {1} and 'mean' in str(everything)
+    assert set(everything.recall.values()) == {1} and 'of all' in str(everything)
     with pytest.raises(ValueError, match='nothing to measure'):
         measure_recall(index, 0, false_positives=0.01)

@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('-0', '--null', action='store_true', help='end the lines of --list with a null byte, for xargs -0')
     add('--json', metavar='FILE', help='write everything as JSON, - for stdout')
     add('--identical', action='store_true', help='identical files only')
-    add('--threshold', type=float, metavar='T', help='similarity from which pictures are copies (default: found from '
-                                                     'the collection)')
-    add('--false-positives', type=float, metavar='F', help='share of the pictures that may have a different picture '
-                                                           'above the threshold (default: 0.002)')
+    add('--threshold', type=float, metavar='T', help='similarity from which pictures are copies (default: those that '
+                                                     'look the same)')
+    add('--false-positives', type=float, metavar='F', help='with --no-look: share of the pictures that may have a '
+                                                           'different picture above the threshold (default: 0.002)')
     add('--no-look', action='store_true', help='go by the descriptors alone, and decode no picture')
     add('--measure', type=int, metavar='N', nargs='?', const=50,
         help='make edited copies of N pictures (50), and print which share of them would be found, by edit')

@@ -2,12 +2,17 @@
 import io
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from .pixels import decode
 
-__all__ = ['COPY_TRANSFORMS', 'make_copies']
+__all__ = ['COPY_TRANSFORMS', 'EDITS', 'make_copies']
+
+
+def resize(image: Image.Image, scale: float) -> Image.Image:
+    return image.resize([max(1, round(scale * side)) for side in image.size], Image.LANCZOS)
 
 
 def crop(image: Image.Image, area: float = 0.5) -> Image.Image:
@@ -61,6 +66,18 @@ def text(image: Image.Image) -> Image.Image:
     return image
 
 
+def screenshot(image: Image.Image) -> Image.Image:
+    """The picture inset in a page twice its area, between a dark bar and lines of text."""
+    width, height = (math.ceil(math.sqrt(2) * side) for side in image.size)
+    page = Image.new('RGB', (width, height), (240, 240, 245))
+    draw, font = ImageDraw.Draw(page), ImageFont.load_default(max(4, 0.04 * height))
+    draw.rectangle((0, 0, width, 0.1 * height), fill=(50, 80, 140))
+    for line in range(3):
+        draw.text((0.05 * width, (0.86 + 0.045 * line) * height), 'Something is written below it.', 'black', font)
+    page.paste(image, (int(0.8 * (width - image.width)), int(0.45 * (height - image.height))))
+    return page
+
+
 def strong(image: Image.Image) -> Image.Image:
     """Crop, rotation, colour change and heavy compression together."""
     return jpeg(colour(rotate(crop(image))))
@@ -73,6 +90,26 @@ def _crop(image: Image.Image, width: float, height: float, across: float = 0.5, 
     return image.crop((left, top, left + width, top + height))
 
 
+# Every edit takes an RGB picture and gives one, mild and strong; nothing is random.
+EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
+    'resize 1/2': partial(resize, scale=0.5),
+    'resize 1/4': partial(resize, scale=0.25),
+    'resize x2': partial(resize, scale=2),
+    **{f'crop {share} %': partial(crop, area=share / 100) for share in (90, 70, 50)},
+    **{f'jpeg {quality}': partial(jpeg, quality=quality) for quality in (90, 50, 20, 10, 5)},
+    **{f'rotate {degrees}': partial(rotate, degrees=degrees) for degrees in (5, 10, 15)},
+    'rotate 90': partial(Image.Image.transpose, method=Image.Transpose.ROTATE_90),
+    'blur 1 %': partial(blur, share=0.01),
+    'blur 2 %': partial(blur, share=0.02),
+    'bright x1.5': lambda image: ImageEnhance.Brightness(image).enhance(1.5),
+    'colour': colour,
+    'grey': lambda image: ImageOps.grayscale(image).convert('RGB'),
+    'mirror': ImageOps.mirror,
+    'text': text,
+    'screenshot': screenshot,
+    'strong': strong,
+}
+# One of each kind, by which training, the demo and the benchmarks of models measure; more and less of it is above.
 COPY_TRANSFORMS: dict[str, Callable[[Image.Image], Image.Image]] = {
     'crop': crop, 'jpeg': jpeg, 'rotate': rotate, 'blur': blur, 'colour': colour, 'mirror': ImageOps.mirror,
     'text': text, 'strong': strong}

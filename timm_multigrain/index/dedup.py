@@ -1,44 +1,44 @@
 """Copies in a photo collection: identical files, near-duplicates and edited copies, and which file to keep.
 
 Nothing is ever deleted here. Identical files are those of equal SHA-256. The others are found by descriptors whitened
-by the collection and thresholds that the collection sets, and a look at the pictures where the descriptors leave it
-open (looks.py); pairs.py says what a group is, keep.py which of its files is kept, detail.py which copies of that one
-are certain, and by which edit. Every file of a group is looked at as it is now before the group counts.
+by the collection, which propose the nearest pictures (pairs.py, which also says what a group is), and a look at both
+(detail.py), which says whether they are copies, whether that is certain, and which edit it was; keep.py says which file
+is kept. Every file of a group is looked at as it is now before the group counts.
 Files of several pictures, such as scans of many pages and animations, are copies only if they are identical:
 descriptors know their first picture alone.
 """
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from tqdm import tqdm
 
 from timm_multigrain.files import open_regular, write_text
-from timm_multigrain.images import copies as edited
-from timm_multigrain.images.sources import UnreadableImage, holds_several, read_image
+from timm_multigrain.images.copies import EDITS
+from timm_multigrain.images.sources import holds_several, read_image
+from timm_multigrain.search.exact import nearest
 
+from . import detail
 from .build import sha256_of
-from .detail import STORED, Comparison, Picture, compare
+from .detail import NO_OPENCV, SIDE, Comparison, Looks, Picture, compare
 from .index import Index
 from .keep import Candidate, Rules, look_at
-from .looks import ALIKE, Looks, likeness, small_grey
 from .model import embed_queries
-from .pairs import CollectionWhitening, NearPairs, Thresholds, find_thresholds, near_pairs, star_groups
+from .pairs import NEIGHBOURS, CollectionWhitening, NearPairs, Thresholds, find_thresholds, near_pairs, star_groups
 from .records import Record
 
 __all__ = [
-    'BASES', 'EDITS', 'FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'CopySearch', 'EditRecall',
+    'BASES', 'FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'CopySearch', 'EditRecall',
     'candidate_of', 'find_copies', 'identical_rows', 'measure_recall', 'verify']
 
 FALSE_POSITIVES = 0.002
 KINDS = {'exact': 'identical files', 'near': 'copies and near-duplicates'}
-BASES = {'identical': 'Identical', 'details': 'Certain', 'small': 'Likely', 'descriptor': 'Perhaps'}
+BASES = {'identical': 'Identical', 'details': 'Certain', 'look': 'Likely', 'descriptor': 'Perhaps'}
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class CopyFile:
         record: What the index knows of it.
         score: Similarity to the file to keep (of whitened descriptors), 1 if identical.
         basis: What says that it is a copy of that file: 'identical' bytes, 'details' of both pictures that agree,
-            'small' versions of both that look the same, or the 'descriptor' alone.
+            a 'look' at both, who look the same at least in part, or the 'descriptor' alone.
         edits: What was done to it, in words, as far as that is seen.
         keep: Whether it is kept: the first of a group, and all in a preferred folder.
         reason: Why the first is kept and not this one.
@@ -196,11 +196,11 @@ def find_copies(
 
     Args:
         index: The index.
-        threshold: Similarity of whitened descriptors from which two pictures are copies; None: found from the
-            collection, see `find_thresholds`.
+        threshold: Similarity of whitened descriptors from which two pictures are copies; None: those are that look the
+            same, or without a look, from the threshold of `find_thresholds` on.
         false_positives: Share of the images that may have a different picture above that threshold.
-        look: Look at the pictures where the similarity leaves it open, and at all that are found; without, no picture
-            is decoded, real copies in the collection push the threshold up, and only identical files are certain.
+        look: Look at the nearest pictures, however similar, and at all that are found; without, no picture is decoded,
+            real copies in the collection push the threshold up, and only identical files are certain.
         exact_only: Look for identical files only.
         keep: Which file of a group to keep, one of `KEEP`; see keep.py.
         prefer: Folders whose files are never surplus.
@@ -243,45 +243,45 @@ class CopySearch:
         kept = np.ones(len(index), bool)  # of identical files the one to keep
         for rows in identical_rows(index):
             kept[_ranked(index, rows, self.rules)[1:]] = False
-        self.rows, self.look, self.exif = np.flatnonzero(kept), look, index.protocol().exif
-        self.looks = Looks(lambda i: read_image(index.path_of(i), exif=self.exif))
+        self.rows, self.look, self.exif, self.given = np.flatnonzero(kept), look, index.protocol().exif, threshold
+        if look and detail.cv2 is None:
+            warnings.warn(NO_OPENCV, stacklevel=3)
+        self.looks = Looks(self._picture)
         self.whitening = CollectionWhitening(index.vectors)
         self.vectors = self.whitening.all(index.vectors)
         self.thresholds = Thresholds(threshold, threshold) if threshold is not None else find_thresholds(
-            self.vectors, self.rows, self._alike, false_positives, progress)
+            self.vectors, self.rows, false_positives)
+
+    def _picture(self, row: int) -> Picture:
+        record = self.index.records(row)
+        return Picture(read_image(record.path, exif=self.exif, size=SIDE), (record.width, record.height))
 
     def _alike(self, i: int, j: int) -> bool:
-        return self.look and self.looks.alike(i, j)
+        return self.look and self.looks.alike(min(i, j), max(i, j))
 
     def pairs(self) -> NearPairs:
-        """The pairs above the threshold, and of those that are possible the ones that look the same."""
-        limits = self.thresholds
-        pairs = near_pairs(self.vectors, limits.possible if self.look else limits.certain, self.rows)
-        good = pairs.scores >= limits.certain
-        for i in tqdm(np.flatnonzero(~good), 'Looking at pictures', leave=False,
-                      disable=None if self.progress else True):
-            good[i] = self._alike(int(pairs.first[i]), int(pairs.second[i]))
-        return pairs.where(good)
+        """The pairs above the threshold; if none was given, of those that are possible the ones that look the same."""
+        if self.given is not None or not self.look:
+            return near_pairs(self.vectors, self.thresholds.certain, self.rows)
+        pairs = near_pairs(self.vectors, self.thresholds.possible, self.rows, neighbours=NEIGHBOURS)
+        looks = tqdm(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), 'Looking at pictures',
+                     len(pairs.first), leave=False, disable=None if self.progress else True)
+        return pairs.where(np.array([self._alike(i, j) for i, j in looks], dtype=bool))
 
     def group(self, rows: np.ndarray) -> CopyGroup:
         """The group of near copies of these rows."""
         candidates, pictures = {row: candidate_of(self.index, row) for row in rows.tolist()}, {}
         if self.look:
             candidates = dict(zip(candidates, look_at(list(candidates.values()), self.exif), strict=True))
-            for row, candidate in candidates.items():
-                with suppress(UnreadableImage):
-                    record = candidate.record
-                    pictures[row] = Picture(read_image(record.path, exif=self.exif, size=STORED),
-                                            (record.width, record.height))
-                    candidates[row] = replace(candidate, grey=pictures[row].is_grey)
+            pictures = {row: picture for row in candidates if (picture := self.looks.picture(row))}
+            candidates |= {row: replace(candidates[row], grey=picture.is_grey) for row, picture in pictures.items()}
         ranked = sorted(candidates, key=lambda row: self.rules.key(candidates[row]))
         kept, vector = candidates[ranked[0]], np.asarray(self.vectors[ranked[0]], dtype=np.float64)
         files = [CopyFile(kept.record, 1., keep=True)]
         for row in ranked[1:]:
-            readable = {ranked[0], row} <= pictures.keys()
-            compared = compare(pictures[ranked[0]], pictures[row]) if readable else Comparison()
+            compared = self.looks.compare(ranked[0], row) if pictures else Comparison()
             score, record = float(vector @ np.asarray(self.vectors[row], dtype=np.float64)), candidates[row].record
-            basis = 'details' if compared.certain else 'small' if self._alike(ranked[0], row) else 'descriptor'
+            basis = 'details' if compared.certain else 'look' if self._alike(ranked[0], row) else 'descriptor'
             reason = self.rules.reason(kept, candidates[row])
             edits = compared.edits
             if compared.certain and not edits:
@@ -361,42 +361,22 @@ def _identity(record: Record, whole: bool) -> tuple[int, int] | None:
     return status.st_dev, status.st_ino
 
 
-def _resize(image: Image.Image, scale: float) -> Image.Image:
-    width, height = (max(1, round(scale * side)) for side in image.size)
-    return image.resize((width, height), Image.LANCZOS)
-
-
-# Every edit takes an RGB picture and gives one, mild and strong; nothing is random.
-EDITS: dict[str, Callable[[Image.Image], Image.Image]] = {
-    'resize 1/2': partial(_resize, scale=0.5),
-    'resize 1/4': partial(_resize, scale=0.25),
-    'resize x2': partial(_resize, scale=2),
-    **{f'crop {share} %': partial(edited.crop, area=share / 100) for share in (90, 70, 50)},
-    **{f'jpeg {quality}': partial(edited.jpeg, quality=quality) for quality in (90, 50, 20, 10, 5)},
-    'rotate 5': partial(edited.rotate, degrees=5),
-    'rotate 15': partial(edited.rotate, degrees=15),
-    'rotate 90': partial(Image.Image.transpose, method=Image.Transpose.ROTATE_90),
-    'blur 1 %': partial(edited.blur, share=0.01),
-    'blur 2 %': partial(edited.blur, share=0.02),
-    'text': edited.text,
-    'colour': edited.colour,
-    'grey': lambda image: ImageOps.grayscale(image).convert('RGB'),
-    'mirror': ImageOps.mirror,
-}
-
-
 @dataclass(frozen=True)
 class EditRecall:
-    """Share of the copies found by each edit, of how many pictures copies were made, and the thresholds."""
+    """Shares of the copies found, and found for certain, by edit, of how many pictures copies were made, and the
+    thresholds."""
     recall: Mapping[str, float]
+    certain: Mapping[str, float]
     images: int
     thresholds: Thresholds
 
     def __str__(self) -> str:
-        width = max(map(len, self.recall))
-        lines = [f'{name:{width}}  {100 * share:5.1f} %' for name, share in self.recall.items()]
-        mean = 100 * sum(self.recall.values()) / len(self.recall)
-        return '\n'.join([f'Copies found of {self.images} pictures', *lines, f'{"mean":{width}}  {mean:5.1f} %'])
+        names = ['of all', *self.recall]
+        width, number = max(map(len, names)), max(1, len(self.recall))
+        rows = [('of all', sum(self.recall.values()) / number, sum(self.certain.values()) / number),
+                *((name, self.recall[name], self.certain[name]) for name in self.recall)]
+        return '\n'.join([f'Copies found of {self.images} pictures, and for certain', *(
+            f'{name:{width}}  {100 * found:5.1f} %  {100 * certain:5.1f} %' for name, found, certain in rows)])
 
 
 def measure_recall(
@@ -424,15 +404,22 @@ def measure_recall(
         raise ValueError(f'{images} of {len(index)} images is nothing to measure on: take one at least.')
     search, model, protocol = CopySearch(index, threshold, false_positives, look), index.model(), index.protocol()
     rows = np.sort(np.random.default_rng(0).permutation(len(index))[:images])
-    found = dict.fromkeys(edits, 0)
+    found, certain = dict.fromkeys(edits, 0), dict.fromkeys(edits, 0)
     for start in range(0, len(rows), 16):
         chunk = rows[start:start + 16]
-        pictures = [read_image(index.path_of(int(row)), exif=protocol.exif) for row in chunk]
+        images = [read_image(index.path_of(int(row)), exif=protocol.exif) for row in chunk]
+        pictures = [Picture(image) for image in images]
         for name, edit in edits.items():
-            edited = [edit(picture) for picture in pictures]
-            vectors = search.whitening(embed_queries(model, protocol, edited).vectors.numpy())
-            for score, picture, copy in zip((search.vectors[chunk] * vectors).sum(1), pictures, edited, strict=True):
-                found[name] += bool(score >= search.thresholds.certain or (
-                    look and score >= search.thresholds.possible
-                    and likeness(small_grey(picture), small_grey(copy)) >= ALIKE))
-    return EditRecall({name: number / len(rows) for name, number in found.items()}, len(rows), search.thresholds)
+            copies = [edit(image) for image in images]
+            vectors = search.whitening(embed_queries(model, protocol, copies).vectors.numpy())
+            scores = (search.vectors[chunk] * vectors).sum(1)
+            if threshold is not None or not look:
+                found[name] += int((scores >= search.thresholds.certain).sum())
+                continue
+            last = nearest(vectors, search.vectors, NEIGHBOURS)[0][:, -1].numpy() - 1e-5
+            for i in np.flatnonzero(scores >= np.maximum(last, search.thresholds.possible)):
+                compared = compare(pictures[i], Picture(copies[i]))
+                found[name] += compared.alike
+                certain[name] += compared.certain
+    return EditRecall(*({name: number / len(rows) for name, number in counts.items()} for counts in (found, certain)),
+                      len(rows), search.thresholds)

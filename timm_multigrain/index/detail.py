@@ -1,45 +1,66 @@
 """Whether one picture was made from another, by its details, and by which edit.
 
-Two photographs of one place look alike on small grey versions; laid over each other, their details do not agree. So
-the placement that looks.py finds is refined by an affine alignment with brightness and contrast (Lucas and Kanade 1981,
-Baker and Matthews 2004; weighted, so that something drawn over a picture does not pull at it), and then block by block
-what is left after a blur is correlated. A picture was made from another if most of the blocks agree and one picture
-lies within the other: of two photographs, each shows something that the other does not.
+Local features of both (SIFT, Lowe 2004, compared as by Arandjelović and Zisserman 2012) are matched, also with those of
+the mirror image, and RANSAC (Fischler and Bolles 1981) finds the affine map that most of the matches agree with: a
+picture may be turned, mirrored, cut, squeezed, or inset in another. Laid over each other, the pictures look the same if
+in most places what is left after a blur correlates. One was made from the other for certain if it does so nearly
+everywhere and one picture lies within the other: two photographs of a place each show what the other does not.
+
+Small grey versions, also mirrored and by quarter turns, are compared first where details are gone, as after a strong
+blur; they are all that is compared without OpenCV (extra `local`).
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 
 import numpy as np
 from PIL import Image
 
-from .looks import Placement, place, small_grey
+try:
+    import cv2
+except ImportError:
+    cv2 = None
 
-__all__ = ['Comparison', 'Picture', 'compare']
+__all__ = ['NO_OPENCV', 'Comparison', 'Looks', 'Picture', 'compare']
 
-STORED = 256  # pixels of a side, whatever the shape of the picture
-SIDES = (32, 64, 128)  # at which the alignment is refined
-STEPS = 12
-BLOCKS = 8  # to a side
-AGREES = 0.7  # correlation of a block; this and the next, see benchmarks/README.md
-MOST, MEDIAN = 0.85, 0.9  # share of the blocks that agree, and the median of their correlation
+NO_OPENCV = ('Pictures are compared in small versions only, which misses turned, cut and inset copies and makes none '
+             "certain: pip install 'timm_multigrain[local]'")
+SIDE, FEATURES = 320, 500  # pixels of the longer side of what is compared, and local features at most
+SMALL, ALIKE = 32, 0.95  # pixels, and the correlation from which small versions look the same; benchmarks/README.md
+RATIO, PIXELS, INLIERS = 0.85, 3, 8  # distance to the best match over that to the next; of RANSAC; matches that agree
+AGREES = 0.7  # correlation of a place with its counterpart
+CERTAIN = (0.85, 0.9)  # share of the places that agree, and the median of the correlations
+LIKELY = ((0.8, 0.85), (0.5, 0.97))  # the same; the second one is of pictures that are partly covered
+GOES_ON = 0.25  # correlation along the edge of a part
 WHOLE = 0.95  # share of the area from which on a part is the whole
-COVERED = 0.05  # share of the blocks
-OUTSIDE = 0.02  # sides that a part may reach beyond the whole
-OUT = -1e4  # grey level where the whole has nothing
+INSIDE, OVERLAP = 0.02, 0.15  # sides that a part may reach beyond the whole, to be certain and to be likely
+MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1, :, -np.arange(8) % 8].ravel()  # bins of SIFT of the mirror image
+IN_MEMORY = 4096  # pictures, 150 KB each
 
 
 class Picture:
-    """What is compared of a picture: its size, grey versions, and colours."""
+    """What is compared of a picture: its size, grey versions, colours, and local features."""
 
     def __init__(self, image: Image.Image, size: tuple[int, int] | None = None):
         self.size = size or image.size
-        self.small = small_grey(image)
-        small = image.resize((STORED, STORED), Image.BOX, reducing_gap=2)
-        self.grey = np.asarray(small.convert('L'), dtype=np.float32)
-        self.colours = np.asarray(small.convert('RGB').resize((8, 8), Image.BOX), dtype=np.float32)
-        spread = np.ptp(np.asarray(small.convert('RGB'), dtype=np.int16), axis=2)
-        self.is_grey = bool(np.quantile(spread, 0.99) <= 8)
+        scale = min(1, SIDE / max(image.size))
+        image = image.resize([max(1, round(scale * side)) for side in image.size], Image.BOX, reducing_gap=2)
+        self.grey, colours = np.asarray(image.convert('L')), image.convert('RGB')
+        small = np.asarray(image.convert('L').resize((SMALL, SMALL), Image.BOX), dtype=np.float32)
+        self.small = small if small.std() > 2 else None  # nearly one colour proves nothing
+        self.colours = np.asarray(colours.resize((8, 8), Image.BOX), dtype=np.float32)
+        self.is_grey = bool(np.quantile(np.ptp(np.asarray(colours, dtype=np.int16), axis=2), 0.99) <= 8)
+
+    @property
+    def to_pixels(self) -> np.ndarray:
+        return _to_pixels(*self.grey.shape[::-1])
+
+    @cached_property
+    def features(self) -> tuple[np.ndarray, np.ndarray]:
+        """Places (n, 2) in pixels of `grey`, and descriptors (n, 128) uint8."""
+        points, values = cv2.SIFT_create(FEATURES, contrastThreshold=0.02).detectAndCompute(self.grey, None)
+        return cv2.KeyPoint_convert(points), (np.zeros((0, 128)) if values is None else values).astype(np.uint8)
 
 
 @dataclass(frozen=True)
@@ -47,137 +68,163 @@ class Comparison:
     """A picture compared with the one it may have been made from.
 
     Attributes:
-        certain: The details agree.
-        edits: What was done to it, in words; empty if they do not agree at all.
+        alike: They look the same, in part at least.
+        certain: So do nearly all details, and one picture lies within the other.
+        edits: What was done to it, in words; empty if they do not look the same.
     """
+    alike: bool = False
     certain: bool = False
     edits: tuple[str, ...] = ()
 
 
+class Looks:
+    """Compares images of an index by number, reading each file once or, of many, as often as it has to.
+
+    Args:
+        load: The picture of image i; an error of kind ValueError or OSError leaves it without looks.
+    """
+
+    def __init__(self, load: Callable[[int], Picture]):
+        self.load, self.missing = load, set()
+        self.picture = lru_cache(IN_MEMORY)(self._picture)
+        self.alike = lru_cache(None)(lambda i, j: self.compare(i, j).alike)
+
+    @property
+    def unreadable(self) -> int:
+        return len(self.missing)
+
+    def compare(self, original: int, copy: int) -> Comparison:
+        pictures = self.picture(original), self.picture(copy)
+        return Comparison() if None in pictures else compare(*pictures)
+
+    def _picture(self, i: int) -> Picture | None:
+        try:
+            return self.load(i)
+        except (ValueError, OSError):
+            self.missing.add(i)
+            return None
+
+
 def compare(original: Picture, copy: Picture) -> Comparison:
     """Compare a copy with its original."""
+    likely = Comparison()
+    for matrix, alike in ((_by_features(original, copy), False), (_by_small(original, copy), True)):
+        if matrix is None or not 0.01 < abs(np.linalg.det(matrix[:2, :2])) < 100:
+            continue
+        edits = [*_of_the_frame(original, copy, matrix), *_of_the_content(original, copy, matrix)]
+        if cv2 is not None:
+            area = abs(np.linalg.det(matrix[:2, :2]))
+            whole, part, inside = (original, copy, np.linalg.inv(matrix)) if area > 1 else (copy, original, matrix)
+            area, (agreeing, median) = min(area, 1 / area), _details(whole, part, inside)
+            beyond = np.abs(inside[:2] @ [[-0.5, -0.5, 0.5, 0.5], [-0.5, 0.5, -0.5, 0.5], [1] * 4]).max() - 0.5
+            alike |= beyond <= OVERLAP and any(agreeing >= share and median >= middle for share, middle in LIKELY)
+            # a part with more pixels than the whole has there is a photograph of its own, taken from nearer
+            is_part = beyond <= INSIDE and (area > WHOLE or math.prod(part.size) <= 1.1 * area * math.prod(whole.size))
+            if inset := area < WHOLE and _is_inset(whole, inside):
+                edits.append('inset')
+            elif agreeing < CERTAIN[0]:
+                edits.append('partly covered' if median >= CERTAIN[1] else 'blurred or compressed')
+            if is_part and not inset and agreeing >= CERTAIN[0] and median >= CERTAIN[1]:
+                return Comparison(True, True, tuple(edits))
+        if alike and not likely.alike:
+            likely = Comparison(True, False, tuple(edits))
+    return likely
+
+
+def _by_features(original: Picture, copy: Picture) -> np.ndarray | None:
+    """(3, 3), from places in the original to those in the copy, in sides from -0.5 to 0.5; None if few features agree.
+    """
+    if cv2 is None or min(len(picture.features[0]) for picture in (original, copy)) < INLIERS:
+        return None
+    (places, values), (others, there) = original.features, copy.features
+    values, there = (np.sqrt(v / v.sum(1, keepdims=True, dtype=np.float32).clip(1)) for v in (values, there))
+    best, most = None, INLIERS - 1
+    for descriptors in (there, there[:, MIRRORED]):
+        scores = values @ descriptors.T
+        closest, distances = scores.argmax(1), np.sqrt((2 - 2 * np.partition(scores, -2)[:, -2:]).clip(0))
+        good = (distances[:, 1] < RATIO * distances[:, 0]) & (scores.argmax(0)[closest] == np.arange(len(scores)))
+        if good.sum() > most:
+            matrix, agree = cv2.estimateAffine2D(places[good], others[closest[good]], ransacReprojThreshold=PIXELS,
+                                                 confidence=0.999)
+            if matrix is not None and agree.sum() > most:
+                best, most = np.vstack([matrix, [0, 0, 1]]), agree.sum()
+    return None if best is None else np.linalg.inv(copy.to_pixels) @ best @ original.to_pixels
+
+
+def _by_small(original: Picture, copy: Picture) -> np.ndarray | None:
+    """The same if the small versions look the same, the copy mirrored or turned by quarters maybe."""
     if original.small is None or copy.small is None:
-        return Comparison()
-    found = place(original.small, copy.small)
-    whole, part = (copy, original) if found.swapped else (original, copy)
-    grey = part.grey[:, ::-1] if found.mirrored else part.grey
-    grey = np.ascontiguousarray(np.rot90(grey, found.turns))
-    matrix = _align(whole.grey, grey, found.matrix)
-    if matrix is None:
-        return Comparison()
-    side = min(SIDES[-1], max(SIDES[1], min(*whole.size, *part.size) // BLOCKS * BLOCKS))
-    agreement, covered = _blocks(whole.grey, grey, matrix, side)
-    if len(agreement) < BLOCKS or np.mean(agreement > AGREES) < 0.5:
-        return Comparison()
-    area = min(1., float(abs(np.linalg.det(matrix[:, :2]))))
-    corners = np.array([[x, y, 1] for x in (-0.5, 0.5) for y in (-0.5, 0.5)]) @ matrix.T
-    # a part with more pixels than the whole has there is a photograph of its own, taken from nearer
-    is_part = np.abs(corners).max() <= 0.5 + OUTSIDE and (
-        area > WHOLE or math.prod(part.size) <= 1.1 * area * math.prod(whole.size))
-    certain = bool(is_part and np.mean(agreement > AGREES) >= MOST and np.median(agreement) >= MEDIAN)
-    edits = [*_of_the_frame(original, copy, found, matrix, area), *_of_the_content(original, copy, found, area)]
-    if covered > COVERED:
-        edits.append('partly covered')
-    elif np.mean(agreement > AGREES) < MOST:
-        edits.append('blurred or compressed')
-    return Comparison(certain, tuple(edits))
+        return None
+    ways = [(mirrored, turns, float(np.corrcoef(original.small.ravel(), np.rot90(small, turns).ravel())[0, 1]))
+            for mirrored, small in enumerate((copy.small, copy.small[:, ::-1])) for turns in range(4)]
+    mirrored, turns, score = max(ways, key=lambda way: way[2])
+    matrix = np.eye(3)
+    matrix[:2, :2] = np.diag([-1 if mirrored else 1, 1]) @ np.linalg.matrix_power([[0, -1], [1, 0]], turns)
+    return matrix if score >= ALIKE else None
 
 
-def _of_the_frame(original: Picture, copy: Picture, found: Placement, matrix: np.ndarray, area: float) -> Iterator[str]:
-    if found.mirrored:
+def _of_the_frame(original: Picture, copy: Picture, matrix: np.ndarray) -> Iterator[str]:
+    linear = np.diag(copy.size) @ matrix[:2, :2] @ np.diag(1 / np.array(original.size))
+    area = abs(np.linalg.det(matrix[:2, :2]))
+    if np.linalg.det(linear) < 0:
         yield 'mirrored'
-    whole = copy if found.swapped else original
-    angle = math.degrees(math.atan2(matrix[1, 0] * whole.size[1], matrix[0, 0] * whole.size[0]))
-    if found.turns:
-        yield f'turned by {180 if found.turns == 2 else 90} degrees'
-    elif abs(angle) >= 1.5:
-        yield f'turned by {abs(angle):.0f} degrees'
-    if area < WHOLE:
-        yield f'shows more, of which this is {100 * area:.0f} %' if found.swapped else f'cropped to {100 * area:.0f} %'
-    scale = math.sqrt(math.prod(copy.size) / math.prod(original.size) * (area if found.swapped else 1 / area))
+        linear = linear * (-1, 1)
+    angle = abs(math.degrees(math.atan2(linear[1, 0] - linear[0, 1], linear[0, 0] + linear[1, 1])))
+    if angle >= 1.5:
+        yield f'turned by {angle:.0f} degrees'
+    if min(area, 1 / area) < WHOLE:
+        yield f'shows more, of which this is {100 * area:.0f} %' if area < 1 else f'cropped to {100 / area:.0f} %'
+    scale = math.sqrt(abs(np.linalg.det(linear)))
     if not 0.97 < scale < 1.03:
         yield 'smaller' if scale < 1 else 'enlarged'
 
 
-def _of_the_content(original: Picture, copy: Picture, found: Placement, area: float) -> Iterator[str]:
-    colours = copy.colours[:, ::-1] if found.mirrored else copy.colours
+def _of_the_content(original: Picture, copy: Picture, matrix: np.ndarray) -> Iterator[str]:
+    area, colours = abs(np.linalg.det(matrix[:2, :2])), (np.median(p.colours, (0, 1)) for p in (original, copy))
     if copy.is_grey and not original.is_grey:
         yield 'grey'
-    elif area > WHOLE and np.abs(original.colours - np.rot90(colours, found.turns)).mean() > 8:
+    elif WHOLE < area < 1 / WHOLE and np.abs(np.subtract(*colours)).max() > 8:
         yield 'other colours'
 
 
-def _align(whole: np.ndarray, part: np.ndarray, matrix: np.ndarray) -> np.ndarray | None:
-    """The matrix of a `Placement`, refined; None where that leads nowhere."""
-    for side in SIDES:
-        over, under = _shrink(part, side), _shrink(whole, side)
-        places = (np.arange(side) + 0.5) / side - 0.5
-        x, y = np.meshgrid(places, places)
-        for _ in range(STEPS):
-            seen = _warp(under, matrix, side)
-            down, right = np.gradient(seen)
-            inside = (seen > OUT / 2) & (np.abs(down) < 256) & (np.abs(right) < 256)
-            if inside.mean() < 0.25:
-                return None
-            x_in, y_in, down, right, seen = (values[inside] for values in (x, y, side * down, side * right, seen))
-            ones = np.ones_like(seen)
-            light = np.stack([seen, ones], 1)
-            change = np.stack([right * x_in, right * y_in, right, down * x_in, down * y_in, down, seen, ones], 1)
-            residual = over[inside] - seen
-            rest = residual - light @ np.linalg.lstsq(light, residual, rcond=None)[0]
-            weights = 1 / (1 + (rest / (3 * np.median(np.abs(rest)) + 2)) ** 2)
-            try:
-                step = np.linalg.solve((change.T * weights) @ change, (change.T * weights) @ residual)[:6].reshape(2, 3)
-            except np.linalg.LinAlgError:
-                return None
-            if not np.abs(step).max() < 0.5:
-                return None
-            matrix = matrix @ np.vstack([np.eye(2, 3) + step, [0, 0, 1]])
-            if np.abs(step).max() < 0.1 / side:
-                break
-    return matrix
+def _details(whole: Picture, part: Picture, matrix: np.ndarray) -> tuple[float, float]:
+    """Share of the places whose details correlate, and median of their correlations; 0 where there are hardly any."""
+    height, width = part.grey.shape
+    scale = math.sqrt(abs(np.linalg.det(whole.to_pixels @ matrix @ np.linalg.inv(part.to_pixels))))
+    size = [max(16, round(min(1, scale) * side)) for side in (width, height)]
+    to_whole = (whole.to_pixels @ matrix @ np.linalg.inv(_to_pixels(*size)))[:2]
+    grey = cv2.GaussianBlur(whole.grey, (0, 0), scale / 2) if scale > 1.2 else whole.grey  # against aliasing
+    seen = cv2.warpAffine(grey, to_whole, size, flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
+                          borderMode=cv2.BORDER_REPLICATE)
+    there = cv2.warpAffine(np.ones_like(grey), to_whole, size, flags=cv2.INTER_NEAREST | cv2.WARP_INVERSE_MAP)
+    own = cv2.resize(part.grey, size, interpolation=cv2.INTER_AREA)
+    shrunk = [max(12, round(min(1, 128 / max(size)) * side)) for side in size]
+    seen, own, there = (cv2.resize(values, shrunk, interpolation=cv2.INTER_AREA).astype(np.float32)
+                        for values in (seen, own, there))
+    window = max(5, max(shrunk) // 8 | 1)
+    seen, own = (values - cv2.GaussianBlur(values, (0, 0), window / 4) for values in (seen, own))
+    mean = lambda values: cv2.boxFilter(values, -1, (window, window))  # noqa: E731
+    variances = [(mean(values * values) - mean(values) ** 2).clip(0) for values in (seen, own)]
+    correlation = (mean(seen * own) - mean(seen) * mean(own)) / np.sqrt(variances[0] * variances[1]).clip(1e-3)
+    correlation = correlation[(there > 0) & (np.maximum(*variances) > 4)]
+    if len(correlation) < 0.05 * seen.size:
+        return 0., 0.
+    return float(np.mean(correlation > AGREES)), float(np.median(correlation))
 
 
-def _blocks(whole: np.ndarray, part: np.ndarray, matrix: np.ndarray, side: int) -> tuple[np.ndarray, float]:
-    """Correlation of the details of each block that has any in one of both, and the share of the blocks whose grey
-    level differs by more than a change of brightness and contrast makes it; the part of (side, side) pixels."""
-    seen = _shrink(_warp(whole, matrix, 2 * side), side)  # two samples to a pixel each way, against aliasing
-    inside = seen >= 0
-    blocks = [_in_blocks(np.where(inside, values, 0)) for values in (seen, _shrink(part, side))]
-    full = _in_blocks(inside.astype(np.float32)).mean(1) > 0.95
-    levels, other = (values.mean(1)[full] for values in blocks)
-    light = np.polyfit(levels, other, 1) if np.ptp(levels) > 1 else (1, 0)
-    close = np.abs(other - np.polyval(light, levels))
-    near = close <= np.median(close)
-    light = np.polyfit(levels[near], other[near], 1) if np.ptp(levels[near]) > 1 else light
-    covered = float(np.mean(np.abs(other - np.polyval(light, levels)) > 30))
-    first, second = (_in_blocks(_details(np.where(inside, values, 0))) for values in (seen, _shrink(part, side)))
-    first, second = (values - values.mean(1, keepdims=True) for values in (first, second))
-    deviations = first.std(1), second.std(1)
-    telling = full & (np.maximum(*deviations) > 2)
-    return (first * second).mean(1)[telling] / np.maximum(deviations[0] * deviations[1], 1e-3)[telling], covered
+def _is_inset(whole: Picture, matrix: np.ndarray) -> bool:
+    """Whether the whole does not go on around the part: along its edge, the inside does not tell what is outside."""
+    edge, half = np.linspace(-0.5, 0.5, 64), np.full(64, 0.5)
+    frame = np.hstack([[edge, half], [edge, -half], [half, edge], [-half, edge]])
+    inner, outer = (np.round((whole.to_pixels @ matrix)[:2] @ [*(factor * frame), np.ones(frame.shape[1])]).astype(int)
+                    for factor in (0.97, 1.03))
+    there = ((outer >= 0) & (outer < np.array(whole.grey.shape[::-1])[:, None])).all(0)
+    if there.mean() < 0.5:
+        return False
+    inner, outer = (whole.grey[y[there], x[there]] for x, y in (inner.clip(0), outer))
+    return min(inner.std(), outer.std()) < 1 or np.corrcoef(inner, outer)[0, 1] < GOES_ON
 
 
-def _details(values: np.ndarray) -> np.ndarray:
-    image = Image.fromarray(values.astype(np.float32))
-    side = image.width // 4
-    return values - np.asarray(image.resize((side, side), Image.BOX).resize(image.size, Image.BICUBIC))
-
-
-def _in_blocks(values: np.ndarray) -> np.ndarray:
-    size = len(values) // BLOCKS
-    return values.reshape(BLOCKS, size, BLOCKS, size).swapaxes(1, 2).reshape(BLOCKS ** 2, -1)
-
-
-def _shrink(values: np.ndarray, side: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(values).resize((side, side), Image.BOX))
-
-
-def _warp(whole: np.ndarray, matrix: np.ndarray, side: int) -> np.ndarray:
-    """(side, side) of the whole at the places that the matrix gives, `OUT` where there are none."""
-    own = len(whole)
-    linear, offset = matrix[:, :2] * own / side, matrix[:, 2] * own + own / 2
-    offset = offset - linear @ np.full(2, side / 2)
-    coefficients = np.column_stack([linear, offset]).ravel().tolist()
-    image = Image.fromarray(whole.astype(np.float32))
-    return np.asarray(image.transform((side, side), Image.AFFINE, coefficients, Image.BILINEAR, fillcolor=OUT))
+def _to_pixels(width: int, height: int) -> np.ndarray:
+    """(3, 3), from places in sides, -0.5 to 0.5, to pixels."""
+    return np.array([[width, 0, (width - 1) / 2], [0, height, (height - 1) / 2], [0, 0, 1]])

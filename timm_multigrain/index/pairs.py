@@ -4,11 +4,11 @@ Descriptors are whitened by their own collection first: directions that many pic
 classes a network was trained for, say little about whether two pictures are copies; whitening (Jégou and Chum 2012)
 weighs them down. SSCD (Pizzi et al. 2022) does the same for copy detection.
 
-How alike different pictures are depends on the model and on the collection, so no fixed threshold serves. Of a sample
-of the images each looks for its nearest ones. Pairs that look the same (looks.py) are taken for real copies; the rest
-for different pictures. `certain` is the lowest threshold at which no more than the given share of images have a
-different picture above it; copies that do not look the same any more push it up. `possible` is lower: half of the
-images have a neighbour above it. A pair between the two counts if it looks the same.
+How alike different pictures are depends on the model and on the collection, so no fixed threshold serves. `certain` is
+the lowest threshold at which no more than the given share of images have another one above it; real copies push it up.
+It decides where pictures are not looked at. Else each picture is compared (detail.py) with its nearest ones above
+`possible`, which all but a few pictures have a neighbour above: a copy that was turned or inset is seldom as near as
+pictures of one place are to each other, but hardly any picture is nearer to it than its original.
 
 Small collections are compared with themselves chunk by chunk. Larger ones are first divided into the Voronoi cells of a
 k-means (Sivic and Zisserman 2003), and a descriptor is compared only with the cells that can hold a partner: with d the
@@ -24,24 +24,25 @@ group is a star instead (star clustering, Aslam, Pelekhov and Rus 2004): a centr
 with the centre itself.
 """
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from timm_multigrain.search.exact import nearest
 from timm_multigrain.whiten.pca import StreamingPCA
 
-__all__ = ['DEFAULT', 'CollectionWhitening', 'NearPairs', 'Thresholds', 'find_thresholds', 'near_pairs', 'star_groups']
+__all__ = ['DEFAULT', 'NEIGHBOURS', 'CollectionWhitening', 'NearPairs', 'Thresholds', 'find_thresholds', 'near_pairs',
+           'star_groups']
 
 CHUNK = 4096
 IMAGES_A_COMPONENT = 8  # fewer, and the components fit the single pictures, copies with them
 FEWEST_COMPONENTS = 64
 IN_MEMORY = 1 << 29  # bytes of whitened descriptors; more is mapped from a temporary file
 SAMPLE = 4000
-NEIGHBOURS = 8
+NEIGHBOURS = 5
+LONELY = 0.05  # share of the images whose nearest one is not compared with them
 EXHAUSTIVE_UP_TO = 65_536
 MAX_PAIRS = 50_000_000
 
@@ -90,7 +91,7 @@ class Thresholds:
     """Similarities that decide.
 
     Attributes:
-        certain: Pairs from here on are copies.
+        certain: Pairs from here on are copies, whatever they look like.
         possible: Pairs from here on are copies if they look the same.
         false_positives: Share of images that may have a different picture above `certain`.
         sample: Images that it was found from; 0 if it was given or there were none.
@@ -101,56 +102,26 @@ class Thresholds:
     sample: int = 0
 
 
-DEFAULT = Thresholds(0.95, 0.9)  # of collections too small to say anything
+DEFAULT = Thresholds(0.95, -0.99)  # of collections too small to say anything
 
 
-def find_thresholds(
-        vectors: np.ndarray,
-        rows: np.ndarray,
-        alike: Callable[[int, int], bool],
-        false_positives: float,
-        progress: bool = False,
-) -> Thresholds:
+def find_thresholds(vectors: np.ndarray, rows: np.ndarray, false_positives: float) -> Thresholds:
     """Thresholds of a collection.
 
     Args:
         vectors: (N, D) L2-normalised.
         rows: Ascending rows to take, one of each set of identical files.
-        alike: Whether the pictures of two rows look the same.
         false_positives: Share of the images.
-        progress: Show a bar.
     """
     if not 0 <= false_positives < 1:
         raise ValueError(f'false positives is a share from 0 to below 1, got {false_positives}.')
     if len(rows) < 3:
         return DEFAULT
     sample = np.sort(np.random.default_rng(0).permutation(rows)[:SAMPLE])
-    scores, partners = _neighbours(vectors, rows, sample)
-    allowed, wrong, found = int(false_positives * len(sample)), set(), None
-    order = np.argsort(-scores, axis=None, kind='stable')
-    for place in tqdm(order, 'Finding the threshold', leave=False, disable=None if progress else True):
-        i = place // scores.shape[1]
-        if i not in wrong and not alike(int(sample[i]), int(partners.flat[place])):
-            wrong.add(i)
-            if len(wrong) > allowed:
-                found = float(scores.flat[place])
-                break
-    possible = float(np.median(scores[:, 0]))
-    if found is None:  # every picture has so many copies that no others were met
-        return Thresholds(DEFAULT.certain, min(possible, DEFAULT.possible), false_positives, len(sample))
-    return Thresholds(min(float(np.nextafter(np.float32(found), np.float32(2))), 1.), min(possible, found),
-                      false_positives, len(sample))
-
-
-def _neighbours(vectors: np.ndarray, rows: np.ndarray, sample: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Scores (S, k) and rows (S, k) of the nearest others of each row of the sample, highest first."""
-    k = min(NEIGHBOURS, len(rows) - 1)
     chunks = (np.asarray(vectors[rows[start:start + CHUNK]]) for start in range(0, len(rows), CHUNK))
-    scores, found = (values.numpy() for values in nearest(np.asarray(vectors[sample]), chunks, k + 1))
-    found = rows[found]
-    own = found == sample[:, None]
-    own[~own.any(1), -1] = True  # of many equal ones: the row itself is not among the nearest
-    return scores[~own].reshape(-1, k), found[~own].reshape(-1, k)
+    scores = np.sort(nearest(np.asarray(vectors[sample]), chunks, 2)[0][:, 1].numpy())  # [:, 0] is the image itself
+    certain = np.nextafter(scores[-1 - int(false_positives * len(sample))], np.float32(2))
+    return Thresholds(min(float(certain), 1.), float(np.quantile(scores, LONELY)), false_positives, len(sample))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,6 +147,7 @@ def near_pairs(
         rows: np.ndarray | None = None,
         probes: int = 16,
         exhaustive: bool | None = None,
+        neighbours: int | None = None,
 ) -> NearPairs:
     """Pairs of L2-normalised rows with a scalar product of at least the threshold.
 
@@ -185,6 +157,7 @@ def near_pairs(
         rows: Ascending rows to look at; None for all.
         probes: Cells a descriptor is compared with at most, besides its own.
         exhaustive: Compare everything with everything; None: up to 65,536 rows.
+        neighbours: Only pairs of which one is among as many nearest of the other.
 
     Raises:
         ValueError: The threshold is not above -1 and at most 1, or more than 50 million pairs reach it.
@@ -195,26 +168,51 @@ def near_pairs(
     complete, groups = True, [(rows, np.empty(0, np.int64))]
     if exhaustive is False or (exhaustive is None and len(rows) > EXHAUSTIVE_UP_TO):
         complete, groups = _cells(vectors, rows, threshold, probes)
+    lowest = np.full(len(vectors), threshold, dtype=np.float32)
     found, count = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))], 0
     for members, visitors in groups:
-        for pairs in _compare(vectors, members, visitors, threshold):
+        for pairs in _compare(vectors, members, visitors, lowest):
             found.append(pairs)
             count += len(pairs[0])
+            if neighbours and count > MAX_PAIRS // 10:
+                found = [_nearest_of_each(*_once(found, len(vectors)), neighbours, lowest)]
+                count = len(found[0][0])
             if count > MAX_PAIRS:
                 raise ValueError(f'More than {MAX_PAIRS:,} pairs have a similarity of {threshold:.3f} or more: raise '
                                  'the threshold.')
+    pairs = _once(found, len(vectors))
+    return NearPairs(*(_nearest_of_each(*pairs, neighbours, lowest) if neighbours else pairs), complete)
+
+
+def _once(found: list[tuple], number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """First rows, second rows and scores of pairs, each once and in order."""
     first, second, scores = map(np.concatenate, zip(*found, strict=True))
     first, second = np.minimum(first, second), np.maximum(first, second)
-    _, once = np.unique(first * len(vectors) + second, return_index=True)
-    return NearPairs(first[once], second[once], scores[once], complete)
+    _, once = np.unique(first * number + second, return_index=True)
+    return first[once], second[once], scores[once]
+
+
+def _nearest_of_each(first: np.ndarray, second: np.ndarray, scores: np.ndarray, neighbours: int, lowest: np.ndarray):
+    """The pairs of which one row is among the nearest of the other; `lowest` becomes the score of each row's last one.
+    """
+    rows, both = np.concatenate([first, second]), np.tile(scores, 2)
+    order = np.lexsort([-both, rows])
+    starts, counts = np.unique(rows[order], return_index=True, return_counts=True)[1:]
+    rank = np.arange(len(order)) - np.repeat(starts, counts)
+    last = order[rank == neighbours - 1]
+    lowest[rows[last]] = both[last]
+    kept = np.zeros(len(first), bool)
+    kept[order[rank < neighbours] % len(first)] = True
+    return first[kept], second[kept], scores[kept]
 
 
 def _read(vectors: np.ndarray, rows: np.ndarray | slice) -> torch.Tensor:
     return torch.from_numpy(np.array(vectors[rows], dtype=np.float32))
 
 
-def _compare(vectors: np.ndarray, members: np.ndarray, visitors: np.ndarray, threshold: float) -> Iterator[tuple]:
-    """Rows and scores of pairs of members, and of a visitor and a member, chunk by chunk."""
+def _compare(vectors: np.ndarray, members: np.ndarray, visitors: np.ndarray, lowest: np.ndarray) -> Iterator[tuple]:
+    """Rows and scores of pairs of members, and of a visitor and a member, chunk by chunk; not below the lowest of both.
+    """
     for other in range(0, len(members), CHUNK):
         inside = members[other:other + CHUNK]
         b = _read(vectors, inside)
@@ -222,7 +220,8 @@ def _compare(vectors: np.ndarray, members: np.ndarray, visitors: np.ndarray, thr
         for start in range(0, len(everyone), CHUNK):
             outside = everyone[start:start + CHUNK]
             scores = (_read(vectors, outside) @ b.T).numpy()
-            i, j = np.nonzero((scores >= threshold) & np.not_equal.outer(outside, inside))
+            i, j = np.nonzero((scores >= np.minimum.outer(lowest[outside], lowest[inside]))
+                              & np.not_equal.outer(outside, inside))
             yield outside[i], inside[j], scores[i, j]
 
 
