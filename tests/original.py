@@ -1,10 +1,14 @@
-"""Checkpoints and inputs of the original implementation, rebuilt from the formula behind its reference numbers."""
+"""Checkpoints and inputs of the original implementation, as state dicts and as files of its saver, rebuilt from the
+formula behind its reference numbers."""
 import json
 import zlib
+from collections import OrderedDict
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 GOLDEN = Path(__file__).resolve().parent / 'golden'
@@ -56,6 +60,11 @@ def _keys() -> dict:
     return json.loads((GOLDEN / 'checkpoint_keys.json').read_text())
 
 
+def shapes(network: str) -> dict[str, list[int]]:
+    """Keys and shapes of a model state."""
+    return dict(_keys()[network]['plain'])
+
+
 @lru_cache(maxsize=400)  # of a ResNet or two; most tests ask for the same
 def _filled(key: str, shape: tuple, p: float) -> torch.Tensor:
     return fill(key, shape, p)
@@ -63,9 +72,7 @@ def _filled(key: str, shape: tuple, p: float) -> torch.Tensor:
 
 def state_dict(network: str, whitened: bool = False, p: float = 3.0) -> dict[str, torch.Tensor]:
     """Model state of 'resnet18', 'resnet50', 'senet154' or 'pnasnet5large' under the original's keys."""
-    keys = dict(_keys()[network]['plain'])
-    if whitened:
-        keys.update(_keys()[network]['whitened'])
+    keys = shapes(network) | (_keys()[network]['whitened'] if whitened else {})
     make = _filled if network.startswith('resnet') else fill
     return {key: make(key, tuple(shape), p).clone() for key, shape in keys.items()}
 
@@ -75,3 +82,36 @@ def image(height: int, width: int, batch: int = 1) -> torch.Tensor:
     b, c, y, x = np.ogrid[:batch, :3, :height, :width]
     wave = 1.2 * np.sin(2 * np.pi * ((b + 1) * x / width + (c + 1) * y / height) + b + 0.7 * c)
     return torch.from_numpy((wave + 0.8 * noise(f'input.{height}x{width}', wave.shape)).astype(np.float32))
+
+
+def container(state: dict) -> dict:
+    """What is saved after an epoch of training: beside the weights, two optimizers and beta."""
+    numbers = {k: v for k, v in state.items() if v.is_floating_point() and k != 'pool.p'}
+    ids = {k: 140104483430480 + 16 * i for i, k in enumerate(numbers)}  # addresses, as torch 1.0 wrote them
+    group = dict(lr=0.2, momentum=0.9, dampening=0, weight_decay=1e-4, nesterov=False)
+    return {
+        'model_state': OrderedDict(state),
+        'optimizer_state': OrderedDict({
+            'backbone.state': {ids[k]: {'momentum_buffer': torch.zeros_like(v)} for k, v in list(numbers.items())[:3]},
+            'backbone.param_groups': [dict(group, params=list(ids.values()))],
+            'margin_beta.state': {1: {'momentum_buffer': torch.zeros(())}},
+            'margin_beta.param_groups': [dict(group, weight_decay=0, params=[1])]}),
+        'extra': {'beta': torch.nn.Parameter(torch.tensor(1.1))},
+    }
+
+
+def write(path: Path, checkpoint: object, zipped: bool = False) -> Path:
+    """Save in the layout of torch 1.0, or in today's zip archive."""
+    torch.save(checkpoint, path, _use_new_zipfile_serialization=zipped)
+    return path
+
+
+@contextmanager
+def refused(kind: type | tuple[type, ...], *parts: str):
+    """Expect an error that says all these parts in one line."""
+    with pytest.raises(kind) as e:
+        yield
+    message = str(e.value)
+    assert '\n' not in message
+    for part in parts:
+        assert part in message

@@ -10,8 +10,8 @@ from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.sources import find_images
-from timm_multigrain.models.config import fitted
 from timm_multigrain.models.open import open_model
+from timm_multigrain.models.save import fitted
 from timm_multigrain.whiten.adapt import fit_adaptation
 from timm_multigrain.whiten.fit import WhitenedModel, with_constant
 

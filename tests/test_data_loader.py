@@ -1,8 +1,5 @@
 """create_loader: timm's own loader, with repeats and instance ids, on images of Pillow and (fast) on tensors."""
-import io
 import random
-import tarfile
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -143,29 +140,7 @@ def test_scheduled_sizes(root, fast, monkeypatch):
         assert torch.equal(images, same) and torch.equal(targets, same_targets)
 
 
-def tar_of(root):
-    path = Path(root).parent / 'images.tar'
-    with tarfile.open(path, 'w') as file:
-        file.add(root, '.')
-    return ImageDataset(str(path), reader='tar')
-
-
-class Records:
-    """What timm's reader of Hugging Face datasets gives: the content in a stream."""
-
-    def __init__(self, root):
-        self.files = [path for path, _ in ImageDataset(root).reader.samples]
-
-    def __len__(self):
-        return len(self.files)
-
-    def __getitem__(self, index):
-        return io.BytesIO(Path(self.files[index]).read_bytes()), index // 10
-
-
 SPLITS = {
-    'tar': (tar_of, range(40)),
-    'streams': (lambda root: ImageDataset('', reader=Records(root)), range(40)),
     'instances': (lambda root: InstanceDataset(ImageFolder(root)), range(40)),
     'subset': (lambda root: Subset(ImageFolder(root), range(39, 19, -1)), range(39, 19, -1)),
     'random split': (

@@ -134,9 +134,7 @@ def test_bad_arguments():
             ({'epoch_len_factor': 0}, 'epoch_len_factor is 0'),
             ({'epoch_len_factor': math.nan}, 'epoch_len_factor is nan'),
             ({'epoch_len_factor': math.inf}, 'epoch_len_factor is inf'),
-            ({'num_replicas': 0, 'rank': 0}, 'num_replicas 0'),
             ({'num_replicas': 2, 'rank': 2}, 'rank is 2, and num_replicas 2'),
-            ({'num_replicas': 2, 'rank': -1}, 'rank is -1'),
             ({'rank': 1}, 'rank is 1, and num_replicas 1'),
             ({'num_replicas': 2}, 'num_replicas is 2 but torch.distributed is not initialised: give rank')):
         with pytest.raises(ValueError, match=message):

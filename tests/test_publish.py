@@ -209,12 +209,9 @@ def test_command_with_card_and_figures(hub, tmp_path):
 
 
 @pytest.mark.parametrize('fault, error, created', [
-    (Fault('GET', 'api/models', 503), r'could not be looked up: the Hub has trouble \(503: out of order\)', False),
     (Fault('POST', 'create', 402, 'pay'), r'could not be created: the Hub refuses the request \(402: pay\)', False),
     (Fault('POST', 'create', cut='answer'), 'me/model could not be created: the connection to .* failed', True),
-    (Fault('POST', 'validate-yaml', cut='request'), 'me/model could not be uploaded: the connection to', True),
     (Fault('POST', 'preupload', 404), r'me/model could not be uploaded: not found', True),
-    (Fault('PUT', 'objects', 429), r'could not be uploaded: too many requests \(429', True),
     (Fault('POST', 'commit', 412), r'could not be uploaded: someone else changed it meanwhile \(412', True),
     (Fault('POST', 'commit', cut='request'), 'me/model could not be uploaded: the connection to .* failed', True),
 ])

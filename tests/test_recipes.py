@@ -232,18 +232,6 @@ def test_modern_has_the_samples_of_the_paper():
     assert 'lr' not in modern
 
 
-@pytest.mark.parametrize('name', NAMES)
-def test_text(name):
-    text = _path(name).read_bytes().decode('ascii')  # train.py opens it in the encoding of the locale
-    lines = text.splitlines()
-    assert lines[0].startswith('# ') and lines[0].endswith('.')
-    assert all(len(line) <= 120 for line in lines) and text.endswith('\n')
-    assert f'timm-multigrain recipe {name} > {name}.yaml' in text
-    assert f'-m timm_multigrain PATH/train.py -c {name}.yaml --data-dir DIR' in text and 'torchrun' in text
-    recipe = _recipe(name)
-    assert ('split' in text) == bool(recipe['batch_size'] % recipe['mg_repeats'])
-
-
 # --- command and package
 
 def test_command_prints_the_file(capfdbinary):

@@ -204,26 +204,6 @@ def test_rows_that_are_not_finite_take_no_part(name):
     assert keep[triplets.negative].all()
 
 
-def test_batches_without_triplets():
-    for target in ([0], [0, 0], [3] * 5, list(range(6))):
-        embedding = F.normalize(torch.randn(len(target), 8, generator=torch.Generator().manual_seed(0)), dim=1)
-        for name in NAMES:
-            for max_positives in (None, 2):
-                triplets = create_sampler(name, max_positives=max_positives)(embedding, torch.tensor(target))
-                padding = [-1] * len(target) * min(2, len(target))
-                assert [index.tolist() for index in triplets] == [[] if max_positives is None else padding] * 3
-
-
-def test_all_negatives_beyond_the_cutoff():
-    embedding = torch.tensor([[1., 0, 0], [1, 0, 0], [-1, 0, 0], [0, 0, 1]])
-    for name in ('batch', 'row'):
-        prob, uniform_row = create_sampler(name).probabilities(embedding, torch.tensor([0, 0, 1, 2]))
-        assert uniform_row.all()
-        third = 1 / 3
-        expected = [[0, 0, .5, .5], [0, 0, .5, .5], [third, third, 0, third], [third, third, third, 0]]
-        torch.testing.assert_close(prob, torch.tensor(expected))
-
-
 def test_uniform_sampler():
     embedding, target = make_embedding('relu', 4, 3, 2048)
     prob, uniform_row = UniformSampler().probabilities(embedding, target)

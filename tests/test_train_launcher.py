@@ -1,7 +1,7 @@
 """timm's training script under the launcher: every feature of it, with MultiGrain's objective.
 
-The script is the stand-in beside this file, and each train.py in the folders that TIMM_SCRIPTS lists. With such folders
-timm's other scripts are run too.
+The script is each train.py in the folders that TIMM_SCRIPTS lists, and timm's other scripts there are run too; without
+such folders it is the stand-in beside this file.
 """
 import argparse
 import csv
@@ -41,7 +41,7 @@ from timm_multigrain.train.plugin import TrainPlugin
 from .test_train_evaluation import figures_of, load
 
 FOLDERS = [Path(folder) for folder in os.environ.get('TIMM_SCRIPTS', '').split(os.pathsep) if folder]
-SCRIPTS = [Path(__file__).with_name('standin_train.py'), *(folder / 'train.py' for folder in FOLDERS)]
+SCRIPTS = [folder / 'train.py' for folder in FOLDERS] or [Path(__file__).with_name('standin_train.py')]
 IMAGES = 24  # of the training set
 MODEL = '--model', 'multigrain', '--model-kwargs', 'trunk=test_resnet'
 RESNET18 = '--model', 'multigrain_resnet18'
@@ -555,8 +555,6 @@ def test_auto_refuses(train, capsys):
 
 @pytest.mark.parametrize(('flags', 'message'), [
     ('--mixup 0.2', '--mixup (0.2) does not go with MultiGrain training: a mixture of two images is a copy of neither'),
-    ('-b 5', 'a batch size of 5 is too small for 3 copies'),
-    ('--mg-instances class -b 16', 'the batch sizes 16 have to be multiples of 3'),
     ('--mg-instances folder', '24 of 24 images, such as 0/0.png, are not in folders class/instance'),
     ('--mg-instances nowhere.csv', '--mg-instances nowhere.csv: file not found; give copy, folder, class or a CSV'),
     ('--mg-classif-weight 2', 'give a lambda from 0 to 1'),

@@ -15,9 +15,9 @@ import timm_multigrain  # noqa: F401 - registers the models
 from timm_multigrain.task import MultiGrainTask
 from timm_multigrain.train.options import TrainOptions, resume_problem
 
+from .test_train_launcher import SCRIPTS
+
 ROOT = Path(__file__).resolve().parents[1]
-STANDIN = Path(__file__).with_name('standin_train.py')
-SCRIPTS = [STANDIN, *(Path(f) / 'train.py' for f in os.environ.get('TIMM_SCRIPTS', '').split(os.pathsep) if f)]
 
 
 def _checkpoint(path, joint=True, **changes):

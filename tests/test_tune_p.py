@@ -22,8 +22,8 @@ from timm_multigrain.measure import tune_p as module
 from timm_multigrain.measure.benchmarks import load_benchmark
 from timm_multigrain.measure.classify import validate
 from timm_multigrain.measure.tune_p import PResult, scan_p_groups, tune_p
-from timm_multigrain.models.config import fitted
 from timm_multigrain.models.open import open_model
+from timm_multigrain.models.save import fitted
 
 from .tiny import tiny_model
 

@@ -18,8 +18,8 @@ from timm_multigrain.embed.shards import write_shard
 from timm_multigrain.hub import save_pretrained
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.measure.benchmarks import BENCHMARKS
-from timm_multigrain.models.config import fitted, note_fitted
 from timm_multigrain.models.open import open_model
+from timm_multigrain.models.save import fitted, note_fitted
 from timm_multigrain.whiten.fit import fit_whitening, whiten_model
 
 from .tiny import image_for, tiny_model

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 __all__ = [
-    'check_json', 'file_sha256', 'fsync', 'open_regular', 'parse_json', 'printable', 'read_json', 'read_lines',
-    'write_bytes', 'write_text']
+    'check_json', 'file_sha256', 'fsync', 'json_p', 'open_regular', 'parse_json', 'printable', 'read_json',
+    'read_lines', 'write_bytes', 'write_text']
 
 MAX_JSON = 256 << 20  # bytes
 _WORDS = {str: 'a text', bool: 'true or false', int: 'an integer', float: 'a number', None: 'null'}
@@ -44,6 +44,13 @@ def parse_json(text: bytes | str) -> Any:
         return json.loads(text, parse_constant=refuse)
     except RecursionError:
         raise ValueError('it is nested too deep') from None
+
+
+def json_p(p: float | list[float] | None) -> float | str | list[float] | None:
+    """An exponent p as strict JSON can hold it."""
+    if isinstance(p, list):
+        return [json_p(value) for value in p]
+    return 'inf' if p == math.inf else p
 
 
 def check_json(value: Any, form: Any, where: str) -> None:

@@ -100,7 +100,8 @@ def _write(result, json_file: str | None, plot: str | None, must_plot: bool) -> 
 
 def _save(output: str, model, protocol, result) -> None:
     """Save the model with the p that was found; what a killed run would have gone on from is removed."""
-    from timm_multigrain.models.config import json_p, note_fitted
+    from timm_multigrain.files import json_p
+    from timm_multigrain.models.save import note_fitted
     from timm_multigrain.whiten.fit import save_fitted
 
     model.set_gem_p(result.p)

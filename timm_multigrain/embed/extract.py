@@ -16,9 +16,8 @@ import timm
 import torch
 import torch.distributed as dist
 
-from timm_multigrain.files import printable
+from timm_multigrain.files import json_p, printable
 from timm_multigrain.images.sources import ImageSource, UnreadableImage
-from timm_multigrain.models.config import json_p
 from timm_multigrain.models.open import weights_sha256
 from timm_multigrain.version import __version__
 

@@ -14,9 +14,9 @@ from timm.data import create_transform
 from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
-from timm_multigrain.files import printable
+from timm_multigrain.files import json_p, printable
 from timm_multigrain.images.pixels import check_size, decode, filter_of
-from timm_multigrain.models.config import fitted, json_p, whitened_for
+from timm_multigrain.models.save import fitted, whitened_for
 from timm_multigrain.models.trunk import InputSizes
 
 __all__ = ['MS_SCALES', 'Protocol', 'check_fitted']

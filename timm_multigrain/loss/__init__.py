@@ -9,8 +9,14 @@ from .losses import (
     margin_loss,
     margin_statistics,
 )
-from .sampling import DistanceWeightedSampler, UniformSampler, create_sampler, effective_negatives
-from .triplets import Triplets, TripletSampler
+from .sampling import (
+    DistanceWeightedSampler,
+    Triplets,
+    TripletSampler,
+    UniformSampler,
+    create_sampler,
+    effective_negatives,
+)
 
 __all__ = [
     'ContrastiveLoss', 'DistanceWeightedSampler', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'TripletSampler',

@@ -11,7 +11,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .triplets import Triplets
+from .sampling import Triplets
 
 __all__ = [
     'ContrastiveLoss', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'balanced_beta', 'create_instance_loss',

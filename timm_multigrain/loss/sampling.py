@@ -1,4 +1,7 @@
-"""Sampling of training triplets from a batch: distance-weighted and uniform negatives.
+"""Triplets of a batch for training: the pairing of the images of each instance, and the draw of negatives.
+
+A batch holds several images of each instance. Every ordered pair of images of one instance is an (anchor, positive)
+pair, and an anchor gets as many negatives, images of other instances, as it has positives.
 
 Distance-weighted sampling: Wu et al., 'Sampling Matters in Deep Embedding Learning', ICCV 2017,
 https://arxiv.org/abs/1706.07567, as in MultiGrain: Berman et al., https://arxiv.org/abs/1902.05509, equation 4. A
@@ -7,13 +10,150 @@ q(d) ~ d^(C - 2) (1 - d^2 / 4)^((C - 3) / 2) is the density of the distance betw
 of R^C. The cap tau = 1 / q(cutoff) bounds both ends: d below `cutoff`, and d near 2, where 1 / q is unbounded too.
 """
 import math
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .triplets import TripletSampler
+__all__ = [
+    'DistanceWeightedSampler', 'TripletSampler', 'Triplets', 'UniformSampler', 'create_sampler', 'effective_negatives']
 
-__all__ = ['DistanceWeightedSampler', 'UniformSampler', 'create_sampler', 'effective_negatives']
+
+class Triplets(NamedTuple):
+    """Indices into a batch, int64 of shape (n,). An entry of -1 in all three is padding and contributes nothing."""
+    anchor: Tensor
+    positive: Tensor
+    negative: Tensor
+
+
+class TripletSampler(nn.Module):
+    """Base of the samplers: pairs the images of each instance and draws the negatives.
+
+    A subclass says by `log_weights` how likely a negative is. Rows of the embedding that are not finite are left
+    out. An anchor without positives or without negatives gives no triplet; an image that is alone of its instance still
+    serves as a negative.
+
+    The draw is without replacement, each next negative with a probability proportional to the weights of those left
+    (Gumbel top-k). An anchor with fewer candidates of non-zero weight than draws makes them with replacement. Its k-th
+    negative goes with its k-th positive.
+
+    With `max_positives` shapes do not depend on values, so the host never synchronises with a GPU and
+    `torch.compile(fullgraph=True)` works, except with a `generator`, which the compiler cannot trace.
+
+    Args:
+        max_positives: Positives used of each anchor, the first ones in the batch; the output is then padded to
+            B * min(max_positives, B) triplets. None takes all and gives exactly the triplets there are (a GPU then
+            waits for the host twice).
+        generator: Source of randomness, a `torch.Generator` on the device of the embedding, or an int that seeds one at
+            the first call; None is torch's global one.
+    """
+
+    def __init__(self, max_positives: int | None = None, generator: torch.Generator | int | None = None):
+        super().__init__()
+        if max_positives is not None and max_positives < 1:
+            raise ValueError(f'max_positives must be at least 1, or None for all, got {max_positives}')
+        self.max_positives = max_positives
+        self.generator = generator
+
+    def log_weights(self, embedding: Tensor) -> Tensor:
+        """Unnormalised log probability (B, B) of each pair, a new tensor, for an embedding in float32 or float64.
+
+        A row of nothing but -inf becomes uniform, unless that row of the embedding is not finite: it has to be so then.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def probabilities(self, embedding: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        """Probability with which each negative is the first one drawn.
+
+        Args:
+            embedding: (B, C) of norm 1, any floating dtype; no gradient flows to it.
+            target: Instance id of each row, integers (B,).
+
+        Returns:
+            Probabilities (B, B), float32 (float64 for a float64 embedding), row i the distribution of the negatives of
+            anchor i, whose sum is 1, or 0 if it has none; and (B,) bool, the rows with negatives none of which had any
+            weight, so that they became uniform.
+        """
+        _, log_weight, is_uniform = self._candidates(embedding, target)
+        return _probabilities(log_weight, embedding.dtype), is_uniform
+
+    @torch.no_grad()
+    def forward(
+            self,
+            embedding: Tensor,
+            target: Tensor,
+            return_prob: bool = False,
+    ) -> Triplets | tuple[Triplets, Tensor]:
+        """Draws triplets, ordered by anchor, then positive; arguments as in `probabilities`.
+
+        With `return_prob` also the probabilities (B, B), as `probabilities` gives them, without computing them twice.
+        """
+        positives, log_weight, _ = self._candidates(embedding, target)
+        size = len(target)
+        if self.max_positives is None:
+            slots = max(int(target.unique(return_counts=True)[1].max()) - 1, 1)
+        else:
+            slots = min(self.max_positives, size)
+        index = torch.arange(size, device=target.device)
+        first = torch.where(positives, (size - index).to(torch.float32), 0.)  # the first ones in the batch
+        first, positive = first.topk(slots)
+        num_draws = (first > 0).sum(1)
+        negative, num_candidates = self._draw(log_weight, num_draws, slots)
+        used = index[:slots] < (num_draws * (num_candidates > 0))[:, None]
+        triplets = index[:, None].expand(-1, slots), positive, negative
+        if self.max_positives is None:
+            triplets = Triplets(*(t[used] for t in triplets))
+        else:
+            triplets = Triplets(*(t.where(used, -1).flatten() for t in triplets))
+        return (triplets, _probabilities(log_weight, embedding.dtype)) if return_prob else triplets
+
+    def _candidates(self, embedding: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Which pairs are positives (B, B), log weights of the negatives (B, B), and which rows became uniform (B,)."""
+        _check_batch(embedding, target)
+        embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
+        usable = torch.linalg.vector_norm(embedding, dim=1).isfinite()
+        same = target[:, None] == target
+        positives, negatives = same & usable, ~same & usable
+        positives.fill_diagonal_(False)
+        log_weight = self.log_weights(embedding).masked_fill_(~negatives, -math.inf)
+        is_uniform = log_weight.amax(1).isneginf() & usable
+        return positives, log_weight.masked_fill_(is_uniform[:, None] & negatives, 0.), is_uniform & negatives.any(1)
+
+    def _draw(self, log_weight: Tensor, num_draws: Tensor, slots: int) -> tuple[Tensor, Tensor]:
+        """Negatives (B, slots), and how many candidates each anchor has (B,)."""
+        generator = self._generator(log_weight.device)
+        # torch's own exponential_ takes ten times as long
+        uniform = torch.rand(log_weight.shape, generator=generator, device=log_weight.device)
+        exponential = (1 - uniform).log_().neg_()
+        candidates = (log_weight - exponential.clamp_(min=2 ** -25).log_()).topk(slots).indices
+        num_candidates = (~log_weight.isneginf()).sum(1)
+        # an anchor with fewer candidates than draws has all of them among these
+        weight = log_weight.gather(1, candidates).softmax(1).nan_to_num(1.)
+        repeated = torch.multinomial(weight, slots, replacement=True, generator=generator)
+        negative = torch.where((num_candidates < num_draws)[:, None], candidates.gather(1, repeated), candidates)
+        return negative, num_candidates
+
+    def _generator(self, device: torch.device) -> torch.Generator | None:
+        if isinstance(self.generator, int):
+            self.generator = torch.Generator(device).manual_seed(self.generator)
+        return self.generator
+
+
+def _probabilities(log_weight: Tensor, dtype: torch.dtype) -> Tensor:
+    prob = log_weight.softmax(1).nan_to_num(0.)  # rows without negatives
+    return prob.to(torch.promote_types(dtype, torch.float32))
+
+
+def _check_batch(embedding: Tensor, target: Tensor) -> None:
+    if embedding.ndim != 2 or not embedding.is_floating_point() or not len(embedding):
+        raise ValueError(
+            'embedding must be floating point of shape (B, C), B > 0, '
+            f'got {embedding.dtype} of shape {tuple(embedding.shape)}')
+    if target.shape != embedding.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
+        raise ValueError(
+            f'target must hold one integer instance id for each of the {len(embedding)} embeddings, '
+            f'got {target.dtype} of shape {tuple(target.shape)}')
 
 
 def effective_negatives(prob: Tensor) -> Tensor:

@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from timm_multigrain.embed.embedder import embed_images, none_readable
 from timm_multigrain.embed.extract import skipped_lines
 from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.files import json_p
 from timm_multigrain.images.sources import ImageSource
-from timm_multigrain.models.config import json_p
 from timm_multigrain.models.multigrain import MultiGrain
 
 from .results import Metric, Result

@@ -28,10 +28,9 @@ from timm_multigrain.embed.extract import extract, skipped_lines
 from timm_multigrain.embed.poolings import System, Systems
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.shards import iter_shards
-from timm_multigrain.files import check_json, read_json, write_text
+from timm_multigrain.files import check_json, json_p, read_json, write_text
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import gem
-from timm_multigrain.models.config import json_p
 from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.open import weights_sha256
 from timm_multigrain.search.exact import SimilarityChunks

@@ -18,8 +18,7 @@ from timm.models import get_model_traits
 from timm_multigrain.layers import GeM, Whitening, create_pool, is_multigrain_pool, l2_normalize
 from timm_multigrain.layers.functional import is_traced
 
-from .config import model_cfg
-from .trunk import FeatureMap, InputSizes, create_trunk, find_input_sizes, probe_trunk, sharing_copy
+from .trunk import FeatureMap, InputSizes, create_trunk, find_input_sizes, model_cfg, probe_trunk, sharing_copy
 from .weights import checkpoint_filter_fn, is_multigrain, unwrapped  # timm looks the first up beside the class
 
 __all__ = ['MultiGrain', 'MultiGrainHead', 'checkpoint_filter_fn', 'rebuilding_args']

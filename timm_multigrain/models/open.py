@@ -24,16 +24,17 @@ from timm_multigrain.files import read_json
 from timm_multigrain.images.labels import read_class_names
 from timm_multigrain.layers import GeM, is_multigrain_pool
 
-from .config import check_config, check_saved_args, model_cfg
 from .download import check_reachable, download
 from .multigrain import MultiGrain, rebuilding_args
 from .registry import register_multigrain
-from .trunk import sharing_copy
+from .trunk import model_cfg, sharing_copy
 from .weights import (
     CONFIG,
     SSCD_CFG,
     WEIGHTS,
     UnreadableWeightsError,
+    check_config,
+    check_saved_args,
     checkpoint_filter_fn,
     is_multigrain,
     is_sscd,

@@ -19,9 +19,9 @@ from timm.models import (
     register_model,
 )
 
-from .config import check_saved_args, model_cfg
 from .multigrain import MultiGrain
-from .weights import build_pretrained
+from .trunk import model_cfg
+from .weights import build_pretrained, check_saved_args
 
 __all__ = ['register_multigrain']
 

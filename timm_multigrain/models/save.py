@@ -8,6 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -15,11 +16,13 @@ import torch.nn as nn
 from safetensors import SafetensorError
 from timm.models import save_for_hf
 
-from timm_multigrain.files import file_sha256, fsync, write_text
+from timm_multigrain.files import check_json, file_sha256, fsync, parse_json, write_text
 
 from .weights import CONFIG, SHA256, WEIGHTS
 
-__all__ = ['CARD', 'check_model_folder', 'model_folder', 'save_pretrained', 'write_model']
+__all__ = [
+    'CARD', 'check_model_folder', 'fitted', 'model_folder', 'note_fitted', 'save_pretrained', 'whitened_for',
+    'write_model']
 
 CARD = 'README.md'
 
@@ -151,3 +154,39 @@ def _load_back(model: nn.Module, directory: Path, shown: str | os.PathLike) -> n
     if not torch.equal(loaded.to(x)(x), expected):
         raise RuntimeError(f'The model saved to {shown} does not give the same outputs when it is loaded back.')
     return loaded
+
+
+# --- what a model was fitted for: in the notes of timm's pretrained_cfg, one JSON object per note, so that the settings
+# stay with the model through saving, loading and publishing
+
+_SETTINGS = {'p': (float, str, [float], None), 'protocol': {'size': int, 'kind': str}}
+
+
+def note_fitted(model: torch.nn.Module, kind: str, settings: dict[str, Any]) -> None:
+    """Keep in the model what a fit ('whitening' or 'p') belongs to, in place of an earlier one of its kind."""
+    notes = [note for note in _notes(model) if not note.startswith(f'{kind}: {{')]
+    notes.append(f'{kind}: {json.dumps(settings)}')
+    model.pretrained_cfg = model.default_cfg = {**model.pretrained_cfg, 'notes': notes}
+
+
+def fitted(model: torch.nn.Module, kind: str) -> dict[str, Any] | None:
+    """The settings that `note_fitted` kept, or None."""
+    note = next((note for note in _notes(model) if note.startswith(f'{kind}: {{')), None)
+    try:
+        settings = parse_json(note.partition(': ')[2]) if note else None
+        check_json(settings, {name: form for name, form in _SETTINGS.items() if name in (settings or ())}, kind)
+        return settings
+    except ValueError:
+        return None
+
+
+def whitened_for(model: torch.nn.Module) -> dict[str, Any]:
+    """Size and kind of the protocol that the model's whitening was fitted for, as arguments of a Protocol."""
+    settings = fitted(model, 'whitening') if getattr(model, 'whitened', False) else None
+    protocol = (settings or {}).get('protocol', {})
+    return {name: protocol[name] for name in ('size', 'kind') if name in protocol}
+
+
+def _notes(model: torch.nn.Module) -> list[str]:
+    notes = (getattr(model, 'pretrained_cfg', None) or {}).get('notes') or ()
+    return [str(note) for note in ([notes] if isinstance(notes, str) else notes)]

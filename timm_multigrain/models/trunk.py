@@ -1,5 +1,5 @@
-"""Any timm model as a trunk: created without classifier, with or without its pooling, its map, its sizes, its batch
-norms folded.
+"""Any timm model as a trunk: created without classifier, with or without its pooling, its map, its sizes, its
+configuration, its batch norms folded.
 """
 import copy
 import difflib
@@ -16,8 +16,11 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import nasnet
 
-__all__ = ['FeatureMap', 'InputSizes', 'create_trunk', 'find_input_sizes', 'fold_batch_norm', 'probe_trunk',
-           'sharing_copy']
+__all__ = [
+    'FeatureMap', 'InputSizes', 'create_trunk', 'find_input_sizes', 'fold_batch_norm', 'model_cfg', 'probe_trunk',
+    'sharing_copy']
+
+_KEPT = ('input_size', 'min_input_size', 'fixed_input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std')
 
 
 class FeatureMap(NamedTuple):
@@ -166,6 +169,25 @@ def _meta_forward(trunk: nn.Module, size: tuple[int, int]):
                 tie_weights=False)
     finally:
         trunk.train(training)
+
+
+def model_cfg(trunk_cfg: dict, **kwargs) -> dict:
+    """Configuration of a model on a trunk with this timm configuration, without weights unless given in ``kwargs``."""
+    first_conv = trunk_cfg.get('first_conv')
+    if isinstance(first_conv, str):
+        first_conv = f'trunk.{first_conv}'
+    elif first_conv is not None:
+        first_conv = tuple(f'trunk.{name}' for name in first_conv)
+    return {
+        'num_classes': 1000,
+        **{key: trunk_cfg[key] for key in _KEPT if trunk_cfg.get(key) is not None},
+        'first_conv': first_conv,
+        'classifier': 'head.fc',
+        'paper_name': 'MultiGrain: a unified image embedding for classes and instances',
+        'paper_ids': 'arXiv:1902.05509',
+        'origin_url': 'https://github.com/facebookresearch/multigrain',
+        **kwargs,
+    }
 
 
 # --- batch norms folded into the convolutions before them, for inference

@@ -18,14 +18,14 @@ import torch
 from safetensors.torch import load_file
 from timm.models import PretrainedCfg, build_model_with_cfg, get_pretrained_cfg_value, resolve_pretrained_cfg
 
-from timm_multigrain.files import file_sha256
+from timm_multigrain.files import check_json, file_sha256
 
 from .download import download, hub_errors
 
 __all__ = [
-    'CONFIG', 'SHA256', 'SSCD_CFG', 'WEIGHTS', 'UnreadableWeightsError', 'build_pretrained', 'checkpoint_filter_fn',
-    'is_multigrain', 'is_sscd', 'load_starting_weights', 'model_state', 'read_checkpoint', 'recognize_model',
-    'telling_line', 'unwrapped', 'weights_in']
+    'CONFIG', 'SHA256', 'SSCD_CFG', 'WEIGHTS', 'UnreadableWeightsError', 'build_pretrained', 'check_config',
+    'check_saved_args', 'checkpoint_filter_fn', 'is_multigrain', 'is_sscd', 'load_starting_weights', 'model_state',
+    'read_checkpoint', 'recognize_model', 'telling_line', 'unwrapped', 'weights_in']
 
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 SHA256 = 'weights_sha256'  # where config.json holds the hash of model.safetensors beside it
@@ -111,6 +111,55 @@ def telling_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     line = lines[1] if len(lines) > 1 and lines[0].startswith('Error(s) in loading') else lines[0]
     return (unpickling[1] if unpickling else line)[:200].rstrip('.:; ')
+
+
+# --- what a file says beside the weights
+
+# arguments that lead out of the file that they stand in
+_OUTSIDE = (
+    'pretrained', 'pretrained_cfg', 'pretrained_cfg_overlay', 'pretrained_trunk', 'checkpoint_path', 'cache_dir')
+_LARGEST = 4096  # pixels
+_SIZES = ('input_size', 'test_input_size', 'min_input_size')
+_POSITIVE = ('std', 'crop_pct', 'test_crop_pct')
+_FORM = {
+    **{key: [int] for key in _SIZES},
+    'mean': [float],
+    'std': [float],
+    **dict.fromkeys(('crop_pct', 'test_crop_pct'), float),
+    **dict.fromkeys(('interpolation', 'crop_mode', 'architecture', 'tag', 'license', 'description'), str),
+    'notes': (str, [str]),
+    'label_names': ([str], {str: str}),
+}
+
+
+def check_saved_args(args: Any) -> None:
+    """Whether the arguments that a file says its model is made with lead nowhere else; ValueError if they do."""
+    if args is None:
+        return
+    if not isinstance(args, dict):
+        raise ValueError(f'the arguments of the model are a {type(args).__name__}.')
+    trunk = args.get('trunk')
+    if trunk is not None and not (isinstance(trunk, str) and not {':', '/', '\\'} & set(trunk)):
+        raise ValueError(f'the trunk {trunk!r:.200} is not the name of a model of timm, and no other name in a file is '
+                         'followed.')
+    outside = next((name for name in _OUTSIDE if args.get(name)), None)
+    if outside is not None:
+        raise ValueError(f'{outside}={args[outside]!r:.200} leads out of the file, and is not followed: remove it.')
+
+
+def check_config(cfg: dict) -> None:
+    """Whether a model's configuration has the types that timm gives it; ValueError if not."""
+    for key in _FORM.keys() & {key for key, value in cfg.items() if value is not None}:
+        value = list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key]
+        check_json(value, _FORM[key], f'{key} of the configuration')
+        if key in _SIZES:
+            good = len(value) == 3 and all(0 < side <= _LARGEST for side in value)
+        elif key in _POSITIVE:
+            good = value and all(number > 0 for number in (value if key == 'std' else [value]))
+        else:
+            good = key != 'mean' or value
+        if not good or (isinstance(value, dict) and not all(row.isdecimal() for row in value)):
+            raise ValueError(f'{key} of the configuration is {value!r:.200}.')
 
 
 # --- state dicts

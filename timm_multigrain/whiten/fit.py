@@ -29,11 +29,11 @@ import torch.nn.functional as F
 from timm_multigrain.embed.extract import extract, skipped_lines
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.shards import Descriptors, iter_shards
+from timm_multigrain.files import json_p
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import l2_normalize
-from timm_multigrain.models.config import json_p, note_fitted
 from timm_multigrain.models.multigrain import MultiGrain
-from timm_multigrain.models.save import save_pretrained
+from timm_multigrain.models.save import note_fitted, save_pretrained
 
 from .pca import ROWS, StreamingPCA, oas_shrinkage
 

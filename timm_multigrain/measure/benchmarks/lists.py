@@ -69,23 +69,27 @@ class Layout:
         asked = listing.queries if alone else [e._replace(junk=[e.path]) for e in listing.gallery]
         found = self._find(folder, listing.gallery, asked, subset)
         gallery = [entry for entry in listing.gallery if entry.path in found]
-        within = any(entry.category for entry in gallery)  # each category is searched by itself
+        within = any(entry.category for entry in gallery)
+
+        def part(entry: Entry) -> str:  # that is searched by itself
+            return entry.category if within else ''
+
         by_path, by_wanted = {}, defaultdict(list)
         for place, entry in enumerate(gallery):
-            by_path[entry.path, within and entry.category] = place
-            by_wanted[entry.wanted, within and entry.category].append(place)
+            by_path[entry.path, part(entry)] = place
+            by_wanted[entry.wanted, part(entry)].append(place)
 
-        def places(paths: Iterable[str], category: str) -> np.ndarray:
-            keys = [(path, within and category) for path in paths]
-            return np.array([by_path[key] for key in keys if key in by_path], dtype=np.int64)
+        def places(query: Entry, paths: Iterable[str]) -> np.ndarray:
+            known = [by_path.get((path, part(query))) for path in paths]
+            return np.array([place for place in known if place is not None], dtype=np.int64)
 
         queries, relevant, ignore = [], [], []
         for entry in asked:
-            junk, right = places(entry.junk, entry.category), []
+            junk = places(entry, entry.junk)
             if entry.relevant is not None:
-                right = places(entry.relevant, entry.category)
-            elif entry.wanted:
-                right = np.array(by_wanted[entry.wanted, within and entry.category], dtype=np.int64)
+                right = places(entry, entry.relevant)
+            else:
+                right = by_wanted[entry.wanted, part(entry)] if entry.wanted else []
             right = np.setdiff1d(right, junk)
             if entry.path in found and len(right):
                 queries.append(entry)
@@ -100,7 +104,7 @@ class Layout:
         numbers = {label: number for number, label in enumerate(known)}
         return ListBenchmark(
             title, _images(gallery, found), _images(queries, found) if alone else None,
-            None if alone else np.concatenate([places([entry.path], entry.category) for entry in queries]),
+            None if alone else np.concatenate([places(entry, [entry.path]) for entry in queries]),
             layout=self, relevant=relevant, ignore=ignore,
             parts=np.array([entry.category for entry in queries]),
             categories=np.array([entry.category for entry in gallery]) if within else None,
