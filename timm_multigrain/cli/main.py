@@ -16,8 +16,8 @@ import timm_multigrain
 __all__ = ['main']
 
 COMMANDS = (
-    'demo', 'recipe', 'embed', 'evaluate', 'validate', 'whiten', 'adapt', 'tune-p', 'index', 'search', 'dedup', 'app',
-    'export', 'convert', 'publish')
+    'demo', 'recipe', 'embed', 'evaluate', 'validate', 'whiten', 'adapt', 'tune-p', 'index', 'search', 'dedup', 'map',
+    'app', 'export', 'convert', 'publish')
 _LONGEST_LINE = 1000
 
 
