@@ -238,7 +238,7 @@ class _Update:
             self._embed()
         if boxes is not None:
             update_regions(self.writer, self._opened, self.protocol, boxes, self.folders, **self.options)
-        after = Store(store.folder)
+        after = store if self.writer.state == store.state else Store(store.folder)  # a million images take 2 s
         report.images, report.regions, report.other, report.skipped = (
             len(after.ids), len(after.regions), scan.other, after.skipped_paths())
         report.unreadable = {os.fsdecode(path): reason for path, reason in scan.unreadable.items()}
@@ -285,7 +285,7 @@ class _Update:
         absent = gone | {row for path, row in known.items() if any(_below(path, folder) for folder in vanished)}
         by_hash, known_sizes = defaultdict(list), set(sizes.tolist())
         # the last of a list is taken first: the row of an absent file before one of an existing file
-        for row in sorted(range(len(hashes)), key=lambda row: (row in absent, row)):
+        for row in sorted(range(len(hashes)), key=lambda row: (row in absent, row)) if suspects else ():
             by_hash[hashes[row].tobytes()].append(row)
         for file in suspects:
             rows = by_hash.get(sha256_of(self._path(file))) if file.size in known_sizes else None

@@ -207,7 +207,7 @@ def _nearest_of_each(first: np.ndarray, second: np.ndarray, scores: np.ndarray, 
 
 
 def _read(vectors: np.ndarray, rows: np.ndarray | slice) -> torch.Tensor:
-    return torch.from_numpy(np.array(vectors[rows], dtype=np.float32))
+    return torch.from_numpy(np.require(vectors[rows], np.float32, 'W'))  # a copy only where it must be
 
 
 def _compare(vectors: np.ndarray, members: np.ndarray, visitors: np.ndarray, lowest: np.ndarray) -> Iterator[tuple]:
@@ -220,8 +220,9 @@ def _compare(vectors: np.ndarray, members: np.ndarray, visitors: np.ndarray, low
         for start in range(0, len(everyone), CHUNK):
             outside = everyone[start:start + CHUNK]
             scores = (_read(vectors, outside) @ b.T).numpy()
-            i, j = np.nonzero((scores >= np.minimum.outer(lowest[outside], lowest[inside]))
-                              & np.not_equal.outer(outside, inside))
+            i, j = np.nonzero(scores >= np.minimum.outer(lowest[outside], lowest[inside]))
+            different = outside[i] != inside[j]
+            i, j = i[different], j[different]
             yield outside[i], inside[j], scores[i, j]
 
 

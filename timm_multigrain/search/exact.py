@@ -127,8 +127,8 @@ def _top(scores: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """The k highest of each row with their columns, equal ones by column (torch.topk leaves their order open)."""
     if k >= scores.shape[1]:
         return scores.sort(dim=1, descending=True, stable=True)
-    values, columns = scores.topk(k, sorted=False)
-    shared = ((scores >= values.amin(1, keepdim=True)).sum(1) > k).nonzero()[:, 0]  # more than one for the last place
+    values, columns = scores.topk(k + 1)
+    shared, columns = (values[:, k - 1] == values[:, k]).nonzero()[:, 0], columns[:, :k]  # two for the last place
     columns[shared] = scores[shared].sort(dim=1, descending=True, stable=True).indices[:, :k]
     columns = columns.sort(dim=1).values
     values, order = scores.gather(1, columns).sort(dim=1, descending=True, stable=True)
