@@ -11,6 +11,7 @@ a copy of the index is updated, without a change and with 1,000 new pictures. Wh
 an interrupted run goes on where it stopped. A million images take up to 9 GB there, which nobody deletes.
 """
 import argparse
+import itertools
 import json
 import os
 import resource
@@ -284,11 +285,11 @@ def recall(found, truth) -> float:
 
 def measure_copies(folder: Path, clock) -> dict:
     """Everything that dedup does before and after looking at pictures, and FAISS searching for the same pairs."""
-    faiss, looked = import_faiss(), set()
+    faiss, looked = import_faiss(), itertools.count()
 
     class Search(CopySearch):
         def _alike(self, i: int, j: int) -> bool:
-            looked.add((min(i, j), max(i, j)))
+            next(looked)
             return bool(source[i] == source[j])
 
     index = Index.open(folder)
@@ -303,14 +304,13 @@ def measure_copies(folder: Path, clock) -> dict:
 
     timed('identical files, s', lambda: identical_rows(index))
     search = timed('whitening and thresholds, s', lambda: Search(index, None, FALSE_POSITIVES, look=True))
-    result['of them pairs to look at'] = len(looked)
     pairs = timed('pairs, s', search.pairs)
     groups = timed('groups, s', lambda: star_groups(pairs, np.arange(len(index))))
     copies = np.flatnonzero(source != np.arange(len(index)))
     good = source[pairs.first] == source[pairs.second]
     limits = search.thresholds
     result |= {
-        'own memory at the end, MiB': memory() - before, 'pairs to look at in all': len(looked),
+        'own memory at the end, MiB': memory() - before, 'pairs of pictures to look at': next(looked),
         'certain and possible from': f'{limits.certain:.3f}, {limits.possible:.3f}', 'groups': len(groups),
         'copies found, %': 100 * len(np.intersect1d(pairs.rows(), copies)) / len(copies),
         'of all pairs that are of copies, %': 100 * float(good.mean())}

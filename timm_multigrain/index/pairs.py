@@ -169,14 +169,14 @@ def near_pairs(
     if exhaustive is False or (exhaustive is None and len(rows) > EXHAUSTIVE_UP_TO):
         complete, groups = _cells(vectors, rows, threshold, probes)
     lowest = np.full(len(vectors), threshold, dtype=np.float32)
-    found, count = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))], 0
+    found, count, kept = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))], 0, 0
     for members, visitors in groups:
         for pairs in _compare(vectors, members, visitors, lowest):
             found.append(pairs)
             count += len(pairs[0])
-            if neighbours and count > MAX_PAIRS // 10:
+            if neighbours and count > MAX_PAIRS // 10 + 2 * kept:  # sorted seldom, also where most of them stay
                 found = [_nearest_of_each(*_once(found, len(vectors)), neighbours, lowest)]
-                count = len(found[0][0])
+                count = kept = len(found[0][0])
             if count > MAX_PAIRS:
                 raise ValueError(f'More than {MAX_PAIRS:,} pairs have a similarity of {threshold:.3f} or more: raise '
                                  'the threshold.')
