@@ -24,7 +24,7 @@ import torch
 import yaml
 
 from timm_multigrain import Protocol, evaluate, open_images, open_model, register_multigrain
-from timm_multigrain.demo.measuring import KINDS, EditedCopies, copy_map
+from timm_multigrain.demo.measuring import KINDS, EditedCopies, copy_ap
 from timm_multigrain.embed.embedder import embed_images, in_order
 from timm_multigrain.files import write_text
 from timm_multigrain.images.copies import COPY_TRANSFORMS
@@ -168,8 +168,8 @@ def measure(args: argparse.Namespace, data: Path, checkpoint: Path | None) -> di
     figures |= {name: found[name] for name in ('recall1', 'map')}
     vectors, _ = _embed(model, EditedCopies(Subset(images, range(0, len(images), 12))), protocol)
     similarity, kinds = vectors[::len(KINDS)] @ vectors.T, range(1, len(KINDS))
-    figures['copies'] = copy_map(similarity, kinds)
-    figures |= {KINDS[kind]: copy_map(similarity, [kind]) for kind in kinds}
+    figures['copies'] = copy_ap(similarity, kinds).mean()
+    figures |= {KINDS[kind]: copy_ap(similarity, [kind]).mean() for kind in kinds}
     if args.ukbench:
         figures['ukbench'] = ukbench_score(model, args.ukbench, protocol)
     if args.paris:

@@ -89,7 +89,7 @@ def _measure(args, name: str, pictures) -> list[str]:
     torch.serialization.add_safe_globals([argparse.Namespace])
     state = torch.load(checkpoint, weights_only=True).get('task_state')
     beta = f'{state["instance_loss"]["beta"].item():.3f}' if state else '–'
-    return [f'{found["top1"]:.1f}', f'{found["top5"]:.1f}', f'{scores.copy_map:.1f}', *kinds, beta]
+    return [f'{found["top1"]:.1f}', f'{found["top5"]:.1f}', f'{scores.copy_ap.mean():.1f}', *kinds, beta]
 
 
 def _read(summary: Path) -> list[dict]:

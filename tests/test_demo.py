@@ -11,8 +11,9 @@ from timm.data import create_dataset
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.demo import pictures as drawing
-from timm_multigrain.demo.measuring import KINDS, copy_map, measure
+from timm_multigrain.demo.measuring import KINDS, Scores, copy_ap, measure
 from timm_multigrain.demo.pictures import CLASSES, draw_picture, make_collection
+from timm_multigrain.demo.run import _gallery
 from timm_multigrain.demo.training import TrainSettings, open_pictures, protocol_of, train_model
 from timm_multigrain.images.copies import make_copies
 from timm_multigrain.task import MultiGrainTask
@@ -93,23 +94,26 @@ def demo(*args):
 def test_end_to_end(tmp_path, capsys):
     pytest.importorskip('matplotlib')
     out = tmp_path / 'out'
-    args = ('--data-dir', make_folder(tmp_path / 'my pictures', count=12), '-o', out, '--epochs', 2, '--img-size', 32,
-            '--batch-size', 12)
+    args = ('--data-dir', make_folder(tmp_path / 'my pictures', count=6), '-o', out, '--epochs', 2, '--img-size', 32,
+            '--batch-size', 12, '--seeds', 2)
     assert demo(*args) == 0
     shown = capsys.readouterr().out
     results = json.loads((out / 'results.json').read_text())
-    assert results['train_pictures'] == results['val_pictures'] == 24
-    for name, scores in results['scores'].items():
-        assert re.search(rf'^{re.escape(name)} +{scores["top1"]:.1f} +{scores["copy_map"]:.1f}$', shown, re.MULTILINE)
+    assert results['train_pictures'] == results['val_pictures'] == 12
+    for name, runs in results['scores'].items():
+        assert [run['seed'] for run in runs] == [0, 1]
+        top1, copies = ([run[column] for run in runs] for column in ('top1', 'copy_map'))
+        cells = [rf'{sum(x) / 2:.1f} ± {abs(x[0] - x[1]) / 2 ** 0.5:.1f}' for x in (top1, copies)]
+        assert re.search(rf'^{re.escape(name)} +{cells[0]} +{cells[1]}$', shown, re.MULTILINE)
     page = (out / 'index.html').read_text()
-    assert page.count('<svg') > 3 and page.count('<article') == 6
+    assert page.count('<svg') > 3 and page.count('<article') == 5
     model = timm.create_model(f'local-dir:{out / "model"}', pretrained=True).eval()
     assert model.num_classes == 2 and model.pretrained_cfg['label_names'] == ['cat', 'dog']
     pictures = open_pictures(tmp_path / 'my pictures')  # the saved model measures the same, by its own configuration
     protocol = protocol_of(model, TrainSettings(img_size=model.pretrained_cfg['input_size'][1]))
     again = measure(model, pictures.val, protocol, workers=0)
-    joint = results['scores']['joint (MultiGrain)']
-    assert (again.top1, again.copy_map) == pytest.approx((joint['top1'], joint['copy_map']))
+    joint = results['scores']['joint (MultiGrain)'][-1]
+    assert (again.top1, again.copy_ap.mean()) == pytest.approx((joint['top1'], joint['copy_map']))
     first = contents(out / 'model')
     assert demo(*args) == 0  # the same seed gives the same weights
     assert json.loads((out / 'results.json').read_text()) == results and contents(out / 'model') == first
@@ -160,18 +164,29 @@ def test_measure_against_plain_loops(tmp_path):
                     hits += 1
             values.append(precision)
     assert scores.top1 == pytest.approx(100 * right / 6)
-    assert scores.copy_map == pytest.approx(100 * np.mean(ap[range(1, 9)]))
+    assert scores.copy_ap == pytest.approx(100 * np.array(ap[range(1, 9)]))
     assert scores.copy_map_of[KINDS[2]] == pytest.approx(100 * np.mean(ap[2,]))
 
 
-def test_copy_map_by_hand():
+def test_first_example_is_the_median(tmp_path):
+    pictures = open_pictures(make_folder(tmp_path, count=3))
+    before, after = [50, 20, 90, 40, 10], [60, 90, 70, 45, 40]  # gains 10, 70, -20, 5, 30
+    similarity, predictions = torch.rand(5, 5 * len(KINDS)), torch.zeros(5, dtype=torch.int64)
+    scores = {name: Scores(0., np.array(ap, dtype=float), {}, similarity, predictions)
+              for name, ap in (('classification only', before), ('joint', after))}
+    found = [[answer.prediction for answer in query.answers] for query in _gallery(pictures, scores)]
+    assert [int(re.search(r'(\d+) %', first)[1]) for first, _ in found] == [50, 90, 40, 10, 20]
+    assert [int(re.search(r'(\d+) %', second)[1]) for _, second in found] == [60, 70, 45, 40, 90]
+
+
+def test_copy_ap_by_hand():
     """All copies of three pictures found; then one copy of the first behind the 18 images of the others."""
     similarity = torch.zeros(3, 27)
     for q in range(3):
         similarity[q, 9 * q:9 * q + 9] = 1
-    assert copy_map(similarity, range(1, 9)) == 100
+    assert (copy_ap(similarity, range(1, 9)) == 100).all()
     similarity[0, 8] = -1
-    assert copy_map(similarity, [8]) == pytest.approx(100 * ((0 / 18 + 1 / 19) / 2 + 2) / 3)
+    assert copy_ap(similarity, [8]) == pytest.approx(100 * np.array([(0 / 18 + 1 / 19) / 2, 1, 1]))
 
 
 def break_one(root):
@@ -196,11 +211,12 @@ def test_folders_it_cannot_use(tmp_path, capsys, make, message):
 
 @pytest.mark.parametrize('args, message', [
     (('--num-repeats', 1), 'num_repeats=1 with classif_weight=0.5'),
-    (('--batch-size', 2), 'num_repeats is 3, and batch_size 2'),
+    (('--batch-size', 1), 'num_repeats is 2, and batch_size 1'),
     (('--batch-size', 480), 'no full batch of 480'),
     (('--img-size', 0), 'img_size is 0: give at least 32'),
     (('--lr', 'nan'), 'lr is nan'),
-    (('--model', 'resnet18'), "'resnet18' is not a MultiGrain model"),
+    (('--model', 'resnet17'), 'resnet17 is neither a folder'),
+    (('--seeds', 0), 'seeds is 0: give at least 1'),
 ])
 def test_settings_it_cannot_use(tmp_path, capsys, args, message):
     data = make_folder(tmp_path / 'data')

@@ -1,6 +1,6 @@
 """The demo's measurements: top-1 of the held-out pictures, and mAP of finding their edited copies among all of them."""
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,7 +13,7 @@ from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.measure.metrics import mean_average_precision
 from timm_multigrain.models import MultiGrain
 
-__all__ = ['KINDS', 'EditedCopies', 'Scores', 'copy_map', 'measure']
+__all__ = ['KINDS', 'EditedCopies', 'Scores', 'copy_ap', 'measure']
 
 KINDS = ('original', *COPY_TRANSFORMS)
 
@@ -34,19 +34,18 @@ class EditedCopies(ImageSource):
         return make_copies(picture, [KINDS[kind]])[KINDS[kind]] if kind else picture
 
 
-@dataclass(frozen=True)
-class Scores:
+class Scores(NamedTuple):
     """Measurements of one model on held-out pictures.
 
     Attributes:
         top1: Per cent classified right.
-        copy_map: mAP in per cent of finding all edited copies of a picture among all pictures and copies.
-        copy_map_of: The same for each kind of copy alone.
+        copy_ap: (pictures,) AP in per cent of finding all edited copies of a picture among all pictures and copies.
+        copy_map_of: Its mean for each kind of copy alone.
         similarity: (pictures, pictures * kinds) cosine similarities, database in the order picture, kind.
         predictions: (pictures,) predicted classes.
     """
     top1: float
-    copy_map: float
+    copy_ap: np.ndarray
     copy_map_of: dict[str, float]
     similarity: torch.Tensor
     predictions: torch.Tensor
@@ -59,12 +58,12 @@ def measure(model: MultiGrain, pictures: ImageSource, protocol: Protocol, worker
     similarity = vectors[::len(KINDS)] @ vectors.T
     top1 = (predictions == torch.tensor(pictures.labels)).double().mean().item()
     kinds = range(1, len(KINDS))
-    return Scores(100 * top1, copy_map(similarity, kinds), {KINDS[k]: copy_map(similarity, [k]) for k in kinds},
-                  similarity, predictions)
+    of_kind = {KINDS[k]: copy_ap(similarity, [k]).mean() for k in kinds}
+    return Scores(100 * top1, copy_ap(similarity, kinds), of_kind, similarity, predictions)
 
 
-def copy_map(similarity: torch.Tensor, wanted: Sequence[int]) -> float:
-    """mAP in per cent of these kinds of copies; the query and its other copies are left out of its list.
+def copy_ap(similarity: torch.Tensor, wanted: Sequence[int]) -> np.ndarray:
+    """AP in per cent of these kinds of copies, (pictures,); the query and its other copies are left out of its list.
 
     Args:
         similarity: (pictures, pictures * kinds), the database in the order of `EditedCopies`.
@@ -72,4 +71,4 @@ def copy_map(similarity: torch.Tensor, wanted: Sequence[int]) -> float:
     """
     others = np.setdiff1d(np.arange(len(KINDS)), list(wanted))
     base = np.arange(len(similarity))[:, None] * len(KINDS)
-    return 100 * mean_average_precision(similarity, list(base + list(wanted)), list(base + others)).map
+    return 100 * mean_average_precision(similarity, list(base + list(wanted)), list(base + others)).ap

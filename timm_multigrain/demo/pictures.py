@@ -8,8 +8,7 @@ import colorsys
 import json
 import math
 import os
-import shutil
-import uuid
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -175,7 +174,7 @@ def draw_picture(name: str, size: int, rng: Rng) -> Image.Image:
 
 
 def make_collection(
-        root: str | os.PathLike, train_per_class: int = 130, val_per_class: int = 34, size: int = 112, seed: int = 0,
+        root: str | os.PathLike, train_per_class: int = 260, val_per_class: int = 34, size: int = 112, seed: int = 0,
 ) -> Path:
     """Draw {train,val}/<class>/<name>.jpg, or reuse them; the folder appears when it is complete.
 
@@ -189,15 +188,14 @@ def make_collection(
         if manifest.is_file() and json.loads(manifest.read_bytes()) == settings:
             return root
         raise ValueError(f'{root} holds other things than the pictures to draw: delete it, or name another folder.')
-    unfinished = root.parent / f'.{root.name}-{uuid.uuid4().hex[:8]}'
     todo = [(split, name, i) for split in counts for name in CLASSES for i in range(counts[split])]
-    try:
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f'.{root.name}-', dir=root.parent) as folder:
+        unfinished = Path(folder, root.name)
         for split, name, i in tqdm(todo, desc='Drawing pictures', unit='picture', disable=None):
             (unfinished / split / name).mkdir(parents=True, exist_ok=True)
             rng = np.random.default_rng([seed, split == 'val', list(CLASSES).index(name), i])
             draw_picture(name, size, rng).save(unfinished / split / name / f'{name}_{i:04d}.jpg', quality=90)
         write_text(unfinished / MANIFEST, json.dumps(settings))
         os.rename(unfinished, root)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
     return root

@@ -18,13 +18,12 @@ from .training import Pictures, TrainSettings, open_pictures, protocol_of, train
 
 __all__ = ['run_demo']
 
-QUERIES = 6
+SHARES = (0.5, 0.1, 0.3, 0.7, 0.9)  # which queries are shown, of those in the order of their gain by the joint model
 NEIGHBORS = 8  # as many as there are copies
 INTRO = (
-    'Two models of the same kind, trained from scratch from the same seed, on the same pictures and augmentations, for '
-    'the same number of steps. One learns the classes only; the other, MultiGrain, also that augmented copies of '
-    'a picture belong together. Each is asked for the class of held-out pictures, and to find edited copies of a '
-    'held-out picture among all held-out pictures and their copies.')
+    'Two kinds of model, trained from scratch from the same seeds, on the same pictures and augmentations, in the same '
+    'number of steps. One learns the classes only; the other, MultiGrain, also that augmented copies of a picture '
+    'belong together. Each is asked for the class of held-out pictures, and for edited copies of them among all.')
 
 
 def run_demo(
@@ -33,11 +32,11 @@ def run_demo(
         data_dir: str | os.PathLike | None = None,
         command: str = '',
 ) -> Table:
-    """Train classification-only and joint models, compare them, save the joint one and write the page.
+    """Train classification-only and joint models, compare them, save a joint one and write the page.
 
     Args:
         output: Folder for index.html, the model and results.json.
-        settings: The joint model's training; the other one differs in lambda = 1 only.
+        settings: The joint models' trainings; the others differ in lambda = 1 only.
         data_dir: Image folder with train/ and val/; None draws a picture collection below ``output``.
         command: Shown on the page.
 
@@ -49,32 +48,37 @@ def run_demo(
 
     output = Path(output)
     pictures = open_pictures(make_collection(output / 'pictures') if data_dir is None else data_dir)
-    runs = {'classification only': dataclasses.replace(settings, classif_weight=1.0), 'joint (MultiGrain)': settings}
-    scores, curves = {}, {}
-    for name, run in runs.items():
-        model, history = train_model(name, pictures, run)
-        protocol = protocol_of(model, run)
-        scores[name] = measure(model, pictures.val, protocol, run.workers)
-        curves[name] = _curves(history, run.epochs)
+    lambdas = {'classification only': 1.0, 'joint (MultiGrain)': settings.classif_weight}
+    found, scores, curves = {name: [] for name in lambdas}, {}, {}
+    for seed in range(settings.seed, settings.seed + settings.seeds):
+        for name, classif_weight in lambdas.items():
+            run = dataclasses.replace(settings, classif_weight=classif_weight, seed=seed)
+            model, history = train_model(f'{name}, seed {seed}', pictures, run)
+            protocol = protocol_of(model, run)
+            scores[name] = s = measure(model, pictures.val, protocol, run.workers)
+            curves[name] = _curves(history, run.epochs)
+            found[name].append({'seed': seed, 'top1': s.top1, 'copy_map': s.copy_ap.mean(), **s.copy_map_of})
     save_pretrained(model, output / 'model', pictures.class_names, {
         'input_size': (3, protocol.size, protocol.size), 'crop_pct': protocol.crop_pct,
         'interpolation': protocol.interpolation, 'mean': protocol.mean, 'std': protocol.std})
-    found = {name: {'top1': s.top1, 'copy_map': s.copy_map, 'copy_map_of': s.copy_map_of} for name, s in scores.items()}
     write_text(output / 'results.json', json.dumps({
         'settings': dataclasses.asdict(settings), 'train_pictures': len(pictures.train),
         'val_pictures': len(pictures.val), 'scores': found}, indent=2))
-    table = _table('Classes and copies of held-out pictures', {
-        name: {'top-1 (%)': s.top1, 'copy mAP (%)': s.copy_map} for name, s in scores.items()})
-    by_kind = _table('mAP (%) of each kind of copy alone', {name: s.copy_map_of for name, s in scores.items()})
+    table = _table('Classes and copies of held-out pictures', {'top1': 'top-1 (%)', 'copy_map': 'copy mAP (%)'}, found)
+    by_kind = _table('mAP (%) of each kind of copy alone', {kind: kind for kind in COPY_TRANSFORMS}, found)
     write_report(output / 'index.html', 'MultiGrain demo', INTRO, [table, by_kind], curves, _gallery(pictures, scores),
                  _notes(pictures, settings, output / 'model'), command, curves_x='epoch')
     return table
 
 
-def _table(title: str, rows: dict[str, dict[str, float]]) -> Table:
-    headers = list(next(iter(rows.values())))
-    return Table(['Model', *headers], [[name, *row.values()] for name, row in rows.items()],
-                 headers, title)
+def _table(title: str, columns: dict[str, str], found: dict[str, list[dict[str, float]]]) -> Table:
+    """Means over the seeds, with standard deviations where there are several."""
+    def cell(values: list[float]) -> str:
+        spread = f' ± {np.std(values, ddof=1):.1f}' if len(values) > 1 else ''
+        return f'{np.mean(values):.1f}{spread}'
+
+    rows = [[name, *(cell([run[column] for run in runs]) for column in columns)] for name, runs in found.items()]
+    return Table(['Model', *columns.values()], rows, title=title)
 
 
 def _curves(history: dict[str, list[float]], epochs: int) -> dict[str, tuple[list[float], list[float]]]:
@@ -89,7 +93,7 @@ def _curves(history: dict[str, list[float]], epochs: int) -> dict[str, tuple[lis
 
 
 def _gallery(pictures: Pictures, scores: dict[str, Scores]) -> Iterator[Query]:
-    """Evenly spaced queries: not chosen for their results."""
+    """The query of median gain, then others from little gain to much."""
     copies, classes = EditedCopies(pictures.val), [pictures.class_names[label] for label in pictures.val.labels]
 
     def neighbor(query: int, index: int, similarity: float) -> Neighbor:
@@ -97,27 +101,28 @@ def _gallery(pictures: Pictures, scores: dict[str, Scores]) -> Iterator[Query]:
         relation = 'copy' if number == query else 'class' if classes[number] == classes[query] else 'other'
         return Neighbor(copies.load(index), similarity, f'{classes[number]}, {KINDS[kind]}', relation)
 
-    spacing = max(1, len(classes) // QUERIES)
-    for query in range(spacing // 2, len(classes), spacing)[:QUERIES]:
-        answers = []
+    before, joint = (score.copy_ap for score in scores.values())
+    order = np.argsort(joint - before, kind='stable')
+    for share in SHARES:
+        query, answers = int(order[int(share * len(order))]), []
         for name, score in scores.items():
             similarity = score.similarity[query].clone()
             similarity[query * len(KINDS)] = -2.  # the query itself
             nearest = similarity.topk(min(NEIGHBORS, len(similarity) - 1)).indices.tolist()
             predicted = pictures.class_names[score.predictions[query]]
             answers.append(Answer(name, [neighbor(query, index, similarity[index].item()) for index in nearest],
-                                  f'predicted class: {predicted}'))
-        yield Query(pictures.val.load(query), classes[query], answers)
+                                  f'average precision {score.copy_ap[query]:.0f} %, predicted class: {predicted}'))
+        yield Query(pictures.val.load(query), f'{classes[query]}, more gain than {share:.0%} of the queries', answers)
 
 
 def _notes(pictures: Pictures, settings: TrainSettings, model_dir: Path) -> list[str]:
     return [
         f'{len(pictures.train)} training and {len(pictures.val)} held-out pictures of {len(pictures.class_names)} '
-        'classes.',
-        f'{settings.model} at {settings.img_size} pixels, {settings.epochs} epochs, batches of {settings.batch_size} '
-        f'({settings.num_repeats} augmented copies of a picture in both trainings), seed {settings.seed}. Joint: '
+        f'classes. {settings.model} at {settings.img_size} pixels, {settings.epochs} epochs, batches of '
+        f'{settings.batch_size} with {settings.num_repeats} augmented copies of a picture in both trainings. Joint: '
         f'lambda {settings.classif_weight}, margin loss with {settings.sampling!r} negatives.',
+        f'Mean ± standard deviation over {settings.seeds} seeds from {settings.seed} on; the rest is of the last one.',
         f'Copy mAP: every held-out picture is a query; its {len(COPY_TRANSFORMS)} edited copies are to be found among '
-        'all held-out pictures and all their copies, the query itself left out.',
+        'all held-out pictures and all their copies, itself left out. No example is chosen: the first is the median.',
         f"Load the joint model: import timm_multigrain; timm.create_model('local-dir:{model_dir}', pretrained=True)",
     ]

@@ -2,10 +2,9 @@
 import math
 import os
 from collections import defaultdict
-from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
-import timm
 import torch
 from timm.data import ImageDataset
 from timm.optim import create_optimizer_v2
@@ -19,6 +18,7 @@ from timm_multigrain.images.labels import find_classes
 from timm_multigrain.images.sources import EXTENSIONS, ImageFiles, printable
 from timm_multigrain.loss import TripletSampler, create_sampler
 from timm_multigrain.models import MultiGrain
+from timm_multigrain.models.open import open_model
 from timm_multigrain.task import MultiGrainTask
 
 __all__ = ['Pictures', 'TrainSettings', 'open_pictures', 'protocol_of', 'train_model']
@@ -26,32 +26,32 @@ __all__ = ['Pictures', 'TrainSettings', 'open_pictures', 'protocol_of', 'train_m
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """What a training depends on, as the flags of the command say it; copies of a picture count as samples."""
-    model: str = 'multigrain_resnet18'
+    """What trainings depend on, as the flags of the command say it; copies of a picture count as samples."""
+    model: str = 'multigrain_test_resnet'
     img_size: int = 64
-    epochs: int = 16
+    epochs: int = 12
     batch_size: int = 48
-    num_repeats: int = 3
+    num_repeats: int = 2
     classif_weight: float = 0.5
     sampling: str = 'row'
-    lr: float = 1e-3
-    seed: int = 0
+    lr: float = 3e-3
+    seed: int = 0  # of the first of several trainings
+    seeds: int = 3
     workers: int = 2
 
     def __post_init__(self):
-        for name, least in (('img_size', 32), ('epochs', 1), ('batch_size', 1), ('workers', 0)):
+        for name, least in (('img_size', 32), ('epochs', 1), ('batch_size', 1), ('seeds', 1), ('workers', 0)):
             if getattr(self, name) < least:
                 raise ValueError(f'{name} is {getattr(self, name)}: give at least {least}.')
         if not 0 < self.lr < math.inf:
             raise ValueError(f'lr is {self.lr}: give a finite number above 0, such as 0.001.')
 
 
-@dataclass(frozen=True)
-class Pictures:
+class Pictures(NamedTuple):
     """Training pictures (timm's dataset, without a transform), and held-out ones of the same classes."""
     train: ImageDataset
     val: ImageFiles
-    class_names: Sequence[str]
+    class_names: list[str]
 
 
 def open_pictures(root: str | os.PathLike) -> Pictures:
@@ -92,9 +92,7 @@ def train_model(
         The model in eval mode, and the value of each quantity at each step.
     """
     random_seed(settings.seed)
-    model = timm.create_model(settings.model, num_classes=len(pictures.class_names))
-    if not isinstance(model, MultiGrain):
-        raise ValueError(f"{settings.model!r} is not a MultiGrain model: timm.list_models('multigrain*') lists them.")
+    model = open_model(settings.model, pretrained=False, num_classes=len(pictures.class_names))
     model.to(memory_format=torch.channels_last)
     # negatives from a generator of their own: the global one gives every objective the same augmentations
     sampler = sampler or create_sampler(
