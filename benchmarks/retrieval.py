@@ -19,6 +19,8 @@ from timm_multigrain.images.sources import find_images
 from timm_multigrain.measure.benchmarks import load_benchmark
 from timm_multigrain.measure.benchmarks.groups import Groups
 from timm_multigrain.measure.metrics import mean_average_precision
+from timm_multigrain.search.exact import SimilarityChunks
+from timm_multigrain.search.local import FeaturesOf, LocalDescriber, VerifiedChunks
 from timm_multigrain.search.rerank import RerankedChunks, alpha_query_expansion, database_augmentation
 from timm_multigrain.whiten.fit import matching_pairs, with_constant
 
@@ -36,6 +38,7 @@ def main() -> None:
     add('--seeds', nargs='+', type=int, default=[0, 1, 2])
     add('--random', action='store_true', help='also the network with random weights')
     add('--layers', nargs='*', type=int, default=[], help='also the maps of these stages, as timm numbers them')
+    add('--local', action='store_true', help='also verified by details')
     add('--work-dir', type=Path, required=True)
     args = parser.parse_args()
     model = open_model(args.model, p=args.p)
@@ -44,8 +47,9 @@ def main() -> None:
         torch.manual_seed(0)
         systems['random weights'] = open_model(model.trunk_name, p=args.p, pretrained=False, pool='gem')
     if args.data:
-        print(f'| set | descriptor | size | {" | ".join(["first ranking", *REFINEMENTS])} | re-ranked queries |')
-        print('|---|---|---|' + '---|' * (len(REFINEMENTS) + 2))
+        columns = ['first ranking', *REFINEMENTS, *VERIFIED * args.local, 're-ranked queries']
+        print(f'| set | descriptor | size | {" | ".join(columns)} |')
+        print('|---|---|---|' + '---|' * len(columns))
     for given in args.data:
         kind, folder, *truth = given.split(':')
         benchmark = copies_of(Path(folder), args.work_dir) if kind == 'copies' else load_benchmark(
@@ -119,6 +123,7 @@ def refined(k: int, qe: bool = True, dba: bool = True):
 REFINEMENTS = {
     'QE k=3': refined(3, dba=False), 'DBA k=3': refined(3, qe=False), 'both k=3': refined(3), 'both k=9': refined(9),
     'SuperGlobal': superglobal, 'rerank 3': 3, 'rerank 9': 9, 'rerank auto': 'auto'}
+VERIFIED = ['local', 'local after rerank auto']
 
 
 def print_refinements(benchmark, name: str, model: torch.nn.Module, protocol: Protocol, args) -> None:
@@ -154,6 +159,12 @@ def print_refinements(benchmark, name: str, model: torch.nn.Module, protocol: Pr
             chunks = RerankedChunks(queries, database, rows, refine)
             gains.append(measured(torch.cat(list(chunks), 1)) - first)
             done = sum(agreement >= 0.5 for agreement in chunks.agreements)
+    if args.local:
+        describer = LocalDescriber(model, protocol, workers=0).fit(benchmark.database)
+        details = FeaturesOf(describer, benchmark.database)
+        asked = details(rows.tolist()) if benchmark.queries is None else list(describer.describe(benchmark.queries))
+        for scores in (SimilarityChunks(queries, database), RerankedChunks(queries, database, rows)):
+            gains.append(measured(torch.cat(list(VerifiedChunks(scores, asked, details)), 1)) - first)
     print(f'| {benchmark.title} | {name} | {protocol.size} | {first:.1f} | '
           f'{" | ".join(f"{gain:+.1f}" for gain in gains)} | {done} of {len(queries)} |', flush=True)
 

@@ -21,6 +21,7 @@ from timm_multigrain.measure.benchmarks import BENCHMARKS, load_benchmark
 from timm_multigrain.measure.evaluate import add_whitened, evaluate
 from timm_multigrain.measure.metrics import clustering_nmi
 from timm_multigrain.measure.results import BenchmarkResult, Metric, SystemResult
+from timm_multigrain.search.local import LocalDescriber, match_images
 from timm_multigrain.search.rerank import RerankedChunks
 from timm_multigrain.whiten.fit import fit_whitening
 
@@ -241,6 +242,17 @@ def test_after_the_first_ranking(model, pictures):
     chunks = RerankedChunks(vectors, vectors, torch.arange(len(vectors)), 2)
     assert values(result) == figures_of(benchmark, torch.cat(list(chunks), 1))
     assert result.metrics[0].protocol.endswith('enlarged, re-ranking k=2') and '12 of 12 queries' in str(result)
+    result = evaluate(model, benchmark, protocols=PROTOCOL, rerank=2, local=5, workers=0)
+    details = list(LocalDescriber(model, PROTOCOL, workers=0).fit(benchmark.database).describe(benchmark.database))
+    scores = torch.cat(list(chunks), 1)
+    for query, row in enumerate(scores):
+        for number in row.topk(5).indices.tolist():
+            row[number] += min(50, len(match_images(details[query], details[number]))) / 50
+    assert values(result) == figures_of(benchmark, scores)
+    assert result.metrics[0].protocol.endswith('re-ranking k=2, first 5 verified by details')
+    for options, message in (({'local': 0}, 'local=0: give'), ({'local': 1, 'distractors': 'x'}, 'distractors out')):
+        with pytest.raises(ValueError, match=message):
+            evaluate(model, benchmark, protocols=PROTOCOL, **options)
     with pytest.raises(ValueError, match='leave qe and dba out'):
         evaluate(model, benchmark, protocols=PROTOCOL, rerank='auto', qe=(2, 3.))
 

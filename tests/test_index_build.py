@@ -394,7 +394,13 @@ def test_commands(pictures, model_folder, tmp_path, capsys, monkeypatch):
     assert 'Re-ranked by 3 neighbours: 1 of 1 queries' in err
     found = json.loads(out)
     assert [hit['rank'] for hit in found] == [1, 2] and {'query', 'path', 'score', 'classes'} <= found[0].keys()
+    page.unlink()
+    assert main(['search', index, queries[0], '--crop', '0,0,50,50', '--html', str(page), '--local', '3']) == 0
+    counts = [int(line.split()[2]) if 'details' in line else -1 for line in capsys.readouterr().out.splitlines()[1:]]
+    assert len(counts) == 8 and max(counts) == counts[0] and counts.count(-1) == 5 == counts[3:].count(-1)
+    assert page.read_text(encoding='utf-8').count('details in common') == 3
     for arguments, message in [
+            ([index, queries[0], '--local', '0'], 'local=0: give a number of images to verify'),
             ([index, 'nothing.png'], 'nothing.png: no such file'),
             ([str(tmp_path / 'no'), queries[0]], 'was not found'),
             ([index, queries[0], '--class', 'x'], 'does not know the class')]:

@@ -9,6 +9,7 @@ import re
 import sys
 import urllib.parse
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import numpy as np
@@ -22,6 +23,7 @@ from timm_multigrain.index.records import Record
 from timm_multigrain.report import collection, report
 from timm_multigrain.report.collection import search_json, search_table, write_copies_page, write_search_page
 from timm_multigrain.report.report import Answer, Neighbor, Query, Table, write_report
+from timm_multigrain.search.local import Match
 
 VOID = {'meta', 'br', 'img', 'wbr'}
 NASTY = '<script>alert("1\')</script> & {{ x }} {% y %} $x_{\x00\n\x1b[31m\u202e\udc80'
@@ -217,6 +219,13 @@ def test_search_page(tmp_path, found):
     assert len(results) == 2 and shown.size == again.size == (40, 30)
     assert np.allclose(shown.getpixel((30, 8)), (255, 0, 0), atol=30)  # inside of the part
     assert np.allclose(shown.getpixel((5, 25)), (255, 153, 153), atol=30)  # outside, dimmed
+    points = np.array([[0, 0], [40, 30]], dtype=np.float32)
+    matched = [replace(hit, match=Match(points, points)) for hit in found]
+    page = Page(write_search_page(tmp_path / 'page.html', 'i', [query], [matched], (0, 0, 9, 9)))
+    assert page.text.count('2 details in common') == 3 and len(page.pictures()) == 3
+    pair = page.pictures()[2]  # the part of the red query, and the blue picture
+    assert pair.size == (800, 400) and np.allclose(pair.getpixel((200, 350)), (255, 0, 0), atol=30)
+    assert np.allclose(pair.getpixel((500, 250)), (0, 0, 255), atol=30)
     gone = Page(write_search_page(tmp_path / 'page.html', 'i', [found[2].path], [found], (0, 0, 9, 9)))
     assert 'to 1 picture.' in gone.text and len(gone.pictures()) == 2
 
@@ -226,6 +235,9 @@ def test_search_text(found):
     lines = search_table([query, query], [found, []]).splitlines()
     assert lines[0] == f'{query}:' and lines[1] == f'   1   1.000  <i>\\x1b 25 %  {query}'
     assert lines[2].endswith(r'<b>\n\udc80.png') and lines[-1] == '  nothing found'
+    verified = replace(found[0], match=Match(np.ones((2, 2)), np.ones((2, 2))))
+    assert '   2 details  <i>' in search_table([query], [[verified]])
+    assert [hit['details'] for hit in search_json([query], [[verified, found[1]]])] == [2, None]
     first, second, _ = search_json([query], [found])
     assert (first['query'], first['rank'], first['classes']) == (query, 1, [['<i>\x1b', 0.25]])
     assert second['path'] == found[1].path and second['bytes'] == 2_500_000

@@ -40,6 +40,13 @@ def add_rerank(add: Callable) -> None:
              'only where they are not a matter of chance; what was chosen is printed')
 
 
+def add_local(add: Callable) -> None:
+    """--local, by `add` of a parser or of a group."""
+    add('--local', nargs='?', const=100, type=int, metavar='N',
+        help='compare the nearest N images (%(const)s) with the query by their details, which are computed anew, and '
+             'put those that agree first; takes OpenCV')
+
+
 def _neighbours(text: str) -> int | str:
     if text != 'auto' and not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f'{text!r} is not a number of neighbours: give 1 or more, or nothing')

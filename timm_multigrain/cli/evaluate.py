@@ -52,6 +52,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--qe', nargs=2, metavar=('K', 'ALPHA'), help='expand each query by its K nearest images')
     add('--dba', nargs=2, metavar=('K', 'ALPHA'), help='augment each database image by its K nearest ones')
     arguments.add_rerank(add)
+    arguments.add_local(add)
     add('--score-norm', nargs='?', const=True, metavar='IMAGES',
         help='copy detection: also with scores normalised by these images (disc21: by its training images)')
     arguments.add_extraction(parser)
@@ -80,7 +81,7 @@ def run(args: argparse.Namespace) -> None:
     result = evaluate(
         models, benchmark, protocols=lambda model: _protocols(args, model, benchmark), poolings=args.pool,
         exponents=args.p, whiten=args.whiten, dim=args.dim, distractors=args.distractors, qe=qe, dba=dba,
-        rerank=args.rerank, score_norm=args.score_norm, nmi=args.nmi, work_dir=args.work_dir,
+        rerank=args.rerank, local=args.local, score_norm=args.score_norm, nmi=args.nmi, work_dir=args.work_dir,
         command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **arguments.extraction_of(args))
     if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images, and one reports the result
         return

@@ -25,6 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--category', metavar='NAME', help='only parts of pictures, of this category of the boxes')
     add('--exact', action='store_true', help='compare with all images of an index that is searched approximately')
     arguments.add_rerank(add)
+    arguments.add_local(add)
     add('--html', metavar='FILE', help='write a page with the pictures')
     add('--json', metavar='FILE', help='write what was found as JSON, - for stdout')
     add('--model', metavar='MODEL', help='where the model of the index is now, if it was moved')
@@ -62,7 +63,7 @@ def _search(index, images: list[str], args: argparse.Namespace) -> tuple[list[st
     from timm_multigrain.images.sources import UnreadableImage
 
     options = {'class_name': args.class_name, 'category': args.category, 'exact': args.exact, 'rerank': args.rerank,
-               'report': lambda text: print(text, file=sys.stderr)}
+               'local': args.local, 'report': lambda text: print(text, file=sys.stderr)}
     try:
         return images, index.search_images(images, args.k, args.crop, **options), []
     except UnreadableImage:

@@ -3,7 +3,7 @@ import difflib
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -13,12 +13,14 @@ import torch
 from PIL import Image
 
 from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.search.exact import nearest
+from timm_multigrain.search.local import LocalDescriber, Match, check_local, match_images, verified_score
 from timm_multigrain.search.rerank import SAMPLE, TOP, Background, check_neighbours, chosen, rerank_candidates
 
 from .ann import Structure
 from .build import build_index
-from .model import embed_queries, open_described, protocol_from_json
+from .model import Queries, embed_queries, open_described, protocol_from_json
 from .records import Record
 from .store import Store
 from .vectors import Vectors
@@ -31,10 +33,12 @@ CHUNK = 1 << 25  # bytes of descriptors that are compared at a time
 
 @dataclass(frozen=True)
 class Hit:
-    """An image that a search has found; score is the cosine similarity of the descriptors, at most 1."""
+    """An image that a search has found; score is the cosine similarity of the descriptors, at most 1, match what its
+    details and the query's have in common, if that was asked for."""
     path: str
     score: float
     record: Record
+    match: Match | None = None
 
 
 class Collection:
@@ -63,6 +67,7 @@ class Collection:
             images: Sequence[str | os.PathLike | Image.Image],
             k: int = 10,
             crop: Sequence[float] | None = None,
+            local: int | None = None,
             **options,
     ) -> list[list[Hit]]:
         """The k nearest images of each picture, nearest first; a picture that is in the index is among them.
@@ -71,14 +76,34 @@ class Collection:
             images: Files or pictures.
             k: Images per query.
             crop: (x, y, width, height) in pixels, the part of each picture to search for.
+            local: How many of the nearest images to compare by their details, which are computed anew, and to order by
+                both, see `timm_multigrain.search.local`. A file that is gone has no details.
             **options: class_name, category, exact, rerank and report of `Index.search`.
 
         Raises:
             UnreadableImage: A file is not a readable image.
             ValueError: As `Index.search`, or a crop outside of the picture.
         """
+        if local is not None:
+            check_local(local)
         queries = embed_queries(self.model(), self.protocol(), images, crop)
-        return self.hits(queries.vectors, k, **options)
+        found = self.hits(queries.vectors, max(k, local or 0), **options)
+        if local is not None:
+            found = self._verified(Queries(images, crop), found, local)
+        return [hits[:k] for hits in found]
+
+    def _verified(self, queries: Queries, found: list[list[Hit]], local: int) -> list[list[Hit]]:
+        """Hits, the first ones with what they have in common with the query, and in the order of both."""
+        paths = sorted({hit.path for hits in found for hit in hits[:local]})
+        if not paths:
+            return found
+        source, describer = ImageFiles(paths), LocalDescriber(self.model(), self.protocol())
+        details = dict(zip(paths, describer.fit(source).describe(source), strict=True))
+        verified = []
+        for query, hits in zip(describer.describe(queries), found, strict=True):
+            first = [replace(hit, match=match_images(query, details[hit.path])) for hit in hits[:local]]
+            verified.append(sorted(first, key=lambda hit: -verified_score(hit.score, hit.match)) + hits[local:])
+        return verified
 
     def hits(self, vectors, k: int = 10, **options) -> list[list[Hit]]:
         """The k nearest images of each descriptor, nearest first; arguments and errors as of `Index.search`."""

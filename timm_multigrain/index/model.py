@@ -16,7 +16,8 @@ from timm_multigrain.models.open import open_model, weights_sha256
 
 from .records import DamagedIndex, OtherModel
 
-__all__ = ['SAVED', 'cut', 'describe_model', 'embed_queries', 'label_names_of', 'open_described', 'protocol_from_json']
+__all__ = ['SAVED', 'Queries', 'cut', 'describe_model', 'embed_queries', 'label_names_of', 'open_described',
+           'protocol_from_json']
 
 SAVED = 'model'  # folder inside the index for a model that is not a file or folder here
 LARGEST = 1 << 14  # pixels of a side
@@ -124,7 +125,7 @@ def protocol_from_json(value: Mapping) -> Protocol:
                          'anew.') from e
 
 
-class _Queries(ImageSource):
+class Queries(ImageSource):
     """Files and pictures, the same part cut out of each."""
 
     def __init__(self, images: Sequence[str | os.PathLike | Image.Image], crop: Sequence[float] | None):
@@ -163,4 +164,4 @@ def embed_queries(
     if not len(images):
         raise ValueError('No picture to search for: give at least one.')
     return in_order(list(embed_images(
-        model, _Queries(images, crop), protocol, logits=model.num_classes > 0, workers=0, progress=False)))
+        model, Queries(images, crop), protocol, logits=model.num_classes > 0, workers=0, progress=False)))

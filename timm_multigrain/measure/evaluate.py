@@ -12,6 +12,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.open import weights_sha256
 from timm_multigrain.search import rerank as after
 from timm_multigrain.search.exact import SimilarityChunks, shards_of
+from timm_multigrain.search.local import FeaturesOf, LocalDescriber, LocalFeatures, VerifiedChunks, check_local
 from timm_multigrain.whiten.fit import fit_whitening, fold_whitening, work_folder
 
 from .benchmarks import Benchmark, Figure, load_benchmark
@@ -54,6 +56,7 @@ def evaluate(
         qe: tuple[int, float] | None = None,
         dba: tuple[int, float] | None = None,
         rerank: int | Literal['auto'] | None = None,
+        local: int | None = None,
         score_norm: Images | bool | None = None,
         nmi: bool = False,
         work_dir: str | os.PathLike | None = None,
@@ -81,6 +84,7 @@ def evaluate(
             neighbours too; `rerank` leaves them out.
         rerank: Neighbours of a re-ranking of the first 400 images, or 'auto', see `timm_multigrain.search.rerank`; in
             place of the two above.
+        local: Images of each ranking to verify by their details, see `timm_multigrain.search.local`; 100 is usual.
         score_norm: Images whose similarity to a query is taken off its scores, True for the training images that the
             benchmark has. The figures of copy detection are then given both ways.
         nmi: Also cluster the queries by k-means, see `metrics.clustering_nmi`.
@@ -101,6 +105,10 @@ def evaluate(
         after.check_neighbours(rerank)
         if qe or dba:
             raise ValueError('rerank expands the query and augments the database: leave qe and dba out.')
+    if local is not None:
+        check_local(local)
+        if distractors is not None:
+            raise ValueError('local looks at the details of the images of the benchmark only: leave distractors out.')
     distractors, whiten = _open(distractors), _open(whiten)
     training = getattr(benchmark, 'training', None) if score_norm is True else _open(score_norm)
     if score_norm is True and training is None:
@@ -119,7 +127,8 @@ def evaluate(
                 alone = zip(systems.systems, systems.models, strict=True)
                 for together in [systems] if _one_pass(protocol) else [Systems([s], [m]) for s, m in alone]:
                     run = _Run(together, benchmark, protocol, folder, distractors, training, extraction)
-                    rows += [run.row(name, number, qe, dba, rerank, nmi, command) for number in range(len(together))]
+                    rows += [run.row(name, number, qe, dba, rerank, local, nmi, command)
+                             for number in range(len(together))]
     return BenchmarkResult(tuple(rows))
 
 
@@ -173,6 +182,7 @@ class _Run:
             return where, described
 
         self.systems, self.benchmark, self.protocol, self.skipped = systems, benchmark, protocol, {}
+        self.extraction = extraction
         where, database = describe(benchmark.database)
         self.folders, self.added, self.training = [where], 0, None
         self.rows = None if benchmark.query_rows is None else torch.as_tensor(benchmark.query_rows)
@@ -185,8 +195,16 @@ class _Run:
         if training is not None:
             self.training, _ = describe(training, strict=False)
 
-    def row(self, name: str, number: int, qe: tuple | None, dba: tuple | None, rerank: int | str | None, nmi: bool,
-            command: str | None) -> SystemResult:
+    @cached_property
+    def details(self) -> tuple[list[LocalFeatures], FeaturesOf]:
+        """Of the queries, and of the images of the database as they are asked for; the same for all systems."""
+        options = {key: value for key, value in self.extraction.items() if key in ('workers', 'device', 'progress')}
+        describer = LocalDescriber(self.systems.models[0], self.protocol, **options).fit(self.benchmark.database)
+        database, queries = FeaturesOf(describer, self.benchmark.database), self.benchmark.queries
+        return database(self.rows.tolist()) if queries is None else list(describer.describe(queries)), database
+
+    def row(self, name: str, number: int, qe: tuple | None, dba: tuple | None, rerank: int | str | None,
+            local: int | None, nmi: bool, command: str | None) -> SystemResult:
         """Figures of a system, after what may be done before a ranking is judged."""
         benchmark, system = self.benchmark, self.systems.systems[number]
         queries = self.systems.take(self.queries, number).to(next(self.systems.parameters()).device)
@@ -204,15 +222,18 @@ class _Run:
                 return SimilarityChunks(queries, database, offsets=offsets)
             return after.RerankedChunks(queries, database, self.rows, rerank, offsets)
 
+        def verified(scores: SimilarityChunks | after.RerankedChunks):
+            return scores if local is None else VerifiedChunks(scores, *self.details, local)
+
         scores = ranking()
-        figures = benchmark.measure(scores)
+        figures = benchmark.measure(verified(scores))
         if nmi:
             figures.append(Figure('NMI', 100 * clustering_nmi(queries, benchmark.query_groups)))
         if self.training is not None:
             background = Shards([self.training], self.systems, number)
             offsets = after.score_offsets(queries, background, NORM_WEIGHT, NORM_NEIGHBOR - 1, NORM_NEIGHBOR - 1)
             figures += [f._replace(split=f'{f.split}, normalised' if f.split else 'normalised')
-                        for f in benchmark.measure(ranking(offsets))
+                        for f in benchmark.measure(verified(ranking(offsets)))
                         if f.metric in SCORE_METRICS]
         title, words = benchmark.title, [str(self.protocol)]
         if self.added:
@@ -224,6 +245,7 @@ class _Run:
         words += [f'{what} k={value[0]} alpha={value[1]:g}' for what, value in (
             ('query expansion', qe), ('database augmentation', dba)) if value]
         words += [f're-ranking {"auto" if rerank == "auto" else f"k={rerank}"}'] * (rerank is not None)
+        words += [f'first {local} verified by details'] * (local is not None)
         metrics = [Metric(
             task=benchmark.task, dataset=title, metric=metric, value=round(value, 4), size=self.protocol.size,
             p=system.exponent, protocol=', '.join(words + [system.name] * (system.name != 'GeM')),

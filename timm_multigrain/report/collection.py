@@ -12,6 +12,7 @@ from timm_multigrain.index.index import Hit
 from timm_multigrain.index.model import cut
 from timm_multigrain.index.records import Record
 from timm_multigrain.index.script import FOOTER, HEADER
+from timm_multigrain.search.local import draw_matches
 
 from .page import outlined, read_picture, render_page, write_page
 
@@ -31,7 +32,8 @@ def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
         classes = [class_caption(hit.record.classes) for hit in hits]
         width = max(map(len, classes), default=0)
         width += 2 if width else 0
-        lines = [f'{rank:4}  {hit.score:6.3f}  {name:{width}}{printable(hit.path)}{_region(hit)}{_gone(hit)}'
+        lines = [f'{rank:4}  {hit.score:6.3f}  {_details(hit)}{name:{width}}{printable(hit.path)}'
+                 f'{_region(hit)}{_gone(hit)}'
                  for rank, (hit, name) in enumerate(zip(hits, classes, strict=True), 1)]
         parts.append('\n'.join([f'{printable(image)}:', *(lines or ['  nothing found'])]))
     return '\n\n'.join(parts)
@@ -40,6 +42,7 @@ def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
 def search_json(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> list[dict[str, Any]]:
     """What was found, for JSON: a dict per image; bytes of a name that are not UTF-8 are lone surrogates."""
     return [{'query': os.fspath(image), 'rank': rank, 'score': hit.score, 'path': hit.path,
+             'details': None if hit.match is None else len(hit.match),
              'width': hit.record.width, 'height': hit.record.height, 'bytes': hit.record.bytes,
              'sha256': hit.record.sha256, 'mtime_ns': hit.record.mtime_ns, 'exists': os.path.exists(hit.path),
              'classes': [list(pair) for pair in hit.record.classes], 'box': hit.record.box and list(hit.record.box),
@@ -59,8 +62,8 @@ def write_search_page(
     return write_page(
         path, 'search.html', title='Search results', index=os.fspath(index), class_name=class_name,
         queries=list(zip(images, found, strict=True)), query_picture=lambda image: _query_picture(image, crop),
-        side=SIDE, picture_of=lambda hit: indexed_picture(hit.record), class_caption=class_caption, region_of=_region,
-        same=lambda hit, image: os.path.realpath(hit.path) == os.path.realpath(image))
+        side=SIDE, picture_of=lambda hit, image: _picture_of(hit, image, crop), class_caption=class_caption,
+        region_of=_region, same=lambda hit, image: os.path.realpath(hit.path) == os.path.realpath(image))
 
 
 def write_copies_page(path: str | os.PathLike, copies: Copies, title: str = 'Copies', exif: bool = True) -> Path:
@@ -99,6 +102,20 @@ def _region(hit: Hit) -> str:
 
 def _gone(hit: Hit) -> str:
     return '' if os.path.exists(hit.path) else '  (gone)'
+
+
+def _details(hit: Hit) -> str:
+    return '' if hit.match is None else f'{len(hit.match):3} details  '
+
+
+def _picture_of(hit: Hit, query: str, crop: Sequence[float] | None) -> Image.Image | None:
+    """A picture that was found; beside the query where the details of both were compared."""
+    if hit.match is None:
+        return indexed_picture(hit.record)
+    image, asked = (read_picture(path, size=None) for path in (hit.path, query))
+    if image is None or asked is None:
+        return image
+    return draw_matches(asked if crop is None else cut(asked, crop, query), image, hit.match, SIDE)
 
 
 def _query_picture(path: str, crop: Sequence[float] | None) -> Image.Image | None:

@@ -3,10 +3,10 @@
 In the manner of `Unifying deep local and global features for image search` (DELG), Cao et al. 2020, arXiv 2001.05027:
 vectors of a map of stride 16 at several scales of the picture, those of the largest norm kept, reduced to 128
 dimensions; mutual nearest neighbours of two pictures, and RANSAC. Nothing is trained for it: the norm stands in for the
-learned attention, PCA for the autoencoder. Why a similarity transform and not a homography, and what it gains:
+learned attention, PCA for the autoencoder. Why an affine transform and not a homography, and what it gains:
 benchmarks/README.md.
 """
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -24,14 +24,14 @@ from timm_multigrain.whiten.pca import StreamingPCA
 from .exact import Scores, nearest_of
 from .rerank import replaced
 
-__all__ = ['VERIFIED', 'LocalDescriber', 'LocalFeatures', 'Match', 'VerifiedChunks', 'draw_matches', 'match_images',
-           'verified_score']
+__all__ = ['VERIFIED', 'FeaturesOf', 'LocalDescriber', 'LocalFeatures', 'Match', 'VerifiedChunks', 'check_local',
+           'draw_matches', 'match_images', 'verified_score']
 
 VERIFIED = 100  # images of the first ranking that are verified
 STRIDE = 16  # pixels, at most; where the trunk starts at more, what it has
 SCALES = (1., 0.7071, 0.5)  # of twice the size of the protocol
 NUMBER, DIM = 500, 128  # descriptors of a picture, and their size
-SAMPLE = 40  # pictures that the PCA is fitted on
+SAMPLE = 20  # pictures that the PCA is fitted on
 TOLERANCE = 0.03  # of the longer side
 ENOUGH = 50  # matches that make it certain
 LINES = 60  # matches that are drawn
@@ -63,7 +63,7 @@ class Match:
     Attributes:
         first: (n, 2) float32, points in the first picture.
         second: (n, 2) float32, those in the second.
-        matrix: (2, 3) float64, turns, enlarges and moves (x, y, 1); None where nothing was found.
+        matrix: (2, 3) float64, of (x, y, 1) in the first to (x, y) in the second; None where nothing was found.
     """
     first: np.ndarray
     second: np.ndarray
@@ -150,8 +150,20 @@ class LocalDescriber:
         return l2_normalize(vectors[strongest]), points[strongest]
 
 
+class FeaturesOf:
+    """Local features of the pictures of a source, by number, each computed when it is first asked for and kept."""
+
+    def __init__(self, describer: LocalDescriber, source: ImageSource):
+        self.describer, self.source, self._known = describer, source, {}
+
+    def __call__(self, numbers: Sequence[int]) -> list[LocalFeatures]:
+        missing = [number for number in dict.fromkeys(numbers) if number not in self._known]
+        self._known.update(zip(missing, self.describer.describe(self.source, missing), strict=True))
+        return [self._known[number] for number in numbers]
+
+
 def match_images(first: LocalFeatures, second: LocalFeatures, tolerance: float = TOLERANCE) -> Match:
-    """Details that are each other's nearest and that one similarity transform maps onto each other.
+    """Details that are each other's nearest and that one affine transform maps onto each other.
 
     Two pictures of different things agree in some ten details by chance, rarely in 20.
 
@@ -170,10 +182,10 @@ def match_images(first: LocalFeatures, second: LocalFeatures, tolerance: float =
     products = first.vectors.astype(np.float32) @ second.vectors.T.astype(np.float32)
     nearest = products.argmax(1)
     rows = np.flatnonzero(products.argmax(0)[nearest] == np.arange(len(nearest)))
-    if len(rows) < 2:
+    if len(rows) < 3:
         return nothing
     a, b = first.points[rows], second.points[nearest[rows]]
-    matrix, inside = cv2.estimateAffinePartial2D(
+    matrix, inside = cv2.estimateAffine2D(
         a, b, method=cv2.RANSAC, ransacReprojThreshold=tolerance * max(second.size), maxIters=1000)
     if matrix is None:
         return nothing
@@ -194,16 +206,16 @@ class VerifiedChunks:
     Args:
         chunks: Scores; read twice.
         queries: Features of each query.
-        describe: Gives the features of the images with these numbers, ascending.
+        features_of: Gives the features of the images with some numbers, such as `FeaturesOf`.
         top: Images of each query to verify.
     """
 
     def __init__(self, chunks: Scores, queries: Sequence[LocalFeatures],
-                 describe: Callable[[list[int]], Iterator[LocalFeatures]], top: int = VERIFIED) -> None:
+                 features_of: Callable[[list[int]], Iterable[LocalFeatures]], top: int = VERIFIED) -> None:
         self.chunks = chunks
         self.scores, self.indices = nearest_of(chunks, top)
         used = self.indices.unique().tolist()
-        features = dict(zip(used, describe(used), strict=True))
+        features = dict(zip(used, features_of(used), strict=True))
         for query, scores, indices in zip(queries, self.scores, self.indices.tolist(), strict=True):
             for place, number in enumerate(indices):
                 scores[place] = verified_score(float(scores[place]), match_images(query, features[number]))
@@ -227,6 +239,13 @@ def draw_matches(first: Image.Image, second: Image.Image, match: Match, side: in
         for x, y in (a, b):
             pen.ellipse((x - 2, y - 2, x + 2, y + 2), fill='#e0701a', outline='white')
     return drawn
+
+
+def check_local(top: int) -> None:
+    """ValueError for what is not a number of images to verify, ImportError without OpenCV."""
+    if top < 1:
+        raise ValueError(f'local={top}: give a number of images to verify, 1 or more.')
+    _opencv()
 
 
 def _opencv():
