@@ -25,8 +25,8 @@ def make_pictures(folder: Path, count: int = 18) -> Path:
     return folder
 
 
-def make_index(folder: Path, out: Path) -> Index:
+def make_index(folder: Path, out: Path, **options) -> Index:
     """Index of a folder, with a tiny model of three named classes."""
     model = tiny_model()
     model.pretrained_cfg['label_names'] = ['boat', 'car', '<b>tree</b>']
-    return Index.build([folder], out, model, Protocol(64), workers=0, progress=False)
+    return Index.build([folder], out, model, Protocol(64), workers=0, progress=False, **options)

@@ -20,7 +20,9 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope='module')
 def url(pictures):
-    with running(make_index(pictures, pictures.parent / 'index')) as address:
+    boxes = pictures.parent / 'boxes.csv'
+    boxes.write_text('path,box,category\n5.png,24 0 72 48,upper\n')
+    with running(make_index(pictures, pictures.parent / 'index', boxes=boxes)) as address:
         yield address
 
 
@@ -28,6 +30,9 @@ def url(pictures):
 def browser(request, tmp_path_factory):
     with browsing(tmp_path_factory.mktemp('profile'), request.param) as page:
         yield page
+
+
+wide = pytest.mark.parametrize('browser', [1400], indirect=True, ids=['wide'])  # where a phone is the same
 
 
 @pytest.fixture
@@ -89,6 +94,7 @@ def test_search_a_part_and_look(page, pictures, url):
     page.check(url)
 
 
+@wide
 def test_keys_choose_a_part(page, pictures):
     page.find('#file').send_keys(str(pictures / '3.png'))
     found(page, '3.png')
@@ -104,13 +110,31 @@ def test_keys_choose_a_part(page, pictures):
     page.wait(lambda: page.text('#hits') == whole)
 
 
-def test_what_is_wrong_is_said(page, tmp_path):
+@wide
+def test_a_region_is_found_and_searched_for(page, pictures):
+    page.find('#file').send_keys(str(pictures / '3.png'))
+    found(page, '3.png')
+    page.run('const select = document.querySelector("#category"); select.value = "upper"; select.onchange()')
+    found(page, '5.png')
+    assert len(page.all('#hits button')) == 1 and 'upper' in page.text('#hits button')
+    page.click('#hits button')
+    page.click('dialog [data-do=with]')
+    page.wait(lambda: page.text('#hits button').startswith('1.000 5.png'))
+    assert 'left: 25%; top: 0%; width: 50%; height: 50%' in page.find('#query .part').get_attribute('style')
+
+
+@wide
+def test_what_is_wrong_is_said(page, pictures, tmp_path):
+    page.find('#file').send_keys(str(pictures / '3.png'))
+    found(page, '3.png')
     (tmp_path / 'broken.png').write_bytes(b'no picture')
     page.find('#file').send_keys(str(tmp_path / 'broken.png'))
     page.wait(lambda: 'cannot be used: is not an image' in page.text('#state.warn'))
     (tmp_path / 'large.png').write_bytes(bytes(1_400_000))
     page.find('#file').send_keys(str(tmp_path / 'large.png'))
     page.wait(lambda: '1 MB: 0 are taken' in page.text('#state.warn'))
+    page.find('#query .frame').send_keys(Keys.ARROW_RIGHT)  # the picture before is still the one that is searched for
+    page.wait(lambda: 'nearest first' in page.text('#state') and page.find('#query .part').is_displayed())
 
 
 def test_copies_are_the_page_of_dedup(page, pictures, url):

@@ -27,8 +27,8 @@ SMALL, LARGE = 400, 1200  # pixels of the longer side of the pictures that are d
 MAX_HITS = 100
 SMALLEST_PART = 8  # pixels
 CACHED_PICTURES = 500
-QUESTION = {'picture': (None, str), 'row': (None, int), 'part': (None, [float]), 'k': int, 'class_name': str,
-            'category': str}
+QUESTION = {
+    'picture': (None, str), 'row': (None, int), 'part': (None, [float]), 'k': int, 'class_name': str, 'category': str}
 
 
 class Answers:

@@ -23,16 +23,6 @@ MAX_UPLOAD = 32 << 20  # bytes
 MAX_PIXELS = 50_000_000
 
 
-def _gradio():
-    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read when gradio is imported, and by its launch
-    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
-    try:
-        import gradio
-    except ImportError as e:
-        raise ImportError("The app needs gradio: pip install 'timm_multigrain[app]'") from e
-    return gradio
-
-
 def launch_app(
         index: 'Index',
         *,
@@ -59,11 +49,15 @@ def launch_app(
         max_pixels: Larger pictures are refused.
         block: Return only when it is interrupted.
     """
-    gr = _gradio()
-    from starlette.middleware import Middleware
+    os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read when gradio is imported, and by its launch
+    os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
+    try:
+        import gradio as gr
+        from starlette.middleware import Middleware
 
-    from .guard import Guard
-
+        from .guard import Guard
+    except ImportError as e:
+        raise ImportError("The app needs gradio: pip install 'timm_multigrain[app]'") from e
     index.model()  # what is wrong with it is said now
     alone = host in (LOOPBACK, '::1', 'localhost') and not allow_hosts
     answers = Answers(index, max_pixels, places=alone or auth is not None)

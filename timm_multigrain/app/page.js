@@ -39,15 +39,18 @@ async function search() {
     const answer = await ask('search', { picture: here.picture ?? null, row: here.row ?? null, part: here.part,
       k: Number(number.value) || 1, class_name: ofClass.value, category: ofCategory.value });
     if (now !== asked) return;
+    here.seen = true;
     query.hidden = false;
     for (const image of [frame, dialog].map((one) => one.querySelector('img'))) image.src = answer.picture;
     find('#classes').textContent = answer.classes;
     find('#back').hidden = trail.length < 2;
     hits = answer.hits;
     find('#hits').replaceChildren(...hits.map(button));
-    tell(hits.length ? `${hits.length} pictures, the nearest first; 1.000 is the same picture.` : 'Nothing found.');
+    tell(hits.length ? `${hits.length} found, the nearest first; 1.000 is the same picture.` : 'Nothing found.');
   } catch (error) {
-    if (now === asked) tell(error.message, true);
+    if (now !== asked) return;
+    if (!here.seen) trail.pop(); // a picture that cannot be used
+    tell(error.message, true);
   } finally {
     if (now === asked) find('#search').classList.remove('busy');
   }
@@ -117,7 +120,6 @@ frame.addEventListener('pointerup', () => {
   search();
 });
 frame.addEventListener('pointercancel', () => { start = null; });
-frame.addEventListener('dragstart', (event) => event.preventDefault());
 frame.addEventListener('keydown', (event) => {
   const step = { ArrowLeft: [-0.05, 0], ArrowRight: [0.05, 0], ArrowUp: [0, -0.05], ArrowDown: [0, 0.05] }[event.key];
   const here = trail.at(-1), [x, y, width, height] = here.part ?? [0.25, 0.25, 0.5, 0.5];
@@ -144,6 +146,8 @@ async function look(i) {
     if (hits[open] !== hit) return;
     dialog.querySelector('code').textContent = answer.file;
     image.src = save.href = answer.picture;
+    image.alt = answer.picture ? hit.name : 'The file cannot be read now.';
+    save.hidden = !answer.picture;
     save.download = hit.name.split('/').pop().replace(/\.[^.]*$/, '') + '.jpg';
   } catch (error) {
     dialog.querySelector('code').textContent = error.message;
@@ -151,8 +155,8 @@ async function look(i) {
 }
 
 const actions = {
-  previous: () => look((open + hits.length - 1) % hits.length),
-  next: () => look((open + 1) % hits.length),
+  ArrowLeft: () => look((open + hits.length - 1) % hits.length),
+  ArrowRight: () => look((open + 1) % hits.length),
   with: () => take({ row: hits[open].row, part: hits[open].part }),
   copy: () => {
     getSelection().selectAllChildren(dialog.querySelector('code'));
@@ -161,37 +165,25 @@ const actions = {
   close: () => dialog.close(),
 };
 dialog.addEventListener('click', (event) => actions[event.target.dataset.do]?.());
-dialog.addEventListener('keydown', (event) => {
-  ({ ArrowLeft: actions.previous, ArrowRight: actions.next })[event.key]?.();
-});
+dialog.addEventListener('keydown', (event) => actions[event.key]?.());
 
 find('#file').onchange = (event) => { read(event.target.files[0]); event.target.value = ''; };
 find('#whole').onclick = () => { trail.at(-1).part = null; search(); };
 find('#back').onclick = () => { trail.pop(); search(); };
 number.onchange = ofClass.onchange = ofCategory.onchange = search;
 addEventListener('paste', (event) => read(event.clipboardData.files[0]));
-addEventListener('dragover', (event) => { event.preventDefault(); element.classList.add('over'); });
-addEventListener('dragleave', () => element.classList.remove('over'));
-addEventListener('drop', (event) => {
-  event.preventDefault();
-  element.classList.remove('over');
-  read(event.dataTransfer.files[0]);
-});
+addEventListener('dragover', (event) => event.preventDefault());
+addEventListener('drop', (event) => { event.preventDefault(); read(event.dataTransfer.files[0]); });
 
 let copies = null;
-find('nav').addEventListener('click', async (event) => {
-  const name = event.target.dataset.show, iframe = find('iframe');
+find('nav').addEventListener('click', (event) => {
+  const name = event.target.dataset.show, iframe = find('iframe'), text = find('#copies p');
   if (!name) return;
   for (const tab of find('nav').children) tab.setAttribute('aria-current', tab === event.target ? 'page' : 'false');
   find('#search').hidden = name !== 'search';
   find('#copies').hidden = name !== 'copies';
-  if (name !== 'copies' || copies) return;
-  try {
-    copies = ask('copies', {});
-    iframe.srcdoc = (await copies).page;
-    find('#copies p').hidden = !(iframe.hidden = false);
-  } catch (error) {
-    copies = null;
-    find('#copies p').textContent = error.message;
-  }
+  if (name === 'copies') copies ??= ask('copies', {}).then(({ page }) => {
+    iframe.srcdoc = page;
+    [iframe.hidden, text.hidden] = [false, true];
+  }).catch((error) => { [copies, text.textContent] = [null, error.message]; });
 });
