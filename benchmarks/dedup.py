@@ -21,7 +21,7 @@ from timm_multigrain.images.copies import EDITS
 from timm_multigrain.images.sources import read_image
 from timm_multigrain.index import Index
 from timm_multigrain.index.dedup import FALSE_POSITIVES, CopySearch
-from timm_multigrain.index.pairs import CollectionWhitening, find_thresholds, star_groups
+from timm_multigrain.index.pairs import find_thresholds, star_groups
 
 FOLDERS = ('photos', 'instances')
 DISTANCES = {'PDQ': 31, 'PHash': 10, 'DHash': 10}  # of 256, 64 and 64 bits
@@ -71,12 +71,11 @@ def measure(index, base, folder):
     for number, name in [*enumerate(names), (None, 'all at once')]:
         copies = np.flatnonzero(edit_of >= 0 if number is None else edit_of == number)
         search.rows = np.intersect1d(once, np.union1d(np.flatnonzero(edit_of == -1), copies))
-        search.whitening = CollectionWhitening(index.vectors[search.rows])
-        search.vectors = search.whitening.all(index.vectors)
         search.thresholds = find_thresholds(search.vectors, search.rows, FALSE_POSITIVES)
         pairs = search.pairs()
         groups = [search.group(rows) for rows in star_groups(pairs, np.arange(len(index)))]
-        results[name] = {'copies': len(copies), 'dedup': judge(groups, dict(zip(paths, origin, strict=True)), prefix),
+        origin_of = dict(zip(paths, origin.tolist(), strict=True))
+        results[name] = {'copies': len(copies), 'dedup': judge(groups, origin_of, prefix),
                          'map': search_map(index, base, copies)}
         originals = np.intersect1d(once, np.flatnonzero(edit_of == -1))
         for kind, distance in DISTANCES.items():

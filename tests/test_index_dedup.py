@@ -57,6 +57,7 @@ def test_groups(index, pictures):
     assert {'1.png', 'small.jpg'} in near and any({'2.png', 'mirror.png'} <= group for group in near)
     [small] = [group for group in copies.of_kind('near') if 'small.jpg' in names(group)]
     assert names(small)[0] == '1.png' and small.keep == str(pictures / '1.png')  # more pixels
+    assert {file.basis for group in copies.of_kind('near') for file in group.others} <= {'details', 'look'}
     kept = {os.path.basename(group.keep) for group in copies.groups}
     surplus = paths(copies.surplus(likely=True))
     assert {'0.png', '1.png', '5.png'} <= kept and not set(surplus) & {str(pictures / '1.png')}
@@ -155,6 +156,7 @@ def test_what_is_never_certain():
     (EDITS['rotate 10'], False, 10)])
 def test_small_versions_and_features_see_the_same(edit, mirrored, degrees, monkeypatch):
     it = drawing(size=(320, 240))
+    assert degrees == 10 or Picture(it).upright @ Picture(edit(it)).upright > 0.99
     expected = (*['mirrored'] * mirrored, *[f'turned by {degrees} degrees'] * bool(degrees))
     compared = compare(Picture(it), Picture(edit(it)))
     assert compared.certain and compared.edits[:len(expected)] == expected

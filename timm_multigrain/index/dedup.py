@@ -1,9 +1,9 @@
 """Copies in a photo collection: identical files, near-duplicates and edited copies, and which file to keep.
 
-Nothing is ever deleted here. Identical files are those of equal SHA-256. The others are found by descriptors whitened
-by the collection, which propose the nearest pictures (pairs.py, which also says what a group is), and a look at both
-(detail.py), which says whether they are copies, whether that is certain, and which edit it was; keep.py says which file
-is kept. Every file of a group is looked at as it is now before the group counts.
+Nothing is ever deleted here. Identical files are those of equal SHA-256. For the others, descriptors and small grey
+versions propose the nearest pictures (pairs.py, which also says what a group is), and a look at both (detail.py) says
+whether they are copies, whether that is certain, and which edit it was; keep.py says which file is kept. Every file of
+a group is looked at as it is now before the group counts.
 Files of several pictures, such as scans of many pages and animations, are copies only if they are identical:
 descriptors know their first picture alone.
 """
@@ -25,11 +25,11 @@ from timm_multigrain.search.exact import nearest
 
 from . import detail
 from .build import sha256_of
-from .detail import NO_OPENCV, SIDE, Comparison, Looks, Picture, compare
+from .detail import ALIKE, NO_OPENCV, SIDE, SMALL, Comparison, Looks, Picture, compare
 from .index import Index
 from .keep import Candidate, Rules, look_at
 from .model import embed_queries
-from .pairs import NEIGHBOURS, CollectionWhitening, NearPairs, Thresholds, find_thresholds, near_pairs, star_groups
+from .pairs import NEIGHBOURS, NearPairs, Thresholds, find_thresholds, near_pairs, star_groups
 from .records import Record
 
 __all__ = [
@@ -47,9 +47,9 @@ class CopyFile:
 
     Attributes:
         record: What the index knows of it.
-        score: Similarity to the file to keep (of whitened descriptors), 1 if identical.
+        score: Similarity of its descriptor to that of the file to keep, 1 if identical.
         basis: What says that it is a copy of that file: 'identical' bytes, 'details' of both pictures that agree,
-            a 'look' at both, who look the same at least in part, or the 'descriptor' alone.
+            a 'look' at both, or at the centre of the group, or the 'descriptor' alone.
         edits: What was done to it, in words, as far as that is seen.
         keep: Whether it is kept: the first of a group, and all in a preferred folder.
         reason: Why the first is kept and not this one.
@@ -196,7 +196,7 @@ def find_copies(
 
     Args:
         index: The index.
-        threshold: Similarity of whitened descriptors from which two pictures are copies; None: those are that look the
+        threshold: Similarity of descriptors from which two pictures are copies; None: those are that look the
             same, or without a look, from the threshold of `find_thresholds` on.
         false_positives: Share of the images that may have a different picture above that threshold.
         look: Look at the nearest pictures, however similar, and at all that are found; without, no picture is decoded,
@@ -233,7 +233,7 @@ def find_copies(
 
 
 class CopySearch:
-    """Whitened descriptors of an index, and the thresholds that decide; arguments as of `find_copies`."""
+    """Descriptors and looks of an index, and the thresholds that decide; arguments as of `find_copies`."""
 
     def __init__(self, index: Index, threshold: float | None, false_positives: float, look: bool,
                  rules: Rules | None = None, progress: bool = False):
@@ -247,8 +247,7 @@ class CopySearch:
         if look and detail.cv2 is None:
             warnings.warn(NO_OPENCV, stacklevel=3)
         self.looks = Looks(self._picture)
-        self.whitening = CollectionWhitening(index.vectors)
-        self.vectors = self.whitening.all(index.vectors)
+        self.vectors = index.vectors
         self.thresholds = Thresholds(threshold, threshold) if threshold is not None else find_thresholds(
             self.vectors, self.rows, false_positives)
 
@@ -256,32 +255,50 @@ class CopySearch:
         record = self.index.records(row)
         return Picture(read_image(record.path, exif=self.exif, size=SIDE), (record.width, record.height))
 
+    def _score(self, i: int, j: int) -> float:
+        return float(np.asarray(self.vectors[np.array([i, j])], dtype=np.float64).prod(0).sum())
+
     def _alike(self, i: int, j: int) -> bool:
         return self.look and self.looks.alike(min(i, j), max(i, j))
+
+    def _small(self) -> np.ndarray:
+        """(N, 256) float16, `Picture.upright` of the rows that are compared, zeros elsewhere."""
+        small = np.zeros((len(self.index), SMALL ** 2 // 4), dtype=np.float16)
+        for row in tqdm(self.rows.tolist(), 'Reading pictures', leave=False, disable=None if self.progress else True):
+            if picture := self.looks.picture(row):
+                small[row] = picture.upright
+        return small
 
     def pairs(self) -> NearPairs:
         """The pairs above the threshold; if none was given, of those that are possible the ones that look the same."""
         if self.given is not None or not self.look:
             return near_pairs(self.vectors, self.thresholds.certain, self.rows)
         pairs = near_pairs(self.vectors, self.thresholds.possible, self.rows, neighbours=NEIGHBOURS)
+        small = self._small()
+        more = near_pairs(small, ALIKE, np.flatnonzero(small.any(1)), neighbours=NEIGHBOURS)  # blurred and turned ones
+        more = more.where(more.missing_in(pairs))
+        scores = [self._score(i, j) for i, j in zip(more.first, more.second, strict=True)]
+        pairs = NearPairs(*(np.append(a, b) for a, b in zip(
+            (pairs.first, pairs.second, pairs.scores), (more.first, more.second, scores), strict=True)), pairs.complete)
         looks = tqdm(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), 'Looking at pictures',
                      len(pairs.first), leave=False, disable=None if self.progress else True)
         return pairs.where(np.array([self._alike(i, j) for i, j in looks], dtype=bool))
 
     def group(self, rows: np.ndarray) -> CopyGroup:
-        """The group of near copies of these rows."""
+        """The group of near copies of these rows, the first one being its centre."""
         candidates, pictures = {row: candidate_of(self.index, row) for row in rows.tolist()}, {}
         if self.look:
             candidates = dict(zip(candidates, look_at(list(candidates.values()), self.exif), strict=True))
             pictures = {row: picture for row in candidates if (picture := self.looks.picture(row))}
             candidates |= {row: replace(candidates[row], grey=picture.is_grey) for row, picture in pictures.items()}
         ranked = sorted(candidates, key=lambda row: self.rules.key(candidates[row]))
-        kept, vector = candidates[ranked[0]], np.asarray(self.vectors[ranked[0]], dtype=np.float64)
+        kept = candidates[ranked[0]]
         files = [CopyFile(kept.record, 1., keep=True)]
         for row in ranked[1:]:
             compared = self.looks.compare(ranked[0], row) if pictures else Comparison()
-            score, record = float(vector @ np.asarray(self.vectors[row], dtype=np.float64)), candidates[row].record
-            basis = 'details' if compared.certain else 'look' if self._alike(ranked[0], row) else 'descriptor'
+            score, record = self._score(ranked[0], row), candidates[row].record
+            look = self._alike(ranked[0], row) or self._alike(int(rows[0]), row)
+            basis = 'details' if compared.certain else 'look' if look else 'descriptor'
             reason = self.rules.reason(kept, candidates[row])
             edits = compared.edits
             if compared.certain and not edits:
@@ -411,15 +428,17 @@ def measure_recall(
         pictures = [Picture(image) for image in images]
         for name, edit in edits.items():
             copies = [edit(image) for image in images]
-            vectors = search.whitening(embed_queries(model, protocol, copies).vectors.numpy())
-            scores = (search.vectors[chunk] * vectors).sum(1)
+            vectors = embed_queries(model, protocol, copies).vectors.numpy()
+            scores = (np.asarray(search.vectors[chunk], dtype=np.float32) * vectors).sum(1)
             if threshold is not None or not look:
                 found[name] += int((scores >= search.thresholds.certain).sum())
                 continue
-            last = nearest(vectors, search.vectors, NEIGHBOURS)[0][:, -1].numpy() - 1e-5
-            for i in np.flatnonzero(scores >= np.maximum(last, search.thresholds.possible)):
-                compared = compare(pictures[i], Picture(copies[i]))
-                found[name] += compared.alike
-                certain[name] += compared.certain
+            last = nearest(vectors, index.vectors.chunks(), NEIGHBOURS)[0][:, -1].numpy() - 1e-5
+            near = scores >= np.maximum(last, search.thresholds.possible)
+            for picture, copy, is_near in zip(pictures, map(Picture, copies), near, strict=True):
+                if is_near or picture.upright @ copy.upright >= ALIKE:
+                    compared = compare(picture, copy)
+                    found[name] += compared.alike
+                    certain[name] += compared.certain
     return EditRecall(*({name: number / len(rows) for name, number in counts.items()} for counts in (found, certain)),
                       len(rows), search.thresholds)

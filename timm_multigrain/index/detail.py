@@ -31,7 +31,8 @@ SMALL, ALIKE = 32, 0.95  # pixels, and the correlation from which small versions
 RATIO, PIXELS, INLIERS = 0.85, 3, 8  # distance to the best match over that to the next; of RANSAC; matches that agree
 AGREES = 0.7  # correlation of a place with its counterpart
 CERTAIN = (0.85, 0.9)  # share of the places that agree, and the median of the correlations
-LIKELY = ((0.8, 0.85), (0.5, 0.97))  # the same; the second one is of pictures that are partly covered
+LIKELY = ((0.8, 0.85), (0.6, 0.97))  # the same; the second one is of pictures that are partly covered
+BLURRED = (0.2, 0.5)  # the same, of pictures whose small versions look the same
 GOES_ON = 0.25  # correlation along the edge of a part
 WHOLE = 0.95  # share of the area from which on a part is the whole
 INSIDE, OVERLAP = 0.02, 0.15  # sides that a part may reach beyond the whole, to be certain and to be likely
@@ -51,6 +52,20 @@ class Picture:
         self.small = small if small.std() > 2 else None  # nearly one colour proves nothing
         self.colours = np.asarray(colours.resize((8, 8), Image.BOX), dtype=np.float32)
         self.is_grey = bool(np.quantile(np.ptp(np.asarray(colours, dtype=np.int16), axis=2), 0.99) <= 8)
+
+    @property
+    def upright(self) -> np.ndarray:
+        """(256,) float32, a smaller version, the same if the picture is mirrored or turned by quarters: brighter to the
+        right and to the bottom, most so to the right; of mean 0 and norm 1, zeros where `small` is None."""
+        if self.small is None:
+            return np.zeros(SMALL ** 2 // 4, np.float32)
+        half = SMALL // 2
+        values = self.small.reshape(half, 2, half, 2).mean((1, 3))
+        values = values - values.mean()
+        down, right = ((values.sum(axis) * (np.arange(half) - (half - 1) / 2)).sum() for axis in (1, 0))
+        values = values[::-1 if down < 0 else 1, ::-1 if right < 0 else 1]
+        values = (values.T if abs(down) > abs(right) else values).ravel()
+        return values / np.linalg.norm(values).clip(1e-6)
 
     @property
     def to_pixels(self) -> np.ndarray:
@@ -108,16 +123,17 @@ class Looks:
 def compare(original: Picture, copy: Picture) -> Comparison:
     """Compare a copy with its original."""
     likely = Comparison()
-    for matrix, alike in ((_by_features(original, copy), False), (_by_small(original, copy), True)):
+    for matrix, by_small in ((_by_features(original, copy), False), (_by_small(original, copy), True)):
         if matrix is None or not 0.01 < abs(np.linalg.det(matrix[:2, :2])) < 100:
             continue
-        edits = [*_of_the_frame(original, copy, matrix), *_of_the_content(original, copy, matrix)]
+        alike, edits = by_small, [*_of_the_frame(original, copy, matrix), *_of_the_content(original, copy, matrix)]
         if cv2 is not None:
             area = abs(np.linalg.det(matrix[:2, :2]))
             whole, part, inside = (original, copy, np.linalg.inv(matrix)) if area > 1 else (copy, original, matrix)
             area, (agreeing, median) = min(area, 1 / area), _details(whole, part, inside)
             beyond = np.abs(inside[:2] @ [[-0.5, -0.5, 0.5, 0.5], [-0.5, 0.5, -0.5, 0.5], [1] * 4]).max() - 0.5
-            alike |= beyond <= OVERLAP and any(agreeing >= share and median >= middle for share, middle in LIKELY)
+            alike = beyond <= OVERLAP and any(
+                agreeing >= share and median >= middle for share, middle in (*LIKELY, *[BLURRED] * by_small))
             # a part with more pixels than the whole has there is a photograph of its own, taken from nearer
             is_part = beyond <= INSIDE and (area > WHOLE or math.prod(part.size) <= 1.1 * area * math.prod(whole.size))
             if inset := area < WHOLE and _is_inset(whole, inside):
@@ -140,9 +156,11 @@ def _by_features(original: Picture, copy: Picture) -> np.ndarray | None:
     values, there = (np.sqrt(v / v.sum(1, keepdims=True, dtype=np.float32).clip(1)) for v in (values, there))
     best, most = None, INLIERS - 1
     for descriptors in (there, there[:, MIRRORED]):
-        scores = values @ descriptors.T
-        closest, distances = scores.argmax(1), np.sqrt((2 - 2 * np.partition(scores, -2)[:, -2:]).clip(0))
-        good = (distances[:, 1] < RATIO * distances[:, 0]) & (scores.argmax(0)[closest] == np.arange(len(scores)))
+        scores, own = values @ descriptors.T, np.arange(len(values))
+        closest = scores.argmax(1)
+        best_score, mutual = scores[own, closest], scores.argmax(0)[closest] == own
+        scores[own, closest] = -1  # |a - b|^2 = 2 - 2 ab
+        good = mutual & (1 - best_score < RATIO ** 2 * (1 - scores.max(1)))
         if good.sum() > most:
             matrix, agree = cv2.estimateAffine2D(places[good], others[closest[good]], ransacReprojThreshold=PIXELS,
                                                  confidence=0.999)

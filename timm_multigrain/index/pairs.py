@@ -1,9 +1,5 @@
 """Pairs of similar descriptors of a collection, from which similarity on they are copies, and groups of them.
 
-Descriptors are whitened by their own collection first: directions that many pictures share, such as those of the
-classes a network was trained for, say little about whether two pictures are copies; whitening (Jégou and Chum 2012)
-weighs them down. SSCD (Pizzi et al. 2022) does the same for copy detection.
-
 How alike different pictures are depends on the model and on the collection, so no fixed threshold serves. `certain` is
 the lowest threshold at which no more than the given share of images have another one above it; real copies push it up.
 It decides where pictures are not looked at. Else each picture is compared (detail.py) with its nearest ones above
@@ -23,7 +19,6 @@ Joining whatever is connected lets a chain of small differences tie together pic
 group is a star instead (star clustering, Aslam, Pelekhov and Rus 2004): a centre, and pictures that each form a pair
 with the centre itself.
 """
-import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -31,59 +26,15 @@ import numpy as np
 import torch
 
 from timm_multigrain.search.exact import nearest
-from timm_multigrain.whiten.pca import StreamingPCA
 
-__all__ = ['DEFAULT', 'NEIGHBOURS', 'CollectionWhitening', 'NearPairs', 'Thresholds', 'find_thresholds', 'near_pairs',
-           'star_groups']
+__all__ = ['DEFAULT', 'NEIGHBOURS', 'NearPairs', 'Thresholds', 'find_thresholds', 'near_pairs', 'star_groups']
 
 CHUNK = 4096
-IMAGES_A_COMPONENT = 8  # fewer, and the components fit the single pictures, copies with them
-FEWEST_COMPONENTS = 64
-IN_MEMORY = 1 << 29  # bytes of whitened descriptors; more is mapped from a temporary file
 SAMPLE = 4000
 NEIGHBOURS = 5
 LONELY = 0.05  # share of the images whose nearest one is not compared with them
 EXHAUSTIVE_UP_TO = 65_536
 MAX_PAIRS = 50_000_000
-
-
-class CollectionWhitening:
-    """Whitening of descriptors by the collection (N, D) that they are from: PCA to at most an eighth as many components
-    as there are images, divided by their deviations. Fewer than 512 images are left as they are.
-    """
-
-    def __init__(self, vectors):
-        self.mean = self.projection = None
-        n, dim = vectors.shape
-        components = min(dim, n // IMAGES_A_COMPONENT)
-        if components < FEWEST_COMPONENTS:
-            return
-        pca = StreamingPCA(dim)
-        for start in range(0, n, CHUNK):
-            pca.update(_read(vectors, slice(start, start + CHUNK)))
-        values, directions = (values.numpy() for values in pca.eigh())
-        kept = np.flatnonzero(values[:components] > max(1e-9 * values[0], 1e-12))  # less is rounding of unit rows
-        if len(kept):
-            self.mean, self.projection = pca.mean.numpy(), directions[:, kept] / np.sqrt(values[kept])
-
-    def __call__(self, rows: np.ndarray) -> np.ndarray:
-        """(n, D) descriptors whitened and L2-normalised again, (n, k) float32."""
-        if self.projection is None:
-            return np.asarray(rows, dtype=np.float32)
-        rows = (np.asarray(rows, dtype=np.float64) - self.mean) @ self.projection
-        return (rows / np.linalg.norm(rows, axis=1, keepdims=True).clip(1e-12)).astype(np.float32)
-
-    def all(self, vectors) -> np.ndarray:
-        """Every row of an index, (N, k) float32, mapped from a temporary file if that is large."""
-        shape = (len(vectors), (vectors if self.projection is None else self.projection).shape[1])
-        if 4 * shape[0] * shape[1] > IN_MEMORY:
-            with tempfile.TemporaryFile(prefix='multigrain-') as file:
-                whitened = np.memmap(file, dtype=np.float32, mode='w+', shape=shape)
-        else:
-            whitened = np.empty(shape, dtype=np.float32)
-        for start in range(0, len(vectors), CHUNK):
-            whitened[start:start + CHUNK] = self(vectors[start:start + CHUNK])
-        return whitened
 
 
 @dataclass(frozen=True)
@@ -135,6 +86,11 @@ class NearPairs:
 
     def where(self, chosen: np.ndarray) -> 'NearPairs':
         return NearPairs(self.first[chosen], self.second[chosen], self.scores[chosen], self.complete)
+
+    def missing_in(self, other: 'NearPairs') -> np.ndarray:
+        """(E,) whether each pair is not in the other ones."""
+        mine, theirs = (pairs.first << 32 | pairs.second for pairs in (self, other))
+        return ~np.isin(mine, theirs)
 
     def rows(self) -> np.ndarray:
         """Every row that is in a pair, ascending."""
