@@ -1,5 +1,7 @@
 """The scripts of benchmarks/ start and explain themselves."""
+import argparse
 import runpy
+import shlex
 import sys
 from pathlib import Path
 
@@ -8,6 +10,7 @@ import torch
 
 FOLDER = Path(__file__).resolve().parents[1] / 'benchmarks'
 SCRIPTS = sorted(path.name for path in FOLDER.glob('*.py') if path.name != 'timing.py')
+QUICK = runpy.run_path(str(FOLDER / 'all.py'))['QUICK']
 
 
 @pytest.mark.parametrize('name', SCRIPTS)
@@ -34,8 +37,21 @@ def test_all_goes_on_after_a_failure(monkeypatch, capsys, tmp_path):
     assert 'failed: bad' in printed and printed.rstrip().endswith('    python benchmarks/other.py --data DIR')
     assert 'out of order' in (tmp_path / 'out' / 'bad.txt').read_text()
     assert 'a table' in (tmp_path / 'out' / 'good.txt').read_text()
-    module = runpy.run_path(str(FOLDER / 'all.py'))
-    assert {f'{name}.py' for name in module['QUICK']} <= set(SCRIPTS)
+
+
+@pytest.mark.parametrize('name', QUICK)
+def test_the_settings_of_all_are_flags_of_the_script(name, monkeypatch):
+    parse = argparse.ArgumentParser.parse_args
+
+    def parse_only(*args):
+        parse(*args)
+        raise SystemExit(0)
+
+    monkeypatch.syspath_prepend(FOLDER)
+    monkeypatch.setattr(argparse.ArgumentParser, 'parse_args', parse_only)
+    monkeypatch.setattr(sys, 'argv', [name, *shlex.split(QUICK[name])])
+    with pytest.raises(SystemExit, match=r'^0$'):
+        runpy.run_path(str(FOLDER / f'{name}.py'), run_name='__main__')
 
 
 @pytest.fixture
