@@ -253,6 +253,11 @@ class Index(Collection):
         return row_of
 
     @cached_property
+    def _most_parts(self) -> int:
+        """Of an image: itself and its regions."""
+        return int(np.bincount(self.image_rows).max(initial=1))
+
+    @cached_property
     def background(self) -> Background:
         """What the photographs have in common, from 2000 of them."""
         return Background.of(self.vectors[::max(1, -(-len(self) // SAMPLE))])
@@ -292,7 +297,7 @@ class Index(Collection):
             check_neighbours(rerank)
             return self._reranked(queries, k, rerank, report, class_name=class_name, category=category, exact=exact)
         # that k images are among them in any case
-        asked = k * max(1, int(np.bincount(self.image_rows, minlength=1).max()))
+        asked = k * self._most_parts
         if class_name is not None or category is not None:
             chosen = np.ones(len(self._searched), dtype=bool)
             if class_name is not None:
