@@ -382,11 +382,7 @@ def test_the_command(pictures, tmp_path, noise_folder, hub, capsys):
 
 
 @pytest.mark.parametrize(('args', 'message'), [
-    (['--benchmark', 'ukbench'], 'lacks 10200 of the 10200 images of UKBench'),
-    (['--benchmark', 'holidays', '--queries', 'x'], 'holidays has no option queries'),
-    (['--benchmark', 'disc21', '--download'], 'cannot be downloaded by a program'),
     (['--benchmark', 'folder', '--qe', '2', 'x'], '--qe 2 x: give a number'),
-    (['--benchmark', 'folder', '--pool', 'gim'], "Unknown pooling 'gim'"),
     (['--benchmark', 'folder', '--download-distractors'], 'is for roxford5k and rparis6k'),
     (['--benchmark', 'folder', '--whiten', 'nowhere'], 'nowhere is not a folder'),
 ])

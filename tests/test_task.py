@@ -148,6 +148,7 @@ def test_optimizer_groups_clipping_and_amp():
     groups = {id(p): g for g in optimizer.param_groups for p in g['params']}
     beta = trainable.instance_loss.beta
     assert groups[id(beta)]['weight_decay'] == 0 and groups[id(beta)]['lr_scale'] == 1
+    assert groups[id(trainable.model.trunk.conv1[0].weight)]['lr_scale'] < 0.5
     assert len(groups) == len(list(trainable.parameters()))
     assert any(p is beta for p in task.get_clip_parameters(exclude_head=True))
     heads = list(trainable.model.head.fc.parameters())

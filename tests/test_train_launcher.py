@@ -457,7 +457,8 @@ def test_instances(train, images, tmp_path):
 
 
 @pytest.mark.parametrize('flags', [
-    (), ('--no-prefetcher', '-j', '1', '-vb', '4', '--mg-classif-weight', '1'), ('--amp', '--amp-dtype', 'bfloat16')])
+    (), ('--no-prefetcher', '-j', '1', '-vb', '4', '--mg-classif-weight', '1'), ('--torchcompile', 'eager'),
+    ('--amp', '--amp-dtype', 'bfloat16')])
 def test_figures_of_retrieval(train, images, flags):
     run = train('--mg-eval', *flags)
     expected = figures_of(load(run.checkpoint), images / 'validation', 32)
