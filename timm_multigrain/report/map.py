@@ -27,7 +27,7 @@ def layout(vectors: np.ndarray) -> np.ndarray:
         ImportError: scikit-learn is not there.
     """
     if len(vectors) < 3:
-        raise ValueError(f'{len(vectors)} pictures make no map: index three or more.')
+        raise ValueError(f'{len(vectors)} pictures make no map: it takes three or more.')
     try:
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
@@ -45,7 +45,7 @@ def layout(vectors: np.ndarray) -> np.ndarray:
 
 def write_map(path: str | os.PathLike, index: Index, number: int = 2000) -> Path:
     """Write a page with the map of an index, or of so many pictures evenly spread over it."""
-    rows = np.unique(np.linspace(0, len(index) - 1, min(number, len(index))).round().astype(np.int64))
+    rows = np.unique(np.linspace(0, len(index) - 1, min(max(number, 0), len(index))).round().astype(np.int64))
     places, exif = layout(np.asarray(index.vectors[rows], dtype=np.float32)), index.protocol().exif
     records = [index.records(row) for row in rows.tolist()]
     names = [record.classes[0][0] if record.classes else '' for record in records]
