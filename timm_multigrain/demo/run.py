@@ -18,7 +18,7 @@ from .training import Pictures, TrainSettings, open_pictures, protocol_of, train
 
 __all__ = ['run_demo']
 
-SHARES = (0.5, 0.1, 0.3, 0.7, 0.9)  # which queries are shown, of those in the order of their gain by the joint model
+SHARES = (50, 10, 30, 70, 90)  # per cent: which queries are shown, in the order of their gain by the joint model
 NEIGHBORS = 8  # as many as there are copies
 INTRO = (
     'Two kinds of model, trained from scratch from the same seeds, on the same pictures and augmentations, in the same '
@@ -104,7 +104,7 @@ def _gallery(pictures: Pictures, scores: dict[str, Scores]) -> Iterator[Query]:
     before, joint = (score.copy_ap for score in scores.values())
     order = np.argsort(joint - before, kind='stable')
     for share in SHARES:
-        query, answers = int(order[int(share * len(order))]), []
+        query, answers = int(order[share * len(order) // 100]), []
         for name, score in scores.items():
             similarity = score.similarity[query].clone()
             similarity[query * len(KINDS)] = -2.  # the query itself
@@ -112,7 +112,7 @@ def _gallery(pictures: Pictures, scores: dict[str, Scores]) -> Iterator[Query]:
             predicted = pictures.class_names[score.predictions[query]]
             answers.append(Answer(name, [neighbor(query, index, similarity[index].item()) for index in nearest],
                                   f'average precision {score.copy_ap[query]:.0f} %, predicted class: {predicted}'))
-        yield Query(pictures.val.load(query), f'{classes[query]}, more gain than {share:.0%} of the queries', answers)
+        yield Query(pictures.val.load(query), f'{classes[query]}, more gain than {share} % of the queries', answers)
 
 
 def _notes(pictures: Pictures, settings: TrainSettings, model_dir: Path) -> list[str]:
