@@ -34,7 +34,7 @@ NUMBER, DIM = 500, 128  # descriptors of a picture, and their size
 SAMPLE = 20  # pictures that the PCA is fitted on
 TOLERANCE = 0.03  # of the longer side
 ENOUGH = 50  # matches that make it certain
-LINES = 60  # matches that are drawn
+LINES = 40  # matches that are drawn
 
 
 class LocalFeatures(NamedTuple):
