@@ -14,6 +14,7 @@ import timm_multigrain  # noqa: F401 - registers the models
 from timm_multigrain.task import MultiGrainTask
 from timm_multigrain.train.options import TrainOptions, resume_problem
 
+from .test_train_evaluation import figures_of, load
 from .test_train_launcher import SCRIPTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -113,7 +114,8 @@ def test_resumed_equals_uninterrupted(script, noise_folder, tmp_path):
 def test_two_processes_train_one_model(script, noise_folder, tmp_path):
     done = _run(
         script, noise_folder, tmp_path / 'run', '--input-size', 3, 64, 64, '-b', 9, '--epochs', 2, '--lr', 0.01,
-        '-j', 0, '--log-interval', 1, '--mg-sampling', 'uniform', '--mg-gather', '--model-ema', '--grad-accum-steps', 2,
+        '-j', 0, '--log-interval', 1, '--mg-sampling', 'uniform', '--mg-gather', '--mg-eval', '--model-ema',
+        '--grad-accum-steps', 2,
         launcher=['torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m'])
     assert done.returncode == 0, done.stderr[-3000:]
     checkpoint = _load(tmp_path / 'run' / 'last.pth.tar')
@@ -127,4 +129,6 @@ def test_two_processes_train_one_model(script, noise_folder, tmp_path):
     # 3 images of 3 copies in a batch, the negatives of an anchor are the others of both processes
     assert float(rows[-1]['train_effective_negatives']) == pytest.approx(15)
     assert checkpoint['task_state']['instance_loss']['beta'].item() != pytest.approx(1.2, abs=1e-7)
-    assert 'state_dict_ema' in checkpoint
+    averaged = load({'state_dict': checkpoint['state_dict_ema']})  # which is validated last
+    for name, value in figures_of(averaged, noise_folder / 'validation', 64).items():
+        assert float(rows[-1][f'eval_{name}']) == pytest.approx(value)
