@@ -3,20 +3,23 @@
     python benchmarks/retrieval.py --model MODEL --work-dir CACHE --sizes 128 224 320 \
         --data folder:GROCERY:gt.json ukbench:UKB rparis6k:PARIS:gnd.json copies:PHOTOS
     python benchmarks/retrieval.py --model MODEL --work-dir CACHE --sizes 224 --adapt TRAIN TEST
+    python benchmarks/retrieval.py --model MODEL ... --work-dir CACHE --csv benchmarks/retrieval.csv --data ...
 
 --data takes KIND:FOLDER[:GROUND-TRUTH]; copies are edited copies (those of `dedup --measure`) of every fourth
 photograph of a folder, each original a query. Every query is left out of all refinements. Embeddings stay in CACHE.
+--csv writes the figures of each trunk with each pooling in place of the tables.
 """
 import argparse
+import csv
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from timm_multigrain import Protocol, extract, fit_adaptation, fit_whitening, l2_normalize, open_model
+from timm_multigrain import Protocol, evaluate, extract, fit_adaptation, fit_whitening, l2_normalize, open_model
 from timm_multigrain.images.copies import make_copies
 from timm_multigrain.images.sources import find_images
-from timm_multigrain.measure.benchmarks import load_benchmark
+from timm_multigrain.measure.benchmarks import Benchmark, load_benchmark
 from timm_multigrain.measure.benchmarks.groups import Groups
 from timm_multigrain.measure.metrics import mean_average_precision
 from timm_multigrain.search.exact import SimilarityChunks
@@ -25,22 +28,28 @@ from timm_multigrain.search.rerank import RerankedChunks, alpha_query_expansion,
 from timm_multigrain.whiten.fit import matching_pairs, with_constant
 
 NUM_PHOTOS = 80
+POOLINGS = ('gem', 'mac', 'spoc', 'rmac', 'crow', 'avg', 'trunk')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add('--model', required=True)
+    add('--model', required=True, nargs='+', help='several for --csv')
     add('--data', nargs='*', default=[], metavar='KIND:FOLDER[:TRUTH]')
     add('--adapt', nargs=2, metavar=('TRAIN', 'TEST'), help='folders of groups')
     add('--sizes', nargs='+', type=int, default=[224])
     add('--p', type=float, default=3.)
     add('--seeds', nargs='+', type=int, default=[0, 1, 2])
+    add('--csv', type=Path, metavar='FILE', help='poolings side by side, GeM with --p')
     add('--random', action='store_true', help='also the network with random weights')
     add('--layers', nargs='*', type=int, default=[], help='also the maps of these stages, as timm numbers them')
     add('--local', action='store_true', help='also verified by details')
     add('--work-dir', type=Path, required=True)
     args = parser.parse_args()
+    if args.csv:
+        write_csv(args)
+        return
+    args.model, = args.model
     model = open_model(args.model, p=args.p)
     systems = {'last map': model} | {f'stage {i}': stage_of(args, i) for i in args.layers}
     if args.random:
@@ -51,9 +60,7 @@ def main() -> None:
         print(f'| set | descriptor | size | {" | ".join(columns)} |')
         print('|---|---|---|' + '---|' * len(columns))
     for given in args.data:
-        kind, folder, *truth = given.split(':')
-        benchmark = copies_of(Path(folder), args.work_dir) if kind == 'copies' else load_benchmark(
-            kind, folder, ground_truth=(truth or [None])[0], subset=kind != 'folder')
+        benchmark = load(given, args)
         for name, system in systems.items():
             for size in args.sizes:
                 print_refinements(benchmark, name, system, Protocol.for_model(system, size=size), args)
@@ -61,10 +68,38 @@ def main() -> None:
         print_adaptation(model, args)
 
 
+def load(given: str, args: argparse.Namespace) -> Benchmark:
+    """The benchmark that KIND:FOLDER[:TRUTH] names."""
+    kind, folder, *truth = given.split(':')
+    return copies_of(Path(folder), args.work_dir) if kind == 'copies' else load_benchmark(
+        kind, folder, ground_truth=(truth or [None])[0], subset=kind != 'folder')
+
+
+def write_csv(args: argparse.Namespace) -> None:
+    """Figures of each trunk with each pooling, at the first size, longer side; no whitening, no re-ranking."""
+    models = {model.trunk_name: model for model in map(open_model, args.model)}
+    rows = []
+    for given in args.data:
+        result = evaluate(
+            models, load(given, args), protocols=lambda model: Protocol.for_model(model, size=args.sizes[0]),
+            poolings=POOLINGS, exponents=[args.p], work_dir=args.work_dir, workers=0)
+        for number, system in enumerate(result.systems):
+            trunk, pooling = list(models)[number // len(POOLINGS)], POOLINGS[number % len(POOLINGS)]
+            rows += [(trunk, metric.dataset, pooling, args.p if pooling == 'gem' else '', metric.size, metric.metric,
+                      metric.split or '', f'{metric.value:.2f}') for metric in system.metrics
+                     if 'mP@' not in metric.metric]
+        print(result, flush=True)
+    with open(args.csv, 'w', newline='') as file:
+        writer = csv.writer(file, lineterminator='\n')
+        writer.writerow(['trunk', 'benchmark', 'pooling', 'p', 'size', 'metric', 'split', 'value'])
+        writer.writerows(rows)
+
+
 def stage_of(args: argparse.Namespace, index: int) -> torch.nn.Module:
     """The model with an earlier map in place of the last one."""
     model = open_model(args.model, p=args.p)
     model.reset_classifier(0)
+    model.head.embed_dim = model.trunk.feature_info[index]['num_chs']
 
     def early(x: torch.Tensor) -> torch.Tensor:
         return model.trunk.forward_intermediates(x, indices=[index], intermediates_only=True)[0].abs()

@@ -72,6 +72,8 @@ def test_text():
     assert 'one p per channel, 1.' in _card(tiny_model(per_channel_p=True)).text
     assert 'No figures were recorded' in _card().text
     assert 'pooling | rmac' in _card(tiny_model(global_pool='rmac')).text
+    for own, shown in ((None, "the trunk's own"), ('max', "the trunk's own, max")):
+        assert f'pooling | {shown} |' in _card(tiny_model(global_pool='trunk', trunk_pool=own)).text
 
 
 @pytest.mark.parametrize('kwargs', [{}, {'in_chans': 5, 'num_classes': 0}])

@@ -58,6 +58,7 @@ def test_pixels_by_hand(width, height):
     assert torch.equal(protocol.normalize(pixels[None].repeat(3, 1, 1, 1))[2], got)
     w, h = max(1, 96 * width // long), max(1, 96 * height // long)
     assert np.array_equal(array(Protocol(96, 'longer-side').pixels(image)), image.resize((w, h), Image.BILINEAR))
+    assert np.array_equal(array(Protocol(96, 'shorter-side').pixels(image)), T.Resize(96)(image))
 
 
 @pytest.mark.parametrize('shape, box, expected', [

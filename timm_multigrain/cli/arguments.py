@@ -65,10 +65,11 @@ def add_protocol(parser: argparse.ArgumentParser, kind: str = 'longer-side', siz
     parser.set_defaults(default_kind=kind)
     add = parser.add_argument_group('protocol').add_argument
     add('--size', type=int, nargs='+' if sizes else None, metavar='N',
-        help="side of the crop, or longer side, in pixels (default: what a whitening was fitted for, or the model's)")
-    add('--protocol', choices=('crop', 'longer-side', 'thumbnail'),
-        help="crop: shorter side size / the model's crop_pct, centre crop; longer-side: nothing is cut off; "
-             'thumbnail: the same, smaller images are not enlarged (default: '
+        help='side of the crop, or longer or shorter side, in pixels (default: what a whitening was fitted for, or the '
+             "model's)")
+    add('--protocol', choices=('crop', 'longer-side', 'shorter-side', 'thumbnail'),
+        help="crop: shorter side size / the model's crop_pct, centre crop; longer-side, shorter-side: nothing is cut "
+             'off; thumbnail: as longer-side, smaller images are not enlarged (default: '
              + ("as the benchmark's public evaluation, or " if sizes else '')
              + f'the one a whitening was fitted for, or {kind})')
     add('--scales', nargs='+', metavar='F', help="average over the input at these scales; 'ms' for 1 0.7071 0.5")

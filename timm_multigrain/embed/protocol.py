@@ -22,7 +22,7 @@ from timm_multigrain.models.trunk import InputSizes
 __all__ = ['MS_SCALES', 'Protocol', 'check_fitted']
 
 MS_SCALES = (1., 2 ** -0.5, 0.5)
-_KINDS = ('crop', 'longer-side', 'thumbnail')
+_KINDS = ('crop', 'longer-side', 'shorter-side', 'thumbnail')
 _CROP_MODES = ('center', 'squash', 'border')
 _LONGEST = 32  # times the shorter side: what a centre crop has no use for
 
@@ -32,10 +32,11 @@ class Protocol:
     """Test protocol.
 
     Attributes:
-        size: Side of the crop, or longer side, in pixels.
+        size: Side of the crop, or longer or shorter side, in pixels.
         kind: 'crop' (shorter side size / crop_pct, then the central size x size pixels), 'longer-side' (longer side
-            becomes size, nothing is cut off) or 'thumbnail' (longer side becomes at most size, by Pillow's thumbnail; a
-            part cut out of an image is reduced by the factor of the whole).
+            becomes size, nothing is cut off), 'shorter-side' (the same with the shorter one) or 'thumbnail' (longer
+            side becomes at most size, by Pillow's thumbnail; a part cut out of an image is reduced by the factor of the
+            whole).
         scales: Factors of the input's sides; the descriptor is the average over them.
         flip: Average the descriptors of the image and its mirror image at each scale.
         exif: Turn images upright as their EXIF orientation says.
@@ -94,6 +95,7 @@ class Protocol:
     def __str__(self) -> str:
         name = {
             'longer-side': f'longer side {self.size}, smaller images enlarged',
+            'shorter-side': f'shorter side {self.size}, smaller images enlarged',
             'thumbnail': f'longer side at most {self.size} (thumbnail), smaller images as they are',
             'crop': f'crop {self.size}' + f', crop_pct {self.crop_pct:g}' * (self.crop_pct != 0.875)
                     + f', {self.crop_mode}' * (self.crop_mode != 'center')}[self.kind]
@@ -129,8 +131,10 @@ class Protocol:
             side = max(1, self.size * max(image.size) / max(whole or image.size))
             image = image.copy()
             image.thumbnail((side, side), Image.Resampling.LANCZOS)
-        elif self.kind == 'longer-side':
-            sides = [max(1, self.size * side // max(image.size)) for side in (image.height, image.width)]
+        elif self.kind in ('longer-side', 'shorter-side'):
+            image = image if self.kind == 'longer-side' else _cut_long_ends(image)
+            side = (max if self.kind == 'longer-side' else min)(image.size)
+            sides = [max(1, self.size * length // side) for length in (image.height, image.width)]
             image = T.functional.resize(image, sides, mode)
         else:
             image = self._crop(_cut_long_ends(image) if self.crop_mode == 'center' else image)

@@ -147,6 +147,9 @@ def _facts(model: nn.Module, license_: str) -> str:
     p = model.gem_p
     pooling = (model.global_pool or 'none' if p is None else f'GeM, p = {p:.4g}' if not isinstance(p, list) else
                f'GeM, one p per channel, {min(p):.3g} to {max(p):.3g}')
+    if model.global_pool == 'trunk':
+        own = model._model_args.get('trunk_pool')
+        pooling = "the trunk's own" + (f', {own}' if own else '')
     mean, std = ('(' + ', '.join(f'{value:.4g}' for value in cfg[key]) + ')' for key in ('mean', 'std'))
     return _table(('', ''), [
         ('trunk', f'`{model.trunk_name}` of timm'),

@@ -36,8 +36,7 @@ class Boxes:
             (left, top, right, bottom) or (left, top, right, bottom, category) for each thing in it.
 
     Raises:
-        FileNotFoundError, ValueError: The list cannot be read, or the function was not found.
-        ImportError: The module cannot be imported.
+        FileNotFoundError, ImportError, ValueError: The list cannot be read, or the function was not found.
     """
 
     def __init__(self, boxes: str | os.PathLike | Callable[[Image.Image], Iterable[Sequence]]):
@@ -115,16 +114,7 @@ def update_regions(
         progress: bool = True,
         **extraction,
 ) -> None:
-    """Bring the regions of the images below these folders up to date, with nothing left to commit.
-
-    Args:
-        writer: The index.
-        model: Opens its model.
-        protocol: Its preprocessing, of a part as of a picture.
-        boxes: Where things are.
-        folders: Folders of the index.
-        progress: Show a bar.
-        **extraction: As of `build_index`.
+    """Bring the regions of the images below these folders of an index up to date; `model` opens its model.
 
     Raises:
         ValueError: The list names none of the images, or a box is not one.

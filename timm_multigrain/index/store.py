@@ -337,9 +337,12 @@ class Writer:
 
         Readers that have the index open keep what they see. The structure for search goes.
         """
+        most = (1 - REMOVED_SHARE) * self.num_vectors  # that are in use
+        if self.state['totals']['images'][0] >= most:  # seen without reading the tables
+            return
         store = Store(self.folder)
         rows = np.unique(store.vector_rows)
-        if self.num_vectors - len(rows) <= REMOVED_SHARE * self.num_vectors:
+        if len(rows) >= most:
             return
         records, store.regions = store.records.copy(), store.regions.copy()
         for each in (records, store.regions):
