@@ -31,7 +31,7 @@ __all__ = ['DEFAULT', 'NEIGHBOURS', 'NearPairs', 'Thresholds', 'find_thresholds'
 
 CHUNK = 4096
 SAMPLE = 4000
-NEIGHBOURS = 5
+NEIGHBOURS = 8
 LONELY = 0.05  # share of the images whose nearest one is not compared with them
 EXHAUSTIVE_UP_TO = 65_536
 MAX_PAIRS = 50_000_000
