@@ -20,6 +20,7 @@ from timm_multigrain.loss import (
     TripletLoss,
     Triplets,
     create_instance_loss,
+    losses,
     margin_loss,
     margin_statistics,
 )
@@ -166,8 +167,10 @@ def test_pair_losses_equal_loops(batch):
             assert loss(embedding.double(), target, pad(triplets)).item() == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.parametrize('chunk', [1, 60, 2 ** 17])
 @pytest.mark.parametrize('name', OURS)
-def test_gradients(batch, name):
+def test_gradients(batch, name, chunk, monkeypatch):
+    monkeypatch.setattr(losses, 'CHUNK', chunk)
     embedding, target, triplets = batch
     loss = OURS[name]().double()
     embedding = embedding.double().requires_grad_()

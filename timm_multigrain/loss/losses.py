@@ -7,15 +7,19 @@ float32, also under autocast; a float64 embedding stays float64.
 import difflib
 import inspect
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from .sampling import Triplets
 
 __all__ = [
     'ContrastiveLoss', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'balanced_beta', 'create_instance_loss',
     'margin_loss', 'margin_statistics']
+
+CHUNK = 2 ** 18  # values that a CPU works on together: 1 MiB, which stays in its cache
 
 
 def margin_loss(embedding: Tensor, triplets: Triplets, beta: Tensor | float, margin: float = 0.2) -> Tensor:
@@ -287,6 +291,39 @@ def _square_distances(embedding: Tensor, triplets: Triplets) -> Tensor:
     embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
     anchor, others = triplets[0], torch.stack([triplets[1], triplets[2]])
     used = anchor >= 0
+    if embedding.device.type == 'cpu' and not torch.compiler.is_compiling():
+        squares = _PairSquares.apply(embedding, anchor[used], others[:, used])
+        return squares.new_zeros(others.shape).masked_scatter(used, squares)
     difference = embedding[anchor.clamp(min=0)] - embedding[others.clamp(min=0)]
     # Masked here and not after the square: the gradient of a padded entry stays zero even when row 0 is NaN.
     return difference.masked_fill(~used[:, None], 0.).square().sum(-1)
+
+
+class _PairSquares(torch.autograd.Function):
+    """Squared distances (2, n) of pairs of rows, in half the time of indexing: by chunks that stay in a CPU's cache."""
+
+    @staticmethod
+    def forward(ctx, embedding: Tensor, anchor: Tensor, others: Tensor) -> Tensor:
+        ctx.save_for_backward(embedding, anchor, others)
+        squares = []
+        for first, seconds in _chunks(embedding, anchor, others):
+            rows = embedding.index_select(0, first)
+            squares.append(torch.stack([(embedding.index_select(0, i).sub_(rows)).square_().sum(1) for i in seconds]))
+        return torch.cat(squares, 1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        embedding, anchor, others = ctx.saved_tensors
+        result = torch.zeros_like(embedding)
+        for first, seconds, slopes in _chunks(embedding, anchor, others, 2 * grad):
+            rows = embedding.index_select(0, first)
+            for second, slope in zip(seconds, slopes, strict=True):
+                difference = embedding.index_select(0, second).sub_(rows).mul_(slope[:, None])
+                result.index_add_(0, second, difference).index_add_(0, first, difference, alpha=-1)
+        return result, None, None
+
+
+def _chunks(embedding: Tensor, *pairs: Tensor) -> Iterable[tuple[Tensor, ...]]:
+    size = max(CHUNK // embedding.shape[1], 1)
+    return zip(*(t.split(size, -1) for t in pairs), strict=True)
