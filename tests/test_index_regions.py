@@ -80,14 +80,8 @@ def check(index):
         assert rows[0, 0] == row and scores[0, 0] == pytest.approx(1, abs=1e-5)
 
 
-@pytest.mark.parametrize('suffix', ['csv', 'jsonl'])
-def test_parts_are_embedded_as_pictures_of_their_own(pictures, tmp_path, suffix, capsys):
-    boxes = listed(tmp_path / 'boxes.csv')
-    if suffix == 'jsonl':
-        boxes = tmp_path / 'boxes.jsonl'
-        boxes.write_text(''.join(json.dumps({'path': path, 'box': [float(x) for x in box.split()] or None,
-                                             'category': category}) + '\n' for path, box, category in ROWS))
-    index = make(pictures, boxes)
+def test_parts_are_embedded_as_pictures_of_their_own(pictures, tmp_path, capsys):
+    index = make(pictures, listed(tmp_path / 'boxes.csv'))
     assert len(index) == len(index.vectors) == 5 and regions_in(index) == BOXES
     assert index.categories == ['left', 'right'] and index.info['regions'] == 4
     check(index)
@@ -151,10 +145,10 @@ def test_each_image_is_found_once_by_its_best_part(tmp_path, kind):
             assert [(os.path.basename(r.path), r.box and r.box[2]) for r in map(index.records, found)] == [
                 (f'{row}.jpg', right) for row, (_, right) in expected]
             assert np.allclose(values, [score for _, (score, _) in expected], atol=1e-6)
-    scores, rows = index.search(queries[:1], 400)
-    vectors_of = np.stack([parts[index.records(row).box[2] - 3] if index.records(row).box else index.vectors[row]
-                           for row in rows[0]])
-    again, _ = rerank_candidates(torch.from_numpy(queries[0]), torch.from_numpy(vectors_of), index.background, 3)
+    _, rows = index.search(queries[:1], 400)
+    best = [parts[record.box[2] - 3] if record.box else index.vectors[row]
+            for row, record in zip(rows[0], map(index.records, rows[0]), strict=True)]
+    again, _ = rerank_candidates(torch.from_numpy(queries[0]), torch.from_numpy(np.stack(best)), index.background, 3)
     values, found = index.search(queries[:1], 10, rerank=3)
     order = again.argsort(descending=True, stable=True)[:10]
     assert np.array_equal(found[0], rows[0][order]) and np.allclose(values[0], again[order], atol=1e-6)
@@ -226,17 +220,14 @@ def test_elsewhere_there_are_whole_pictures_only(pictures, tmp_path):
     assert len(after.store.regions) == 12 and results(after) == before
 
 
-@pytest.mark.parametrize('boxes, error', [
-    ('boxes.txt', 'name a list'), ('math:nothing', 'math does not have it'), ('none.csv', 'not found'),
-    (lambda image: [(1, 2, 3)], 'left, top, right, bottom'), (lambda image: [(1, 2, 3, 4, .9, 'x')], 'left, top'),
-    (lambda image: [(0, 0, float('nan'), 9)], 'nan'), (lambda image: [(0, 0, 9, 9, 'x' * 65)], 'up to 64 bytes')])
-def test_what_gives_no_boxes(pictures, boxes, error):
-    with pytest.raises((ValueError, OSError), match=error):
-        make(pictures, boxes)
-
-
-def test_a_list_of_other_pictures(pictures, tmp_path):
+def test_what_gives_no_boxes(pictures):
+    for boxes, error in (('boxes.txt', 'name a list'), ('math:no', 'math does not have it'), ('no.csv', 'not found'), *(
+            ((lambda image, box=box: [box]), 'up to 64 bytes, not') for box in (
+                (1, 2, 3), (1, 2, 3, 4, .9, 'x'), (0, 0, float('nan'), 9), (0, 0, 9, 9, 'x' * 65), 'abcd'))):
+        with pytest.raises((ValueError, OSError), match=error):
+            make(pictures, boxes)
+    other = ('x/0.png', '0 0 9 9', '')
     with pytest.raises(ValueError, match=r'1 of 1 pictures that have boxes are not in the index, such as x/0\.png'):
-        make(pictures, listed(tmp_path / 'boxes.csv', [('x/0.png', '0 0 9 9', '')]))
+        make(pictures, listed(pictures.parent / 'boxes.csv', [other]))
     with pytest.warns(UserWarning, match='1 of 5 pictures'):
-        update(pictures, listed(tmp_path / 'boxes.csv', [*ROWS, ('x/0.png', '0 0 9 9', '')]))
+        update(pictures, listed(pictures.parent / 'boxes.csv', [*ROWS, other]))
