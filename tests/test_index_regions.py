@@ -194,7 +194,7 @@ def test_a_detector_sees_each_picture_once(pictures, tmp_path, monkeypatch):
         make(pictures, detect)
     with pytest.warns(UserWarning, match='3 pictures of its last update are still to come'):
         Index.open(tmp_path / 'index')
-    with pytest.warns(UserWarning, match='1 pictures have boxes that were left out'):
+    with pytest.warns(UserWarning, match='Boxes of 1 pictures were left out'):
         index = update(pictures, detect)
     assert len(asked) == 7 and regions_in(index) == {('7.jpg', (0, 0, 70, 20), '')}
     check(index)

@@ -85,6 +85,7 @@ def test_categories(tmp_path):
     ({'path': '../a.jpg'}, 'not one of a file below'), ({'path': '/a.jpg'}, 'not one of a file below'),
     ({'path': 'a.jpg', 'split': 'val'}, "split is 'val': give query, gallery, train"),
     ({'path': 'a.jpg', 'kind': 'x'}, "'kind' is not one of path, label"), ({'path': 'a.jpg', 'box': [1, 2]}, 'box is'),
+    ({'file': 'a.jpg'}, "'file' is not one of path, label"),
     ({'path': 'a.jpg', 'label': [1]}, 'it.label has to be a text'), (['a.jpg'], 'it has to be an object'),
     ({'path': 'a.jpg', 'box': [0, 0, 'x', 1]}, r'it.box\[2\] has to be a number')])
 def test_wrong_lines(tmp_path, line, message):

@@ -42,7 +42,7 @@ def test_few_and_equal_pictures():
     for vectors in (rng.normal(size=(3, 8)), np.ones((5, 8))):
         places = collection_map.layout(vectors.astype(np.float32))
         assert np.isfinite(places).all() and places.min() >= 0 and places.max() <= 1
-    with pytest.raises(ValueError, match='2 pictures make no map'):
+    with pytest.raises(ValueError, match='three pictures or more, not 2'):
         collection_map.layout(np.ones((2, 8), np.float32))
 
 

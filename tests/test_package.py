@@ -37,7 +37,7 @@ def test_public_names():
         timm_multigrain.nothing_here  # noqa: B018
 
 
-def test_command(capsys):
+def test_command(tmp_path, monkeypatch, capsys):
     version = subprocess.run(
         [sys.executable, '-m', 'timm_multigrain', '--version'], capture_output=True, text=True, check=True).stdout
     assert version.strip() == f'timm_multigrain {timm_multigrain.__version__}'
@@ -51,6 +51,15 @@ def test_command(capsys):
         main(['search', 'an.index', 'a.jpg', '--bogus'])
     error = capsys.readouterr().err
     assert e.value.code == 2 and 'usage: timm-multigrain search' in error and 'unrecognized arguments: --bogus' in error
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'a/b').mkdir(parents=True)
+    (tmp_path / 'a/c').touch()
+    for file, sentence in (('a/b', "'a/b' is a folder"), ('a/c/d/e', "a/c' is a file")):
+        with pytest.raises(SystemExit):
+            main(['search', 'an.index', 'a.jpg', '--html', file])
+        assert sentence in capsys.readouterr().err
+    assert main(['search', 'a/c/d', 'a.jpg']) == main(['index', 'a', '-o', 'a/c/d']) == 2
+    assert '[Errno' not in capsys.readouterr().err
     assert main(['embed', 'resnet18', 'x' * 9000, '-o', 'out']) == 2
     error = capsys.readouterr().err
     assert error.startswith('timm-multigrain embed: error: xxx') and error.endswith('x...\n') and len(error) < 1100

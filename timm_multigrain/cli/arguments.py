@@ -3,6 +3,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 MODEL = 'folder, checkpoint of train.py, multigrain_NAME[.TAG], hf-hub:USER/NAME, or any timm model'
 _SHARED = {
@@ -51,6 +52,16 @@ def _neighbours(text: str) -> int | str:
     if text != 'auto' and not (text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f'{text!r} is not a number of neighbours: give 1 or more, or nothing')
     return text if text == 'auto' else int(text)
+
+
+def output_file(text: str) -> str:
+    """Type of an argument that names a file to write, so that it is refused before the work and not after it."""
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f'{text!r} is a folder: name a file')
+    folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
+    if not folder.is_dir():
+        raise argparse.ArgumentTypeError(f'{str(folder)!r} is a file: name a folder before {Path(text).name!r}')
+    return text
 
 
 def open_model(args: argparse.Namespace):

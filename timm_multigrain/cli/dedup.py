@@ -33,12 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--prefer', metavar='DIR', action='append', default=[],
         help='folder whose files are never surplus; may be given several times')
     add('--include-likely', action='store_true', help='list and move likely copies too')
-    add('--html', metavar='FILE', help='write a page with the groups in pictures')
-    add('--script', metavar='FILE', help='write a shell script that moves the surplus files to a folder; each line '
-                                         'looks at the files again when it runs')
+    add('--html', type=arguments.output_file, metavar='FILE', help='write a page with the groups in pictures')
+    add('--script', type=arguments.output_file, metavar='FILE',
+        help='write a shell script that moves the surplus files to a folder; each line looks at the files again '
+             'when it runs')
     add('--list', action='store_true', help='print the surplus files, one per line')
     add('-0', '--null', action='store_true', help='end the lines of --list with a null byte, for xargs -0')
-    add('--json', metavar='FILE', help='write everything as JSON, - for stdout')
+    add('--json', type=arguments.output_file, metavar='FILE', help='write everything as JSON, - for stdout')
     add('--identical', action='store_true', help='identical files only')
     add('--threshold', type=float, metavar='T', help='similarity from which pictures are copies (default: those that '
                                                      'look the same)')

@@ -58,8 +58,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add_extraction(parser)
     group = parser.add_argument_group('output')
     arguments.add(group, '--work-dir')
-    group.add_argument('--json', metavar='FILE', help='write the figures to FILE')
-    group.add_argument('--plot', metavar='FILE', help='draw them into FILE')
+    group.add_argument('--json', type=arguments.output_file, metavar='FILE', help='write the figures to FILE')
+    group.add_argument('--plot', type=arguments.output_file, metavar='FILE', help='draw them into FILE')
 
 
 def run(args: argparse.Namespace) -> None:

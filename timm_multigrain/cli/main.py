@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
             timm_multigrain._register()
             return args.run(args) or 0
     except (ValueError, OSError, RuntimeError, ImportError) as e:
-        print(f'timm-multigrain {args.command}: error: {_shown(str(e))}', file=sys.stderr)
+        print(f'timm-multigrain {args.command}: error: {_shown(_sentence(e))}', file=sys.stderr)
         return 2
     except KeyboardInterrupt as e:
         terminated = isinstance(e, _Terminated)
@@ -86,6 +86,13 @@ def _sigterm_interrupts():
         yield
     finally:
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _sentence(error: Exception) -> str:
+    """The system's errors without their number; of two names the one that was meant, not that of a temporary file."""
+    if isinstance(error, OSError) and error.strerror and error.filename:
+        return f'{error.filename2 or error.filename}: {error.strerror}.'
+    return str(error)
 
 
 def _show_warning(message: Warning, category: type, filename: str, lineno: int, *_) -> None:

@@ -14,7 +14,7 @@ from . import arguments
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add(parser, 'index')
     add = parser.add_argument
-    add('-o', dest='out', metavar='FILE', required=True, help='page to write')
+    add('-o', dest='out', type=arguments.output_file, metavar='FILE', required=True, help='page to write')
     add('-n', dest='number', type=int, default=2000, metavar='N',
         help='pictures to draw at most, evenly spread over the index; each takes some 20 kB (%(default)s)')
 

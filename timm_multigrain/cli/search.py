@@ -26,8 +26,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--exact', action='store_true', help='compare with all images of an index that is searched approximately')
     arguments.add_rerank(add)
     arguments.add_local(add)
-    add('--html', metavar='FILE', help='write a page with the pictures')
-    add('--json', metavar='FILE', help='write what was found as JSON, - for stdout')
+    add('--html', type=arguments.output_file, metavar='FILE', help='write a page with the pictures')
+    add('--json', type=arguments.output_file, metavar='FILE', help='write what was found as JSON, - for stdout')
     add('--model', metavar='MODEL', help='where the model of the index is now, if it was moved')
 
 

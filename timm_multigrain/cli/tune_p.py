@@ -35,8 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add(parser, '--class-map')
     add('--lr', type=float, default=0.005, help='learning rate of the first step (%(default)s)')
     add('--seed', type=int, default=0, help='of the order of the images (%(default)s)')
-    add('--json', metavar='FILE', help='write what was found (default: OUTPUT-p.json)')
-    add('--plot', metavar='FILE', help='draw it (default: OUTPUT-p.png, if matplotlib is installed)')
+    add('--json', type=arguments.output_file, metavar='FILE', help='write what was found (default: OUTPUT-p.json)')
+    add('--plot', type=arguments.output_file, metavar='FILE',
+        help='draw it (default: OUTPUT-p.png, if matplotlib is installed)')
     arguments.add_protocol(parser)
     arguments.add_extraction(parser, batch_size='4 to fine-tune p, else 32')
 

@@ -22,8 +22,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--split', metavar='NAME', default='validation', help='subfolder (default: val, validation or test, if there '
                                                               'is one)')
     arguments.add(parser, '--class-map', '--strict')
-    add('--json', metavar='FILE', help='write the figures to FILE, as `publish --metrics` takes them')
-    add('--plot', metavar='FILE', help='draw the accuracy of the classes into FILE')
+    add('--json', type=arguments.output_file, metavar='FILE',
+        help='write the figures to FILE, as `publish --metrics` takes them')
+    add('--plot', type=arguments.output_file, metavar='FILE', help='draw the accuracy of the classes into FILE')
     add('--dataset', metavar='NAME', help='name of the data set in the figures (default: of the folder)')
     arguments.add_protocol(parser, kind='crop')
     arguments.add_extraction(parser)

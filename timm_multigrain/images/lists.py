@@ -71,9 +71,10 @@ def read_entries(path: str | os.PathLike) -> list[Entry]:
 def _entry(row: dict) -> Entry:
     if isinstance(row, dict) and isinstance(row.get('box'), str):  # of a CSV file
         row = {**row, 'box': [float(side) for side in row['box'].split()] or None}
-    check_json(row, {'path': str}, 'it')
+    check_json(row, {}, 'it')
     if unknown := sorted(map(str, set(row) - set(COLUMNS))):
         raise ValueError(f'{unknown[0]!r} is not one of {", ".join(COLUMNS)}.')
+    check_json(row, {'path': str}, 'it')
     check_json(row, dict.fromkeys(set(row) - {'box'}, (str, int, None)) | dict.fromkeys(
         {'box'} & set(row), ([float], None)), 'it')
     texts = {name: '' if row.get(name) is None else str(row[name]).strip() for name in COLUMNS[:-1]}

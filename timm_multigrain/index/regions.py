@@ -149,6 +149,6 @@ def update_regions(
         writer.set_pending(max(0, len(rows) - start - PICTURES))
         writer.commit()
     if boxes.lost:
-        warnings.warn(f'{len(boxes.lost):,} pictures have boxes that were left out, such as '
+        warnings.warn(f'Boxes of {len(boxes.lost):,} pictures were left out, such as of '
                       f'{printable(min(boxes.lost))}: they have no area in it, or too little for the model; a box is '
                       'left, top, right, bottom in pixels.', stacklevel=2)

@@ -322,7 +322,7 @@ def recognize_model(state: dict) -> str:
             return name
     raise ValueError(
         f'The trunk of the checkpoint ({len(found)} weights) matches none of {", ".join(_CANDIDATES)}; it starts with '
-        f'{list(state)[:3]}: name the model that it is of.')
+        f'{list(state)[:3]}: name the model that it is of, by timm-multigrain convert FILE --model NAME.')
 
 
 def _shapes(state: dict, prefix: str = '') -> dict[str, tuple[int, ...]]:

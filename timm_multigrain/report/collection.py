@@ -85,8 +85,9 @@ def _copies_values(copies: Copies, title: str, exif: bool) -> dict[str, Any]:
 
 
 def class_caption(classes: Sequence[tuple[str, float]], number: int = 1) -> str:
-    """The most probable classes in words, '' without any: of 'tench, Tinca tinca' the first name."""
-    return ', '.join(f'{printable(name.partition(", ")[0])} {100 * p:.0f} %' for name, p in classes[:number])
+    """The most probable classes in words, '' without any: of 'tench, Tinca tinca' the first name, of 298 class 298."""
+    return ', '.join(f'{"class " * name.isdecimal()}{printable(name.partition(", ")[0])} {100 * p:.0f} %'
+                     for name, p in classes[:number])
 
 
 def indexed_picture(record: Record, exif: bool = True, size: int = SIDE) -> Image.Image | None:

@@ -27,7 +27,7 @@ def layout(vectors: np.ndarray) -> np.ndarray:
         ImportError: scikit-learn is not there.
     """
     if len(vectors) < 3:
-        raise ValueError(f'{len(vectors)} pictures make no map: it takes three or more.')
+        raise ValueError(f'A map takes three pictures or more, not {len(vectors)}.')
     try:
         from sklearn.decomposition import PCA
         from sklearn.manifold import TSNE
