@@ -81,7 +81,7 @@ def test_command(base, tmp_path, capfd):
                  str(tmp_path / 'page.html')]) == 0
     assert capfd.readouterr().out.splitlines() == [str(base / 'val' / name) for name in (
         'cat/same.png', 'dog/same of a cat.png', 'dog/linked.png')]
-    assert (tmp_path / 'page.html').stat().st_size > 5000
+    assert (tmp_path / 'page.html').read_text().count('<li>') == 1  # how many; the pairs are seen
     for arguments, message in (
             ([], 'Name an index, or two'), (['--between', *folders], 'is not an index'),
             ([str(base / 'index'), '--between', folders[0], str(base)], 'images in common'),

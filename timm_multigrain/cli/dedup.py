@@ -17,6 +17,7 @@ files have changed since they were indexed (`timm-multigrain index -o INDEX` bri
 """
 import argparse
 import os
+import shlex
 import sys
 import unicodedata
 
@@ -82,7 +83,8 @@ def run(args: argparse.Namespace) -> int:
     if args.script:
         from timm_multigrain.index.script import write_script
         write_script(args.script, surplus)
-        print(f'Script: {args.script} moves {len(surplus):,} files: sh {args.script} FOLDER', file=sys.stderr)
+        print(f'Script: {args.script} moves {len(surplus):,} files: sh {shlex.quote(args.script)} FOLDER',
+              file=sys.stderr)
     if args.json:
         arguments.write_json(args.json, copies.to_dict())
     if args.list:

@@ -106,13 +106,16 @@ class CopiesBetween(Copies):
         lines = [f'{a:{widths[0]}}  {b:{widths[1]}}  {how}' for a, b, how in rows]
         if lines:
             lines.insert(0, f'{self.second.name:{widths[0]}}  {self.first.name:{widths[1]}}  how')
-        certain = sum(file.certain for file, _ in self.pairs())
+        return '\n'.join([*lines, *self.summary()])
+
+    def summary(self) -> list[str]:
+        pairs = self.pairs()
+        certain = sum(file.certain for file, _ in pairs)
         other = sum(self.second.class_of(file.record.path) != self.first.class_of(kept.record.path)
-                    for file, kept in self.pairs())
-        return '\n'.join([
-            *lines, f'{len(rows):,} of {len(self.second.rows):,} images of {self.second.name} are copies of images of '
-            f'{self.first.name}: {certain:,} for certain, {len(rows) - certain:,} likely; {other:,} of another class',
-            *self.notes()])
+                    for file, kept in pairs)
+        return [f'{len(pairs):,} of {len(self.second.rows):,} images of {self.second.name} are copies of images of '
+                f'{self.first.name}: {certain:,} for certain, {len(pairs) - certain:,} likely; {other:,} of another '
+                'class', *self.notes()]
 
 
 def find_copies_between(

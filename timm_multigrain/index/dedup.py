@@ -155,6 +155,10 @@ class Copies:
         write_text(path, json.dumps(self.to_dict(), indent=1) + '\n')
 
     def __str__(self) -> str:
+        return '\n'.join(self.summary())
+
+    def summary(self) -> list[str]:
+        """How many there are, in sentences."""
         lines = [f'{self.images:,} images']
         for kind, what in KINDS.items():
             groups = self.of_kind(kind)
@@ -165,7 +169,7 @@ class Copies:
         if every > certain:
             likely = self.surplus_bytes(likely=True) - self.surplus_bytes()
             lines.append(f'{every - certain:,} more that are likely copies, {likely / 1e6:,.1f} MB: look at them')
-        return '\n'.join([*lines, *self.notes()])
+        return [*lines, *self.notes()]
 
     def notes(self) -> Iterator[str]:
         """What could not be seen, in sentences."""

@@ -79,7 +79,7 @@ def copies_page(copies: Copies, title: str = 'Copies', exif: bool = True) -> str
 def _copies_values(copies: Copies, title: str, exif: bool) -> dict[str, Any]:
     groups = sorted(copies.groups, key=lambda group: -group.surplus_bytes)
     return dict(
-        template='copies.html', script='copies.js', title=title, summary=str(copies).splitlines(),
+        template='copies.html', script='copies.js', title=title, summary=copies.summary(),
         groups=groups[:MAX_GROUPS], number=len(groups), bases=BASES, max_files=MAX_FILES, side=SIDE, header=HEADER,
         footer=FOOTER, picture_of=lambda file: read_picture(file, exif, SIDE))
 
