@@ -130,6 +130,8 @@ def test_drawing():
         (0, 0, 255), (255, 0, 0), (255, 255, 255), (255, 255, 255)]
     assert drawn.getpixel((21, 20)) == (224, 112, 26)  # from the upper left corner to the lower right one of the other
     draw_matches(Image.new('L', (30, 20)), Image.new('L', (1, 400)), local.Match(points[:0], points[:0]))
+    wide = draw_matches(Image.new('L', (30, 20)), Image.new('L', (30, 10)), local.Match(points, points))
+    assert wide.size == (800, 267)
 
 
 def test_what_is_missing(monkeypatch):

@@ -225,12 +225,13 @@ class VerifiedChunks:
 
 
 def draw_matches(first: Image.Image, second: Image.Image, match: Match, side: int = 400) -> Image.Image:
-    """The pictures side by side, each fitted into a square of so many pixels, with lines between what they share."""
-    drawn, ends = Image.new('RGB', (2 * side, side), 'white'), []
+    """The pictures side by side, the longer side of each so many pixels, with lines between what they share."""
+    height = max(max(1, round(side * image.height / max(image.size))) for image in (first, second))
+    drawn, ends = Image.new('RGB', (2 * side, height), 'white'), []
     for image, points, left in ((first, match.first, 0), (second, match.second, side)):
         scale = side / max(image.size)
         size = [max(1, round(scale * length)) for length in image.size]
-        corner = left + (side - size[0]) // 2, (side - size[1]) // 2
+        corner = left + (side - size[0]) // 2, (height - size[1]) // 2
         drawn.paste(image.convert('RGB').resize(size), corner)
         ends.append(points * scale + np.array(corner))
     pen = ImageDraw.Draw(drawn)
