@@ -383,10 +383,13 @@ def test_command(index, pictures, tmp_path, capfdbinary):
     for arguments, code, message in (
             ([folder], 0, b'surplus files'),
             ([folder, '--list', '--identical'], 2, b'control characters in its name: take --list -0'),  # two lines
+            ([folder, '--measure', '--identical'], 2, b'a table only'),
             ([folder, '--threshold', '2'], 2, b'at most 1'), ([str(tmp_path / 'nothing')], 2, b'was not found')):
         assert main(['dedup', *arguments]) == code
         out, err = capfdbinary.readouterr()
         assert message in (err if code else out) and not (code and out)
+    assert main(['dedup', folder, '--false-positives', '0']) == 0
+    assert b'no effect without --no-look' in capfdbinary.readouterr().err
     assert set(os.listdir(pictures)) == {Path(path).name for path in index.paths}
 
 

@@ -20,6 +20,7 @@ import os
 import shlex
 import sys
 import unicodedata
+import warnings
 
 from . import arguments
 
@@ -58,6 +59,11 @@ def run(args: argparse.Namespace) -> int:
 
     if not (args.index or args.between):
         raise ValueError('Name an index, or two with --between.')
+    if args.measure is not None and (args.html or args.script or args.json or args.list or args.identical):
+        raise ValueError('--measure prints a table only: leave --html, --script, --json, --list and --identical out.')
+    if args.false_positives is not None and not args.no_look:
+        warnings.warn('--false-positives has no effect without --no-look: pictures are compared, whatever their '
+                      'similarity.', stacklevel=1)
     index = Index.open(args.index) if args.index else None
     share = FALSE_POSITIVES if args.false_positives is None else args.false_positives
     options = {'threshold': args.threshold, 'false_positives': share, 'look': not args.no_look}
