@@ -18,7 +18,7 @@ import numpy as np
 
 from timm_multigrain.files import write_text
 from timm_multigrain.images.copies import EDITS
-from timm_multigrain.images.sources import read_image
+from timm_multigrain.images.pixels import read_image
 from timm_multigrain.index import Index
 from timm_multigrain.index.dedup import FALSE_POSITIVES, CopySearch
 from timm_multigrain.index.pairs import find_thresholds, star_groups

@@ -11,7 +11,7 @@ from torchvision import transforms as T
 
 from timm_multigrain.data import fast
 from timm_multigrain.data.fast import TensorTransform, decode, on_tensors
-from timm_multigrain.images.sources import UnreadableImage
+from timm_multigrain.images.pixels import UnreadableImage
 
 
 def picture(width=90, height=70, channels=3, seed=0):

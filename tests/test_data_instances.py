@@ -23,7 +23,7 @@ from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.transforms import Compose, PILToTensor, Resize
 
 from timm_multigrain.data import InstanceDataset, create_transform
-from timm_multigrain.images.sources import UnreadableImage
+from timm_multigrain.images.pixels import UnreadableImage
 
 INDICES = [2, 2, 2, 0, 0, 5, 2, 2, 7, 7, 7, 7]
 

@@ -15,7 +15,8 @@ from timm_multigrain.embed import embedder as module
 from timm_multigrain.embed.embedder import embed_images
 from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.protocol import MS_SCALES, Protocol
-from timm_multigrain.images.sources import ImageFiles, UnreadableImage, open_images
+from timm_multigrain.images.pixels import UnreadableImage
+from timm_multigrain.images.sources import ImageFiles, open_images
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model
 

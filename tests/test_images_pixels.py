@@ -19,8 +19,9 @@ from torchvision.transforms import Compose, PILToTensor
 
 import timm_multigrain
 from timm_multigrain.data import DecodedDataset, InstanceDataset, create_loader
+from timm_multigrain.files import printable
 from timm_multigrain.images.pixels import UnreadableImage, decode, open_image, read_image
-from timm_multigrain.images.sources import find_images, open_images, printable
+from timm_multigrain.images.sources import find_images, open_images
 
 BLACK, GREY, WHITE, RED = (0, 0, 0), (127, 127, 127), (255, 255, 255), (255, 0, 0)
 

@@ -8,16 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from timm_multigrain.files import printable
 from timm_multigrain.images.labels import find_classes
-from timm_multigrain.images.sources import (
-    ImageFiles,
-    Subset,
-    UnreadableImage,
-    find_images,
-    open_images,
-    printable,
-    read_list,
-)
+from timm_multigrain.images.pixels import UnreadableImage
+from timm_multigrain.images.sources import ImageFiles, Subset, find_images, open_images, read_list
 
 
 @pytest.fixture

@@ -16,7 +16,8 @@ from PIL import Image
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.images.sources import ImageFiles, UnreadableImage, read_image
+from timm_multigrain.images.pixels import UnreadableImage, read_image
+from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.index import Index, IndexInUse, OtherModel, build_index
 from timm_multigrain.index.store import index_lock
 

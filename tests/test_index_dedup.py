@@ -12,7 +12,7 @@ from PIL import Image
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.images.copies import EDITS
-from timm_multigrain.images.sources import holds_several
+from timm_multigrain.images.pixels import holds_several
 from timm_multigrain.index import Index
 from timm_multigrain.index.dedup import find_copies, measure_recall
 from timm_multigrain.index.detail import Picture, compare

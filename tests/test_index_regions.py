@@ -11,7 +11,7 @@ from PIL import Image
 from timm_multigrain.app.answers import Answers
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.images.sources import read_image
+from timm_multigrain.images.pixels import read_image
 from timm_multigrain.index import Index, build_index, regions
 from timm_multigrain.index.ann import update_structure
 from timm_multigrain.index.between import ImageSet, find_copies_between

@@ -94,7 +94,7 @@ def _documented() -> list[doctest.DocTest]:
     found = []
     for module in ('measure.metrics', 'search.exact', 'search.rerank'):
         module = importlib.import_module(f'timm_multigrain.{module}')
-        names.update({name: getattr(module, name) for name in module.__all__})
+        names.update({name: value for name, value in vars(module).items() if name[0] != '_'})
     for name, value in names.items():
         if getattr(value, '__module__', '').startswith('timm_multigrain') and '>>>' in (value.__doc__ or ''):
             found.append(doctest.DocTestParser().get_doctest(inspect.getdoc(value), dict(names), name, None, 0))

@@ -18,7 +18,8 @@ from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.shards import DamagedShard, Descriptors, iter_shards, shard_path
 from timm_multigrain.hub import save_pretrained
-from timm_multigrain.images.sources import UnreadableImage, find_images
+from timm_multigrain.images.pixels import UnreadableImage
+from timm_multigrain.images.sources import find_images
 
 from .tiny import tiny_model
 

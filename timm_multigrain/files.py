@@ -9,10 +9,6 @@ import uuid
 from pathlib import Path
 from typing import Any, BinaryIO
 
-__all__ = [
-    'check_json', 'file_sha256', 'fsync', 'json_p', 'open_regular', 'parse_json', 'printable', 'read_json',
-    'read_lines', 'write_bytes', 'write_text']
-
 MAX_JSON = 256 << 20  # bytes
 _WORDS = {str: 'a text', bool: 'true or false', int: 'an integer', float: 'a number', None: 'null'}
 
@@ -61,9 +57,6 @@ def check_json(value: Any, form: Any, where: str) -> None:
         form: str, bool, int (of 64 bits), float (any finite number), None for null, [form] for a list, {str: form} for
             an object of any names, {'name': form, ...} for an object with at least these, or a tuple of forms.
         where: Name of the value, for the error.
-
-    Raises:
-        ValueError: It has another form; the message names the place.
     """
     forms = form if isinstance(form, tuple) else (form,)
     form = next((one for one in forms if _fits(value, one)), ...)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from timm_multigrain.files import check_json, printable
 from timm_multigrain.images.labels import class_names
-from timm_multigrain.images.sources import UnreadableImage, read_image
+from timm_multigrain.images.pixels import UnreadableImage, read_image
 from timm_multigrain.index.dedup import find_copies
 from timm_multigrain.index.model import cut, embed_queries
 from timm_multigrain.index.records import Record, top_classes

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 
 import timm_multigrain
 
-__all__ = ['main']
-
 COMMANDS = (
     'demo', 'recipe', 'embed', 'evaluate', 'validate', 'whiten', 'adapt', 'tune-p', 'index', 'search', 'dedup', 'map',
     'app', 'export', 'convert', 'publish')

@@ -38,11 +38,7 @@ def recipe_names() -> list[str]:
 
 
 def read_recipe(name: str) -> bytes:
-    """The YAML file of a recipe as it is.
-
-    Raises:
-        ValueError: Recipe not found.
-    """
+    """The YAML file of a recipe as it is."""
     names = recipe_names()
     if name not in names:
         near = difflib.get_close_matches(name, names, n=2, cutoff=0.4) or names

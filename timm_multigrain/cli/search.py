@@ -60,7 +60,7 @@ def _from_stdin() -> list[str]:
 
 def _search(index, images: list[str], args: argparse.Namespace) -> tuple[list[str], list, list[str]]:
     """The pictures that can be read, what was found for each, and what is wrong with the others."""
-    from timm_multigrain.images.sources import UnreadableImage
+    from timm_multigrain.images.pixels import UnreadableImage
 
     options = {'class_name': args.class_name, 'category': args.category, 'exact': args.exact, 'rerank': args.rerank,
                'local': args.local, 'report': lambda text: print(text, file=sys.stderr)}

@@ -40,9 +40,6 @@ class TensorTransform:
 
     Args:
         transform: Made by timm.data.create_transform for training.
-
-    Raises:
-        ValueError: A transform that is not a composition of steps.
     """
 
     def __init__(self, transform: Callable):
@@ -66,9 +63,6 @@ def decode(content: bytes, way: str = 'multigrain') -> torch.Tensor:
     Args:
         content: Content of the file.
         way: 'multigrain', the pixels of `read_image`, or 'timm', those of Pillow's conversion to RGB.
-
-    Raises:
-        UnreadableImage: Content that is not a readable image; with 'timm', OSError (or another of Pillow's errors).
     """
     if decode_jpeg is not None and content.startswith(b'\xff\xd8'):
         try:

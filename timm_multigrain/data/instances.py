@@ -28,8 +28,6 @@ from timm_multigrain.images.pixels import UnreadableImage, open_image, read_imag
 from .fast import TensorTransform
 from .fast import decode as decode_tensor
 
-__all__ = ['DecodedDataset', 'InstanceDataset']
-
 _logger = logging.getLogger(__name__)
 
 WAYS = ('multigrain', 'timm')

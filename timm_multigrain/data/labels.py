@@ -13,8 +13,6 @@ from torch.utils.data import ConcatDataset, Subset
 from timm_multigrain.files import printable, read_lines
 from timm_multigrain.images.labels import class_names
 
-__all__ = ['INSTANCES', 'label_instances']
-
 INSTANCES = 'copy', 'folder', 'class'
 
 

@@ -24,8 +24,6 @@ from .instances import DecodedDataset, InstanceDataset
 from .labels import label_instances
 from .samplers import InstanceSampler, RepeatedAugSampler
 
-__all__ = ['create_loader']
-
 _SEAM = (f'timm {timm.__version__} does not take its sampler from timm.data.loader.RepeatAugSampler: install '
          'timm 1.0.31, or build a DataLoader from InstanceDataset and one of the samplers')
 

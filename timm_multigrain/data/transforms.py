@@ -16,8 +16,6 @@ from timm_multigrain.images.pixels import check_size, decode, filter_of
 
 from .fast import on_tensors, to_float
 
-__all__ = ['Lighting', 'create_transform', 'insert_jpeg', 'insert_lighting']
-
 JPEG_QUALITY = 5, 50
 _TO_BYTES = MaybePILToTensor, T.PILToTensor
 _TO_TENSOR = *_TO_BYTES, MaybeToTensor, T.ToTensor

@@ -13,8 +13,6 @@ from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.measure.metrics import mean_average_precision
 from timm_multigrain.models import MultiGrain
 
-__all__ = ['KINDS', 'EditedCopies', 'Scores', 'copy_ap', 'measure']
-
 KINDS = ('original', *COPY_TRANSFORMS)
 
 

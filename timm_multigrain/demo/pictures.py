@@ -17,8 +17,6 @@ from tqdm import tqdm
 
 from timm_multigrain.files import write_text
 
-__all__ = ['CLASSES', 'draw_picture', 'make_collection']
-
 Color = tuple[int, int, int]
 Rng = np.random.Generator
 
@@ -176,11 +174,7 @@ def draw_picture(name: str, size: int, rng: Rng) -> Image.Image:
 def make_collection(
         root: str | os.PathLike, train_per_class: int = 260, val_per_class: int = 34, size: int = 112, seed: int = 0,
 ) -> Path:
-    """Draw {train,val}/<class>/<name>.jpg, or reuse them; the folder appears when it is complete.
-
-    Raises:
-        ValueError: The folder holds something else than the pictures of these settings.
-    """
+    """Draw {train,val}/<class>/<name>.jpg, or reuse them; the folder appears when it is complete."""
     root, counts = Path(root).absolute(), {'train': train_per_class, 'val': val_per_class}
     settings = {'classes': list(CLASSES), **counts, 'size': size, 'seed': seed}
     if root.exists():

@@ -16,8 +16,6 @@ from .measuring import KINDS, EditedCopies, Scores, measure
 from .pictures import make_collection
 from .training import Pictures, TrainSettings, open_pictures, protocol_of, train_model
 
-__all__ = ['run_demo']
-
 SHARES = (50, 10, 30, 70, 90)  # per cent: which queries are shown, in the order of their gain by the joint model
 NEIGHBORS = 8  # as many as there are copies
 INTRO = (
@@ -39,10 +37,6 @@ def run_demo(
         settings: The joint models' trainings; the others differ in lambda = 1 only.
         data_dir: Image folder with train/ and val/; None draws a picture collection below ``output``.
         command: Shown on the page.
-
-    Raises:
-        ValueError, FileNotFoundError: The folder cannot be trained on, or the settings are impossible.
-        ImportError: matplotlib is missing.
     """
     import matplotlib  # noqa: F401 - say so now, not after minutes of training
 

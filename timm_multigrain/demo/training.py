@@ -14,14 +14,14 @@ from tqdm import tqdm
 
 from timm_multigrain.data import create_loader
 from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.files import printable
 from timm_multigrain.images.labels import find_classes
-from timm_multigrain.images.sources import EXTENSIONS, ImageFiles, printable
+from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.images.walk import EXTENSIONS
 from timm_multigrain.loss import TripletSampler, create_sampler
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model
 from timm_multigrain.task import MultiGrainTask
-
-__all__ = ['Pictures', 'TrainSettings', 'open_pictures', 'protocol_of', 'train_model']
 
 
 @dataclass(frozen=True)
@@ -55,12 +55,7 @@ class Pictures(NamedTuple):
 
 
 def open_pictures(root: str | os.PathLike) -> Pictures:
-    """Open an image folder with train/<class>/ and val/<class>/, and read the held-out pictures once.
-
-    Raises:
-        FileNotFoundError: train/ or val/ is missing.
-        ValueError: No pictures, fewer than two classes, classes that differ, or a held-out picture that is broken.
-    """
+    """Open an image folder with train/<class>/ and val/<class>/, and read the held-out pictures once."""
     train, val = (find_classes(os.path.join(root, split)) for split in ('train', 'val'))
     classes = train.class_names
     if classes != val.class_names or len(classes) < 2:

@@ -15,14 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from timm_multigrain.files import printable
-from timm_multigrain.images.sources import ImageSource, UnreadableImage
+from timm_multigrain.images.pixels import UnreadableImage
+from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import gem as power_mean
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.trunk import InputSizes, fold_batch_norm
 
 from .protocol import Protocol
-
-__all__ = ['Decoded', 'Embedded', 'Embedder', 'decode', 'embed_images', 'in_order', 'none_readable', 'progress_bar']
 
 _NARROW = 32  # pixels, the stride of most trunks
 _CHUNK = 4  # images a worker hands over at once
@@ -101,9 +100,6 @@ class Embedder:
         logits: Give the logits, too, averaged over the views.
         dim: Keep the first components of a whitened descriptor and normalise again.
         fast: Fold batch norms into convolutions and lay images out channels last.
-
-    Raises:
-        ValueError: What the model does not allow.
     """
 
     def __init__(
@@ -166,10 +162,6 @@ class Embedder:
             stream: Decoded images.
             on_error: Called with the number of each image that could not be read, or is too narrow for the model, and
                 why; None raises the first.
-
-        Raises:
-            UnreadableImage: Without ``on_error``.
-            ValueError: An embedding that is not finite, or images of a size that the model cannot take.
         """
         def skip(item: Decoded, message: str) -> None:
             if on_error is None:

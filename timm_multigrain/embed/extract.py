@@ -17,15 +17,14 @@ import torch
 import torch.distributed as dist
 
 from timm_multigrain.files import json_p, printable
-from timm_multigrain.images.sources import ImageSource, UnreadableImage
+from timm_multigrain.images.pixels import UnreadableImage
+from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.open import weights_sha256
 from timm_multigrain.version import __version__
 
 from .embedder import Embedder, in_order, none_readable
 from .protocol import Protocol
-from .shards import DamagedShard, Descriptors, read_manifest, read_shard, skipped_lines, write_manifest, write_shard
-
-__all__ = ['extract', 'skipped_lines']
+from .shards import DamagedShard, Descriptors, read_manifest, read_shard, write_manifest, write_shard
 
 _WAIT = timedelta(days=30)  # processes wait for the slowest one
 

@@ -14,8 +14,6 @@ from torch import nn
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.models.multigrain import MultiGrain
 
-__all__ = ['POOLINGS', 'SUMS', 'System', 'Systems', 'UnitPool', 'choose_systems', 'with_own_head']
-
 POOLINGS = {'gem': 'GeM', 'mac': 'MAC', 'spoc': 'SPoC', 'rmac': 'R-MAC', 'crow': 'CroW', 'avg': 'average',
             'trunk': "trunk's own", 'cls': 'class token', 'cls+gem': 'class token + GeM', 'map': 'attention pooling'}
 _WITH_P = ('gem', 'cls+gem')
@@ -60,9 +58,6 @@ def choose_systems(model: MultiGrain, poolings: Sequence[str] = (), exponents: S
         model: The model.
         poolings: Names of `POOLINGS`; none: the model's own, or GeM if there are exponents.
         exponents: A system of GeM for each; none: the model's p, or 3 where it has none.
-
-    Raises:
-        ValueError: An unknown pooling, an impossible exponent, or exponents without GeM.
     """
     own = _own(model)
     if not poolings and not exponents:
@@ -106,11 +101,7 @@ class Systems(nn.Module):
 
     @classmethod
     def of(cls, model: MultiGrain, systems: Sequence[System]) -> 'Systems':
-        """A model pooled in several ways.
-
-        Raises:
-            ValueError: The model has a whitening, which was fitted for its own pooling, and a system is another.
-        """
+        """A model pooled in several ways."""
         models = [with_own_head(model) for _ in systems]
         headless = None
         for system, other in zip(systems, models, strict=True):

@@ -19,8 +19,6 @@ from timm_multigrain.images.pixels import check_size, decode, filter_of
 from timm_multigrain.models.save import fitted, whitened_for
 from timm_multigrain.models.trunk import InputSizes
 
-__all__ = ['MS_SCALES', 'Protocol', 'check_fitted']
-
 MS_SCALES = (1., 2 ** -0.5, 0.5)
 _KINDS = ('crop', 'longer-side', 'shorter-side', 'thumbnail')
 _CROP_MODES = ('center', 'squash', 'border')

@@ -19,10 +19,6 @@ from safetensors.torch import save
 
 from timm_multigrain.files import check_json, fsync, parse_json, printable, read_json, write_bytes, write_text
 
-__all__ = [
-    'DamagedShard', 'Descriptors', 'iter_shards', 'read_manifest', 'read_shard', 'shard_path', 'skipped_lines',
-    'write_manifest', 'write_shard']
-
 MANIFEST = 'manifest.json'
 FORMAT = {'format': 'timm_multigrain descriptors', 'format_version': 1}
 _FORM = {'shards': int, 'shard_size': int, 'images': {'number': int, 'sha256': str}, 'settings': {'components': int}}

@@ -11,14 +11,11 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from timm_multigrain.files import check_json
-from timm_multigrain.images.sources import printable
+from timm_multigrain.files import check_json, printable
 from timm_multigrain.measure.results import Metric
 
 if TYPE_CHECKING:
     from huggingface_hub import ModelCard
-
-__all__ = ['CITATION', 'is_generated', 'load_card', 'make_card', 'own_figures', 'usage_snippet']
 
 CITATION = """@article{berman2019multigrain,
   title   = {MultiGrain: a unified image embedding for classes and instances},

@@ -20,8 +20,6 @@ from .card import is_generated, load_card, make_card, own_figures
 if TYPE_CHECKING:
     from huggingface_hub import CommitInfo, HfApi, ModelCard, ModelInfo
 
-__all__ = ['Publication', 'publish']
-
 _WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.tar', '.ckpt', '.pkl', '.h5', '.onnx', '.gguf', '.npz')
 
 

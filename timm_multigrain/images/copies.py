@@ -8,8 +8,6 @@ from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageFont, ImageOps
 
 from .pixels import decode
 
-__all__ = ['COPY_TRANSFORMS', 'EDITS', 'make_copies']
-
 
 def resize(image: Image.Image, scale: float) -> Image.Image:
     return image.resize([max(1, round(scale * side)) for side in image.size], Image.LANCZOS)

@@ -11,10 +11,6 @@ from timm_multigrain.files import check_json, printable, read_json, read_lines, 
 
 from .sources import ImageFiles, Subset, find_images
 
-__all__ = [
-    'class_names', 'find_classes', 'first_of_each', 'match_classes', 'open_classes', 'read_class_names',
-    'write_class_names']
-
 NAMES_FILE = 'class_names.json'
 _IMAGENET = {1000: 'imagenet-1k', 12000: 'imagenet-12k', 21841: 'imagenet-22k', 11221: 'imagenet-21k-miil'}
 _SPLITS = {'train': ('train', 'training'), 'validation': ('val', 'validation', 'test')}
@@ -115,9 +111,6 @@ def match_classes(
         model: Model with a classifier.
         folders: Names of the folders.
         class_map: Text file that names the folder of each row of the classifier, one per line.
-
-    Raises:
-        ValueError: A folder that is not a class of the model, or nothing that says which class it is.
     """
     if not model.num_classes:
         raise ValueError('The model has no classifier (num_classes=0): it cannot predict classes.')

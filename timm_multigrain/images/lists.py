@@ -19,8 +19,6 @@ from timm_multigrain.files import check_json, parse_json, printable, read_lines
 
 from .sources import Box
 
-__all__ = ['COLUMNS', 'Entry', 'read_entries']
-
 
 class Entry(NamedTuple):
     """An image of a list, see the module.

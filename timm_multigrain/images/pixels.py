@@ -17,10 +17,6 @@ from torchvision.transforms import InterpolationMode
 
 from timm_multigrain.files import printable
 
-__all__ = [
-    'FORMATS', 'UnreadableImage', 'check_size', 'decode', 'filter_of', 'holds_several', 'is_image', 'open_image',
-    'read_image', 'turn_of']
-
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'HEIF')  # Pillow's names
 MAX_PIXELS = 178_956_970  # Pillow's own limit, twice its Image.MAX_IMAGE_PIXELS
 NEARLY_WHITE = 240
@@ -52,11 +48,7 @@ def _formats() -> list[str]:
 
 
 def open_image(file: File, max_pixels: int = MAX_PIXELS, size: int | None = None) -> Image.Image:
-    """Open an image of one of `FORMATS` without decoding it; arguments as of `read_image`.
-
-    Raises:
-        OSError: It is not such a file or image, or too large (or another of Pillow's errors).
-    """
+    """Open an image of one of `FORMATS` without decoding it; arguments as of `read_image`."""
     if not hasattr(file, 'read') and not stat.S_ISREG(os.stat(file).st_mode):
         raise OSError('is not a regular file')  # opening a FIFO would wait for a writer, a device may never end
     image = Image.open(file, formats=_formats())
@@ -145,9 +137,6 @@ def decode(image: Image.Image, exif: bool = True) -> Image.Image:
     Args:
         image: The image; returned itself if it is upright and RGB already.
         exif: Turn the image upright as its EXIF orientation says. TIFF is turned by Pillow in any case.
-
-    Raises:
-        OSError: Its file is damaged (or another of Pillow's errors).
     """
     image.load()
     turn = turn_of(image) if exif else None

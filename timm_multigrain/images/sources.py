@@ -10,12 +10,8 @@ from PIL import Image
 
 from timm_multigrain.files import printable, read_json
 
-from .pixels import UnreadableImage, decode, holds_several, open_image, read_image
+from .pixels import UnreadableImage, decode, read_image
 from .walk import EXTENSIONS, scan_folders
-
-__all__ = [
-    'EXTENSIONS', 'Box', 'ImageFiles', 'ImageSource', 'Subset', 'UnreadableImage', 'decode', 'find_images',
-    'holds_several', 'image_names', 'open_image', 'open_images', 'printable', 'read_image', 'read_list']
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels of the image as read
 
@@ -77,9 +73,6 @@ class ImageFiles(ImageSource):
             is outside the image is black.
         labels: Class of each.
         class_names: Names of the classes.
-
-    Raises:
-        ValueError: The lists are not of one length, or a box is empty.
     """
 
     def __init__(
@@ -182,12 +175,7 @@ def open_images(source: str | os.PathLike, split: str | None = None) -> ImageSou
 
 
 def find_images(folder: str | os.PathLike) -> ImageFiles:
-    """All image files below a folder, sorted, named by their path in it; see `image_names`.
-
-    Raises:
-        FileNotFoundError: Folder not found.
-        ValueError: The folder has no images.
-    """
+    """All image files below a folder, sorted, named by their path in it; see `image_names`."""
     root = os.fsdecode(folder)
     names = image_names(root)
     if not names:
@@ -199,10 +187,6 @@ def image_names(folder: str | os.PathLike) -> list[str]:
     """Paths of the image files below a folder as `scan_folders` finds them, relative, with '/', sorted.
 
     A link that leads nowhere is among them, for the reader to name.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: Not a folder.
-        OSError: A subfolder cannot be opened.
     """
     root = os.fsencode(folder)
     scan = scan_folders([root])
@@ -216,11 +200,7 @@ def image_names(folder: str | os.PathLike) -> list[str]:
 
 
 def read_list(path: str | os.PathLike) -> ImageFiles:
-    """Images of a list file: one path per line (.txt) or a list of paths (.json), relative to the file's folder.
-
-    Raises:
-        ValueError: The list is empty, or not a list of paths.
-    """
+    """Images of a list file: one path per line (.txt) or a list of paths (.json), relative to the file's folder."""
     path = Path(path)
     if path.suffix == '.json':
         names = read_json(path)

@@ -12,8 +12,6 @@ from typing import NamedTuple
 
 from .pixels import is_image
 
-__all__ = ['EXTENSIONS', 'NOT_PICTURES', 'FoundFile', 'Scan', 'scan_folders']
-
 EXTENSIONS = frozenset({
     '.jpg', '.jpeg', '.jpe', '.jfif', '.mpo', '.png', '.webp', '.bmp', '.gif', '.tif', '.tiff', '.ppm', '.pgm', '.pbm',
     '.pnm', '.jp2', '.j2k', '.avif', '.heic', '.heif', '.hif', '.jxl'})  # .jxl: found, and listed as not readable
@@ -67,9 +65,6 @@ def scan_folders(
         skip: Called with the path of each folder; True leaves the folder out.
         by_content: A file without a suffix is an image if its first bytes say so.
         everything: Hidden files and folders, and those of `NOT_PICTURES`, too.
-
-    Raises:
-        FileNotFoundError, NotADirectoryError: A folder was not found or is not a folder.
     """
     walk = _Walk(skip, by_content, everything, {_identity(os.stat(path)) for path in leave_out if os.path.isdir(path)})
     for root, folder in enumerate(map(os.fsencode, folders)):

@@ -19,8 +19,6 @@ from .records import DamagedIndex, writing
 from .store import Store, Writer
 from .vectors import Vectors
 
-__all__ = ['EXACT_UP_TO', 'HNSW_UP_TO', 'KINDS', 'Structure', 'update_structure']
-
 KINDS = ('exact', 'hnsw', 'ivf-pq')
 EXACT_UP_TO = 100_000
 HNSW_UP_TO = 1_000_000
@@ -67,9 +65,6 @@ def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) 
 
     Returns:
         What the index keeps of it, None if images are compared with all.
-
-    Raises:
-        ImportError: A kind that needs faiss, and it is not installed; with 'auto' the index stays exact then.
     """
     if kind not in ('auto', *KINDS):
         raise ValueError(f'kind is {kind!r}: choose auto, {", ".join(KINDS)}.')

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from tqdm import tqdm
 
-from timm_multigrain.images.sources import holds_several, printable
+from timm_multigrain.files import printable
+from timm_multigrain.images.pixels import holds_several
 
 from .dedup import (
     BASES,
@@ -24,8 +25,6 @@ from .index import Index
 from .keep import Rules
 from .records import OtherModel
 
-__all__ = ['CopiesBetween', 'ImageSet', 'find_copies_between']
-
 
 class ImageSet:
     """Images of an index: all, or those below a folder.
@@ -33,9 +32,6 @@ class ImageSet:
     Args:
         index: The index.
         folder: The folder; None for all.
-
-    Raises:
-        ValueError: The index has no images there.
     """
 
     def __init__(self, index: Index, folder: str | os.PathLike | None = None):

@@ -28,8 +28,6 @@ from .records import RECORD, OtherModel, top_classes
 from .regions import Boxes, update_regions
 from .store import FILE, Store, Writer, index_lock, is_index
 
-__all__ = ['DEFAULT_MODEL', 'BuildReport', 'build_index', 'sha256_of']
-
 DEFAULT_MODEL = 'tf_efficientnet_lite0.in1k'  # 18 MB, Apache-2.0, quick without a GPU
 
 

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from timm_multigrain.files import open_regular, write_text
 from timm_multigrain.images.copies import EDITS
-from timm_multigrain.images.sources import holds_several, read_image
+from timm_multigrain.images.pixels import holds_several, read_image
 from timm_multigrain.search.exact import nearest
 
 from . import detail

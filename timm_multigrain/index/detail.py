@@ -22,8 +22,6 @@ try:
 except ImportError:
     cv2 = None
 
-__all__ = ['NO_OPENCV', 'Comparison', 'Looks', 'Picture', 'compare']
-
 NO_OPENCV = ('Pictures are compared in small versions only, which misses turned, cut and inset copies and makes none '
              "certain: pip install 'timm_multigrain[local]'")
 SIDE, FEATURES = 320, 500  # pixels of the longer side of what is compared, and local features at most

@@ -14,8 +14,6 @@ from .index import Index
 from .milvus import PREFIX, Export, export_milvus
 from .records import path_to_text
 
-__all__ = ['export_index', 'export_parquet']
-
 METADATA = b'timm_multigrain'
 ROWS = 8192  # of a row group
 
@@ -38,10 +36,6 @@ def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True)
     The columns are path, vector (a list of D float32), width, height, bytes, mtime_ns, sha256, and classes (a list of
     name and probability). A path whose bytes are not UTF-8 is 'bytes:' and percent encoding. The metadata of the schema
     has under 'timm_multigrain' the model, the preprocessing and the versions as JSON.
-
-    Raises:
-        ImportError: pyarrow is not installed.
-        OSError: The file cannot be written.
     """
     try:
         import pyarrow as pa

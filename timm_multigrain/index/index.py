@@ -25,8 +25,6 @@ from .records import Record
 from .store import Store
 from .vectors import Vectors
 
-__all__ = ['Collection', 'Hit', 'Index']
-
 APPROXIMATE_UP_TO = 1000  # images asked for, with which a structure is of use
 CHUNK = 1 << 25  # bytes of descriptors that are compared at a time
 

@@ -15,8 +15,6 @@ from timm_multigrain.images.pixels import open_image, read_image
 
 from .records import Record
 
-__all__ = ['KEEP', 'Candidate', 'Rules', 'look_at']
-
 KEEP = ('largest', 'oldest', 'newest', 'first-folder')
 HOUR = 3600 * 10 ** 9  # ns; in one hour a whole collection may have been copied
 LOSSLESS = ('PNG', 'BMP', 'TIFF', 'PPM', 'GIF')
@@ -63,10 +61,6 @@ class Rules:
         keep: One of `KEEP`, by which the first rules decide.
         prefer: Folders whose files are never surplus.
         first_set: Folder 0 is kept before all others.
-
-    Raises:
-        ValueError: Another rule.
-        FileNotFoundError: A folder was not found.
     """
 
     def __init__(self, keep: str = 'largest', prefer: Sequence[str | os.PathLike] = (), first_set: bool = False):

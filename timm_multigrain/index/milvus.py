@@ -25,8 +25,6 @@ from .records import OtherModel, Record, path_from_text, path_to_text
 if TYPE_CHECKING:
     from pymilvus import MilvusClient
 
-__all__ = ['PREFIX', 'Export', 'MilvusIndex', 'export_milvus', 'open_collection']
-
 PREFIX = 'milvus:'
 PROPERTY = 'multigrain'  # of a collection: the model and the preprocessing as JSON
 FLAT_UP_TO = 1_000_000  # rows for which comparing with every one, which is exact, is the default
@@ -208,14 +206,7 @@ def _count(client: 'MilvusClient', collection: str) -> int:
 
 
 class MilvusIndex(Collection):
-    """A collection that an index was exported to, to be searched like the index; address: 'milvus:URI#COLLECTION'.
-
-    Raises:
-        FileNotFoundError: The file or collection was not found.
-        ValueError: Not an address, or the collection was not made by `export_milvus`.
-        ImportError: The client is not installed.
-        RuntimeError: The server cannot be reached, or another process has the file open.
-    """
+    """A collection that an index was exported to, to be searched like the index; address: 'milvus:URI#COLLECTION'."""
 
     def __init__(self, address: str):
         uri, self.collection = parse_address(address)

@@ -11,13 +11,11 @@ from PIL import Image
 from timm_multigrain.embed.embedder import Embedded, embed_images, in_order
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import check_json, printable
-from timm_multigrain.images.sources import ImageSource, decode, read_image
+from timm_multigrain.images.pixels import decode, read_image
+from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.open import open_model, weights_sha256
 
 from .records import DamagedIndex, OtherModel
-
-__all__ = ['SAVED', 'Queries', 'cut', 'describe_model', 'embed_queries', 'label_names_of', 'open_described',
-           'protocol_from_json']
 
 SAVED = 'model'  # folder inside the index for a model that is not a file or folder here
 LARGEST = 1 << 14  # pixels of a side
@@ -155,12 +153,7 @@ def embed_queries(
         images: Sequence[str | os.PathLike | Image.Image],
         crop: Sequence[float] | None = None,
 ) -> Embedded:
-    """`Embedded` of files or pictures, in their order, with logits where the model has classes.
-
-    Raises:
-        UnreadableImage: A file is not a readable image.
-        ValueError: No images, or a crop outside of a picture.
-    """
+    """`Embedded` of files or pictures, in their order, with logits where the model has classes."""
     if not len(images):
         raise ValueError('No picture to search for: give at least one.')
     return in_order(list(embed_images(

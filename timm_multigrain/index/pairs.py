@@ -27,8 +27,6 @@ import torch
 
 from timm_multigrain.search.exact import nearest
 
-__all__ = ['DEFAULT', 'NEIGHBOURS', 'NearPairs', 'Thresholds', 'find_thresholds', 'near_pairs', 'star_groups']
-
 CHUNK = 4096
 SAMPLE = 4000
 NEIGHBOURS = 8
@@ -114,9 +112,6 @@ def near_pairs(
         probes: Cells a descriptor is compared with at most, besides its own.
         exhaustive: Compare everything with everything; None: up to 65,536 rows.
         neighbours: Only pairs of which one is among as many nearest of the other.
-
-    Raises:
-        ValueError: The threshold is not above -1 and at most 1, or more than 50 million pairs reach it.
     """
     if not -1 < threshold <= 1:
         raise ValueError(f'The threshold is a cosine similarity above -1 and at most 1, got {threshold}.')

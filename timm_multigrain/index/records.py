@@ -7,10 +7,6 @@ from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 
-__all__ = [
-    'RECORD', 'REGION', 'TOP', 'DamagedIndex', 'IndexInUse', 'NewerFormat', 'NotWritten', 'OtherModel', 'Record',
-    'path_from_text', 'path_to_text', 'top_classes', 'writing']
-
 TOP = 5  # classes kept per image
 
 # of a fixed size, so that a million are one array; root numbers the indexed folders, vector the rows of their file

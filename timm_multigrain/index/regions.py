@@ -16,12 +16,11 @@ from timm_multigrain.embed.embedder import embed_images
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import printable
 from timm_multigrain.images.lists import read_entries
-from timm_multigrain.images.sources import ImageSource, UnreadableImage, read_image
+from timm_multigrain.images.pixels import UnreadableImage, read_image
+from timm_multigrain.images.sources import ImageSource
 
 from .records import REGION
 from .store import Store, Writer
-
-__all__ = ['Boxes', 'update_regions']
 
 PICTURES = 256  # whose parts are committed at a time
 LONGEST = REGION['category'].itemsize
@@ -34,9 +33,6 @@ class Boxes:
         boxes: A list (.csv or .jsonl, see images/lists.py) with the path below the indexed folder, box and category of
             each thing; or a function, or its name as 'module:function', that is given a picture (PIL, RGB) and gives
             (left, top, right, bottom) or (left, top, right, bottom, category) for each thing in it.
-
-    Raises:
-        FileNotFoundError, ImportError, ValueError: The list cannot be read, or the function was not found.
     """
 
     def __init__(self, boxes: str | os.PathLike | Callable[[Image.Image], Iterable[Sequence]]):
@@ -114,11 +110,7 @@ def update_regions(
         progress: bool = True,
         **extraction,
 ) -> None:
-    """Bring the regions of the images below these folders of an index up to date; `model` opens its model.
-
-    Raises:
-        ValueError: The list names none of the images, or a box is not one.
-    """
+    """Bring the regions of the images below these folders of an index up to date; `model` opens its model."""
     store = Store(writer.folder)
     rows = [row for row, root in enumerate(store.records['root'].tolist()) if store.roots[root] in folders]
     unknown = boxes.listed.keys() - {store.names[row] for row in rows}

@@ -8,8 +8,6 @@ from timm_multigrain.files import write_bytes
 
 from .dedup import CopyFile
 
-__all__ = ['FOOTER', 'HEADER', 'move_line', 'write_script']
-
 # POSIX sh, for Linux, macOS and BSD. The page of copies writes the same script.
 HEADER = '''#!/bin/sh
 # Moves copies into a folder, by default ./surplus, with the folders they are in: sh THIS-FILE [FOLDER]

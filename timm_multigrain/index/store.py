@@ -34,8 +34,6 @@ from timm_multigrain.version import __version__
 from .records import RECORD, REGION, DamagedIndex, IndexInUse, NewerFormat, writing
 from .vectors import VectorFile
 
-__all__ = ['FILE', 'Store', 'Writer', 'index_lock', 'is_index']
-
 FILE = 'index.sqlite'
 FORMAT = 4  # PRAGMA user_version
 APPLICATION = 0x4D47_4958  # PRAGMA application_id

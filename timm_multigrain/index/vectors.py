@@ -11,8 +11,6 @@ from timm_multigrain.files import open_regular
 
 from .records import DamagedIndex
 
-__all__ = ['VectorFile', 'Vectors']
-
 CHUNK = 1 << 25  # bytes that are read at a time
 
 
@@ -48,11 +46,7 @@ class VectorFile:
         return len(self._rows)
 
     def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
-        """Rows by a slice, or by (n,) int64; those that lie together are a view.
-
-        Raises:
-            DamagedIndex: A chunk that they are in is not what was committed.
-        """
+        """Rows by a slice, or by (n,) int64; those that lie together are a view."""
         if isinstance(rows, slice):
             rows = np.arange(len(self))[rows]
         together = len(rows) and rows[-1] - rows[0] == len(rows) - 1 and (np.diff(rows) == 1).all()

@@ -17,8 +17,6 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .functional import at_least_float32, drop_prefix_tokens, is_traced, spatial_dims
 
-__all__ = ['GeM', 'gem']
-
 _PLAIN = (torch.Tensor, nn.Parameter)
 
 
@@ -168,9 +166,6 @@ class GeM(nn.Module):
         flatten: Return (N, C); otherwise the pooled dimensions stay as 1.
         num_prefix_tokens: Leading tokens (class, registers) left out of the pooling, 'NLC' only.
         persistent: Whether a fixed p is part of the state dict.
-
-    Raises:
-        ValueError: A p that is not a number > 0, or no token beside the prefix tokens.
 
     Example:
         >>> GeM(p=3)(torch.ones(2, 8, 7, 7)).shape

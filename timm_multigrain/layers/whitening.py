@@ -12,8 +12,6 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from .functional import l2_normalize
 
-__all__ = ['Whitening']
-
 
 class Whitening(nn.Module):
     """L2 normalisation with a constant channel, then a stored affine projection.

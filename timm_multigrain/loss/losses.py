@@ -15,10 +15,6 @@ from torch.autograd.function import once_differentiable
 
 from .sampling import Triplets
 
-__all__ = [
-    'ContrastiveLoss', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'balanced_beta', 'create_instance_loss',
-    'margin_loss', 'margin_statistics']
-
 CHUNK = 2 ** 18  # values that a CPU works on together: 1 MiB, which stays in its cache
 
 
@@ -193,9 +189,6 @@ class MetricLearningLoss(nn.Module):
         loss: Loss object called as loss(embedding, target, indices_tuple=...).
         use_triplets: Give it the sampled triplets, without their padding (a host synchronisation). Otherwise it sees
             all pairs of the batch, with the target; some losses support only this.
-
-    Raises:
-        ValueError: The loss has no argument indices_tuple; when called, it does not support triplets.
     """
 
     def __init__(self, loss: nn.Module, use_triplets: bool = True):
@@ -235,10 +228,6 @@ def create_instance_loss(spec: str | nn.Module, **kwargs) -> nn.Module:
             loss object: one with the interface of this module is returned as it is, one of pytorch-metric-learning
             becomes a `MetricLearningLoss`.
         **kwargs: Arguments of the loss named. `use_triplets` goes to the `MetricLearningLoss`, also for an object.
-
-    Raises:
-        ValueError: The name is unknown, or the object is not a loss of either kind.
-        ImportError: 'pml:NAME' without pytorch-metric-learning installed.
     """
     if isinstance(spec, nn.Module):
         if not hasattr(spec, 'needs_triplets'):

@@ -15,9 +15,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-__all__ = [
-    'DistanceWeightedSampler', 'TripletSampler', 'Triplets', 'UniformSampler', 'create_sampler', 'effective_negatives']
-
 
 class Triplets(NamedTuple):
     """Indices into a batch, int64 of shape (n,). An entry of -1 in all three is padding and contributes nothing."""

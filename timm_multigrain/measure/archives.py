@@ -16,8 +16,6 @@ from typing import Any, BinaryIO, NamedTuple
 from timm_multigrain.files import check_json, file_sha256, printable, read_json, write_text
 from timm_multigrain.models.download import download
 
-__all__ = ['RemoteFile', 'fetch_files', 'unpack']
-
 MANIFEST = 'downloads.json'
 ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.zip')
 MAX_RATIO = 100  # unpacked over packed: photographs hardly shrink at all

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from timm_multigrain.embed.embedder import embed_images, none_readable
-from timm_multigrain.embed.extract import skipped_lines
 from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.embed.shards import skipped_lines
 from timm_multigrain.files import json_p
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.multigrain import MultiGrain
@@ -17,8 +17,6 @@ from .results import Metric, Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ['ClassificationResult', 'ranks_of_truth', 'validate']
 
 
 @dataclass(frozen=True, eq=False)

@@ -34,8 +34,6 @@ from .benchmarks import Benchmark, Figure, load_benchmark
 from .metrics import clustering_nmi
 from .results import BenchmarkResult, Metric, SystemResult
 
-__all__ = ['add_whitened', 'evaluate']
-
 Images = ImageSource | str | os.PathLike
 SCORE_METRICS = ('uAP', 'recall@P90')  # those that compare scores of different queries
 NORM_NEIGHBOR, NORM_WEIGHT = 10, 2.0  # of the organisers of DISC21

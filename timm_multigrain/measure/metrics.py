@@ -23,10 +23,6 @@ from .results import Result
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ['CopyResult', 'RetrievalResult', 'RevisitedQuery', 'RevisitedResult', 'UKBScore', 'average_precision',
-           'clustering_nmi', 'knn_accuracy', 'mean_average_precision', 'micro_average_precision', 'revisited_scores',
-           'ukb_score']
-
 KAPPAS = (1, 5, 10)
 PRECISION = 0.9  # at which the recall of copy detection is quoted
 UKB_GROUP = 4

@@ -8,8 +8,6 @@ import torch
 
 from timm_multigrain.search.exact import Array, Scores, SimilarityChunks
 
-__all__ = ['Indices', 'best_pairs', 'count_above', 'ranks', 'to_indices']
-
 Indices = Sequence[int] | Array
 
 

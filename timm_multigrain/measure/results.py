@@ -24,8 +24,6 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
     from matplotlib.axes import Axes
 
-__all__ = ['BenchmarkResult', 'Metric', 'Result', 'SystemResult', 'parse_metrics', 'read_metrics']
-
 # Our tasks, and what the Hub calls them.
 TASKS = {
     'classification': ('image-classification', 'Image Classification'),

@@ -24,10 +24,10 @@ import torch
 import torch.nn.functional as F
 
 from timm_multigrain.embed.embedder import Embedder, none_readable, progress_bar
-from timm_multigrain.embed.extract import extract, skipped_lines
+from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.poolings import System, Systems
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.shards import iter_shards
+from timm_multigrain.embed.shards import iter_shards, skipped_lines
 from timm_multigrain.files import check_json, json_p, read_json, write_text
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import gem
@@ -42,8 +42,6 @@ from .results import Result
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-__all__ = ['GRID', 'PResult', 'check_p_model', 'scan_p_groups', 'tune_p']
 
 GRID = (1., 1.5, 2., 2.5, 3., 3.5, 4., 4.5, 5., 6., 7., 8.)
 SAVED_EVERY = 64  # batches

@@ -15,8 +15,6 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-__all__ = ['download', 'hub_errors']
-
 _TIMEOUT = 30  # seconds without a byte
 _BY_HAND = 'download it by other means and give the file'
 

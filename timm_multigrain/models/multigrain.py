@@ -21,8 +21,6 @@ from timm_multigrain.layers.functional import is_traced
 from .trunk import FeatureMap, InputSizes, create_trunk, find_input_sizes, model_cfg, probe_trunk, sharing_copy
 from .weights import checkpoint_filter_fn, is_multigrain, unwrapped  # timm looks the first up beside the class
 
-__all__ = ['MultiGrain', 'MultiGrainHead', 'checkpoint_filter_fn', 'rebuilding_args']
-
 _OWN_POOLS = ('trunk', 'map')  # those of the trunk's own head, weights included
 
 

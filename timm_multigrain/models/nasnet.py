@@ -16,8 +16,6 @@ import torch.nn.functional as F
 from timm.models import NASNetALarge, build_model_with_cfg, generate_default_cfgs, register_model
 from timm.models.nasnet import ReductionCell0
 
-__all__ = ['FloorConv2d', 'NASNetAMobile', 'crop_like', 'floor_pool2d', 'nasnetamobile', 'restore_padding']
-
 
 class FloorConv2d(nn.Conv2d):
     """Convolution of stride 2 that pads k - 2 positions, the odd one behind: 'same' padding of an even size.

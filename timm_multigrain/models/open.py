@@ -45,8 +45,6 @@ from .weights import (
     weights_in,
 )
 
-__all__ = ['open_model', 'weights_sha256']
-
 # what a configuration says of the published weights, and not of weights that someone trained in the same way
 _OF_THE_WEIGHTS = ('url', 'hf_hub_id', 'tag', 'description', 'notes', 'test_input_size')
 _OF_THE_AUTHORS = ('license', 'origin_url')  # and which still holds of weights that were tuned from them

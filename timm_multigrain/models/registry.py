@@ -23,8 +23,6 @@ from .multigrain import MultiGrain
 from .trunk import model_cfg
 from .weights import build_pretrained, check_saved_args
 
-__all__ = ['register_multigrain']
-
 # model: trunk, what it is
 _MODELS = {
     'multigrain_resnet18': ('resnet18', 'ResNet-18'),
@@ -162,9 +160,6 @@ def register_multigrain(trunk: str) -> str:
 
     Returns:
         The new model name.
-
-    Raises:
-        ValueError: timm does not know the trunk.
 
     Example:
         >>> register_multigrain('regnety_002')

@@ -20,10 +20,6 @@ from timm_multigrain.files import check_json, file_sha256, fsync, parse_json, wr
 
 from .weights import CONFIG, SHA256, WEIGHTS
 
-__all__ = [
-    'CARD', 'check_model_folder', 'fitted', 'model_folder', 'note_fitted', 'save_pretrained', 'whitened_for',
-    'write_model']
-
 CARD = 'README.md'
 
 

@@ -16,10 +16,6 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from . import nasnet
 
-__all__ = [
-    'FeatureMap', 'InputSizes', 'create_trunk', 'find_input_sizes', 'fold_batch_norm', 'model_cfg', 'probe_trunk',
-    'sharing_copy']
-
 _KEPT = ('input_size', 'min_input_size', 'fixed_input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std')
 
 

@@ -22,11 +22,6 @@ from timm_multigrain.files import check_json, file_sha256
 
 from .download import download, hub_errors
 
-__all__ = [
-    'CONFIG', 'SHA256', 'SSCD_CFG', 'WEIGHTS', 'UnreadableWeightsError', 'build_pretrained', 'check_config',
-    'check_saved_args', 'checkpoint_filter_fn', 'is_multigrain', 'is_sscd', 'load_starting_weights', 'model_state',
-    'read_checkpoint', 'recognize_model', 'telling_line', 'unwrapped', 'weights_in']
-
 CONFIG, WEIGHTS = 'config.json', 'model.safetensors'
 SHA256 = 'weights_sha256'  # where config.json holds the hash of model.safetensors beside it
 
@@ -370,11 +365,6 @@ def build_pretrained(
 
     The weights are read here: timm's loaders notice neither a connection that was cut nor a program. Arguments as in
     timm; url, file, state_dict or hf_hub_id of the configuration is the source of the weights.
-
-    Raises:
-        FileNotFoundError: File not found, here, on the server or on the Hub.
-        ValueError: The weights are of another network or number of classes, or not finite.
-        RuntimeError: No weights are known, or they cannot be downloaded or read.
     """
     overlay = dict(pretrained_cfg_overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)

@@ -6,7 +6,7 @@ from typing import Any
 
 from PIL import Image
 
-from timm_multigrain.images.sources import printable
+from timm_multigrain.files import printable
 from timm_multigrain.index.dedup import BASES, Copies
 from timm_multigrain.index.index import Hit
 from timm_multigrain.index.model import cut
@@ -15,10 +15,6 @@ from timm_multigrain.index.script import FOOTER, HEADER
 from timm_multigrain.search.local import draw_matches
 
 from .page import outlined, read_picture, render_page, write_page
-
-__all__ = [
-    'class_caption', 'copies_page', 'indexed_picture', 'search_json', 'search_table', 'write_copies_page',
-    'write_search_page']
 
 MAX_GROUPS = 300  # a page of more is a burden for browsers; the JSON has them all
 MAX_FILES = 24

@@ -11,8 +11,6 @@ from timm_multigrain.index.index import Index
 from .collection import class_caption
 from .page import read_picture, write_page
 
-__all__ = ['layout', 'write_map']
-
 TSNE_UP_TO = 5000  # pictures; beyond, t-SNE takes many minutes
 COLORS = ('#2f7fe6', '#e0701a', '#1a9e62', '#c05bb0', '#8a7a00', '#d03b3b', '#0e9aa7', '#7a63d6')
 SIDE = 280  # pixels of the longer side of a picture
@@ -21,10 +19,6 @@ SIDE = 280  # pixels of the longer side of a picture
 def layout(vectors: np.ndarray) -> np.ndarray:
     """Places (N, 2) from 0 to 1 of L2-normalised descriptors (N, D): t-SNE (van der Maaten and Hinton, 2008) of up to
     5000, which keeps neighbours together; of more, the two principal components.
-
-    Raises:
-        ValueError: Fewer than three.
-        ImportError: scikit-learn is not there.
     """
     if len(vectors) < 3:
         raise ValueError(f'A map takes three pictures or more, not {len(vectors)}.')

@@ -19,10 +19,7 @@ from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from timm_multigrain.files import printable, write_text
-from timm_multigrain.images.pixels import decode
-from timm_multigrain.images.sources import UnreadableImage, read_image
-
-__all__ = ['THUMBNAIL', 'file_size', 'outlined', 'read_picture', 'render_page', 'thumbnail', 'write_page']
+from timm_multigrain.images.pixels import UnreadableImage, decode, read_image
 
 THUMBNAIL = 200  # pixels of the longer side
 

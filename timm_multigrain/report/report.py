@@ -13,8 +13,6 @@ from PIL import Image
 
 from .page import write_page
 
-__all__ = ['Answer', 'Curves', 'Neighbor', 'Query', 'Table', 'write_report']
-
 Curves = Mapping[str, Mapping[str, tuple[Sequence[float], Sequence[float]]]]
 
 RELATIONS = {'copy': 'Copy', 'class': 'Same class', 'other': 'Other'}

@@ -8,8 +8,6 @@ from collections.abc import Iterable, Iterator
 import numpy as np
 import torch
 
-__all__ = ['Array', 'Scores', 'SimilarityChunks', 'as_vectors', 'nearest', 'nearest_of', 'shards_of']
-
 Array = np.ndarray | torch.Tensor
 Scores = Array | Iterable[Array]
 CHUNK_BYTES = 32 << 20
@@ -86,9 +84,6 @@ def nearest(queries: Array, database: Array | Iterable[Array], k: int,
 
     Returns:
         Scores (Q, k) float32, highest first, and database indices (Q, k) int64; equal scores by index.
-
-    Raises:
-        ValueError: If shapes disagree, k is below 1, the database is empty, or a score is NaN.
 
     Example:
         >>> nearest(torch.tensor([[1., 0.]]), torch.tensor([[0., 1.], [1., 0.], [.6, .8]]), k=2)

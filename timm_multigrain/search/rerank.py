@@ -12,9 +12,6 @@ from timm_multigrain.layers import l2_normalize
 
 from .exact import Array, SimilarityChunks, as_vectors, nearest, shards_of
 
-__all__ = ['Background', 'RerankedChunks', 'alpha_query_expansion', 'check_neighbours', 'chosen',
-           'database_augmentation', 'replaced', 'rerank_candidates', 'score_offsets']
-
 TOP = 400  # images of the first ranking that are refined
 NEIGHBOURS = 3
 TRUSTED = 0.5  # share of them whose nearest one has to be the same by either half of the descriptor
@@ -68,9 +65,6 @@ def rerank_candidates(
 
     Returns:
         Scores (M,), at most 1, and the share of images with the same nearest one by either half.
-
-    Raises:
-        ValueError: k is below 1.
     """
     check_neighbours(k)
     if len(candidates) < 2:
@@ -195,10 +189,6 @@ def alpha_query_expansion(
 
     Returns:
         (Q, D) float32, L2-normalised.
-
-    Raises:
-        ValueError: If shapes disagree, k is below 1, alpha is negative, the database is empty or a generator, or a
-            similarity is NaN.
 
     Example:
         >>> queries, database = (torch.nn.functional.normalize(torch.randn(n, 8), dim=1) for n in (2, 100))

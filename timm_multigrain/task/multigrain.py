@@ -28,8 +28,6 @@ from timm_multigrain.models import MultiGrain
 
 from .head import embed_and_classify, inspect_head
 
-__all__ = ['MultiGrainTask', 'MultiGrainTrainableModule', 'all_gather_with_grad']
-
 
 class MultiGrainTrainableModule(nn.Module):
     """The model and the instance loss with its own parameters (beta): what DDP, EMA and the optimizer see.

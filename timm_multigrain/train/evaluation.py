@@ -16,8 +16,6 @@ from timm_multigrain.layers import l2_normalize
 from timm_multigrain.measure.metrics import mean_average_precision
 from timm_multigrain.task import MultiGrainTrainableModule, all_gather_with_grad
 
-__all__ = ['EditedImages', 'RetrievalValidation', 'retrieval_figures']
-
 MAX_COPIES = 160  # a pass over more would take more than a tenth of an epoch of a small training set
 MAX_QUERIES = 1000
 

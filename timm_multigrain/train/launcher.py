@@ -25,8 +25,6 @@ from timm_multigrain import register_multigrain
 from .options import PREFIX, TrainOptions, add_options, stop
 from .plugin import EPOCH_ARGUMENTS, TrainPlugin
 
-__all__ = ['bind', 'check', 'launch']
-
 SEAMS = ('ClassificationTask', 'create_loader', 'create_optimizer_v2', 'train_one_epoch')
 _REMEDY = 'take train.py of timm 1.0.27 or newer (https://github.com/huggingface/pytorch-image-models)'
 
@@ -35,11 +33,7 @@ running = False
 
 
 def launch(script: str, argv: list[str]) -> None:
-    """Run a script with arguments, as `python SCRIPT ARGV` would.
-
-    Raises:
-        SystemExit: As the script; 2 after one sentence on stderr for what the user can mend.
-    """
+    """Run a script with arguments, as `python SCRIPT ARGV` would."""
     global running
     path = Path(script)
     if not path.is_file():

@@ -7,8 +7,6 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
-__all__ = ['Monitor']
-
 _logger = logging.getLogger(__name__)
 
 # A spread of 1e-4 is a root mean square distance of 0.014, far below the 0.5 under which the sampler cannot tell

@@ -18,8 +18,6 @@ from timm_multigrain.files import printable
 from timm_multigrain.loss import UniformSampler, create_instance_loss
 from timm_multigrain.models.weights import UnreadableWeightsError, read_checkpoint
 
-__all__ = ['TrainOptions', 'add_options', 'conflict', 'resume_problem', 'stop']
-
 PREFIX = 'mg_'
 MAX_MESSAGE = 800  # torch lists all keys of a checkpoint that do not fit
 
@@ -42,12 +40,7 @@ def _beta(value: str) -> float | str:
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """MultiGrain's side of a training (arXiv 1902.05509, section 3); the help texts below say what each field is.
-
-    Raises:
-        ValueError: A value out of its range, or values that do not go together.
-        ImportError: An instance loss 'pml:NAME' without pytorch-metric-learning.
-    """
+    """MultiGrain's side of a training (arXiv 1902.05509, section 3); the help texts below say what each field is."""
     repeats: int = _option(3, 'samples per instance in a batch, m in the paper; 1 for none', int, 'N')
     instances: str = _option(
         'copy', "what the samples of an instance are: copy (augmented copies of an image), folder (photographs in "
@@ -127,11 +120,7 @@ class TrainOptions:
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> 'TrainOptions':
-        """Options from names with the prefix 'mg_'; other names are passed over.
-
-        Raises:
-            ValueError: An unknown name with the prefix, or a value of the wrong type.
-        """
+        """Options from names with the prefix 'mg_'; other names are passed over."""
         known = {PREFIX + f.name: f for f in fields(cls)}
         given = {name: value for name, value in values.items() if name.startswith(PREFIX)}
         unknown = next((name for name in given if name not in known), None)

@@ -23,7 +23,8 @@ from timm_multigrain.data import DecodedDataset, InstanceDataset, Lighting, crea
 from timm_multigrain.data.labels import label_instances
 from timm_multigrain.data.transforms import insert_jpeg, insert_lighting
 from timm_multigrain.images.labels import write_class_names
-from timm_multigrain.images.sources import EXTENSIONS, UnreadableImage
+from timm_multigrain.images.pixels import UnreadableImage
+from timm_multigrain.images.walk import EXTENSIONS
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.weights import load_starting_weights
 from timm_multigrain.task import MultiGrainTask, MultiGrainTrainableModule
@@ -31,8 +32,6 @@ from timm_multigrain.task import MultiGrainTask, MultiGrainTrainableModule
 from .evaluation import EditedImages, RetrievalValidation
 from .monitor import Monitor
 from .options import PREFIX, TrainOptions, conflict, resume_problem, stop
-
-__all__ = ['TrainPlugin']
 
 _logger = logging.getLogger(__name__)
 

@@ -22,8 +22,6 @@ from timm_multigrain.models.multigrain import MultiGrain
 
 from .fit import WhitenedModel, WhiteningFit, fit_model, groups_of, with_constant
 
-__all__ = ['adapt', 'fit_adaptation']
-
 DIM = 512
 BATCH = 128
 LEAST_STEPS = 500  # two epochs of a million images are 15,000, of a thousand they would be 16
@@ -53,9 +51,6 @@ def fit_adaptation(
         margin: Taken off the cosine with the right class.
         seed: Of the start and the order.
         progress: Show a bar if stderr is a terminal.
-
-    Raises:
-        ValueError: Less than two groups, or impossible arguments.
     """
     groups = torch.as_tensor(np.asarray(groups))
     if embeddings.ndim != 2 or groups.shape != embeddings.shape[:1]:

@@ -26,9 +26,9 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from timm_multigrain.embed.extract import extract, skipped_lines
+from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.embed.shards import Descriptors, iter_shards
+from timm_multigrain.embed.shards import Descriptors, iter_shards, skipped_lines
 from timm_multigrain.files import json_p
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import l2_normalize
@@ -36,10 +36,6 @@ from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.save import note_fitted, save_pretrained
 
 from .pca import ROWS, StreamingPCA, oas_shrinkage
-
-__all__ = [
-    'WhitenedModel', 'WhiteningFit', 'fit_model', 'fit_whitening', 'fold_whitening', 'groups_of', 'matching_pairs',
-    'save_fitted', 'whiten_model', 'with_constant', 'work_folder']
 
 _KINDS = {'pca': 'PCA whitening', 'learned': 'Learned whitening', 'adapted': 'Linear adaptation'}
 CONSTANT = 1e-10  # of the largest variance: below it, directions hold the rounding of float32 embeddings
@@ -187,9 +183,6 @@ def matching_pairs(groups: Sequence[int], seed: int = 0) -> np.ndarray:
     Args:
         groups: Group of each image; images of negative groups match none.
         seed: Of the draw.
-
-    Raises:
-        ValueError: No two images are of one group.
     """
     groups, rng = np.asarray(groups), np.random.default_rng(seed)
     pairs = [np.empty((0, 2), dtype=np.int64)]
@@ -220,9 +213,6 @@ def fold_whitening(model: MultiGrain, fit: WhiteningFit) -> None:
     The logits of an image are those of before divided by |[e; 1]|; with fewer than C + 1 components they are those of
     the embedding projected onto the ones that are kept. The arithmetic is float64, what is stored has the model's
     dtype.
-
-    Raises:
-        ValueError: The model is whitened already, has no pooling, or has another number of channels.
     """
     if model.whitened:
         raise ValueError('The model is whitened already: fit a whitening to the model without one.')

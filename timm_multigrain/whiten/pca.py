@@ -6,8 +6,6 @@ from the origin.
 """
 import torch
 
-__all__ = ['StreamingPCA', 'oas_shrinkage']
-
 ROWS = 1024  # vectors at a time
 
 
@@ -29,11 +27,7 @@ class StreamingPCA:
         self._scatter = torch.zeros(dim, dim, dtype=torch.float64)
 
     def update(self, vectors: torch.Tensor) -> 'StreamingPCA':
-        """Add (n, dim) vectors of any floating dtype and device.
-
-        Raises:
-            ValueError: Another shape, or a value that is not finite.
-        """
+        """Add (n, dim) vectors of any floating dtype and device."""
         if vectors.ndim != 2 or vectors.shape[1] != self.dim:
             raise ValueError(f'vectors have the shape {tuple(vectors.shape)}: give (n, {self.dim}).')
         for chunk in vectors.split(ROWS) if len(vectors) else ():
@@ -51,11 +45,7 @@ class StreamingPCA:
         return self
 
     def covariance(self) -> torch.Tensor:
-        """(dim, dim) float64; divisor n - 1, or n about the origin.
-
-        Raises:
-            ValueError: There are too few vectors.
-        """
+        """(dim, dim) float64; divisor n - 1, or n about the origin."""
         freedom = self.count - self.centered
         if freedom < 1:
             raise ValueError(f'{self.count} vectors have no covariance: give at least {1 + self.centered}.')

@@ -13,8 +13,6 @@ from timm_multigrain.files import printable
 from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
 from timm_multigrain.measure.archives import RemoteFile
 
-__all__ = ['Benchmark', 'Figure', 'Scores', 'SetFolder', 'part_of', 'some']
-
 Scores = Iterable[torch.Tensor]
 
 
@@ -85,9 +83,6 @@ class SetFolder:
         Args:
             names: Ends of paths, such as 'a.jpg' or 'birds/a.jpg', with or without suffix.
             prefer: A file in a folder of this name wins over files of the same name elsewhere.
-
-        Raises:
-            ValueError: Two files of a name.
         """
         wanted, found = set(names), {}
         for path in self.names:
@@ -102,11 +97,7 @@ class SetFolder:
         return {name: self.path / paths[0] for name, paths in found.items()}
 
     def locate(self, names: Sequence[str], prefer: str | None = None) -> list[Path]:
-        """All of these files, as of `find`, in their order.
-
-        Raises:
-            FileNotFoundError: Some are missing.
-        """
+        """All of these files, as of `find`, in their order."""
         found = self.find(names, prefer)
         missing = [name for name in names if name not in found]
         if missing:
@@ -115,11 +106,7 @@ class SetFolder:
         return [found[name] for name in names]
 
     def file(self, *names: str) -> Path:
-        """The one file of such a name in the folder or below it, of several names the first that is found.
-
-        Raises:
-            FileNotFoundError: None, or several.
-        """
+        """The one file of such a name in the folder or below it, of several names the first that is found."""
         for name in names:
             found = sorted(self.path.rglob(name))
             if len(found) > 1:

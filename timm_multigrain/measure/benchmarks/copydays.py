@@ -20,8 +20,6 @@ from timm_multigrain.search.exact import nearest_of
 
 from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
-__all__ = ['Copydays']
-
 NUM_ORIGINALS, NUM_STRONG, NUM_FAMILIES = 157, 229, 20
 NEAREST = 100  # of a query, for the micro average precision
 # Folder names in use, to the family; the ones of crop and jpeg have a folder for each strength.

@@ -17,8 +17,6 @@ from timm_multigrain.measure.ranks import best_pairs
 
 from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
-__all__ = ['Disc21', 'read_pairs']
-
 MAX_PAIRS = 500_000
 
 

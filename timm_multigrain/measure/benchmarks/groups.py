@@ -15,8 +15,6 @@ from timm_multigrain.measure.metrics import mean_average_precision, ukb_score
 
 from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
-__all__ = ['Groups', 'Holidays', 'TurnedImages', 'UKBench', 'read_turns']
-
 DISTRACTOR, IGNORED = -1, -2
 TRUTH = 'gt.json'
 

@@ -18,8 +18,6 @@ from timm_multigrain.measure.archives import RemoteFile
 from .base import SetFolder
 from .lists import Layout, Listing, OwnList
 
-__all__ = ['LAYOUTS']
-
 THUMBNAIL = {'kind': 'thumbnail', 'exif': False}  # of cnnimageretrieval-pytorch
 # Files of Paris6k that hold no picture: https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/corrupt.txt
 _CORRUPT = {f'paris_{name}' for name in (

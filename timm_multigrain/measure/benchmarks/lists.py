@@ -22,8 +22,6 @@ from timm_multigrain.measure.metrics import RetrievalResult, knn_accuracy, mean_
 
 from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
-__all__ = ['Layout', 'ListBenchmark', 'Listing', 'OwnList']
-
 CROP = {'kind': 'crop', 'crop_pct': 0.875, 'exif': False}  # of metric learning: shorter side 256, centre crop 224
 
 

@@ -22,8 +22,6 @@ from timm_multigrain.measure.metrics import RevisitedQuery, revisited_scores
 
 from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
-__all__ = ['DISTRACTORS', 'RevisitedOxford', 'RevisitedParis', 'read_ground_truth']
-
 NUM_QUERIES = 70
 MAX_PICKLE = 16 << 20  # bytes
 _IMAGES = 'https://www.robots.ox.ac.uk/~vgg/data'
