@@ -1,5 +1,4 @@
 """Classification: folders matched with classes, ranks counted in loops, the validate command."""
-import json
 import os
 import shutil
 
@@ -61,8 +60,6 @@ def test_accuracy_image_by_image(model, noise_folder):
     assert result.ranks.tolist() == ranks
     np.testing.assert_allclose(result.losses, losses, rtol=1e-6)
     assert result.top1 == np.mean([rank == 0 for rank in ranks]) and result.top5 == 1
-    assert result.per_class() == {c: np.mean([r == 0 for r, k in zip(ranks, source.labels, strict=True) if k == c])
-                                  for c in range(3)}
     assert str(result) == f'top-1 {100 * result.top1:.2f} %, top-5 100.00 % over 36 images'
 
 
@@ -198,7 +195,7 @@ def test_command(noise_folder, tmp_path, capsys):
     folder = save_pretrained(tiny_model(), tmp_path / 'm', label_names=['a', 'b', 'c'])
     arguments = ['validate', str(folder), str(noise_folder), '--size', '32', '--protocol', 'longer-side', '--device',
                  'cpu', '--workers', '0']
-    assert main([*arguments, '--p', '4', '--json', str(tmp_path / 'r.json'), '--plot', str(tmp_path / 'r.png')]) == 0
+    assert main([*arguments, '--p', '4', '--json', str(tmp_path / 'r.json')]) == 0
     model = open_model(folder, p=4)
     protocol = Protocol.for_model(model, size=32, kind='longer-side')
     result = validate(model, open_classes(noise_folder, model, 'validation'), protocol, workers=0)
@@ -207,7 +204,5 @@ def test_command(noise_folder, tmp_path, capsys):
     assert (top1.value, top5.value) == (100 * result.top1, 100 * result.top5)
     assert (top1.metric, top1.size, top1.p, top1.protocol) == (
         'top1', 32, 4, 'longer side 32, smaller images enlarged')
-    assert (tmp_path / 'r.png').stat().st_size > 1000
     assert main([*arguments[:2], str(tmp_path), *arguments[3:]]) == 2
     assert 'error' in capsys.readouterr().err
-    assert json.loads(result.to_json())['num_images'] == 6

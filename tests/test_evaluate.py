@@ -346,7 +346,7 @@ def result(system='m, GeM p=3', value=50.123, protocol='crop 224', command=None,
     return SystemResult(system, tuple(metrics), 'Set: 7 queries, 100 images searched; crop 224', notes)
 
 
-def test_result_prints_saves_and_draws(tmp_path):
+def test_result_prints_and_saves(tmp_path):
     both = BenchmarkResult((result(), result('m, MAC', 60., 'crop 224, MAC', 'timm-multigrain evaluate', ('a note',))))
     assert str(both) == '\n'.join([
         'Set: 7 queries, 100 images searched; crop 224', '',
@@ -359,8 +359,6 @@ def test_result_prints_saves_and_draws(tmp_path):
     assert '**' not in str(one) and one.value('mAP', 'Hard') == 20
     with pytest.raises(KeyError, match='mAP of Medium was not measured'):
         one.value('mAP', 'Medium')
-    pytest.importorskip('matplotlib')
-    assert both.draw(tmp_path / 'a.png').stat().st_size and one.draw(tmp_path / 'b.svg').stat().st_size
 
 
 def test_the_command(pictures, tmp_path, noise_folder, hub, capsys):

@@ -58,14 +58,14 @@ def slow_ukb(scores, groups):
 def slow_pairs(pairs, truth):
     """pairs: (query, reference, score). Everything recomputed at each place of the list."""
     order = sorted(pairs, key=lambda pair: (-pair[2], pair[:2] in truth))
-    uap, recall_at_p90, threshold, true = 0., 0., None, 0
-    for place, (query, reference, score) in enumerate(order, 1):
+    uap, recall_at_p90, true = 0., 0., 0
+    for place, (query, reference, _) in enumerate(order, 1):
         if (query, reference) in truth:
             true += 1
             uap += true / place / len(truth)
         if true / place >= 0.9 and true / len(truth) > recall_at_p90:
-            recall_at_p90, threshold = true / len(truth), score
-    return uap, recall_at_p90, threshold
+            recall_at_p90 = true / len(truth)
+    return uap, recall_at_p90
 
 
 def slow_figures(scores, relevant, ignore, ks=(1, 2, 5)):
@@ -110,15 +110,16 @@ def test_equals_slow_loop(problem):
     assert mean_average_precision(scores, first).ap == pytest.approx(no_ignore, abs=1e-12)
 
     queries = [RevisitedQuery(*lists) for lists in zip(second, first, third, strict=True)]  # easy may be empty
-    for protocol, part in vars(revisited_scores(chunks, queries)).items():
-        ap, *precisions = slow_revisited(scores, queries, protocol)
+    result = revisited_scores(chunks, queries)
+    for protocol in ('Easy', 'Medium', 'Hard'):
+        part, (ap, *precisions) = result.get(protocol), slow_revisited(scores, queries, protocol.lower())
         if np.isnan(ap).all():
             assert part is None
             continue
         assert part.ap == pytest.approx(ap, abs=1e-12, nan_ok=True)
         assert part.map == pytest.approx(np.nanmean(ap), abs=1e-12)
         assert part.num_queries == np.isfinite(ap).sum()
-        assert np.array(list(part.precisions.values())) == pytest.approx(np.array(precisions), abs=1e-12, nan_ok=True)
+        assert [part.mp_at(k) for k in (1, 5, 10)] == pytest.approx(np.nanmean(precisions, axis=1), abs=1e-12)
 
 
 @given(st.integers(0, 10 ** 6), st.sampled_from([1, 3, 1000]))
@@ -222,9 +223,9 @@ def test_revisited_equals_the_public_evaluator(shared_data, name, ranking):
     for given_scores in (scores, np.array_split(scores, 7, axis=1)):
         result = revisited_scores(given_scores, queries)
         for protocol, expected in reference.items():
-            part = getattr(result, protocol)
+            part = result[protocol.capitalize()]
             assert part.map == pytest.approx(expected['mAP'], abs=1e-12)
-            assert list(part.mp_at.values()) == pytest.approx(expected['mP@k'], abs=1e-12)
+            assert [part.mp_at(k) for k in (1, 5, 10)] == pytest.approx(expected['mP@k'], abs=1e-12)
             assert part.ap[:5] == pytest.approx(expected['ap_first5'], abs=1e-12, nan_ok=True)
             assert len(queries) - part.num_queries == expected['queries_without_positives']
 
@@ -234,8 +235,7 @@ def test_ukb_equals_slow_ranking(digits):
     rng = np.random.default_rng(digits)
     groups = rng.permutation(np.repeat([5, 2, 9, 0, 7], 4))
     scores = (rng.standard_normal((20, 20)) + 1.5 * (groups == groups[:, None])).round(digits)
-    result = ukb_score(np.array_split(scores, 6, axis=1), groups.tolist())
-    assert result.found.tolist() == slow_ukb(scores, groups) and result.score == np.mean(slow_ukb(scores, groups))
+    assert ukb_score(np.array_split(scores, 6, axis=1), groups.tolist()) == np.mean(slow_ukb(scores, groups))
 
 
 @pytest.mark.parametrize('digits', [1, 12])
@@ -246,8 +246,7 @@ def test_pairs_equal_slow_list(digits):
     chosen = [everything[i] for i in rng.permutation(len(everything))[:90]]
     pairs = [(*pair, round(rng.standard_normal() + 4 * (pair in truth), digits)) for pair in chosen]
     result = micro_average_precision(*map(list, zip(*pairs, strict=True)), truth)
-    assert (result.uap, result.recall_at_p90) == pytest.approx(slow_pairs(pairs, truth)[:2], abs=1e-12)
-    assert result.threshold_at_p90 == slow_pairs(pairs, truth)[2]
+    assert (result.uap, result.recall_at_p90) == pytest.approx(slow_pairs(pairs, truth), abs=1e-12)
 
 
 @pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32, torch.uint8, torch.int64, torch.bool])
@@ -303,33 +302,10 @@ def test_best_pairs(limit):
     assert (rows * 12 + columns == wanted).all() and (values == scores.ravel()[wanted]).all()
 
 
-def test_results_print_save_and_draw(tmp_path):
+def test_results_print():
     ap = mean_average_precision(np.array([[1., 0.], [0., 1.]]), [[0], [0]])
     assert str(ap) == 'mAP 62.50 % over 2 queries'
-    assert json.loads(ap.save(tmp_path / 'new' / 'r.json').read_text()) == {
-        'map': 0.625, 'num_queries': 2, 'ap': [1., 0.25]}
     assert str(mean_average_precision(np.eye(1), [[0]])) == 'mAP 100.00 % over 1 query'
-
-    revisited = revisited_scores(np.eye(2, 5), [RevisitedQuery([0], [], [4]), RevisitedQuery([], [])])
-    assert str(revisited).splitlines() == [
-        f'{name} mAP 100.00 %, mP@1 100.00 %, mP@5 100.00 %, mP@10 100.00 % over 1 query'
-        for name in ('Easy  ', 'Medium')]
-    easy = json.loads(revisited.to_json())['easy']
-    assert easy == {'map': 1., 'num_queries': 1, 'ap': [1., None], 'mp_at': {'1': 1., '5': 1., '10': 1.}}
-    assert revisited.hard is None
-
-    ukb = ukb_score(np.eye(8), np.arange(8) // 4)
-    assert str(ukb) == 'UKB score 1.000 of 4 over 8 queries'
-    assert json.loads(ukb.to_json()) == {'score': 1., 'num_queries': 8, 'found': [1] * 8}
-
-    pairs = micro_average_precision(['a', 'b'], ['x', 'y'], [1., 0.], [('a', 'x'), ('b', 'x')])
-    assert str(pairs) == 'uAP 50.00 %, recall at 90 % precision 50.00 % of 2 true pairs'
-    assert json.loads(pairs.to_json()) == {
-        'uap': 0.5, 'recall_at_p90': 0.5, 'threshold_at_p90': 1., 'num_true': 2, 'num_found': 1}
-
-    pytest.importorskip('matplotlib')
-    for result in (ap, revisited, ukb, pairs):
-        assert result.draw(tmp_path / 'pictures' / 'r.png').read_bytes().startswith(b'\x89PNG')
 
 
 @pytest.mark.parametrize('measure, arguments, message', [
@@ -342,7 +318,7 @@ def test_results_print_save_and_draw(tmp_path):
     (mean_average_precision, (np.zeros((1, 3)), [[-1]]), 'integers from 0'),
     (revisited_scores, (np.zeros((1, 4)), [RevisitedQuery([0], [1], [0])]), 'Query 0: an item is labelled more than'),
     (revisited_scores, (np.zeros((1, 4)), [RevisitedQuery([], [], [1])]), 'nothing to find'),
-    (ukb_score, (np.zeros((5, 5)), [0, 0, 0, 0, 1]), r'groups need 4 images each; other numbers are \{1: 1\}'),
+    (ukb_score, (np.zeros((5, 5)), [0, 0, 0, 0, 1]), r'groups need 4 images each, not 1: leave'),
     (micro_average_precision, (['a'], ['x'], [math.nan], [('a', 'x')]), 'one number is needed per pair'),
     (micro_average_precision, (['a'], ['x'], [1.], []), 'true_pairs is empty'),
     (micro_average_precision, (['a', 'a'], ['x', 'x'], [1., 2.], [('a', 'x')]), r"pair \('a', 'x'\) is predicted"),

@@ -52,7 +52,7 @@ def test_checks_come_before_the_repository(hub, monkeypatch):
             publish(model, 'me/model', license='mit')
     with pytest.raises(ValueError, match=r'license of the weights is not known: give it \(--license\)'):
         publish(tiny_model(), 'me/model')
-    with pytest.raises(ValueError, match='figure 1 lacks dataset'):
+    with pytest.raises(ValueError, match=r'figures\[0\] lacks dataset'):
         publish(tiny_model(), 'me/model', license='mit', metrics=[{'task': 'classification'}])
     with pytest.raises(ValueError, match="license 'other' needs its name"):
         publish(tiny_model(), 'me/model', license='other')

@@ -182,7 +182,7 @@ def test_going_on_gives_the_same(model, source, tmp_path, monkeypatch):
         tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0, state_file=state)
     assert json.loads(state.read_text())['step'] == 2
     again = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0, state_file=state)
-    assert again.to_json() == whole.to_json()
+    assert again.to_dict() == whole.to_dict()
     with pytest.raises(ValueError, match='not the progress of a run with this model'):
         tune_p(model, source, PROTOCOL, grid=(1, 4), workers=0, state_file=state)
     state.write_text('{')

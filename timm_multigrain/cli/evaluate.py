@@ -59,7 +59,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group('output')
     arguments.add(group, '--work-dir')
     group.add_argument('--json', type=arguments.output_file, metavar='FILE', help='write the figures to FILE')
-    group.add_argument('--plot', type=arguments.output_file, metavar='FILE', help='draw them into FILE')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -86,9 +85,8 @@ def run(args: argparse.Namespace) -> None:
     if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images, and one reports the result
         return
     print(result)
-    for path, write in ((args.json, result.save), (args.plot, result.draw)):
-        if path:
-            print(f'Written: {write(path)}')
+    if args.json:
+        print(f'Written: {result.save(args.json)}')
 
 
 def _labels(names: list[str]) -> dict[str, str]:

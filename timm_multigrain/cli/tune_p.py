@@ -61,9 +61,8 @@ def run(args: argparse.Namespace) -> None:
 
 def _tune(args: argparse.Namespace, model, protocol, base: str | None):
     from timm_multigrain.images.labels import first_of_each, open_classes
-    from timm_multigrain.measure.tune_p import GRID, check_p_model, tune_p
+    from timm_multigrain.measure.tune_p import GRID, tune_p
 
-    check_p_model(model)
     grid = GRID if args.grid is None else args.grid
     if args.choose == 'best' and not grid:
         raise ValueError('--choose best needs a grid: give exponents, such as --grid 1 2 3 4.')

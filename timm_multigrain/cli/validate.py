@@ -24,7 +24,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add(parser, '--class-map', '--strict')
     add('--json', type=arguments.output_file, metavar='FILE',
         help='write the figures to FILE, as `publish --metrics` takes them')
-    add('--plot', type=arguments.output_file, metavar='FILE', help='draw the accuracy of the classes into FILE')
     add('--dataset', metavar='NAME', help='name of the data set in the figures (default: of the folder)')
     arguments.add_protocol(parser, kind='crop')
     arguments.add_extraction(parser)
@@ -43,5 +42,3 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         command = shlex.join(['timm-multigrain', *sys.argv[1:]])
         arguments.write_json(args.json, result.metrics(args.dataset or Path(args.data).resolve().name, command))
-    if args.plot:
-        print(f'Written: {result.draw(args.plot)}')

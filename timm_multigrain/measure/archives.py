@@ -3,25 +3,20 @@
 What a download was is kept in `downloads.json` beside it: address, length and SHA-256. The first download is trusted,
 and a later one of the same address has to be equal.
 """
-import gzip
 import json
 import os
-import tarfile
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import NamedTuple
 
 from timm_multigrain.files import check_json, file_sha256, printable, read_json, write_text
 from timm_multigrain.models.download import download
 
 MANIFEST = 'downloads.json'
 ARCHIVES = ('.tar', '.tar.gz', '.tgz', '.zip')
-MAX_RATIO = 100  # unpacked over packed: photographs hardly shrink at all
-MAX_FILES = 200_000
-MAX_HEADER = 1 << 20  # bytes that a tar says of a file
-MAX_DIRECTORY = 16 << 20  # bytes that a zip says of its files
 
 
 class RemoteFile(NamedTuple):
@@ -77,14 +72,17 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
     """Unpack a tar, tar.gz or zip archive of files and folders, all of it or nothing; the number of files.
 
     Raises:
-        ValueError: The archive is damaged, larger than any set of photographs, or holds a link, a device or a path that
-            leads out of the folder; or the disk does not take it.
+        ValueError: The archive is damaged, or holds a device or a path that leads out of the folder; or the disk does
+            not take it.
     """
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=folder) as work, open(archive, 'rb') as file:
+    with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=folder) as work:
         try:
-            (_unzip if file.read(2) == b'PK' else _untar)(archive, work)
+            if zipfile.is_zipfile(archive):
+                shutil.unpack_archive(archive, work, 'zip')
+            else:
+                shutil.unpack_archive(archive, work, 'tar', filter='data')
         except Exception as e:  # a damaged archive raises whatever its headers lead to
             reason = printable(str(e)[:300]) or type(e).__name__
             raise ValueError(f'{printable(archive)} was not unpacked: {reason}.') from e
@@ -96,59 +94,3 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
     return len(files)
-
-
-class _Reader:
-    """A file of which so many bytes may be read: whole headers are read into memory, whatever size they claim."""
-
-    def __init__(self, file: BinaryIO, left: int):
-        self.file, self.left = file, left
-
-    def read(self, size: int = -1) -> bytes:
-        if size > self.left:
-            raise ValueError('it is larger in its headers than any set of photographs')
-        content = self.file.read(self.left if size < 0 else size)
-        self.left -= len(content)
-        return content
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.file, name)
-
-
-def _untar(archive: Path, folder: str) -> None:
-    with open(archive, 'rb') as file:
-        zipped = file.read(2) == b'\x1f\x8b'
-    left = _room(archive)
-    with (gzip.open if zipped else open)(archive, 'rb') as file:
-        reader = _Reader(file, MAX_HEADER)
-        with tarfile.open(fileobj=reader, mode='r|') as tar:
-            for number, info in enumerate(tar):
-                left -= info.size
-                _check(number, info.name, info.isdir() or (info.isreg() and not info.issparse()), left)
-                reader.left = info.size + MAX_HEADER
-                tar.extract(info, folder, filter='data')
-                reader.left = MAX_HEADER
-
-
-def _unzip(archive: Path, folder: str) -> None:
-    left, root = _room(archive), Path(folder).resolve()
-    with open(archive, 'rb') as file:
-        reader = _Reader(file, MAX_DIRECTORY)
-        with zipfile.ZipFile(reader) as zipped:
-            for number, info in enumerate(zipped.infolist()):
-                plain = info.external_attr >> 28 in (0, 0o4, 0o10)  # of a Unix file mode: not said, folder, file
-                left -= info.file_size
-                _check(number, info.filename, plain and (root / info.filename).resolve().is_relative_to(root), left)
-                reader.left = info.compress_size + MAX_HEADER
-                zipped.extract(info, folder)
-
-
-def _room(archive: Path) -> int:
-    return MAX_RATIO * max(archive.stat().st_size, 1 << 16)
-
-
-def _check(number: int, name: str, plain: bool, left: int) -> None:
-    if not plain:
-        raise ValueError(f'{name!r} is not a plain file of the folder')
-    if number >= MAX_FILES or left < 0:
-        raise ValueError(f'it holds more than {MAX_FILES} files, or is larger, unpacked, than any set of photographs')

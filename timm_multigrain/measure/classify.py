@@ -1,6 +1,6 @@
 """Classification at any test resolution (Berman et al., arXiv 1902.05509, table 2): top-1 and top-5."""
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,14 +13,11 @@ from timm_multigrain.files import json_p
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.multigrain import MultiGrain
 
-from .results import Metric, Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+from .results import Metric
 
 
 @dataclass(frozen=True, eq=False)
-class ClassificationResult(Result):
+class ClassificationResult:
     """Where the true class stands among the classes of each image.
 
     Attributes:
@@ -55,15 +52,6 @@ class ClassificationResult(Result):
         """Mean cross-entropy."""
         return float(self.losses.mean())
 
-    def per_class(self) -> dict[int, float]:
-        """Top-1 of the images of each class that has some."""
-        return {int(label): float((self.ranks[self.labels == label] < 1).mean()) for label in np.unique(self.labels)}
-
-    def to_dict(self) -> dict[str, Any]:
-        return {'top1': self.top1, 'top5': self.top5, 'loss': self.loss, 'num_images': len(self.ranks),
-                'num_classes': self.num_classes, 'protocol': self.protocol.to_dict(), 'p': json_p(self.p),
-                'whitening': self.whitening, 'skipped': self.skipped, 'per_class': self.per_class()}
-
     def metrics(self, dataset: str, command: str | None = None) -> list[dict[str, Any]]:
         """The figures of a data set of this name as `timm-multigrain publish --metrics` takes them."""
         p = None if isinstance(self.p, list) else json_p(self.p)
@@ -71,12 +59,6 @@ class ClassificationResult(Result):
             task='classification', dataset=dataset, metric=name, value=100 * getattr(self, name),
             size=self.protocol.size, p=p, protocol=str(self.protocol), whitening=self.whitening, command=command))
             for name in ('top1', 'top5')]
-
-    def plot(self, axes: 'Axes') -> None:
-        """Top-1 of the classes, from the worst to the best."""
-        axes.plot(np.sort(100 * np.array(list(self.per_class().values()))), drawstyle='steps-mid')
-        axes.axhline(100 * self.top1, color='gray', linestyle='--', linewidth=1)
-        axes.set(xlabel='classes, worst first', ylabel='top-1, %', ylim=(-2, 102), title=str(self).splitlines()[0])
 
     def __str__(self) -> str:
         classes = len(np.unique(self.labels))

@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,31 +18,21 @@ import torch
 from timm_multigrain.search.exact import Array, Scores, SimilarityChunks, nearest_of
 
 from .ranks import Indices, count_above, ranks, to_indices
-from .results import Result
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-
-KAPPAS = (1, 5, 10)
-PRECISION = 0.9  # at which the recall of copy detection is quoted
 UKB_GROUP = 4
 KNN, KNN_TEMPERATURE = 20, 0.07
 
 
 @dataclass(frozen=True, eq=False)
-class RetrievalResult(Result):
+class RetrievalResult:
     """Ranks at which queries find what they look for, and the measures that follow from them.
 
     A query with nothing to find has no ranks and is left out of every mean. Shares are in [0, 1].
 
     Attributes:
         ranks: 0-based ranks of the relevant items of each query, ascending.
-        name: Protocol, such as 'Hard'.
-        kappas: The k of `mp_at`.
     """
     ranks: Sequence[np.ndarray] = field(repr=False)
-    name: str = ''
-    kappas: Sequence[int] = ()
 
     @cached_property
     def ap(self) -> np.ndarray:
@@ -82,38 +72,18 @@ class RetrievalResult(Result):
     def _counts(self) -> np.ndarray:
         return np.array([len(own) for own in self.ranks])
 
-    @cached_property
-    def precisions(self) -> dict[int, np.ndarray]:
-        """Precision at each k of each query, (Q,) float64, counted to its last relevant item if that comes earlier."""
-        last = np.array([own[-1] + 1 if len(own) else np.nan for own in self.ranks])
-        return {k: np.array([(own < depth).sum() for own, depth in zip(self.ranks, np.minimum(k, last), strict=True)])
-                / np.minimum(k, last) for k in self.kappas}
-
-    @property
-    def mp_at(self) -> dict[int, float]:
-        """Mean precision at each k."""
-        return {k: float(np.nanmean(values)) for k, values in self.precisions.items()}
+    def mp_at(self, k: int) -> float:
+        """Mean precision at k, of each query counted to its last relevant item if that comes earlier."""
+        return float(np.mean([(own < depth).sum() / depth for own in self.ranks if len(own)
+                              for depth in [min(k, own[-1] + 1)]]))
 
     @property
     def num_queries(self) -> int:
         """Queries with something to find."""
         return int((self._counts > 0).sum())
 
-    def to_dict(self) -> dict[str, Any]:
-        figures = {'map': self.map, 'num_queries': self.num_queries, 'ap': self.ap}
-        return {**figures, 'mp_at': self.mp_at} if self.kappas else figures
-
-    def plot(self, axes: 'Axes') -> None:
-        """Average precision of the queries, from the worst to the best."""
-        axes.plot(100 * np.sort(self.ap[np.isfinite(self.ap)]), drawstyle='steps-mid',
-                  label=f'{self.name} mAP {100 * self.map:.2f} %'.strip())
-        axes.set(xlabel='queries, worst first', ylabel='average precision, %', ylim=(-2, 102))
-        axes.legend()
-
     def __str__(self) -> str:
-        figures = [f'mAP {100 * self.map:.2f} %', *(f'mP@{k} {100 * mean:.2f} %' for k, mean in self.mp_at.items())]
-        name = f'{self.name:6} ' if self.name else ''
-        return f'{name}{", ".join(figures)} over {self.num_queries} quer{"y" if self.num_queries == 1 else "ies"}'
+        return f'mAP {100 * self.map:.2f} % over {self.num_queries} quer{"y" if self.num_queries == 1 else "ies"}'
 
 
 def average_precision(ranks_of_relevant: Indices, num_relevant: int) -> float:
@@ -157,95 +127,37 @@ def mean_average_precision(
     return RetrievalResult([ranks(own[:len(items)]) for own, items in zip(above, relevant, strict=True)])
 
 
-@dataclass(frozen=True, eq=False)
-class RevisitedQuery:
+class RevisitedQuery(NamedTuple):
     """Database indices of the labelled images of a query, in three lists that share none."""
     easy: Indices
     hard: Indices
     junk: Indices = ()
 
 
-@dataclass(frozen=True, eq=False)
-class RevisitedResult(Result):
-    """The three protocols; None where no query has an image to find."""
-    easy: RetrievalResult | None
-    medium: RetrievalResult | None
-    hard: RetrievalResult | None
-
-    @property
-    def parts(self) -> list[RetrievalResult]:
-        """The protocols that were measured."""
-        return [part for part in (self.easy, self.medium, self.hard) if part is not None]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {part.name.lower(): part.to_dict() for part in self.parts}
-
-    def plot(self, axes: 'Axes') -> None:
-        """Average precision of the queries, a curve per protocol."""
-        for part in self.parts:
-            part.plot(axes)
-
-    def __str__(self) -> str:
-        return '\n'.join(map(str, self.parts))
-
-
-def revisited_scores(
-        scores: Scores,
-        queries: Sequence[RevisitedQuery],
-        kappas: Sequence[int] = KAPPAS,
-) -> RevisitedResult:
-    """Easy, Medium and Hard mean average precision and mean precision at k.
+def revisited_scores(scores: Scores, queries: Sequence[RevisitedQuery]) -> dict[str, RetrievalResult]:
+    """'Easy', 'Medium' and 'Hard', without those where no query has an image to find.
 
     `Revisiting Oxford and Paris: large-scale image retrieval benchmarking`, Radenović et al. 2018. Of each query's
     labelled images, Easy looks for the easy ones, Medium for the easy and hard ones, Hard for the hard ones; the other
-    labelled images, the junk always among them, are taken out of the ranking. A query without an image to find is left
-    out of a mean. Precision at k counts to the last relevant image if that comes earlier than k.
+    labelled images, the junk always among them, are taken out of the ranking.
 
     Args:
         scores: Similarities, (Q, N) or chunks, distractors last.
         queries: Ground truth of each query.
-        kappas: The k of the precisions.
     """
     if not any(len(query.easy) or len(query.hard) for query in queries):
         raise ValueError('No query has an easy or a hard image: nothing to find.')
     # What a protocol takes out is labelled, so that what is wrong is unlabelled in all three.
-    above = count_above(scores, *([getattr(query, name) for query in queries] for name in ('easy', 'hard', 'junk')))
-    split = [np.split(own, [len(query.easy), len(query.easy) + len(query.hard)])
-             for own, query in zip(above, queries, strict=True)]
-    return RevisitedResult(
-        _protocol('Easy', [easy for easy, _, _ in split], kappas),
-        _protocol('Medium', [np.concatenate([easy, hard]) for easy, hard, _ in split], kappas),
-        _protocol('Hard', [hard for _, hard, _ in split], kappas))
+    above = count_above(scores, *zip(*queries, strict=True))
+    easy, hard, _ = zip(*(np.split(own, [len(query.easy), len(query.easy) + len(query.hard)])
+                          for own, query in zip(above, queries, strict=True)), strict=True)
+    protocols = {'Easy': easy, 'Medium': map(np.append, easy, hard), 'Hard': hard}
+    found = {name: RetrievalResult([ranks(own) for own in above]) for name, above in protocols.items()}
+    return {name: result for name, result in found.items() if result.num_queries}
 
 
-def _protocol(name: str, above: Sequence[np.ndarray], kappas: Sequence[int]) -> RetrievalResult | None:
-    return RetrievalResult([ranks(own) for own in above], name, kappas) if any(map(len, above)) else None
-
-
-@dataclass(frozen=True, eq=False)
-class UKBScore(Result):
-    """Relevant images `found` among the first four of each query, (Q,) int64, 0 to 4."""
-    found: np.ndarray = field(repr=False)
-
-    @property
-    def score(self) -> float:
-        """Mean of `found`, 4 at best."""
-        return float(self.found.mean())
-
-    def to_dict(self) -> dict[str, Any]:
-        return {'score': self.score, 'num_queries': len(self.found), 'found': self.found}
-
-    def plot(self, axes: 'Axes') -> None:
-        """How many queries found 0, 1, 2, 3 and all 4."""
-        axes.bar(range(UKB_GROUP + 1), np.bincount(self.found, minlength=UKB_GROUP + 1))
-        axes.set(xlabel='relevant images among the first four', ylabel='queries', title=str(self))
-
-    def __str__(self) -> str:
-        return f'UKB score {self.score:.3f} of {UKB_GROUP} over {len(self.found)} queries'
-
-
-def ukb_score(scores: Scores, groups: Indices) -> UKBScore:
-    """UKBench score: how many of the four images of an object are among the first four, 4 at best.
+def ukb_score(scores: Scores, groups: Indices) -> float:
+    """UKBench score: how many of the four images of an object are among the first four, 4 at best, averaged.
 
     `Scalable recognition with a vocabulary tree`, Nistér and Stewénius 2006. Every image is a query, and stays in its
     own ranking: it counts as one of its four.
@@ -254,68 +166,39 @@ def ukb_score(scores: Scores, groups: Indices) -> UKBScore:
         scores: Similarities of N images to each other, (N, N) or chunks.
         groups: Object of each image, (N,) integers, each four times.
     """
-    names, places, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
-    if not len(names) or (counts != UKB_GROUP).any():
-        odd = dict(zip(names[counts != UKB_GROUP].tolist(), counts[counts != UKB_GROUP].tolist(), strict=True))
-        raise ValueError(f'groups need {UKB_GROUP} images each; other numbers are {odd or 0!r:.60}: leave those out, '
+    _, places, counts = np.unique(np.asarray(groups), return_inverse=True, return_counts=True)
+    if (counts != UKB_GROUP).any():
+        raise ValueError(f'groups need {UKB_GROUP} images each, not {counts[counts != UKB_GROUP][0]}: leave those out, '
                          'or the score is not comparable.')
     members = np.argsort(places, kind='stable').reshape(-1, UKB_GROUP)[places]
-    return UKBScore(np.array([(ranks(own) < UKB_GROUP).sum() for own in count_above(scores, members)]))
+    return float(np.mean([(ranks(own) < UKB_GROUP).sum() for own in count_above(scores, members)]))
 
 
 @dataclass(frozen=True, eq=False)
-class CopyResult(Result):
+class CopyResult:
     """Micro average precision of ranked pairs.
 
     Attributes:
         ranks: 0-based ranks of the true pairs that were found, ascending, (T,) int64.
-        thresholds: Their scores.
         num_true: True pairs, found or not.
     """
     ranks: np.ndarray = field(repr=False)
-    thresholds: np.ndarray = field(repr=False)
     num_true: int
 
     @property
-    def precisions(self) -> np.ndarray:
-        """Precision down to each true pair, (T,) float64."""
+    def _precisions(self) -> np.ndarray:
+        """Down to each true pair, (T,) float64."""
         return np.arange(1, len(self.ranks) + 1) / (self.ranks + 1)
-
-    @property
-    def recalls(self) -> np.ndarray:
-        """Recall down to each true pair, (T,) float64."""
-        return np.arange(1, len(self.ranks) + 1) / self.num_true
 
     @property
     def uap(self) -> float:
         """Micro average precision, in [0, 1]: sum of the precisions at the true pairs over their number."""
-        return float(self.precisions.sum() / self.num_true)
+        return float(self._precisions.sum() / self.num_true)
 
     @property
     def recall_at_p90(self) -> float:
         """Most recall with a precision of 90 % or more, in [0, 1]; 0 if that precision is never reached."""
-        return float(self.recalls[self.precisions >= PRECISION].max(initial=0))
-
-    @property
-    def threshold_at_p90(self) -> float | None:
-        """Least score to accept for `recall_at_p90`; None if the precision is never reached."""
-        reached = self.thresholds[self.precisions >= PRECISION]
-        return float(reached[-1]) if len(reached) else None
-
-    def to_dict(self) -> dict[str, Any]:
-        return {'uap': self.uap, 'recall_at_p90': self.recall_at_p90, 'threshold_at_p90': self.threshold_at_p90,
-                'num_true': self.num_true, 'num_found': len(self.ranks)}
-
-    def plot(self, axes: 'Axes') -> None:
-        """Precision over recall, with the most recall at 90 % precision."""
-        axes.plot(100 * self.recalls, 100 * self.precisions)
-        axes.axhline(100 * PRECISION, color='gray', linestyle='--', linewidth=1)
-        axes.axvline(100 * self.recall_at_p90, color='gray', linestyle='--', linewidth=1)
-        axes.set(xlabel='recall, %', ylabel='precision, %', xlim=(-2, 102), ylim=(-2, 102), title=str(self))
-
-    def __str__(self) -> str:
-        return (f'uAP {100 * self.uap:.2f} %, recall at 90 % precision {100 * self.recall_at_p90:.2f} % '
-                f'of {self.num_true} true pairs')
+        return int((1 + np.flatnonzero(self._precisions >= 0.9)).max(initial=0)) / self.num_true
 
 
 def micro_average_precision(
@@ -350,8 +233,7 @@ def micro_average_precision(
         raise ValueError(f'The pair {repeated[0]} is predicted more than once.')
     correct = np.array([pair in truth for pair in predicted], dtype=bool)
     order = np.lexsort((correct, -scores))  # false ones first among equal scores
-    places = np.flatnonzero(correct[order])
-    return CopyResult(places, scores[order][places], len(truth))
+    return CopyResult(np.flatnonzero(correct[order]), len(truth))
 
 
 def knn_accuracy(

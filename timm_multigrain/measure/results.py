@@ -1,4 +1,4 @@
-"""What every measured result can do (print itself, be saved as JSON, be drawn), results of benchmarks, and figures.
+"""Figures, and what was measured on a benchmark.
 
 A file of figures, which `timm-multigrain evaluate` and `validate` write and `publish` takes, is a JSON list of objects,
 one per figure; the fields of `Metric` from split on may be left out:
@@ -7,22 +7,17 @@ one per figure; the fields of `Metric` from split on may be left out:
       "size": 500, "p": 4, "protocol": "longer side", "whitening": null, "split": "validation"}]
 """
 import json
-import math
 import os
 import re
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
-
 from timm_multigrain.files import check_json, read_json, write_text
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
-    from matplotlib.axes import Axes
 
 # Our tasks, and what the Hub calls them.
 TASKS = {
@@ -34,48 +29,6 @@ _SETTINGS = ('size', 'p', 'protocol', 'whitening')
 _HUB_METRICS = {'top1': 'accuracy', 'top5': 'top_5_accuracy'}
 _UNITS = {'N-S': 'of 4'}
 _SAVED_ONLY = ('mP@1', 'mP@5')  # papers print mP@10
-
-
-class Result(ABC):
-    """Base of the results of a measure; `str` is the text to print."""
-
-    @abstractmethod
-    def to_dict(self) -> dict[str, Any]:
-        """Figures by name, plain numbers and lists; NaN stands for what was not measured."""
-
-    @abstractmethod
-    def plot(self, axes: 'Axes') -> None:
-        """Draw into axes of matplotlib."""
-
-    def to_json(self) -> str:
-        """`to_dict` as JSON text, null where a figure is NaN."""
-        return json.dumps(_plain(self.to_dict()), indent=1) + '\n'
-
-    def save(self, path: str | os.PathLike) -> Path:
-        """Write `to_json`, whole or not at all."""
-        return write_text(path, self.to_json())
-
-    def draw(self, path: str | os.PathLike) -> Path:
-        """Draw into a picture; the ending of its name says which kind (.png, .svg, .pdf). It needs matplotlib."""
-        try:
-            from matplotlib.figure import Figure
-        except ImportError as e:
-            raise ImportError("Drawing needs matplotlib: pip install 'timm_multigrain[report]'.") from e
-        figure = Figure(figsize=(6, 3.5), layout='constrained')
-        self.plot(figure.subplots())
-        path = Path(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=150)
-        return path
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple, np.ndarray)):
-        return [_plain(item) for item in value]
-    value = value.item() if isinstance(value, np.generic) else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -166,29 +119,24 @@ _FORM = {
 
 def read_metrics(path: str | os.PathLike) -> list[Metric]:
     """Figures of a JSON file; FileNotFoundError, or ValueError if it does not follow the schema."""
-    entries = read_json(path, 'file of figures')
     try:
-        return parse_metrics(entries)
+        return parse_metrics(read_json(path, 'file of figures'))
     except ValueError as e:
         raise ValueError(f'{path}: {e}') from e
 
 
 def parse_metrics(entries: Sequence[Metric | dict[str, Any]]) -> list[Metric]:
     """Figures of a list of objects; ValueError for an unknown field, one that is missing, or one of the wrong kind."""
-    if not isinstance(entries, (list, tuple)):
-        raise ValueError(f'a list of figures is needed, not {type(entries).__name__}.')
-    return [entry if isinstance(entry, Metric) else _parse(entry, number) for number, entry in enumerate(entries, 1)]
-
-
-def _parse(entry: Any, number: int) -> Metric:
-    check_json(entry, {f.name: _FORM[f.name] for f in fields(Metric) if f.default is MISSING}, f'figure {number}')
-    unknown = [name for name in entry if name not in _FORM]
-    if unknown:
-        raise ValueError(f'figure {number} has an unknown field {unknown[0]!r}: the fields are {", ".join(_FORM)}.')
-    try:
-        return Metric(**entry)
-    except ValueError as e:
-        raise ValueError(f'figure {number}: {e}') from e
+    needed = {f.name: _FORM[f.name] for f in fields(Metric) if f.default is MISSING}
+    if isinstance(entries, list):
+        entries = [vars(entry) if isinstance(entry, Metric) else entry for entry in entries]
+    check_json(entries, [needed], 'figures')
+    for number, entry in enumerate(entries):
+        try:
+            entries[number] = Metric(**entry)
+        except (TypeError, ValueError) as e:
+            raise ValueError(f'figures[{number}]: {e}') from e
+    return entries
 
 
 class SystemResult(NamedTuple):
@@ -200,7 +148,7 @@ class SystemResult(NamedTuple):
 
 
 @dataclass(frozen=True)
-class BenchmarkResult(Result):
+class BenchmarkResult:
     """One system on a benchmark, or several side by side."""
     systems: tuple[SystemResult, ...]
 
@@ -216,25 +164,9 @@ class BenchmarkResult(Result):
             raise KeyError(f'{metric} of {split} was not measured: {", ".join(map(str, found))}')
         return found[metric, split]
 
-    def to_dict(self) -> dict[str, Any]:
-        return {'figures': [asdict(metric) for metric in self.metrics]}
-
-    def to_json(self) -> str:
-        """`metrics` as a JSON list."""
-        return json.dumps(self.to_dict()['figures'], indent=2) + '\n'
-
-    def plot(self, axes: 'Axes') -> None:
-        """The first metric of every split: a group of bars per split, a bar per system."""
-        first = self.systems[0].metrics[0]
-        shown = [m for m in self.systems[0].metrics if m.metric == first.metric]
-        width = 0.8 / len(self.systems)
-        for number, system in enumerate(self.systems):
-            places = [place + (number - (len(self.systems) - 1) / 2) * width for place in range(len(shown))]
-            axes.bar(places, [self.value(m.metric, m.split, number) for m in shown], width,
-                     label=f'{system.system}, {system.metrics[0].size} px')
-        axes.set_xticks(range(len(shown)), [m.split or m.dataset for m in shown])
-        axes.set(ylabel=f'{first.metric} {_UNITS.get(first.metric, "%")}', title=first.dataset)
-        axes.legend(fontsize=7)
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write `metrics` as a JSON list, whole or not at all."""
+        return write_text(path, json.dumps([asdict(metric) for metric in self.metrics], indent=2) + '\n')
 
     def __str__(self) -> str:
         """A Markdown table: a row per system, a column per figure, the best of each column in bold."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,10 +38,6 @@ from timm_multigrain.whiten.fit import work_folder
 
 from .benchmarks.groups import Groups
 from .classify import ranks_of_truth
-from .results import Result
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 GRID = (1., 1.5, 2., 2.5, 3., 3.5, 4., 4.5, 5., 6., 7., 8.)
 SAVED_EVERY = 64  # batches
@@ -53,7 +49,7 @@ _WORDS = {'tuned': 'fine-tuned', 'best': 'best of the grid', 'kept': 'as it was:
 
 
 @dataclass(frozen=True, eq=False)
-class PResult(Result):
+class PResult:
     """Quality of a grid of exponents, and the fine-tuned one.
 
     Attributes:
@@ -115,8 +111,18 @@ class PResult(Result):
             'values': self.values, 'noise': self.noise, 'losses': self.losses, 'num_images': self.num_images,
             'protocol': self.protocol.to_dict(), 'skipped': self.skipped, 'trace': self.trace}
 
-    def plot(self, axes: 'Axes') -> None:
-        """The criterion over p, and where the model's p, the best and the fine-tuned one are."""
+    def save(self, path: str | os.PathLike) -> Path:
+        """Write `to_dict` as JSON, whole or not at all."""
+        return write_text(path, json.dumps(self.to_dict(), indent=1) + '\n')
+
+    def draw(self, path: str | os.PathLike) -> Path:
+        """Draw the criterion over p, and where the model's p, the best and the fine-tuned one are, into a picture."""
+        try:
+            from matplotlib.figure import Figure
+        except ImportError as e:
+            raise ImportError("Drawing needs matplotlib: pip install 'timm_multigrain[report]'.") from e
+        figure, path = Figure(figsize=(6, 3.5), layout='constrained'), Path(path)
+        axes = figure.subplots()
         finite = [(p, 100 * value) for p, value in zip(self.grid, self.values, strict=True) if p < math.inf]
         if finite:
             axes.plot(*zip(*finite, strict=True), marker='o', color='tab:blue')
@@ -128,6 +134,9 @@ class PResult(Result):
         axes.set(xlabel='exponent p of GeM', ylabel=f'{self.criterion}, %',
                  title=f'{self.protocol}, {self.num_images} images')
         axes.legend()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+        return path
 
     def __str__(self) -> str:
         lines = [f'{self.protocol}, {self.num_images} images', f'{"p":>6}  {self.criterion:>6}' + '    loss' * bool(
@@ -253,8 +262,8 @@ def scan_p_groups(
                    protocol)
 
 
-def check_p_model(model: MultiGrain) -> None:
-    """Raises ValueError, with the reason, if another p cannot be given to a model."""
+def _check(model: MultiGrain, protocol: Protocol, grid: Sequence[float]) -> tuple[float, ...]:
+    """The grid and the model's p in ascending order, each once; an empty grid stays empty."""
     if model.global_pool != 'gem':
         raise ValueError(f'The model pools with {model.global_pool!r}, which has no exponent to find: open it with '
                          'pool gem, or with avg to start from p = 1.')
@@ -263,14 +272,8 @@ def check_p_model(model: MultiGrain) -> None:
     if model.whitened:
         raise ValueError(f'The model was whitened at p = {model.gem_p:g}, and another p needs another whitening: find '
                          'p with the model without whitening, then whiten that.')
-
-
-def _check(model: MultiGrain, protocol: Protocol, grid: Sequence[float]) -> tuple[float, ...]:
-    """The grid and the model's p in ascending order, each once; an empty grid stays empty."""
-    check_p_model(model)
-    wrong = [p for p in grid if not p > 0]
-    if wrong:
-        raise ValueError(f'The grid holds p = {wrong[0]:g}: exponents are above 0.')
+    if not min(grid, default=1) > 0:
+        raise ValueError(f'The grid holds p = {min(grid):g}: exponents are above 0.')
     if protocol.scales != (1.,) or protocol.flip:
         raise ValueError(f'{protocol}: p is fitted at one scale, without flip.')
     return tuple(sorted({float(p) for p in (*grid, model.gem_p)})) if len(grid) else ()

@@ -206,7 +206,7 @@ class UKBench(Groups):
     num_images = 10_200
 
     def measure(self, scores: Scores) -> list[Figure]:
-        return [Figure('N-S', ukb_score(scores, self.groups).score)]
+        return [Figure('N-S', ukb_score(scores, self.groups))]
 
     @classmethod
     def load(cls, data: str | os.PathLike, subset: bool = False) -> 'UKBench':

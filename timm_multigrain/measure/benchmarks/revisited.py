@@ -45,9 +45,9 @@ class RevisitedOxford(Benchmark):
 
     def measure(self, scores: Scores) -> list[Figure]:
         result = revisited_scores(scores, self.truth)
-        figures = [Figure('mAP', 100 * part.map, part.name) for part in result.parts]
-        return figures + [Figure(f'mP@{k}', 100 * part.mp_at[k], part.name)
-                          for k in result.parts[0].mp_at for part in result.parts]
+        figures = [Figure('mAP', 100 * part.map, name) for name, part in result.items()]
+        return figures + [Figure(f'mP@{k}', 100 * part.mp_at(k), name)
+                          for k in (1, 5, 10) for name, part in result.items()]
 
     @classmethod
     def load(cls, data: str | os.PathLike, ground_truth: str | os.PathLike | None = None,
@@ -124,21 +124,8 @@ def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], li
     return images, queries, entries
 
 
-class _Memo(dict):
-    """Of texts and numbers: lists in which one and the same list stands a million times would be checked for days."""
-
-    def __getitem__(self, key: int) -> Any:
-        value = super().__getitem__(key)
-        if isinstance(value, list | dict):
-            raise ValueError('it uses a list or dict twice')
-        return value
-
-
-class _Unpickler(pickle._Unpickler):
-    """Of plain values, without a class or a call. In the one written in C a few bytes ask for a memo of gigabytes."""
-    # The hash of a tuple of tuples that are one and the same takes forever, a bytearray the memory that it claims.
-    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
-                if 'tuple' not in load.__name__ and 'bytearray' not in load.__name__}
+class _Unpickler(pickle.Unpickler):
+    """Of plain values, without a class or a call."""
 
     def find_class(self, module: str, name: str) -> None:
         raise ValueError(f'it calls {module}.{name}')
@@ -150,9 +137,7 @@ def _read_pickle(path: Path) -> Any:
             content = file.read(MAX_PICKLE + 1)
         if len(content) > MAX_PICKLE:
             raise ValueError(f'it is larger than {MAX_PICKLE} bytes')
-        unpickler = _Unpickler(io.BytesIO(content), encoding='latin1')
-        unpickler.memo = _Memo()
-        return unpickler.load()
+        return _Unpickler(io.BytesIO(content), encoding='latin1').load()
     except FileNotFoundError:
         raise FileNotFoundError(f'{printable(path)} not found.') from None
     except Exception as e:  # a damaged pickle raises whatever its opcodes run into
