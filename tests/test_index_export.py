@@ -73,7 +73,7 @@ def test_same_neighbours(index, address):
         with pytest.raises(ValueError, match=r"shape|k is 0|does not know the class 'ship'"):
             there.hits(bad, **options)
     with pytest.raises(ValueError, match='in Milvus is not re-ranked'):
-        there.hits(queries, rerank='auto')
+        there.hits(queries, dba=(3, 3.))
     there.client.close()
 
 

@@ -16,8 +16,8 @@ from timm_multigrain.index import DamagedIndex, Index, IndexInUse
 from timm_multigrain.index import store as store_module
 from timm_multigrain.index.ann import update_structure
 from timm_multigrain.index.records import NewerFormat, NotWritten
-from timm_multigrain.index.store import FILE, Store, Writer, index_lock, is_index
-from timm_multigrain.search.rerank import Background, rerank_candidates
+from timm_multigrain.index.store import FILE, PCA, Store, Writer, index_lock, is_index
+from timm_multigrain.search.rerank import Background, alpha_query_expansion, database_augmentation, rerank_candidates
 
 from .small_index import add_images, forked, unit_vectors, write_index, writer_of
 
@@ -30,7 +30,8 @@ def everything(folder):
     exact = index.search(unit_vectors(3, seed=9), 4, 'car', exact=True)
     info = {key: value for key, value in index.info.items() if key != 'size'}
     return (np.asarray(index.vectors).tobytes(), index.paths, index.columns.tobytes(), index.skipped, info,
-            [index.records(i) for i in range(len(index))], scores.tobytes(), rows.tobytes(), exact[1].tobytes())
+            [index.records(i) for i in range(len(index))], scores.tobytes(), rows.tobytes(), exact[1].tobytes(),
+            index.store.details(index.store.local))
 
 
 @pytest.fixture
@@ -40,6 +41,8 @@ def folder(tmp_path):
     with writer_of(path) as writer:
         writer.remove([3, 77])
         writer.skip(0, b'bad\xff.jpg', 'is empty', 0, 5)
+        for key, length in ((PCA, 900), (b'a' * 32, 9000), (b'b' * 32, 5000), (b'c' * 32, 0)):
+            writer.set_details(key, bytes(length))
         add_images(writer, unit_vectors(2, seed=1), ['new a.jpg', 'new b.jpg'])
     return path
 
@@ -74,7 +77,7 @@ def test_vectors_are_an_array(folder):
 @pytest.mark.parametrize('class_name', [None, 'car'])
 def test_search_reranks(tmp_path, monkeypatch, class_name):
     """Of the first images of the plain search, those that are the first after they refined each other."""
-    monkeypatch.setattr('timm_multigrain.index.index.TOP', 20)
+    monkeypatch.setattr('timm_multigrain.search.rerank.TOP', 20)
     index = Index(write_index(tmp_path / 'index', unit_vectors(90), dtype='float16'))
     queries, said = unit_vectors(2, seed=1), []
     scores, rows = index.search(queries, 4, class_name, rerank=2, report=said.append)
@@ -93,9 +96,29 @@ def test_search_reranks(tmp_path, monkeypatch, class_name):
         index.search(queries, rerank=0)
 
 
+def test_expansion_and_augmentation(tmp_path):
+    index, queries = Index(write_index(tmp_path / 'index', unit_vectors(90), dtype='float16')), unit_vectors(4, seed=1)
+    queries.flags.writeable = False
+    vectors = np.asarray(index.vectors, np.float32)
+    cars, augmented = np.arange(1, 90, 3), database_augmentation(vectors, 3, 2.).numpy()
+    for database, qe, dba in ((vectors, (2, 3.), None), (augmented, None, (3, 2.)), (augmented, (2, 3.), (3, 2.))):
+        for rows, class_name in ((np.arange(90), None), (cars, 'car')):
+            expanded = queries if qe is None else alpha_query_expansion(queries, database[rows], *qe)
+            expected = np.asarray(expanded) @ database[rows].T
+            scores, found = index.search(queries, 5, class_name, qe=qe, dba=dba)
+            np.testing.assert_array_equal(found, rows[(-expected).argsort(1)[:, :5]])
+            np.testing.assert_allclose(scores, -np.sort(-expected)[:, :5], atol=1e-6)
+    assert np.array_equal(index.vectors, vectors)
+    assert index.search(queries, 2, 'boat', qe=(99, 3.))[1].shape == (4, 2)
+    with pytest.raises(ValueError, match='leave qe and dba out'):
+        index.search(queries, qe=(2, 3.), rerank=2)
+
+
 def test_uncommitted_is_gone(folder):
     before = everything(folder)
     with writer_of(folder) as writer:
+        writer.set_details(b'd' * 32, b'details')
+        writer.set_details(b'a' * 32, None)
         writer.add([b'x'], Store(folder).records[:1].copy(), unit_vectors(1))
         writer.remove([0])
         assert everything(folder) == before  # and nobody sees it meanwhile

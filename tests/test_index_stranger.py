@@ -36,7 +36,7 @@ def made(tmp_path_factory):
     model = tiny_model()
     model.pretrained_cfg['label_names'] = ['boat', 'car', 'tree']
     build_index([base / 'pictures'], base / 'index', model, Protocol(32), workers=0, progress=False, kind='hnsw',
-                boxes=lambda image: [(0, 0, 9, 9, 'part')])
+                boxes=lambda image: [(0, 0, 9, 9, 'part')], local=True)
     Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(base / 'pictures' / 'new.png')
     assert len(list((base / 'index').glob('faiss*'))) == 1
     return base
@@ -217,7 +217,7 @@ CELLS = [None, -1, 0, 1, 2 ** 31, 2 ** 62, -2 ** 63, 1.5, 1e300, '', 'x', '1', b
 def mutate(folder, rng):
     """Something odd in the tables of an index, with the checksums that belong to it."""
     with closing(sqlite3.connect(folder / FILE, isolation_level=None)) as db:
-        table = ('settings', 'settings', 'roots', 'images', 'regions', 'skipped', 'chunks')[rng.integers(7)]
+        table = ('settings', 'settings', 'roots', 'images', 'regions', 'skipped', 'local', 'chunks')[rng.integers(8)]
         rows = [list(row[:-1]) for row in db.execute(f'SELECT * FROM {table}')]
         row = rows[rng.integers(len(rows))]
         if table == 'settings':
@@ -264,7 +264,7 @@ def fuzz(copy, seeds):
         shutil.copytree(original, copy / 'index')
         mutate(copy / 'index', np.random.default_rng(seed))
         index = str(copy / 'index')
-        for arguments in (['search', index, str(query), '-k', '2'],
+        for arguments in (['search', index, str(query), '-k', '2', '--local', '2'],
                           ['search', index, str(query), '--json', '-', '--category', 'part'],
                           ['dedup', index, '--no-look', '--json', '-'], ['dedup', index, '--list', '-0', '--identical'],
                           ['index', '-o', index, '--remove-missing', '--workers', '0', '--list-skipped']):

@@ -34,18 +34,30 @@ def add_model(parser: argparse.ArgumentParser, positional: bool = True) -> None:
     add(group, '--no-pretrained', '--no-ema')
 
 
-def add_rerank(add: Callable) -> None:
-    """--rerank, by `add` of a parser or of a group."""
+def add_refinements(add: Callable) -> None:
+    """--qe, --dba, --rerank and --local, by `add` of a parser or of a group."""
+    add('--qe', nargs=2, metavar=('K', 'ALPHA'), help='expand each query by its K nearest images')
+    add('--dba', nargs=2, metavar=('K', 'ALPHA'), help='augment each image that is searched by its K nearest ones')
     add('--rerank', nargs='?', const='auto', type=_neighbours, metavar='K',
         help='let the nearest 400 images refine each other and the query, by K neighbours each; without K by 3, and '
              'only where they are not a matter of chance; what was chosen is printed')
 
-
-def add_local(add: Callable) -> None:
-    """--local, by `add` of a parser or of a group."""
     add('--local', nargs='?', const=100, type=int, metavar='N',
-        help='compare the nearest N images (%(const)s) with the query by their details, which are computed anew, and '
-             'put those that agree first; takes OpenCV')
+        help='compare the nearest N images (%(const)s) with the query by their details, which only an index made with '
+             '--local keeps, and put those that agree first; takes OpenCV')
+
+
+def refinements_of(args: argparse.Namespace) -> dict:
+    """Keyword arguments of `evaluate` and `search_images`."""
+    return {'qe': _with_alpha('qe', args.qe), 'dba': _with_alpha('dba', args.dba), 'rerank': args.rerank,
+            'local': args.local}
+
+
+def _with_alpha(name: str, given: list[str] | None) -> tuple[int, float] | None:
+    try:
+        return given and (int(given[0]), float(given[1]))
+    except ValueError:
+        raise ValueError(f'--{name} {" ".join(given)}: give a number of images and alpha, such as 10 3.') from None
 
 
 def _neighbours(text: str) -> int | str:

@@ -49,10 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     arguments.add(group, '--no-pretrained', '--no-ema')
     arguments.add_protocol(parser, sizes=True)
     add = parser.add_argument_group('after the first ranking').add_argument
-    add('--qe', nargs=2, metavar=('K', 'ALPHA'), help='expand each query by its K nearest images')
-    add('--dba', nargs=2, metavar=('K', 'ALPHA'), help='augment each database image by its K nearest ones')
-    arguments.add_rerank(add)
-    arguments.add_local(add)
+    arguments.add_refinements(add)
     add('--score-norm', nargs='?', const=True, metavar='IMAGES',
         help='copy detection: also with scores normalised by these images (disc21: by its training images)')
     arguments.add_extraction(parser)
@@ -66,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     from timm_multigrain.measure.evaluate import evaluate
     from timm_multigrain.models.open import open_model
 
-    qe, dba = _neighbours('qe', args.qe), _neighbours('dba', args.dba)
+    refinements = arguments.refinements_of(args)
     if args.download:
         download_benchmark(args.benchmark, args.data)
     if args.download_distractors:
@@ -79,9 +76,9 @@ def run(args: argparse.Namespace) -> None:
               for label, name in _labels(args.models).items()}
     result = evaluate(
         models, benchmark, protocols=lambda model: _protocols(args, model, benchmark), poolings=args.pool,
-        exponents=args.p, whiten=args.whiten, dim=args.dim, distractors=args.distractors, qe=qe, dba=dba,
-        rerank=args.rerank, local=args.local, score_norm=args.score_norm, nmi=args.nmi, work_dir=args.work_dir,
-        command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **arguments.extraction_of(args))
+        exponents=args.p, whiten=args.whiten, dim=args.dim, distractors=args.distractors,
+        score_norm=args.score_norm, nmi=args.nmi, work_dir=args.work_dir,
+        command=shlex.join(['timm-multigrain', *sys.argv[1:]]), **refinements, **arguments.extraction_of(args))
     if int(os.environ.get('RANK', 0)):  # torchrun: the processes share the images, and one reports the result
         return
     print(result)
@@ -101,10 +98,3 @@ def _protocols(args: argparse.Namespace, model, benchmark) -> list:
     sizes = dict.fromkeys(args.size or [None])
     return [arguments.protocol_of(argparse.Namespace(**{**vars(args), 'size': size}), model, **benchmark.published)
             for size in sizes]
-
-
-def _neighbours(name: str, given: list[str] | None) -> tuple[int, float] | None:
-    try:
-        return given and (int(given[0]), float(given[1]))
-    except ValueError:
-        raise ValueError(f'--{name} {" ".join(given)}: give a number of images and alpha, such as 10 3.') from None

@@ -23,6 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--boxes', metavar='FILE|MODULE:FUNCTION',
         help='embed parts of the pictures, too: a list (.csv, .jsonl) with path, box and category, or a function that '
              'is given a picture and gives (left, top, right, bottom) of each thing in it, or that and a category')
+    add('--local', action='store_true',
+        help='keep local descriptors, too, some 68 KB a picture, now and in all later updates, so that search --local '
+             'need not compute them')
     add('--all', dest='everything', action='store_true',
         help='take hidden folders into a new index, and those with thumbnails or deleted files (@eaDir, #recycle, ...)')
     add('--half', action='store_true', help='keep descriptors of a new index as 16-bit numbers, in half the space')
@@ -38,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_multigrain.files import counted, printable
+    from timm_multigrain.files import printable
     from timm_multigrain.index import build_index
 
     given = {'pool': args.pool, 'p': args.p, 'pretrained': False if args.no_pretrained else None,
@@ -46,15 +49,15 @@ def run(args: argparse.Namespace) -> None:
     given = {name: value for name, value in given.items() if value is not None}
     report = build_index(
         args.dirs, args.output, args.model, _protocol_options(args), model_options=given, boxes=args.boxes,
-        half=args.half, retry=args.retry, remove_missing=args.remove_missing, everything=args.everything,
-        kind=args.kind, **arguments.extraction_of(args))
+        local=args.local, half=args.half, retry=args.retry, remove_missing=args.remove_missing,
+        everything=args.everything, kind=args.kind, **arguments.extraction_of(args))
     for path, reason in report.unreadable.items():
         print(f'not searched: {printable(path)}: {reason}', file=sys.stderr)
     if args.list_skipped:
         for path, reason in report.skipped.items():
             print(f'{printable(path)}: {printable(reason)}')
     elif report.new_skipped:
-        print(f'{counted(report.new_skipped, "file")} could not be read; --list-skipped shows them.', file=sys.stderr)
+        print(f'{report.new_skipped:,} files could not be read; --list-skipped shows them.', file=sys.stderr)
     print(report)
 
 

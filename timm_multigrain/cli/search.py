@@ -24,8 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('--class', dest='class_name', metavar='NAME', help='only images whose most probable class is this one')
     add('--category', metavar='NAME', help='only parts of pictures, of this category of the boxes')
     add('--exact', action='store_true', help='compare with all images of an index that is searched approximately')
-    arguments.add_rerank(add)
-    arguments.add_local(add)
+    arguments.add_refinements(add)
     add('--html', type=arguments.output_file, metavar='FILE', help='write a page with the pictures')
     add('--json', type=arguments.output_file, metavar='FILE', help='write what was found as JSON, - for stdout')
     add('--model', metavar='MODEL', help='where the model of the index is now, if it was moved')
@@ -62,8 +61,8 @@ def _search(index, images: list[str], args: argparse.Namespace) -> tuple[list[st
     """The pictures that can be read, what was found for each, and what is wrong with the others."""
     from timm_multigrain.images.pixels import UnreadableImage
 
-    options = {'class_name': args.class_name, 'category': args.category, 'exact': args.exact, 'rerank': args.rerank,
-               'local': args.local, 'report': lambda text: print(text, file=sys.stderr)}
+    options = {'class_name': args.class_name, 'category': args.category, 'exact': args.exact,
+               'report': lambda text: print(text, file=sys.stderr), **arguments.refinements_of(args)}
     try:
         return images, index.search_images(images, args.k, args.crop, **options), []
     except UnreadableImage:

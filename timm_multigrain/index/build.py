@@ -15,19 +15,21 @@ import torch
 
 from timm_multigrain.embed.embedder import Embedded, embed_images
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.files import counted, file_sha256, printable
+from timm_multigrain.files import file_sha256, printable
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.images.walk import FoundFile, Scan, scan_folders
 from timm_multigrain.models.open import open_model
 from timm_multigrain.models.save import save_pretrained
+from timm_multigrain.search.local import LocalDescriber
 from timm_multigrain.version import __version__
 
 from .ann import update_structure
 from .model import SAVED, describe_model, open_described, protocol_from_json
 from .records import RECORD, OtherModel, top_classes
 from .regions import Boxes, update_regions
-from .store import FILE, Store, Writer, index_lock, is_index
+from .store import FILE, PCA, Store, Writer, index_lock, is_index
 
+BATCH = 64  # images whose details are committed at a time
 DEFAULT_MODEL = 'tf_efficientnet_lite0.in1k'  # 18 MB, Apache-2.0, quick without a GPU
 
 
@@ -68,10 +70,9 @@ class BuildReport:
         if self.skipped:
             parts.append(f'{len(self.skipped):,} unreadable ({self.new_skipped:,} of them met now)')
         if self.other:
-            parts.append(f'{counted(self.other, "other file")} ignored')
-        regions = f', {counted(self.regions, "region")}' if self.regions else ''
-        what = ', '.join(parts) or 'nothing found'
-        return f'{counted(self.images, "image")}{regions}: {what}; {self.seconds:.1f} s'
+            parts.append(f'{self.other:,} other files ignored')
+        regions = f', {self.regions:,} regions' if self.regions else ''
+        return f'{self.images:,} images{regions}: ' + (', '.join(parts) or 'nothing found') + f'; {self.seconds:.1f} s'
 
 
 def build_index(
@@ -82,6 +83,7 @@ def build_index(
         *,
         model_options: Mapping[str, Any] | None = None,
         boxes: str | os.PathLike | Callable | None = None,
+        local: bool = False,
         half: bool = False,
         retry: bool = False,
         remove_missing: bool = False,
@@ -106,6 +108,8 @@ def build_index(
         model_options: Keyword arguments of `open_model`, such as pool and p.
         boxes: Where things are in the pictures, see `Boxes`: each is embedded, too, and found by itself. None leaves
             the regions of images that have not changed as they are.
+        local: Keep local descriptors, too, at most 68,000 bytes an image, of these and all later updates, so that a
+            search by details need not compute them, see `timm_multigrain.search.local`.
         half: Keep descriptors of a new index as float16, in half the space.
         retry: Try files again that could not be read before and have not changed.
         remove_missing: Forget a folder's images even if all of them, or the folder itself, are gone.
@@ -151,7 +155,7 @@ def build_index(
         writer = Writer(store)
         try:
             update = _Update(store, writer, model, protocol, {'progress': progress, **extraction})
-            update.run(folders, retry, remove_missing, boxes)
+            update.run(folders, retry, remove_missing, boxes, local)
             writer.compact_if_worthwhile()
             update.report.faiss = update_structure(writer, kind, progress)
         finally:
@@ -220,8 +224,10 @@ class _Update:
         self.gone: list[int] = []  # rows of deleted files
         self.skipped = {os.path.join(store.roots[root], name): (root, name) for root, name in store.skipped}
 
-    def run(self, named: list[bytes], retry: bool, remove_missing: bool, boxes: Boxes | None) -> None:
+    def run(self, named: list[bytes], retry: bool, remove_missing: bool, boxes: Boxes | None, local: bool) -> None:
         store, report = self.store, self.report
+        if local:
+            LocalDescriber(self._opened(), self.protocol)  # an error comes before the work
         named = named or store.roots
         self.folders = [folder for folder in named if os.path.isdir(folder)]
         vanished, forget = self._missing_roots(named, remove_missing)
@@ -237,6 +243,8 @@ class _Update:
             self._embed()
         if boxes is not None:
             update_regions(self.writer, self._opened, self.protocol, boxes, self.folders, **self.options)
+        if local or store.local:
+            self._keep_details()
         after = store if self.writer.state == store.state else Store(store.folder)  # a million images take 2 s
         report.images, report.regions, report.other, report.skipped = (
             len(after.ids), len(after.regions), scan.other, after.skipped_paths())
@@ -251,8 +259,8 @@ class _Update:
                 continue
             if number and folder in named and not remove_missing:
                 raise FileNotFoundError(
-                    f'{os.fsdecode(folder)!r} with {counted(number, "image")} was not found: mount the disk; if it was '
-                    'moved, name the folder where it is now; or forget them with --remove-missing.')
+                    f'{os.fsdecode(folder)!r} with {number:,} images was not found: mount the disk; if it was moved, '
+                    'name the folder where it is now; or forget them with --remove-missing.')
             (forget if not number or folder in named else vanished).append(folder)
         return vanished, forget
 
@@ -357,6 +365,29 @@ class _Update:
                 self.writer.set_pending(pending)
                 self.writer.commit()
         self.writer.set_pending(0)
+        self.writer.commit()
+
+    def _keep_details(self) -> None:
+        """Local descriptors of the files in the index that have none yet, and of no others."""
+        store = Store(self.writer.folder)
+        files = {digest.tobytes(): row for row, digest in enumerate(store.records['sha256'])}
+        for gone in store.local.keys() - files.keys() - {PCA}:
+            self.writer.set_details(gone, None)
+        missing = [digest for digest in files if digest not in store.local]
+        if missing:
+            paths = [os.fsdecode(store.path(files[digest])) for digest in missing]
+            source, given = ImageFiles(paths), ('workers', 'device', 'progress')
+            describer = LocalDescriber(
+                self._opened(), self.protocol, **{name: self.options[name] for name in given if name in self.options})
+            if store.local:
+                describer.restore(store.details()[PCA])
+            else:
+                self.writer.set_details(PCA, describer.fit(source).to_bytes())
+            for i, features in enumerate(describer.describe(source)):
+                if len(features.points) and sha256_of(paths[i]) == missing[i]:  # as it was indexed
+                    self.writer.set_details(missing[i], features.to_bytes())
+                if i % BATCH == BATCH - 1:
+                    self.writer.commit()
         self.writer.commit()
 
     def _opened(self) -> torch.nn.Module:

@@ -1,4 +1,5 @@
 """An index of a photo collection: descriptors, classes, sizes and hashes of the images below some folders."""
+import copy
 import difflib
 import os
 import warnings
@@ -13,17 +14,16 @@ import torch
 from PIL import Image
 
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.files import counted
 from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.search import rerank as after
 from timm_multigrain.search.exact import nearest
-from timm_multigrain.search.local import LocalDescriber, Match, check_local, match_images, verified_score
-from timm_multigrain.search.rerank import SAMPLE, TOP, Background, check_neighbours, chosen, rerank_candidates
+from timm_multigrain.search.local import LocalDescriber, LocalFeatures, Match, check_local, match_images, verified_score
 
 from .ann import Structure
 from .build import build_index
 from .model import Queries, embed_queries, open_described, protocol_from_json
-from .records import Record
-from .store import Store
+from .records import DamagedIndex, Record
+from .store import PCA, Store
 from .vectors import Vectors
 
 APPROXIMATE_UP_TO = 1000  # images asked for, with which a structure is of use
@@ -75,9 +75,10 @@ class Collection:
             images: Files or pictures.
             k: Images per query.
             crop: (x, y, width, height) in pixels, the part of each picture to search for.
-            local: How many of the nearest images to compare by their details, which are computed anew, and to order by
-                both, see `timm_multigrain.search.local`. A file that is gone has no details.
-            **options: class_name, category, exact, rerank and report of `Index.search`.
+            local: How many of the nearest images to compare by their details, and to order by both, see
+                `timm_multigrain.search.local`. Details that the index does not keep are computed anew; a file that is
+                gone has none then.
+            **options: class_name, category, exact, qe, dba, rerank and report of `Index.search`.
 
         Raises:
             UnreadableImage: A file is not a readable image.
@@ -93,16 +94,24 @@ class Collection:
 
     def _verified(self, queries: Queries, found: list[list[Hit]], local: int) -> list[list[Hit]]:
         """Hits, the first ones with what they have in common with the query, and in the order of both."""
-        paths = sorted({hit.path for hits in found for hit in hits[:local]})
-        if not paths:
+        records = {hit.path: hit.record for hits in found for hit in hits[:local]}
+        if not records:
             return found
-        source, describer = ImageFiles(paths), LocalDescriber(self.model(), self.protocol())
-        details = dict(zip(paths, describer.fit(source).describe(source), strict=True))
+        describer = LocalDescriber(self.model(), self.protocol())
+        details = self._kept_details(records, describer)
+        missing = ImageFiles(sorted(records.keys() - details.keys()))
+        if describer.basis is None:
+            describer.fit(missing)
+        details |= zip(missing.names, describer.describe(missing), strict=True)
         verified = []
         for query, hits in zip(describer.describe(queries), found, strict=True):
             first = [replace(hit, match=match_images(query, details[hit.path])) for hit in hits[:local]]
             verified.append(sorted(first, key=lambda hit: -verified_score(hit.score, hit.match)) + hits[local:])
         return verified
+
+    def _kept_details(self, records: dict[str, Record], describer: LocalDescriber) -> dict[str, LocalFeatures]:
+        """Those of some images by their paths, and the describer made to agree with them."""
+        return {}
 
     def hits(self, vectors, k: int = 10, **options) -> list[list[Hit]]:
         """The k nearest images of each descriptor, nearest first; arguments and errors as of `Index.search`."""
@@ -126,8 +135,7 @@ class Collection:
             i for i, name in enumerate(names) if str(class_name).lower() in name.lower().split(', ')]
         if class_name is not None and not numbers:
             near = difflib.get_close_matches(class_name, names, n=3, cutoff=0.4) or names[:5]
-            hint = ('its model predicts no classes.' if not names else f'did you mean {" or ".join(map(repr, near))}?'
-                    if described['label_names'] else f'its classes have no names: give a number from 0 to {names[-1]}.')
+            hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'its model predicts no classes.'
             raise ValueError(f'{self.path} does not know the class {class_name!r}: {hint}')
         return vectors, numbers
 
@@ -146,11 +154,11 @@ class Index(Collection):
 
     def __init__(self, path: str | os.PathLike):
         self.path, self.store = Path(path), Store(path)
-        self.config = self.store.config
+        self.config, self._others = self.store.config, {}
         if self.pending:
             warnings.warn(
-                f'{self.path} is not complete; still to come of its last update: {counted(self.pending, "picture")}. '
-                'If that is not running, let timm-multigrain index go on with it.', stacklevel=2)
+                f'{self.path} is not complete: {self.pending:,} pictures of its last update are still to come. If that '
+                'is not running, let timm-multigrain index go on with it.', stacklevel=2)
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> 'Index':
@@ -172,7 +180,7 @@ class Index(Collection):
         return len(self.store.ids)
 
     def __repr__(self) -> str:
-        return f'Index({str(self.path)!r}): {counted(len(self), "image")}, {self.vectors.shape[1]} dimensions'
+        return f'Index({str(self.path)!r}): {len(self):,} images, {self.vectors.shape[1]} dimensions'
 
     @cached_property
     def vectors(self) -> Vectors:
@@ -235,7 +243,7 @@ class Index(Collection):
         roots = [os.fsdecode(root) for root in self.store.roots]
         return {**self.config, 'path': str(self.path), 'images': len(self), 'regions': len(self.store.regions),
                 'skipped': len(self.store.skipped), 'folders': roots, 'size': self.store.size,
-                'faiss': self.store.faiss}
+                'local': max(0, len(self.store.local) - 1), 'faiss': self.store.faiss}
 
     @cached_property
     def structure(self) -> Structure | None:
@@ -258,9 +266,9 @@ class Index(Collection):
         return int(np.bincount(self.image_rows).max(initial=1))
 
     @cached_property
-    def background(self) -> Background:
+    def background(self) -> after.Background:
         """What the photographs have in common, from 2000 of them."""
-        return Background.of(self.vectors[::max(1, -(-len(self) // SAMPLE))])
+        return after.Background.of(self.vectors[::max(1, -(-len(self) // after.SAMPLE))])
 
     def search(
             self,
@@ -269,6 +277,8 @@ class Index(Collection):
             class_name: str | None = None,
             category: str | None = None,
             exact: bool = False,
+            qe: tuple[int, float] | None = None,
+            dba: tuple[int, float] | None = None,
             rerank: int | Literal['auto'] | None = None,
             report: Callable[[str], None] | None = None,
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -281,8 +291,11 @@ class Index(Collection):
             category: Only regions of this category.
             exact: Compare with all images, also where the index has a structure that spares that (`info['faiss']` says
                 which, and the share of the 10 nearest that it finds).
+            qe: Neighbours k and alpha of an `alpha_query_expansion`; the neighbours are what this search finds.
+            dba: Neighbours k and alpha of a `database_augmentation`: all descriptors are taken into memory and compared
+                with each other, once while the index is open, and then with the queries.
             rerank: Neighbours by which the first 400 images (k, if that is more) refine each other and the query, or
-                'auto' for 3 where they are not a matter of chance, see `rerank_candidates`.
+                'auto' for 3 where they are not a matter of chance, see `rerank_candidates`; in place of both.
             report: Takes a sentence on what the re-ranking chose.
 
         Returns:
@@ -294,8 +307,15 @@ class Index(Collection):
         """
         queries, numbers = self._check(vectors, k, class_name)
         if rerank is not None:
-            check_neighbours(rerank)
+            after.check_neighbours(rerank, qe, dba)
             return self._reranked(queries, k, rerank, report, class_name=class_name, category=category, exact=exact)
+        if dba is not None:
+            return self._augmented(*dba).search(queries, k, class_name, category, qe=qe)
+        if qe is not None:
+            _, rows = self.search(queries, qe[0], class_name, category, exact)
+            if rows.size:
+                queries = np.concatenate([after.alpha_query_expansion(query[None], self._searched[near], *qe)
+                                          for query, near in zip(queries, rows, strict=True)])
         # that k images are among them in any case
         asked = k * self._most_parts
         if class_name is not None or category is not None:
@@ -309,6 +329,15 @@ class Index(Collection):
         structure = None if exact or asked > APPROXIMATE_UP_TO else self.structure
         found = None if structure is None else self._approximate(structure, queries, asked)
         return self._each_once(*(self._exact(queries, asked) if found is None else found), k)
+
+    def _augmented(self, k: int, alpha: float) -> 'Index':
+        """This index with other descriptors, all of them in memory."""
+        if (k, alpha) not in self._others:
+            other, vectors = copy.copy(self), after.database_augmentation(
+                np.asarray(self._searched, np.float32), k, alpha).numpy()
+            other.structure, other._searched = None, Vectors(vectors, np.arange(len(vectors)))
+            self._others[k, alpha] = other
+        return self._others[k, alpha]
 
     def _category(self, name: str) -> bytes:
         if name not in self.categories:
@@ -330,18 +359,28 @@ class Index(Collection):
         return [[Hit(self.path_of(row), score, self.records(row)) for score, row in zip(s, r, strict=True)]
                 for s, r in zip(*found, strict=True)]
 
+    def _kept_details(self, records: dict[str, Record], describer: LocalDescriber) -> dict[str, LocalFeatures]:
+        hashes = {path: bytes.fromhex(record.sha256) for path, record in records.items()}
+        kept = self.store.details(hashes.values())
+        try:
+            dim = describer.restore(kept[PCA]).basis.shape[1] if PCA in kept else 0
+            return {path: LocalFeatures.from_bytes(kept[hashes[path]], dim, (record.width, record.height))
+                    for path, record in records.items() if dim and hashes[path] in kept}
+        except ValueError as e:  # whoever makes an index makes its checksums, too
+            raise DamagedIndex(self.path, str(e)) from e
+
     def _reranked(self, queries: np.ndarray, k: int, neighbours: int | str, report: Callable[[str], None] | None,
                   **options) -> tuple[np.ndarray, np.ndarray]:
-        scores, rows = self.search(queries, max(k, TOP), **options)
+        scores, rows = self.search(queries, max(k, after.TOP), **options)
         agreements = []
         for i, query in enumerate(torch.from_numpy(queries)):
             candidates = torch.from_numpy(self._searched[rows[i]].astype(np.float32))
-            found, agreement = rerank_candidates(query, candidates, self.background, neighbours)
+            found, agreement = after.rerank_candidates(query, candidates, self.background, neighbours)
             order = found.argsort(descending=True, stable=True)
             scores[i], rows[i] = found[order], rows[i][order]
             agreements.append(agreement)
         if report and agreements:
-            report(chosen(agreements, neighbours))
+            report(after.chosen(agreements, neighbours))
         return scores[:, :k], rows[:, :k]
 
     def _exact(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:

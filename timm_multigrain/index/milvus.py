@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
-from timm_multigrain.files import check_json, counted, parse_json
+from timm_multigrain.files import check_json, parse_json
 
 from .index import Collection, Hit, Index
 from .records import OtherModel, Record, path_from_text, path_to_text
@@ -88,7 +88,7 @@ class Export:
     others: int = 0
 
     def __str__(self) -> str:
-        text = f'{self.target}: {counted(self.written, "image")} written, {self.unchanged:,} already there'
+        text = f'{self.target}: {self.written:,} images written, {self.unchanged:,} already there'
         text += f', {self.removed:,} removed' if self.removed else ''
         return text if not self.others else f'{text}; it also has {self.others:,} that are not in this index'
 
@@ -219,10 +219,10 @@ class MilvusIndex(Collection):
         return _count(self.client, self.collection)
 
     def hits(self, vectors, k: int = 10, class_name: str | None = None, category: str | None = None,
-             exact: bool = False, rerank=None, report=None) -> list[list[Hit]]:
+             exact: bool = False, qe=None, dba=None, rerank=None, report=None) -> list[list[Hit]]:
         if category is not None:
             raise ValueError('A collection in Milvus has whole pictures only: search the index for regions.')
-        if rerank is not None:
+        if (qe, dba, rerank) != (None, None, None):
             raise ValueError('A collection in Milvus is not re-ranked: search the index that it was exported from.')
         queries, _ = self._check(vectors, k, class_name)
         if k > _MOST_HITS:

@@ -1,6 +1,6 @@
 """The files of an index folder: `Store` reads a commit, `Writer` makes the next.
 
-    index.sqlite       settings, folders, images, skipped files, and the checksums of the vectors
+    index.sqlite       settings, folders, images, skipped files, the checksums of the vectors, and local descriptors
     vectors.<n>.bin    descriptors, row after row, float32 or float16, little-endian; it only grows
     faiss.<n>.bin      structure for approximate search, if there are enough images for one
     model/             the model, unless it was opened from a file or folder
@@ -20,10 +20,11 @@ import stat
 import time
 import uuid
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote_from_bytes
 
 import numpy as np
@@ -35,9 +36,10 @@ from .records import RECORD, REGION, DamagedIndex, IndexInUse, NewerFormat, writ
 from .vectors import VectorFile
 
 FILE = 'index.sqlite'
-FORMAT = 4  # PRAGMA user_version
+FORMAT = 5  # PRAGMA user_version
 APPLICATION = 0x4D47_4958  # PRAGMA application_id
 CHUNK = 1 << 20  # bytes of vectors under one checksum, at most
+PCA = b''  # in place of a SHA-256: what all details were reduced by
 REMOVED_SHARE = 0.25  # of the vectors, at which the file is written anew without them
 _LEFT = re.compile(r'(vectors|faiss)\.[0-9]+\.bin|\.(index\.sqlite|faiss)[-.].*')  # names that a writer may delete
 _TABLES = {  # columns, key, and the text of a row that its checksum is of, which refuses fields of other types
@@ -47,9 +49,11 @@ _TABLES = {  # columns, key, and the text of a row that its checksum is of, whic
     'regions': ('image INTEGER, source TEXT, regions BLOB', 'image', b'%x %b\0%b'),  # of images looked at for parts
     'skipped': ('root INTEGER, path BLOB, reason TEXT, bytes INTEGER, mtime_ns INTEGER', 'root, path',
                 b'%x %b\0%b\0%x %x'),
+    'local': ('sha256 BLOB, crc32 INTEGER', 'sha256', b'%b\0%x'),  # of files whose details are kept
     'chunks': ('start INTEGER, rows INTEGER, crc32 INTEGER', 'start', b'%x %x %x')}
 _SCHEMA = [f'CREATE TABLE {name} ({columns}, checksum INTEGER, PRIMARY KEY ({key})) WITHOUT ROWID'
            for name, (columns, key, _) in _TABLES.items()]
+_SCHEMA.append('CREATE TABLE details (sha256 BLOB PRIMARY KEY, data BLOB) WITHOUT ROWID')  # large: read one by one
 _SETTINGS = {  # anybody can write them, with a checksum that is right
     'config': {'dtype': str, 'protocol': {}, 'model': {
         'name': str, 'source': (str, None), 'pool': str, 'weights_sha256': str, 'dim': int, 'num_classes': int,
@@ -70,6 +74,7 @@ class Store:
         names: Paths of the images below their folders, bytes.
         regions: (R,) of `REGION`, parts of the images, by image.
         region_rows: (R,) int64, row of the image that each is a part of.
+        local: SHA-256 of each file whose details are kept, and `PCA` if there are any, to the CRC-32 of what is kept.
         region_sources: Number of each image that was looked at for parts, to who said where they are.
         skipped: (number of the folder, path below it) to (reason, bytes, mtime_ns) of files that could not be read.
         file: The file of vectors.
@@ -85,16 +90,18 @@ class Store:
         if not os.path.lexists(self.folder / FILE):
             why = 'is not an index' if self.folder.is_dir() else 'was not found'
             raise FileNotFoundError(f'{self.folder} {why}: make one with timm-multigrain index DIR -o {self.folder}')
-        for attempt in range(3):  # a writer may begin or end meanwhile
-            try:
-                self._read(self.folder / FILE)
-                return
-            except (DamagedIndex, PermissionError):
-                if attempt == 2:
-                    raise
-                time.sleep(0.01)
+        self._read(self._take)
 
-    def _read(self, path: Path) -> None:
+    def _read(self, take: Callable[[sqlite3.Connection], Any]) -> Any:
+        """What a function takes from the tables."""
+        for _ in range(2):
+            with suppress(DamagedIndex, PermissionError):  # a writer may begin or end meanwhile
+                return self._read_once(take)
+            time.sleep(0.01)
+        return self._read_once(take)
+
+    def _read_once(self, take: Callable[[sqlite3.Connection], Any]) -> Any:
+        path = self.folder / FILE
         _check_files(self.folder)
         log = any(os.path.lexists(f'{path}{end}') for end in ('-wal', '-shm'))
         try:
@@ -102,8 +109,7 @@ class Store:
             with closing(_connect(path, 'mode=ro' if log else 'mode=ro&immutable=1')) as db:
                 db.execute('BEGIN')
                 _check_schema(db, self.folder)
-                tables = {name: db.execute(f'SELECT * FROM {name}').fetchall() for name in _TABLES}
-            self._take(tables)
+                return take(db)
         except NewerFormat:
             raise
         except (sqlite3.Error, ValueError, OverflowError, TypeError) as e:
@@ -112,9 +118,9 @@ class Store:
                                       'folder writable once and open it again.') from e
             raise DamagedIndex(path, printable(str(e))) from e
 
-    def _take(self, tables: dict[str, list[tuple]]) -> None:
+    def _take(self, db: sqlite3.Connection) -> None:
         """Take over the rows of all tables; one of the errors above if they are not what was written."""
-        totals = {}
+        tables, totals = {name: db.execute(f'SELECT * FROM {name}').fetchall() for name in _TABLES}, {}
         for name, rows in tables.items():
             form, checksums = _TABLES[name][2], [row[-1] for row in rows]
             if [zlib.crc32(form % row[:-1]) for row in rows] != checksums:
@@ -137,6 +143,7 @@ class Store:
         self.regions = np.frombuffer(b''.join([row[2] for row in tables['regions']]), dtype=REGION)
         numbers = np.array([len(row[2]) // REGION.itemsize for row in tables['regions']], dtype=np.int64)
         self.region_rows = np.repeat(np.searchsorted(self.ids, images), numbers)
+        self.local = {row[0]: row[1] for row in tables['local']}
         self.skipped = {(root, name): (reason.decode(), size, mtime_ns)
                         for root, name, reason, size, mtime_ns, _ in tables['skipped']}
         chunks = np.array(tables['chunks'], dtype=np.int64).reshape(-1, 4)
@@ -163,6 +170,7 @@ class Store:
             f'a record that does not have {RECORD.itemsize} bytes': len(self.records) == len(self.ids),
             'parts of images that are not within them': len(self.regions) == len(self.region_rows) and (
                 (first >= 0) & (first < last) & (last <= sizes[self.region_rows])).all(),
+            'details without what they were reduced by': not self.local or PCA in self.local,
             'a file in no folder of the index': roots <= set(range(len(self._roots))) and b'\0' not in paths,
             'an image of an unknown class': (self.records['classes'] < max(1, classes)).all(),
             'chunks of vectors with gaps':
@@ -208,6 +216,24 @@ class Store:
     def regions_of(self, row: int) -> np.ndarray:
         """The regions of one image, (n,) of `REGION`."""
         return self.regions[slice(*np.searchsorted(self.region_rows, [row, row + 1]))]
+
+    def details(self, hashes: Iterable[bytes] = ()) -> dict[bytes, bytes]:
+        """What is kept of the details of files, by their SHA-256, and as `PCA`.
+
+        It is less where a later commit has removed some; DamagedIndex if they are not what was written.
+        """
+        def take(db: sqlite3.Connection) -> dict[bytes, bytes]:
+            found, wanted = {}, self.local.keys() & {PCA, *hashes}
+            for key in wanted:
+                data, = db.execute('SELECT data FROM details WHERE sha256 = ?', (key,)).fetchone() or (b'',)
+                if zlib.crc32(data) == self.local[key]:
+                    found[key] = data
+            state, = db.execute("SELECT value FROM settings WHERE name = 'state'").fetchone()
+            if len(found) < len(wanted) and parse_json(state) == self.state:
+                raise ValueError(f'{len(wanted) - len(found)} pictures have other details than were written')
+            return found
+
+        return self._read(take) if self.local else {}
 
     @property
     def size(self) -> int:
@@ -291,6 +317,16 @@ class Writer:
         self._append(vectors)
         self._delete('regions', [(int(i),) for i in ids])
         self._insert('regions', [(int(i), source, each.tobytes()) for i, each in zip(ids, regions, strict=True)])
+
+    def set_details(self, sha256: bytes, data: bytes | None) -> None:
+        """Keep the details of a file, or as `PCA` what all were reduced by; None forgets them."""
+        self._delete('local', [(sha256,)])
+        if data is not None:
+            self._insert('local', [(sha256, zlib.crc32(data))])
+        with writing(self.folder):
+            self._db.execute('DELETE FROM details WHERE sha256 = ?', (sha256,))
+            if data is not None:
+                self._db.execute('INSERT INTO details VALUES (?, ?)', (sha256, data))
 
     def skip(self, root: int, name: bytes, reason: str, size: int, mtime_ns: int) -> None:
         """Note a file that cannot be indexed."""

@@ -22,7 +22,6 @@ from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.poolings import SUMS, Systems, UnitPool, choose_systems, with_own_head
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.shards import Descriptors, iter_shards
-from timm_multigrain.files import counted
 from timm_multigrain.images.sources import ImageSource, open_images
 from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.open import weights_sha256
@@ -101,9 +100,7 @@ def evaluate(
         raise ValueError('Several processes share the descriptors through a folder: give a work_dir that all of them '
                          'see.')
     if rerank is not None:
-        after.check_neighbours(rerank)
-        if qe or dba:
-            raise ValueError('rerank expands the query and augments the database: leave qe and dba out.')
+        after.check_neighbours(rerank, qe, dba)
     if local is not None:
         check_local(local)
         if distractors is not None:
@@ -249,8 +246,7 @@ class _Run:
             task=benchmark.task, dataset=title, metric=metric, value=round(value, 4), size=self.protocol.size,
             p=system.exponent, protocol=', '.join(words + [system.name] * (system.name != 'GeM')),
             whitening=system.whitening, split=split, command=command) for metric, value, split in figures]
-        images = (f'{title}: {counted(benchmark.num_queries, "query")}, '
-                  f'{counted(len(benchmark.database) + self.added, "image")} searched; '
+        images = (f'{title}: {benchmark.num_queries} queries, {len(benchmark.database) + self.added} images searched; '
                   f'{", ".join(words)}')
         differing = [f'{key} {value}' for key, value in benchmark.published.items()
                      if getattr(self.protocol, key) != value]

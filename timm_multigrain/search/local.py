@@ -49,9 +49,19 @@ class LocalFeatures(NamedTuple):
     points: np.ndarray
     size: tuple[int, int]
 
-    @property
-    def nbytes(self) -> int:
-        return self.vectors.nbytes + self.points.nbytes
+    def to_bytes(self) -> bytes:
+        """Points and vectors, to be kept: 8 + d bytes each."""
+        return self.points.astype('<f4').tobytes() + self.vectors.tobytes()
+
+    @classmethod
+    def from_bytes(cls, data: bytes, dim: int, size: tuple[int, int]) -> 'LocalFeatures':
+        """What `to_bytes` gave, of vectors of so many dimensions; ValueError for anything else."""
+        number = min(len(data) // (8 + dim), NUMBER)
+        points = np.frombuffer(data, '<f4', 2 * number).reshape(number, 2)
+        vectors = np.frombuffer(data, np.int8, offset=8 * number).reshape(number, dim)
+        if not ((points >= 0) & (points <= size)).all():
+            raise ValueError('details outside of their picture')
+        return cls(vectors, points, size)
 
 
 @dataclass(frozen=True)
@@ -98,6 +108,7 @@ class LocalDescriber:
             raise ValueError(f'Local descriptors need the maps inside the trunk, and timm gives none of '
                              f'{model.trunk_name!r}: take another trunk.')
         self.stage = max(i for i, stride in enumerate(strides) if stride <= max(STRIDE, min(strides)))
+        self.channels = model.feature_info[self.stage]['num_chs']
         scales = (1.,) if model.input_sizes.step is None else SCALES
         self.protocol = replace(protocol, kind='longer-side', size=2 * protocol.size, scales=scales, flip=False)
         self.embedder = Embedder(model, self.protocol, workers=workers, device=device)
@@ -112,8 +123,20 @@ class LocalDescriber:
             if found is not None:
                 pca = (pca or StreamingPCA(found[0].shape[1])).update(found[0])
         if pca is None:
-            raise ValueError('No picture can be read to fit local descriptors on.')
+            raise ValueError(f'None of the {len(indices)} pictures to fit local descriptors on can be read.')
         self.mean, self.basis = pca.mean.float(), pca.eigh()[1][:, :DIM].float()
+        return self
+
+    def to_bytes(self) -> bytes:
+        """What was fitted, to be kept."""
+        return torch.cat([self.mean[None], self.basis.T]).numpy().astype('<f4').tobytes()
+
+    def restore(self, data: bytes) -> 'LocalDescriber':
+        """Take what `to_bytes` of one with the same model gave in place of fitting; ValueError for anything else."""
+        rows = torch.from_numpy(np.frombuffer(data, '<f4').reshape(-1, self.channels).astype(np.float32))
+        if not 2 <= len(rows) <= 1 + DIM or not rows.isfinite().all():
+            raise ValueError('not a PCA of details')
+        self.mean, self.basis = rows[0], rows[1:].T
         return self
 
     def describe(self, source: ImageSource, indices: Sequence[int] | None = None) -> Iterator[LocalFeatures]:

@@ -8,7 +8,6 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from timm_multigrain.files import counted
 from timm_multigrain.layers import l2_normalize
 
 from .exact import Array, SimilarityChunks, as_vectors, nearest, shards_of
@@ -87,16 +86,17 @@ def chosen(agreements: list[float], k: int | Literal['auto']) -> str:
     """A sentence on what `rerank_candidates` has done with some queries."""
     done = sum(k != 'auto' or agreement >= TRUSTED for agreement in agreements)
     shares = '-'.join(dict.fromkeys(f'{100 * share:.0f}' for share in (min(agreements), max(agreements))))
-    queries = counted(len(agreements), 'query')
-    return (f'Re-ranked by {NEIGHBOURS if k == "auto" else k} neighbours: {done} of {queries}; '
+    return (f'Re-ranked by {NEIGHBOURS if k == "auto" else k} neighbours: {done} of {len(agreements)} queries; '
             f'halves of the descriptor agree on the nearest image for {shares} %'
             + f', {100 * TRUSTED:.0f} % are needed' * (k == 'auto') + '.')
 
 
-def check_neighbours(k: int | Literal['auto']) -> None:
-    """ValueError for what is not a number of neighbours."""
+def check_neighbours(k: int | Literal['auto'], qe: tuple | None = None, dba: tuple | None = None) -> None:
+    """ValueError for what is not a number of neighbours, or beside other refinements."""
     if k != 'auto' and not (isinstance(k, int) and k >= 1):
         raise ValueError(f"rerank={k!r}: give a number of neighbours, 1 or more, or 'auto'.")
+    if qe or dba:
+        raise ValueError('rerank expands the query and augments the database: leave qe and dba out.')
 
 
 class RerankedChunks:
