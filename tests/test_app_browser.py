@@ -158,7 +158,7 @@ def test_copies_are_the_page_of_dedup(page, pictures, url):
 
 def test_a_report_fits_and_needs_no_server(browser, tmp_path):
     columns = [f'column {i}' for i in range(12)]
-    table = Table(['Model', *columns], [['a', *range(12)], ['b', *range(12)]], columns)
+    table = Table('', ['Model', *columns], [['a', *map(str, range(12))], ['b', *map(str, range(12))]])
     path = write_report(tmp_path / 'report.html', 'A title', 'Text.', [table], {'a': {'loss': ([0, 1], [1, 0])}})
     browser.driver.get_log('performance')
     browser.driver.get(path.as_uri())

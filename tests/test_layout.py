@@ -7,7 +7,7 @@ import timm_multigrain
 ROOT = Path(timm_multigrain.__file__).parent
 NAME = ROOT.name
 # every room may import those before it: what data becomes, from a file to a page
-ORDER = ['version', 'files', '_timm', 'layers', 'loss', 'images', 'models', 'data', 'task', 'embed', 'whiten',
+ORDER = ['version', 'extras', 'files', '_timm', 'layers', 'loss', 'images', 'models', 'data', 'task', 'embed', 'whiten',
          'search', 'index', 'measure', 'train', 'report', 'app', 'hub', 'demo', 'cli', 'recipes', 'auto', '__main__']
 
 

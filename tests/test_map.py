@@ -4,7 +4,7 @@ import pytest
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.index import Index
-from timm_multigrain.report import map as collection_map
+from timm_multigrain.report import collection as collection_map
 
 from .copies_folder import make_index, make_pictures
 
@@ -30,20 +30,20 @@ def test_neighbours_stay_neighbours(monkeypatch, up_to, at_least):
     vectors = np.repeat(rng.normal(size=(6, 64)), 20, axis=0) + 0.4 * rng.normal(size=(120, 64))
     vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
     monkeypatch.setattr(collection_map, 'TSNE_UP_TO', up_to)
-    places = collection_map.layout(vectors)
+    places = collection_map.map_layout(vectors)
     assert places.shape == (120, 2) and places.min(axis=0).tolist() == [0, 0] and places.max(axis=0).tolist() == [1, 1]
     kept = [len(set(a) & set(b)) / 5 for a, b in zip(nearest(places, 5), nearest(vectors, 20), strict=True)]
     assert np.mean(kept) > at_least
-    assert np.array_equal(collection_map.layout(vectors), places)
+    assert np.array_equal(collection_map.map_layout(vectors), places)
 
 
 def test_few_and_equal_pictures():
     rng = np.random.default_rng(0)
     for vectors in (rng.normal(size=(3, 8)), np.ones((5, 8))):
-        places = collection_map.layout(vectors.astype(np.float32))
+        places = collection_map.map_layout(vectors.astype(np.float32))
         assert np.isfinite(places).all() and places.min() >= 0 and places.max() <= 1
     with pytest.raises(ValueError, match='three pictures or more, not 2'):
-        collection_map.layout(np.ones((2, 8), np.float32))
+        collection_map.map_layout(np.ones((2, 8), np.float32))
 
 
 def test_command(index, tmp_path, capsys):

@@ -102,21 +102,6 @@ def test_intermediates_and_features_only(name):
     assert all(info['module'] in modules for info in model.feature_info)
 
 
-@pytest.mark.parametrize('trunk', ['test_resnet', 'test_vit', 'swin_tiny_patch4_window7_224'])
-@torch.no_grad()
-def test_features_as_a_dict(trunk):
-    make = dict(trunk=trunk, features_only=True, out_indices=(1, -1))
-    listed, named = (_small('multigrain', feature_cls=cls, **make).eval() for cls in ('list', 'dict'))
-    last = len(timm.create_model('multigrain', trunk=trunk, device='meta').feature_info) - 1
-    x = torch.randn(1, 3, 160, 160)
-    found = named(x)
-    assert list(found) == ['1', f'{last}'] and named.feature_info.channels() == listed.feature_info.channels()
-    for a, b in zip(found.values(), listed(x), strict=True):
-        assert torch.equal(a, b)
-    with pytest.raises(ValueError, match="feature_cls='fx' is not for a MultiGrain: give 'list' or 'dict'"):
-        _small('multigrain', trunk=trunk, features_only=True, feature_cls='fx')
-
-
 def test_creation_of_fake_tensors():
     for kwargs in ({}, {'global_pool': 'gem4'}, {'per_channel_p': True, 'whitening': 16}, {'global_pool': 'rmac'}):
         with FakeTensorMode():

@@ -84,7 +84,7 @@ def write(folder, **changes):
                  Neighbor(picture(), -0.25, 'dog', 'other')]
     arguments = {
         'title': 'The title', 'intro': 'The intro.',
-        'tables': [Table(['model', 'top-1', 'time'], [['a', 50.0, 7], ['b', 62.54, 9]], ['top-1'], 'Table')],
+        'tables': [Table('Table', ['model', 'top-1', 'time'], [['a', '50.0', '7'], ['b', '62.5', '9']])],
         'curves': {
             'a': {'loss': ([0, 10], [2.0, 1.0])},
             'b': {'loss': ([0, 10], [2.5, 0.5]), 'margin': ([0, 10], [1, 0])},
@@ -119,7 +119,7 @@ def test_any_picture_becomes_a_thumbnail(tmp_path, mode):
 def test_names_are_escaped_and_without_control_characters(tmp_path):
     page = write(tmp_path, title=NASTY, intro=NASTY, notes=[NASTY], command=NASTY, curves_x=NASTY,
                  gallery=[Query(picture(), NASTY, [Answer(NASTY, [Neighbor(picture(), 1, NASTY, 'copy')], NASTY)])],
-                 tables=[Table([NASTY, 'x'], [[NASTY, NASTY]], title=NASTY)], curves={NASTY: {NASTY: ([0, 1], [1, 2])}})
+                 tables=[Table(NASTY, [NASTY, 'x'], [[NASTY, NASTY]])], curves={NASTY: {NASTY: ([0, 1], [1, 2])}})
     plain = write(tmp_path)
     assert page.tags.keys() == plain.tags.keys()
     assert {key for _, key, _ in page.attributes} <= {key for _, key, _ in plain.attributes}
@@ -127,22 +127,6 @@ def test_names_are_escaped_and_without_control_characters(tmp_path):
     assert page.values('alt') == [f'Query: {SPELLED}', f'Neighbour 1: {SPELLED}, copy']
     raw = (tmp_path / 'report.html').read_bytes()
     assert not re.search(rb'[\x00-\x09\x0b-\x1f]', raw)
-
-
-def test_best_cells():
-    def best(**which):
-        table = Table('mxyz', rows, **which)
-        return [text for row in table.cells() for text, is_best in row if is_best]
-
-    rows = [['a', 1.0, 3, 5.04], ['b', 2.0, 3, 5.01], ['c', None, 4, math.nan], ['d', 'n/a', 5, 4.0]]
-    assert best() == []
-    assert best(best=['x']) == ['2.0']
-    assert best(best=['y']) == ['5']
-    assert best(best=['z']) == ['5.0', '5.0'] and best(best=['z'], digits=2) == ['5.04']
-    text = str(Table('mxyz', rows, digits=2))
-    assert text.splitlines()[1:4] == ['a  1.00  3  5.04', 'b  2.00  3  5.01', 'c     –  4     –']
-    rows = rows[2:]
-    assert best(best=['x', 'z']) == []
 
 
 def test_charts(tmp_path):

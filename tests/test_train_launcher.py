@@ -582,24 +582,6 @@ def test_refuses(train, capsys, tmp_path, flags, message):
     assert not list(tmp_path.glob('*/*.pth.tar'))
 
 
-@pytest.mark.parametrize(('content', 'message'), [
-    (None, 'cannot be read: '), (b'lr: [', 'cannot be read: '), (b'lr: \xff', 'cannot be read: '),
-    (b'a: ' + b'[' * 5000, 'cannot be read: '), (b'- lr\n- 0.1', 'does not map names'), (b'1: 2', 'does not map names'),
-    (b'batch_size: {a: 1}', "batch_size is {'a': 1}, not a number"), (b'epochs: null', 'epochs is None, not a number'),
-    (b'model_kwargs: 1', 'model_kwargs is 1, not names with values'),
-    (b'model: 18', 'model is 18, not a text'),
-    (b'train_batch_sizes: 12', 'train_batch_sizes is 12, not a list')])
-def test_configs_that_are_none(train, capsys, tmp_path, content, message):
-    path = tmp_path / 'c.yaml'
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(SystemExit) as stopped:
-        train('-c', path)
-    error = capsys.readouterr().err
-    assert stopped.value.code == 2 and f'--config {path}' in error and message in error
-    assert error.startswith('timm_multigrain: error: ') and error.count('\n') == 1
-
-
 def test_nothing_changes_without_the_objective(train):
     flags = '--model-ema', '--grad-accum-steps', '2'
     run = train('--mg-repeats', '1', '--mg-classif-weight', '1', *flags)

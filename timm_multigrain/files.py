@@ -6,6 +6,8 @@ import os
 import reprlib
 import stat
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -128,18 +130,24 @@ def write_text(path: str | os.PathLike, text: str) -> Path:
 
 def write_bytes(path: str | os.PathLike, data: bytes) -> Path:
     """Write a file as `write_text` does."""
+    with replacing(path) as unfinished:
+        unfinished.write_bytes(data)
+    return Path(path)
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A temporary name in the same folder, which is made if missing; what the block wrote there then takes the place of
+    the file, flushed to the disk, unless it ends with an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
     try:
-        with open(unfinished, 'xb') as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield unfinished
+        fsync(unfinished)
         os.replace(unfinished, path)
     finally:
         unfinished.unlink(missing_ok=True)
-    return path
 
 
 def fsync(path: str | os.PathLike) -> None:

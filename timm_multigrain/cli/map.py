@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from timm_multigrain.index import Index
-    from timm_multigrain.report.map import write_map
+    from timm_multigrain.report.collection import write_map
 
     page = write_map(args.out, Index.open(args.index), args.number)
     print(f'Page: {page.resolve()}', file=sys.stderr)

@@ -36,7 +36,6 @@ def run_demo(
         output: Folder for index.html, the model and results.json.
         settings: The joint models' trainings; the others differ in lambda = 1 only.
         data_dir: Image folder with train/ and val/; None draws a picture collection below ``output``.
-        command: Shown on the page.
     """
     import matplotlib  # noqa: F401 - say so now, not after minutes of training
 
@@ -72,7 +71,7 @@ def _table(title: str, columns: dict[str, str], found: dict[str, list[dict[str, 
         return f'{np.mean(values):.1f}{spread}'
 
     rows = [[name, *(cell([run[column] for run in runs]) for column in columns)] for name, runs in found.items()]
-    return Table(['Model', *columns.values()], rows, title=title)
+    return Table(title, ['Model', *columns.values()], rows)
 
 
 def _curves(history: dict[str, list[float]], epochs: int) -> dict[str, tuple[list[float], list[float]]]:

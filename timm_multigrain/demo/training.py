@@ -78,9 +78,6 @@ def train_model(
     """Train from scratch; the same settings give the same start, order and augmentation whatever the loss.
 
     Args:
-        name: Shown while it runs.
-        pictures: What to train on.
-        settings: How.
         sampler: Draws the negatives, in place of the sampler that `settings.sampling` names.
 
     Returns:

@@ -67,10 +67,8 @@ def embed_images(
 
     Args:
         model: Model, moved to the device; in eval mode while this runs.
-        source: Images.
         protocol: Size, crop, scales, flip.
         on_error: Called with the number of each image that cannot be read, and why; None raises the first.
-        progress: Show a bar if stderr is a terminal.
         **extraction: batch_size, workers, device, dtype, descriptor, logits, dim and fast of `Embedder`.
 
     Raises:

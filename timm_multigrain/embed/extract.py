@@ -47,13 +47,10 @@ def extract(
     the CPU; all of them return when all shards are done.
 
     Args:
-        model: Model.
-        source: Images.
         protocol: Size, crop, scales, flip.
         out_dir: Folder to keep them in, made if missing; shards that exist there and are whole are not computed again.
         strict: Stop at the first image that cannot be read instead of leaving it out.
         shard_size: Images of a file in the folder: what a killed process loses at most.
-        progress: Show a bar if stderr is a terminal.
         device: Where the model runs; where it is by default.
         **extraction: As of `Embedder`: batch_size, workers, dtype, descriptor, dim, fast.
 

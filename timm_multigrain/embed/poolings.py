@@ -55,7 +55,6 @@ def choose_systems(model: MultiGrain, poolings: Sequence[str] = (), exponents: S
     """The systems that a list of poolings and a list of exponents ask for.
 
     Args:
-        model: The model.
         poolings: Names of `POOLINGS`; none: the model's own, or GeM if there are exponents.
         exponents: A system of GeM for each; none: the model's p, or 3 where it has none.
     """

@@ -119,7 +119,6 @@ class Protocol:
         """PIL image to (3, H, W) uint8, resized and cropped.
 
         Args:
-            image: The image.
             whole: (width, height) of the image that it was cut out of.
             sizes: The model's; an image of another size is resized to the nearest of them, without a crop at once.
         """

@@ -51,7 +51,6 @@ def make_card(
     """The card of a MultiGrain.
 
     Args:
-        model: The MultiGrain.
         repo_id: USER/NAME.
         license: The Hub's identifier of the license of the weights, such as cc-by-nc-4.0.
         license_name: Name of a license 'other'.

@@ -107,7 +107,6 @@ class Subset(ImageSource):
     """The images of these numbers, in this order.
 
     Args:
-        source: Images.
         indices: Numbers of those to take.
         labels: Class of each, those of the source by default.
     """

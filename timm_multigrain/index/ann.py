@@ -5,14 +5,14 @@ and Yashunin, arXiv 1603.09320) over 8-bit codes; above `HNSW_UP_TO`, where its 
 2011). Either proposes candidates, which are compared exactly: scores are always true ones, only a candidate can be
 missed. How many are is measured when the structure is built, with images of the index as queries, and kept with it.
 """
-import os
 import sys
 import zlib
 from pathlib import Path
 
 import numpy as np
 
-from timm_multigrain.files import fsync, open_regular
+from timm_multigrain.extras import extra
+from timm_multigrain.files import open_regular, replacing
 from timm_multigrain.search.exact import nearest
 
 from .records import DamagedIndex, writing
@@ -93,11 +93,9 @@ def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) 
 
 
 def import_faiss():
-    """The module; ImportError with what to install."""
-    try:
+    """The module."""
+    with extra('retrieval', 'A structure for search'):
         import faiss
-    except ImportError as e:
-        raise ImportError("a structure for search needs faiss: pip install 'timm_multigrain[retrieval]'") from e
     return faiss
 
 
@@ -109,17 +107,11 @@ def _build(store: Store, kind: str) -> dict:
     settings, recall = _tune(index, vectors, store.vector_rows, settings)
     number = 1 + (store.faiss['number'] if store.faiss else 0)
     path = store.folder / f'faiss.{number}.bin'
-    unfinished = path.with_name(f'.{path.name}')
-    with writing(store.folder):
+    with writing(store.folder), replacing(path) as unfinished:
         try:
-            unfinished.unlink(missing_ok=True)
             faiss.write_index(index, str(unfinished))
-            fsync(unfinished)
-            os.replace(unfinished, path)
         except RuntimeError as e:  # what faiss makes of a full disk
             raise OSError(f'{path.name} is incomplete: {str(e).splitlines()[0]}') from e
-        finally:
-            unfinished.unlink(missing_ok=True)
     size, crc32 = _size_and_crc32(path)
     return {'number': number, 'kind': kind, 'rows': rows, 'settings': settings, 'recall_at_10': recall,
             'recall_queries': min(QUERIES, len(vectors)), 'faiss': faiss.__version__, 'size': size, 'crc32': crc32}

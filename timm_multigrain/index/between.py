@@ -30,7 +30,6 @@ class ImageSet:
     """Images of an index: all, or those below a folder.
 
     Args:
-        index: The index.
         folder: The folder; None for all.
     """
 

@@ -115,7 +115,6 @@ def build_index(
         remove_missing: Forget a folder's images even if all of them, or the folder itself, are gone.
         everything: Of a new index: hidden files and folders, and those that programs fill, too; see images/walk.py.
         kind: Structure for search: 'auto' by the number of images, 'exact', 'hnsw' or 'ivf-pq'.
-        progress: Show bars.
         **extraction: batch_size, workers, device, dtype and fast of `Embedder`; a batch is committed at a time.
 
     Raises:

@@ -1,14 +1,14 @@
 """Export of an index: to Milvus, or to a Parquet file, one row per image, for pandas, DuckDB, Spark and the like."""
 import json
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
-from timm_multigrain.files import fsync
+from timm_multigrain.extras import extra
+from timm_multigrain.files import replacing
 
 from .index import Index
 from .milvus import PREFIX, Export, export_milvus
@@ -37,11 +37,9 @@ def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True)
     name and probability). A path whose bytes are not UTF-8 is 'bytes:' and percent encoding. The metadata of the schema
     has under 'timm_multigrain' the model, the preprocessing and the versions as JSON.
     """
-    try:
+    with extra('parquet', 'Parquet'):
         import pyarrow as pa
         import pyarrow.parquet as pq
-    except ImportError as e:
-        raise ImportError("Parquet needs pyarrow: pip install 'timm_multigrain[parquet]'") from e
 
     # the totals have the sums of the checksums of the index, so that its states can be distinguished
     about = json.dumps({'config': index.store.config, 'totals': index.store.state['totals']}, sort_keys=True).encode()
@@ -57,18 +55,13 @@ def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True)
         there = None
     if there and there.get(METADATA) == about:
         return Export(path, 0, len(index))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f'.{path.name}-{uuid.uuid4().hex[:8]}')
     try:
-        with pq.ParquetWriter(unfinished, schema, compression='zstd', use_dictionary=False) as writer:
+        with replacing(path) as unfinished, pq.ParquetWriter(
+                unfinished, schema, compression='zstd', use_dictionary=False) as writer:
             for start in tqdm(range(0, len(index), ROWS), unit='group', desc='export', disable=not progress or None):
                 writer.write_table(pa.table(_columns(index, start, min(start + ROWS, len(index))), schema=schema))
-        fsync(unfinished)
-        os.replace(unfinished, path)
     except OSError as e:
         raise OSError(f'{path} could not be written ({e}): free space there, or name another file.') from e
-    finally:
-        unfinished.unlink(missing_ok=True)
     return Export(path, len(index), 0)
 
 

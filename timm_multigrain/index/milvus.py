@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tqdm import tqdm
 
+from timm_multigrain.extras import extra
 from timm_multigrain.files import check_json, parse_json
 
 from .index import Collection, Hit, Index
@@ -57,10 +58,8 @@ def _connect(uri: str, create: bool) -> 'MilvusClient':
         uri, needed = str(path), path.parent if create else path
         if not needed.exists():
             raise FileNotFoundError(f'{needed} was not found: check the address.')
-    try:
+    with extra('milvus', 'Milvus'):
         from pymilvus import MilvusClient
-    except ImportError as e:
-        raise ImportError("Milvus needs its client: pip install 'timm_multigrain[milvus]'") from e
     logging.getLogger('pymilvus').setLevel(logging.CRITICAL)  # it logs each error that it raises, with a traceback
     with _errors(f'{uri} could not be opened', why):
         return MilvusClient(uri, token=os.environ.get('MILVUS_TOKEN', ''))
@@ -105,7 +104,6 @@ def export_milvus(
         index_type: Milvus's kind of index of a new collection; None: FLAT, which is exact, and above a million rows
             AUTOINDEX.
         batch_size: Rows sent at once.
-        progress: Show a bar.
 
     Raises:
         OtherModel: The collection has descriptors of another model or another preprocessing.

@@ -62,8 +62,6 @@ def open_described(
     """The model of an index as `describe_model` has described it.
 
     Args:
-        described: The description.
-        folder: The index.
         model: A model, or what `open_model` opens, where the user says it is; None for where the index says it is.
         options: Keyword arguments of `open_model` besides the index's own.
 

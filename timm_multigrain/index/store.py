@@ -18,7 +18,6 @@ import re
 import sqlite3
 import stat
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import closing, contextmanager, suppress
@@ -29,7 +28,7 @@ from urllib.parse import quote_from_bytes
 
 import numpy as np
 
-from timm_multigrain.files import check_json, fsync, open_regular, parse_json, printable
+from timm_multigrain.files import check_json, fsync, open_regular, parse_json, printable, replacing
 from timm_multigrain.version import __version__
 
 from .records import RECORD, REGION, DamagedIndex, IndexInUse, NewerFormat, writing
@@ -270,22 +269,17 @@ class Writer:
     @classmethod
     def create(cls, folder: str | os.PathLike, config: dict) -> None:
         """Make an existing folder an index without images; config is that of `Store`. The lock must be held."""
-        unfinished = Path(folder) / f'.{FILE}-{uuid.uuid4().hex[:8]}'
         totals = {name: [0, 0] for name in _TABLES if name != 'settings'}
         state = {'generation': 1, 'pending': 0, 'faiss': None, 'totals': totals}
         with writing(folder):
-            try:
-                with closing(sqlite3.connect(unfinished)) as db:
-                    for statement in ('PRAGMA journal_mode=WAL', f'PRAGMA application_id={APPLICATION}',
-                                      f'PRAGMA user_version={FORMAT}', *_SCHEMA):
-                        db.execute(statement)
-                    for name, value in (('config', config), ('state', state)):
-                        db.execute('INSERT INTO settings VALUES (?, ?, ?)', _row('settings', name, json.dumps(value)))
-                    db.commit()
-                os.replace(unfinished, Path(folder) / FILE)
-                fsync(folder)
-            finally:
-                unfinished.unlink(missing_ok=True)
+            with replacing(Path(folder) / FILE) as unfinished, closing(sqlite3.connect(unfinished)) as db:
+                for statement in ('PRAGMA journal_mode=WAL', f'PRAGMA application_id={APPLICATION}',
+                                  f'PRAGMA user_version={FORMAT}', *_SCHEMA):
+                    db.execute(statement)
+                for name, value in (('config', config), ('state', state)):
+                    db.execute('INSERT INTO settings VALUES (?, ?, ?)', _row('settings', name, json.dumps(value)))
+                db.commit()
+            fsync(folder)
 
     def add_root(self, path: bytes) -> int:
         """Number of another folder; a relative path is relative to the index."""

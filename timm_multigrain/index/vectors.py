@@ -18,7 +18,6 @@ class VectorFile:
     """The committed rows of a file of vectors, read-only; threads may share it. Later rows are not seen.
 
     Args:
-        path: The file.
         dim: Components of a vector.
         dtype: float32 or float16.
         chunks: (n, 3) int64, the first row, the number of rows and the CRC-32 of each chunk, without gaps.
@@ -66,7 +65,6 @@ class Vectors:
     Slices of images that lie together in the file are views of it; anything else is copied. `numpy.asarray` gives all.
 
     Args:
-        file: The file.
         rows: (N,) int64, the row of the file that each image has.
     """
     ndim = 2

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from timm_multigrain.extras import extra
+
 from .sampling import Triplets
 
 CHUNK = 2 ** 18  # values that a CPU works on together: 1 MiB, which stays in its cache
@@ -244,11 +246,8 @@ def create_instance_loss(spec: str | nn.Module, **kwargs) -> nn.Module:
 
 
 def _find_metric_learning_loss(name: str) -> type[nn.Module]:
-    try:
+    with extra('metric', f'pml:{name}'):
         from pytorch_metric_learning import losses
-    except ImportError as error:
-        raise ImportError(
-            f"'pml:{name}' needs pytorch-metric-learning: pip install 'timm_multigrain[metric]'") from error
     classes = {key: value for key, value in vars(losses).items() if key.endswith(('Loss', 'Losses', 'Memory'))}
     if name not in classes:
         near = difflib.get_close_matches(name, classes, n=4, cutoff=0.4) or sorted(classes)

@@ -86,7 +86,6 @@ def validate(
         model: Model with a classifier.
         source: Images with their classes.
         protocol: Size and crop; logits are averaged over several views.
-        strict: Stop at the first image that cannot be read instead of leaving it out.
         **extraction: As of `embed_images`: batch_size, workers, device, dtype, progress.
     """
     if source.labels is None:

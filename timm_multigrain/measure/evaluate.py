@@ -87,7 +87,6 @@ def evaluate(
             benchmark has. The figures of copy detection are then given both ways.
         nmi: Also cluster the queries by k-means, see `metrics.clustering_nmi`.
         work_dir: Folder that keeps the descriptors, so that a run that was cut off goes on; temporary by default.
-        command: What repeats the measurement, for the results.
         **extraction: As of `extract`: batch_size, workers, device, dtype, fast, progress.
 
     Raises:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from timm_multigrain.extras import extra
 from timm_multigrain.search.exact import Array, Scores, SimilarityChunks, nearest_of
 
 from .ranks import Indices, count_above, ranks, to_indices
@@ -276,15 +277,12 @@ def clustering_nmi(vectors: Array, labels: Indices, seed: int = 0) -> float:
     It needs scikit-learn, and takes long for thousands of labels.
 
     Args:
-        vectors: Descriptors, (N, D).
         labels: Label of each, (N,) integers.
         seed: Of the first centres.
     """
-    try:
+    with extra('metric', 'NMI'):
         from sklearn.cluster import KMeans
         from sklearn.metrics import normalized_mutual_info_score
-    except ImportError as e:
-        raise ImportError("NMI needs scikit-learn: pip install 'timm_multigrain[metric]'.") from e
     vectors = vectors.cpu().numpy() if isinstance(vectors, torch.Tensor) else vectors
     clusters = KMeans(len(np.unique(labels)), n_init=1, random_state=seed).fit_predict(vectors)
     return float(normalized_mutual_info_score(labels, clusters))

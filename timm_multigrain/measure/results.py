@@ -48,7 +48,6 @@ class Metric:
         split: Part of the data set.
         source_name: Who published the figure, if it was not measured on these very weights here.
         source_url: Where.
-        command: What repeats the measurement.
     """
     task: str
     dataset: str

@@ -28,6 +28,7 @@ from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.poolings import System, Systems
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.shards import iter_shards, skipped_lines
+from timm_multigrain.extras import extra
 from timm_multigrain.files import check_json, json_p, read_json, write_text
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import gem
@@ -117,10 +118,8 @@ class PResult:
 
     def draw(self, path: str | os.PathLike) -> Path:
         """Draw the criterion over p, and where the model's p, the best and the fine-tuned one are, into a picture."""
-        try:
+        with extra('report', 'Drawing'):
             from matplotlib.figure import Figure
-        except ImportError as e:
-            raise ImportError("Drawing needs matplotlib: pip install 'timm_multigrain[report]'.") from e
         figure, path = Figure(figsize=(6, 3.5), layout='constrained'), Path(path)
         axes = figure.subplots()
         finite = [(p, 100 * value) for p, value in zip(self.grid, self.values, strict=True) if p < math.inf]
@@ -182,7 +181,6 @@ def tune_p(
         lr: Learning rate of the first step.
         seed: Of the order of the images.
         state_file: JSON file from which a run that was killed goes on; it is not removed at the end.
-        progress: Show a bar if stderr is a terminal.
         **extraction: workers, device and dtype of `extract`.
     """
     grid = _check(model, protocol, grid)

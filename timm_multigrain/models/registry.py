@@ -5,13 +5,9 @@ for the jointly trained ResNet-50 (lambda weighs cross-entropy against the margi
 fb_p<p>_<size>_in1k where only p was fine-tuned at a test size.
 """
 import sys
-from collections.abc import Sequence
 
 import timm
-import torch
-import torch.nn as nn
 from timm.models import (
-    FeatureInfo,
     PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
@@ -98,29 +94,9 @@ default_cfgs = generate_default_cfgs(_default_cfgs())
 def _create_multigrain(variant: str, pretrained: bool = False, **kwargs) -> MultiGrain:
     check_saved_args(kwargs.get('pretrained_model_args'))  # of a config.json
     kwargs['feature_cfg'] = dict(feature_cls='getter', out_indices=None)
-    feature_cls = kwargs.pop('feature_cls', None)
-    if feature_cls is not None:
-        known = {'getter': 'getter', 'list': 'getter', 'dict': _FeatureDict}
-        if isinstance(feature_cls, str) and feature_cls not in known:
-            raise ValueError(f"feature_cls={feature_cls!r} is not for a MultiGrain: give 'list' or 'dict'.")
-        kwargs['feature_cls'] = known.get(feature_cls, feature_cls)
     if pretrained:
         return build_pretrained(MultiGrain, variant, **kwargs)
     return build_model_with_cfg(MultiGrain, variant, False, **kwargs)
-
-
-class _FeatureDict(nn.Module):
-    """The trunk's intermediate maps (NCHW) by their numbers as strings, as timm's FeatureDictNet names them."""
-
-    def __init__(self, model: MultiGrain, out_indices: Sequence[int] | int | None = None, output_fmt: str = 'NCHW'):
-        super().__init__()
-        self.out_indices = model.prune_intermediate_layers(out_indices)
-        self.feature_info = FeatureInfo(model.feature_info, self.out_indices)
-        self.model = model
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        maps = self.model.forward_intermediates(x, indices=self.out_indices, intermediates_only=True)
-        return {str(i): feature for i, feature in zip(self.out_indices, maps, strict=True)}
 
 
 @register_model

@@ -1,6 +1,5 @@
 """Results on a page: tables, training curves and a gallery of nearest images."""
 import io
-import math
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -10,6 +9,8 @@ from typing import NamedTuple
 
 from markupsafe import Markup
 from PIL import Image
+
+from timm_multigrain.extras import extra
 
 from .page import write_page
 
@@ -22,38 +23,13 @@ INK = '#010203'  # stands for the text colour of the page
 
 @dataclass(frozen=True)
 class Table:
-    """Result table; `str` is the table to print.
-
-    Attributes:
-        headers: One per column; the first column names the rows.
-        rows: Cells, text or numbers; None and NaN show as a dash.
-        best: Headers of the columns whose highest number is to stand out.
-        title: Shown above the table.
-        digits: Decimals of the floats.
-    """
+    """Result table of texts, the first column of which names the rows; `str` is the table to print."""
+    title: str
     headers: Sequence[str]
-    rows: Sequence[Sequence[str | float | None]]
-    best: Sequence[str] = ()
-    title: str = ''
-    digits: int = 1
-
-    def cells(self) -> list[list[tuple[str, bool]]]:
-        """The rows, each cell with its text and whether it is the best of its column, to the digits shown."""
-        best = {}
-        for column in map(self.headers.index, self.best):
-            numbers = [row[column] for row in self.rows if _is_number(row[column])]
-            if len(numbers) > 1:
-                best[column] = self._text(max(numbers))
-        return [[(self._text(value), _is_number(value) and best.get(column) == self._text(value))
-                 for column, value in enumerate(row)] for row in self.rows]
-
-    def _text(self, value: object) -> str:
-        if value is None or (isinstance(value, float) and math.isnan(value)):
-            return '–'
-        return f'{value:.{self.digits}f}' if isinstance(value, float) else str(value)
+    rows: Sequence[Sequence[str]]
 
     def __str__(self) -> str:
-        rows = [list(self.headers), *([text for text, _ in row] for row in self.cells())]
+        rows = [self.headers, *self.rows]
         first, *others = (max(map(len, column)) for column in zip(*rows, strict=True))
         return '\n'.join('  '.join([row[0].ljust(first), *map(str.rjust, row[1:], others)]) for row in rows)
 
@@ -71,6 +47,7 @@ class Answer(NamedTuple):
     model: str
     neighbors: Sequence[Neighbor]
     prediction: str = ''
+
 
 class Query(NamedTuple):
     """An image that was searched for, and the answers of the models."""
@@ -94,14 +71,9 @@ def write_report(
 
     Args:
         path: HTML file; its folder is made if missing.
-        title: Heading and title of the page.
-        intro: Paragraph below it.
-        tables: Result tables.
         curves: Run name to series name to (steps, values); one chart per series, one line per run, for which
             matplotlib is needed. Values that are not finite leave a gap.
         gallery: Queries with their nearest images.
-        notes: Remarks, one list item each.
-        command: Command line that repeats the results.
         curves_x: What the steps of the curves count.
     """
     curves = curves or {}
@@ -115,21 +87,15 @@ def write_report(
         gallery=list(gallery), relations=RELATIONS, notes=notes, command=command)
 
 
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
-
-
 def _in_words(lines: Mapping) -> str:
     return '; '.join(f'{run} from {v[0]:.3g} to {v[-1]:.3g}' for run, (_, v) in lines.items() if len(v))
 
 
 def _chart(lines: Mapping, styles: Mapping[str, tuple[str, str]], prefix: str) -> Markup:
     """SVG of one series without its opening tag's size; ids start with the prefix, axes have the page's text colour."""
-    try:
+    with extra('report', 'A chart'):
         from matplotlib import rc_context
         from matplotlib.figure import Figure
-    except ImportError as e:
-        raise ImportError("The charts need matplotlib: pip install 'timm_multigrain[report]'") from e
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': prefix, 'font.size': 9}):
         figure = Figure(figsize=(3.9, 2.1), layout='constrained')
         axes = figure.subplots()

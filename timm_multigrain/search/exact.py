@@ -97,7 +97,6 @@ def nearest_of(scores: Scores, k: int) -> tuple[torch.Tensor, torch.Tensor]:
 
     Args:
         scores: (Q, N), or (Q, n) chunks in database order.
-        k: How many.
     """
     if k < 1:
         raise ValueError(f'k is {k}: give 1 or more.')

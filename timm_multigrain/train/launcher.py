@@ -18,7 +18,6 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import timm
-import yaml
 
 from timm_multigrain import register_multigrain
 
@@ -74,7 +73,6 @@ def load_script(path: Path) -> ModuleType:
 def prepare(script: ModuleType) -> None:
     """Give a training script the plug-in's options, and bind it once they are parsed."""
     check(script)
-    check_config(script)
     add_options(script.parser)
     parse_args = script.parser.parse_args
 
@@ -128,35 +126,6 @@ def check(script: ModuleType) -> None:
 def _names(code: CodeType) -> set[str]:
     inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
     return set(code.co_names).union(*inner)
-
-
-def check_config(script: ModuleType) -> None:
-    """Stop with a --config that is not YAML of arguments, which the script would end at with a traceback."""
-    parser = getattr(script, 'config_parser', None)
-    path = getattr(parser.parse_known_args()[0], 'config', '') if parser is not None else ''
-    if not path:
-        return
-    try:
-        with open(path, encoding='utf-8') as file:
-            values = yaml.safe_load(file)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
-        stop(f'--config {path} cannot be read: {e}')
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        stop(f'--config {path} does not map names of arguments to values, as in "lr: 0.1"')
-    for action in script.parser._actions:  # argparse has no public list of them
-        if isinstance(action.default, dict):
-            kind, words = dict, 'names with values'
-        elif action.nargs not in (None, 0, '?'):
-            kind, words = list, 'a list'
-        elif action.type in (int, float):
-            kind, words = int | float | str, 'a number'
-        elif isinstance(action.default, str) and action.nargs is None:
-            kind, words = str, 'a text'
-        else:
-            continue
-        value = values.get(action.dest, action.default)
-        if value is not action.default and not isinstance(value, kind):
-            stop(f'--config {path}: {action.dest} is {value!r}, not {words}')
 
 
 def register_named(model: str) -> None:

@@ -50,7 +50,6 @@ def fit_adaptation(
         scale: Of the cosines.
         margin: Taken off the cosine with the right class.
         seed: Of the start and the order.
-        progress: Show a bar if stderr is a terminal.
     """
     groups = torch.as_tensor(np.asarray(groups))
     if embeddings.ndim != 2 or groups.shape != embeddings.shape[:1]:
@@ -111,7 +110,6 @@ def adapt(
         dim, epochs, seed: As of `fit_adaptation`.
         work_dir: Folder that keeps the embeddings, see `whiten_model`; that of ``timm-multigrain embed --raw`` with the
             same images and settings will do, and the trunk does not run then.
-        strict: Stop at the first image that cannot be read instead of leaving it out.
         **extraction: As of `extract`: batch_size, workers, device, dtype, progress.
 
     Raises:

@@ -294,7 +294,6 @@ def whiten_model(
         groups: Learn the whitening from matching images instead: the group of each image, -1 for none. All embeddings
             are in memory then.
         work_dir: Folder that keeps the embeddings, so that a run that was cut off goes on.
-        strict: Stop at the first image that cannot be read instead of leaving it out.
         **extraction: As of `extract`: batch_size, workers, device, dtype, progress.
 
     Raises:

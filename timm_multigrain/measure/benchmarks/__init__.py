@@ -7,8 +7,7 @@ from collections.abc import Callable
 from timm_multigrain.measure.archives import fetch_files
 
 from .base import Benchmark, Figure
-from .copydays import Copydays
-from .disc21 import Disc21
+from .copies import Copydays, Disc21
 from .groups import Groups, Holidays, UKBench
 from .layouts import LAYOUTS
 from .lists import Layout
@@ -26,7 +25,6 @@ def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:
 
     Args:
         name: One of `BENCHMARKS`.
-        data: The folder.
         **options: Those of its `load`: `subset`, `upright` (holidays), `ground_truth` (folder, list, roxford5k,
             rparis6k, disc21), `queries` (disc21). None counts as not given.
 

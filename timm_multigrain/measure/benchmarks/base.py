@@ -62,7 +62,6 @@ class SetFolder:
     """The folder of a set, whose images are found by name wherever an archive put them.
 
     Args:
-        folder: The folder.
         benchmark: What has the `name` and the `source` of the set.
     """
 

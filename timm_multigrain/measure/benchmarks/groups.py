@@ -49,7 +49,6 @@ class Groups(Benchmark):
         """Images of a folder in groups, which are subfolders, DIR/<group>/<image>, or in a file.
 
         Args:
-            data: The folder.
             ground_truth: JSON object of paths, relative to the file's own folder, and the numbers of their groups, -1
                 for a distractor, -2 for an image to leave out; what lies outside of `data` is passed over. None:
                 gt.json of the folder, if there is one, or else the subfolders.
@@ -130,7 +129,6 @@ class Holidays(Groups):
         """INRIA Holidays in a folder, in jpg/ or anywhere below it.
 
         Args:
-            data: The folder.
             upright: List of turns, see `read_turns`.
             subset: Use the photographs that are there, and the queries that have another one of their scene.
         """

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from timm_multigrain.extras import extra
 from timm_multigrain.files import check_json, read_json, read_lines
 from timm_multigrain.images.lists import Entry
 from timm_multigrain.measure.archives import RemoteFile
@@ -44,10 +45,8 @@ def _table(path: Path, *columns: str) -> list[dict[str, str]]:
 
 
 def _mat(path: Path) -> dict[str, Any]:
-    try:
+    with extra('metric', 'A file of MATLAB'):
         from scipy.io import loadmat
-    except ImportError as e:
-        raise ImportError("Files of MATLAB need scipy: pip install 'timm_multigrain[metric]'.") from e
     try:
         return loadmat(path, squeeze_me=True)
     except Exception as e:  # a damaged file raises whatever it runs into

@@ -7,7 +7,6 @@ of the same fields is read too. The distractors of the paper (R1M) are 1,001,001
 import io
 import os
 import pickle
-from collections import Counter
 from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import RevisitedQuery, revisited_scores
 
-from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
+from .base import Benchmark, Figure, Scores, SetFolder, part_of
 
 NUM_QUERIES = 70
 MAX_PICKLE = 16 << 20  # bytes
@@ -55,7 +54,6 @@ class RevisitedOxford(Benchmark):
         """The set in a folder: gnd_<roxford5k or rparis6k>.pkl, the images in jpg/ or anywhere below it.
 
         Args:
-            data: The folder.
             ground_truth: Another file of ground truth, .pkl or .json.
             subset: Take the images that are there and cut the ground truth down to them; it may have other counts than
                 the published one.
@@ -107,20 +105,13 @@ def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], li
     content = read_json(path) if path.suffix == '.json' else _read_pickle(path)
     check_json(content, _FORM, printable(path))
     images, queries, entries = content['imlist'], content['qimlist'], content['gnd']
-    if repeated := [name for name, count in Counter(images).items() if count > 1]:
-        raise ValueError(f'{path} names images more than once: {some(repeated)}.')
     if not queries or len(entries) != len(queries):
         raise ValueError(f'{path} has {len(entries)} entries for {len(queries)} queries.')
-    if not any(entry['easy'] + entry['hard'] for entry in entries):
-        raise ValueError(f'{path} has no query with an image to be found.')
     for name, entry in zip(queries, entries, strict=True):
         labelled = np.array([*entry['easy'], *entry['hard'], *entry['junk']], dtype=np.int64)
         if len(np.unique(labelled)) < len(labelled) or ((labelled < 0) | (labelled >= len(images))).any():
             raise ValueError(f'{path}, query {printable(name)}: easy, hard and junk are numbers of the {len(images)} '
                              'images, each once.')
-        box = entry['bbx']
-        if len(box) != 4 or not (box[0] < box[2] and box[1] < box[3]):
-            raise ValueError(f'{path}, query {printable(name)}: bbx is {box}, not left, top, right and bottom.')
     return images, queries, entries
 
 
