@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument('--rows', type=Path, help=argparse.SUPPRESS)  # of one section, which is run here
     args = timing.start(parser)
     if torch.device(args.device).type == 'cuda':
-        torch.cuda.set_device(args.device)
+        torch.cuda.set_device(torch.device(args.device).index or 0)
     if args.rows:
         run_cases(args.sections[0], args)
     elif not args.dry_run and torch.device(args.device).type != 'cuda':

@@ -1,7 +1,8 @@
 """A trained trunk, fine-tuned by the recipe 'finetune': classes, products, edited copies, and what is forgotten.
 
     python benchmarks/real_trunk.py --trunk WEIGHTS --data GROCERY --scripts PATH --work-dir OUT \
-        [--classes DIR] [--paris DIR] [--ukbench DIR] [--rows NAME ...] [--seeds 0 1 2] [--steps 300] [--size 128]
+        [--classes DIR] [--paris DIR] [--ukbench DIR] [--rows NAME ...] [--seeds 0 1 2] [--steps 300] [--size 128] \
+        [--device cuda] [--workers 4]
 
 WEIGHTS are timm's of --model; GROCERY holds {train,val,test}/KIND/PRODUCT/, PATH is a checkout of timm with train.py.
 DIR of --classes holds {train,val}/CLASS/.
@@ -67,6 +68,8 @@ def main() -> None:
     parser.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2])
     parser.add_argument('--steps', type=int, default=300)
     parser.add_argument('--size', type=int, default=128)
+    parser.add_argument('--device', default='cuda' if torch.cuda.is_available() else 'cpu')
+    parser.add_argument('--workers', type=int, default=1, help='of the training')
     parser.add_argument('--extra', nargs=argparse.REMAINDER, default=[], help='flags of train.py, for all rows')
     args = parser.parse_args()
     register_multigrain(args.model)
@@ -125,8 +128,8 @@ def train(args: argparse.Namespace, data: Path, experiment: str, flags: list[str
     command = [
         'train.py', '-c', args.work_dir / 'recipe.yaml', '--data-dir', data, '--model', f'multigrain_{args.model}',
         '--initial-checkpoint', args.trunk, '--num-classes', len(list((data / 'train').iterdir())),
-        '--img-size', args.size, '--mg-epoch-len-factor', f'{length:.4f}', '--seed', seed, '--device', 'cpu', '-j', 1,
-        '--channels-last', '--checkpoint-hist', 1, '--output', folder.parent, '--experiment', experiment, *flags,
+        '--img-size', args.size, '--mg-epoch-len-factor', f'{length:.4f}', '--seed', seed, '--device', args.device, '-j',
+        args.workers, '--channels-last', '--checkpoint-hist', 1, '--output', folder.parent, '--experiment', experiment, *flags,
         *args.extra]
     command = list(map(str, command))
     print('python -m timm_multigrain', shlex.join(command), flush=True)
@@ -152,6 +155,7 @@ def measure(args: argparse.Namespace, data: Path, checkpoint: Path | None) -> di
         model = timm.create_model(f'multigrain_{args.model}', checkpoint_path=str(args.trunk)).eval()
     else:
         model = open_model(checkpoint)
+    model.to(args.device)
     protocol = Protocol.for_model(model, 'crop', size=args.size, crop_pct=0.875, interpolation='bilinear')
     figures = {}
     images = open_images(data / 'test')

@@ -119,8 +119,9 @@ def test_margin_loss_of_given_negatives(device):
     negative = torch.tensor([3, 8, 5, 0, 7, 2, -1])
     loss = MarginLoss(beta_init=1.35).to(device)
     value = x.detach().to(device).requires_grad_()
+    triplets = Triplets(*(i.to(device) for i in (anchor, positive, negative)))
     with no_waiting(device):
-        result = loss(l2_normalize(value), None, Triplets(*(i.to(device) for i in (anchor, positive, negative))))
+        result = loss(l2_normalize(value), None, triplets)
         result.backward()
     x = x.double().requires_grad_()
     beta = torch.tensor([1.35], dtype=torch.float64, requires_grad=True)

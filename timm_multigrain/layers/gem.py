@@ -137,12 +137,12 @@ class _PowerMean(torch.autograd.Function):
         # of differentiable operations on what was kept, y with its own derivative: derivatives of every order are right
         x, y, p = ctx.saved_tensors
         q = ctx.p if p is None else p.to(y.dtype)
-        wide = at_least_float32(x)
-        ratio = (wide.clamp(min=ctx.eps) / y).clamp(min=torch.finfo(y.dtype).tiny)  # the logarithm of 0 is infinite
+        # no float32 copy of x is kept: here a network has all its activations in memory
+        ratio = (at_least_float32(x).clamp(min=ctx.eps) / y).clamp(min=torch.finfo(y.dtype).tiny)  # log(0) is infinite
         of_x = of_p = None
         if ctx.needs_input_grad[0]:
             of_x = ratio.pow(q - 1) * (grad * (y.numel() / x.numel()))
-            of_x = of_x.masked_fill(wide <= ctx.eps, 0.).to(x.dtype)
+            of_x = of_x.masked_fill(at_least_float32(x) <= ctx.eps, 0.).to(x.dtype)
         if ctx.needs_input_grad[1]:
             slope = y / q * (ratio.pow(q) * ratio.log()).mean(ctx.dim, keepdim=True)
             of_p = (grad * slope).sum_to_size(p.shape).to(p.dtype)

@@ -36,8 +36,7 @@ def margin_loss(embedding: Tensor, triplets: Triplets, beta: Tensor | float, mar
     Returns:
         Scalar. Zero, with zero gradients, if no term is above zero or no triplet exists.
     """
-    terms, _ = _margin_terms(embedding, triplets, beta, margin)
-    return terms.sum() / (terms > 0).sum().clamp(min=1)
+    return _margin_loss(_distances(embedding, triplets), triplets, beta, margin)
 
 
 @torch.no_grad()
@@ -54,7 +53,8 @@ def margin_statistics(
         that cost something; 'positive_distance' and 'negative_distance', the mean distances of the pairs;
         'balanced_beta', see `balanced_beta`.
     """
-    terms, distance = _margin_terms(embedding, triplets, beta, margin)
+    distance = _distances(embedding, triplets)
+    terms = _margin_terms(distance, triplets, beta, margin)
     used = triplets[0] >= 0
     number = used.sum().clamp(min=1)
     active_positives, active_negatives = (terms > 0).sum(1) / number
@@ -123,13 +123,14 @@ class MarginLoss(nn.Module):
         self.margin = margin
 
     def forward(self, embedding: Tensor, target: Tensor | None, triplets: Triplets) -> Tensor:
+        distance = _distances(embedding, triplets)
         if self.follows and self.training:
-            self._follow(embedding.detach(), triplets)
-        return margin_loss(embedding, triplets, self.beta, self.margin)
+            self._follow(distance.detach(), triplets)
+        return _margin_loss(distance, triplets, self.beta, self.margin)
 
     @torch.no_grad()
-    def _follow(self, embedding: Tensor, triplets: Triplets) -> None:
-        found = balanced_beta(embedding, triplets, self.margin)
+    def _follow(self, distance: Tensor, triplets: Triplets) -> None:
+        found = _balanced_beta(distance, triplets, self.margin)
         found = torch.where(found.isnan(), self.beta, found).to(self.beta.dtype)
         self.beta.copy_(torch.where(self.beta == 0, found, found.lerp(self.beta, self.momentum)))
 
@@ -255,11 +256,15 @@ def _find_metric_learning_loss(name: str) -> type[nn.Module]:
     return classes[name]
 
 
-def _margin_terms(embedding: Tensor, triplets: Triplets, beta: Tensor | float, margin: float) -> tuple[Tensor, Tensor]:
-    distance = _distances(embedding, triplets)
+def _margin_loss(distance: Tensor, triplets: Triplets, beta: Tensor | float, margin: float) -> Tensor:
+    terms = _margin_terms(distance, triplets, beta, margin)
+    return terms.sum() / (terms > 0).sum().clamp(min=1)
+
+
+def _margin_terms(distance: Tensor, triplets: Triplets, beta: Tensor | float, margin: float) -> Tensor:
     excess = distance - beta
     terms = torch.stack([margin + excess[0], margin - excess[1]]).clamp(min=0)
-    return terms.masked_fill(triplets[0] < 0, 0.), distance
+    return terms.masked_fill(triplets[0] < 0, 0.)
 
 
 def _balanced_beta(distance: Tensor, triplets: Triplets, margin: float) -> Tensor:
@@ -282,7 +287,9 @@ def _square_distances(embedding: Tensor, triplets: Triplets) -> Tensor:
     if embedding.device.type == 'cpu' and not torch.compiler.is_compiling():
         squares = _PairSquares.apply(embedding, anchor[used], others[:, used])
         return squares.new_zeros(others.shape).masked_scatter(used, squares)
-    difference = embedding[anchor.clamp(min=0)] - embedding[others.clamp(min=0)]
+    # index_select, whose gradient is added row by row: that of an index is sorted first on a GPU, in a dozen kernels
+    rows = embedding.index_select(0, others.clamp(min=0).flatten()).unflatten(0, others.shape)
+    difference = rows - embedding.index_select(0, anchor.clamp(min=0))
     # Masked here and not after the square: the gradient of a padded entry stays zero even when row 0 is NaN.
     return difference.masked_fill(~used[:, None], 0.).square().sum(-1)
 
