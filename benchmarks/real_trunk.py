@@ -128,9 +128,9 @@ def train(args: argparse.Namespace, data: Path, experiment: str, flags: list[str
     command = [
         'train.py', '-c', args.work_dir / 'recipe.yaml', '--data-dir', data, '--model', f'multigrain_{args.model}',
         '--initial-checkpoint', args.trunk, '--num-classes', len(list((data / 'train').iterdir())),
-        '--img-size', args.size, '--mg-epoch-len-factor', f'{length:.4f}', '--seed', seed, '--device', args.device, '-j',
-        args.workers, '--channels-last', '--checkpoint-hist', 1, '--output', folder.parent, '--experiment', experiment, *flags,
-        *args.extra]
+        '--img-size', args.size, '--mg-epoch-len-factor', f'{length:.4f}', '--seed', seed, '--device', args.device,
+        '-j', args.workers, '--channels-last', '--checkpoint-hist', 1, '--output', folder.parent,
+        '--experiment', experiment, *flags, *args.extra]
     command = list(map(str, command))
     print('python -m timm_multigrain', shlex.join(command), flush=True)
     if folder.exists():  # cut off

@@ -1,4 +1,6 @@
 """Linear adaptation: what it learns from groups, against projections by hand, in Python and by the command."""
+import shutil
+
 import numpy as np
 import pytest
 import timm
@@ -100,7 +102,7 @@ def test_images_without_a_group_are_left_out():
 
 
 @pytest.mark.parametrize(('arguments', 'message'), [
-    (dict(groups=[0] * 240), '1 group of images'), (dict(dim=26), '24 channels and the constant one has 1 to 25'),
+    (dict(groups=[0] * 240), 'or more, not 1'), (dict(dim=26), '24 channels and the constant one has 1 to 25'),
     (dict(epochs=0), 'epochs=0'), (dict(groups=[0, 1]), 'give one per image')])
 def test_what_cannot_be_learned(arguments, message):
     train, groups = hidden_groups(1)
@@ -148,3 +150,6 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert main(['adapt', str(out), things, '-o', str(tmp_path / 'c'), *SETTINGS]) == 2
     assert 'whitened already' in capsys.readouterr().err
+    shutil.copytree(tmp_path / 'things' / 'thing 0', tmp_path / 'one' / 'thing')
+    assert main(['adapt', str(saved), str(tmp_path / 'one'), '-o', str(tmp_path / 'd'), *SETTINGS]) == 2
+    assert 'or more, not 1' in capsys.readouterr().err and not list(tmp_path.glob('d*'))

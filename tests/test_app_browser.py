@@ -1,6 +1,10 @@
 """The web app and a report in a headless browser, wide and of a phone's width; nothing comes from elsewhere."""
+import threading
+
 import pytest
 
+from timm_multigrain.app import answers
+from timm_multigrain.index.dedup import find_copies
 from timm_multigrain.report.report import Table, write_report
 
 from .browser import browsing, needs_browser
@@ -19,10 +23,15 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope='module')
-def url(pictures):
+def index(pictures):
     boxes = pictures.parent / 'boxes.csv'
     boxes.write_text('path,box,category\n5.png,24 0 72 48,upper\n')
-    with running(make_index(pictures, pictures.parent / 'index', boxes=boxes)) as address:
+    return make_index(pictures, pictures.parent / 'index', boxes=boxes)
+
+
+@pytest.fixture(scope='module')
+def url(index):
+    with running(index) as address:
         yield address
 
 
@@ -154,6 +163,25 @@ def test_copies_are_the_page_of_dedup(page, pictures, url):
     page.driver.switch_to.default_content()
     page.screenshot('copies')
     page.check(url)
+
+
+@wide
+def test_copies_say_how_far_they_are(browser, index, monkeypatch):
+    seen = threading.Event()
+
+    def slowly(index, progress):
+        progress('Reading pictures: 3 of 11')
+        seen.wait(60)
+        return find_copies(index)
+
+    monkeypatch.setattr(answers, 'find_copies', slowly)
+    with running(index) as address:
+        browser.driver.get(address)
+        browser.click('[data-show=copies]')
+        browser.wait(lambda: browser.text('#copies p') == 'Reading pictures: 3 of 11')
+        browser.screenshot('comparing')
+        seen.set()
+        browser.wait(lambda: browser.find('iframe').is_displayed() and not browser.find('#copies p').is_displayed())
 
 
 def test_a_report_fits_and_needs_no_server(browser, tmp_path):

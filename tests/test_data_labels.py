@@ -103,7 +103,7 @@ def test_other_layouts(root, tmp_path):
 
 
 @pytest.mark.parametrize(('change', 'message'), [
-    (lambda text: text + 'a/b.png,1,2\n', '1 images, such as a/b.png, are not in the training folder'),
+    (lambda text: text + 'a/b.png,1,2\n', '1 image, such as a/b.png, are not in the training folder'),
     (lambda text: text.replace(f'{NAMES[2]},', 'x.png,'), 'such as x.png, are not in the training folder'),
     (lambda text: '\n'.join(text.splitlines()[:-2]), '2 images, such as 2/x/deep/0.png, of the training folder'),
     (lambda text: text + f'{NAMES[0]},a,b\n', f'line 10: {NAMES[0]} has another class or instance above'),

@@ -368,7 +368,7 @@ def test_own_folders(tmp_path):
     touch(tmp_path / 'mine', ['loose.jpg'])
     with pytest.raises(ValueError, match=r'images outside of groups \(loose\.jpg\)'):
         load_benchmark('folder', tmp_path / 'mine')
-    with pytest.raises(ValueError, match='no two of a group'):
+    with pytest.raises(ValueError, match='no two images of one group'):
         load_benchmark('folder', touch(tmp_path / 'one', ['a/0.jpg', 'b/0.jpg']))
 
 

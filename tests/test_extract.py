@@ -156,7 +156,7 @@ def test_unreadable_images_are_listed(source, model, tmp_path):
         got.vectors, extract(model, source, Protocol(**LONGER), workers=0).vectors[:2], atol=1e-5, rtol=0)
     with pytest.raises(UnreadableImage, match='is empty'):
         extract(model, bad, Protocol(**LONGER), workers=1, strict=True)
-    with pytest.raises(ValueError, match=r'None of 1 images could be read: .*no such file'):
+    with pytest.raises(ValueError, match=r'None of 1 image could be read: .*no such file'):
         extract(model, ImageFiles([tmp_path / 'missing.jpg']), Protocol(), workers=1)
     with pytest.raises(ValueError, match='the list is empty'):
         extract(model, ImageFiles([]), Protocol(), workers=1)

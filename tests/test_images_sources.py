@@ -120,9 +120,9 @@ def test_bad_boxes_and_lists(tmp_path, photo):
             ImageFiles(['x.png'], boxes=[box])
     with pytest.raises(UnreadableImage, match='outside the image of 30 x 20'):
         ImageFiles([tmp_path / 'x.png'], boxes=[(30, 0, 40, 10)]).load_part(0)
-    with pytest.raises(ValueError, match='2 names for 1 images'):
+    with pytest.raises(ValueError, match='2 names for 1 image:'):
         ImageFiles(['x.png'], names=['a', 'b'])
-    with pytest.raises(ValueError, match='0 labels for 1 images'):
+    with pytest.raises(ValueError, match='0 labels for 1 image:'):
         ImageFiles(['x.png'], labels=[])
 
 

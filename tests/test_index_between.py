@@ -68,7 +68,7 @@ def test_copies_between_two_sets(base):
     told = [pair for pair in json.loads(json.dumps(one.to_dict()))['pairs'] if pair['certain']]
     assert [pair['class_of_copy'] != pair['class'] for pair in told].count(True) == 1
     lines = str(one).splitlines()
-    assert ' of 14 images of ' in lines[-1] and ': 6 for certain, ' in lines[-1]
+    assert ' among 14 images: 6 for certain, ' in lines[-1]
     assert str(identical).splitlines()[-1].endswith('3 for certain, 0 likely; 1 of another class')
     assert 'mirrored' in next(line for line in lines if 'dog/mirrored.png' in line)
     with pytest.raises(ValueError, match='images in common'):

@@ -288,6 +288,9 @@ def test_a_model_without_a_name_is_kept_inside(pictures):
     assert hit.path == str(pictures / '0.png') and hit.score == pytest.approx(1, abs=1e-3)
     with pytest.raises(ValueError, match='predicts no classes'):
         index.search(index.vectors[:1], class_name='boat')
+    index.config['model']['num_classes'] = 3
+    with pytest.raises(ValueError, match='have no names: give a number from 0 to 2'):
+        index.search(index.vectors[:1], class_name='boat')
     picture(9).save(pictures / '9.png')
     assert update(pictures).new == 1
 
@@ -340,7 +343,7 @@ def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tm
     here = [*map(str, moved.rglob('[1-9].png')), str(other / 'other.png')]
     assert sorted(Index.open(index).paths) == sorted([*here, str(pictures / '0.png')])
     # what has not moved with it stays until it is given up, by name or with all that is missing
-    with pytest.raises(FileNotFoundError, match='with 1 images was not found'):
+    with pytest.raises(FileNotFoundError, match='with 1 image was not found'):
         build_index([], index, workers=0, progress=False)
     with pytest.raises(FileNotFoundError, match='is not a folder'):
         build_index([tmp_path / 'typo'], index, remove_missing=True, workers=0, progress=False)
@@ -394,7 +397,7 @@ def test_commands(pictures, model_folder, tmp_path, capsys, monkeypatch):
     assert text.count('>The query<') == 2 and '&lt;b&gt;' in text and '<b>' not in text and 'http:' not in text
     assert main(['search', index, queries[0], '-k', '2', '--json', '-', '--crop', '0,0,50,50', '--rerank', '3']) == 0
     out, err = capsys.readouterr()
-    assert 'Re-ranked by 3 neighbours: 1 of 1 queries' in err
+    assert 'Re-ranked by 3 neighbours: 1 of 1 query;' in err
     found = json.loads(out)
     assert [hit['rank'] for hit in found] == [1, 2] and {'query', 'path', 'score', 'classes'} <= found[0].keys()
     page.unlink()
@@ -434,7 +437,7 @@ def test_killed_indexing_goes_on(pictures, model_folder):
     with forked(lambda pipe: make(pictures, model_folder, batch_size=4)):
         while count(index) < 20:
             time.sleep(0.01)
-    with pytest.warns(UserWarning, match=r'not complete: \d+ pictures .* timm-multigrain index'):
+    with pytest.warns(UserWarning, match=r'not complete; .* \d+ pictures. .* timm-multigrain index'):
         killed = Index.open(index)
     killed.store.check()
     seen = count(index)

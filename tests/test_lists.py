@@ -103,7 +103,7 @@ def test_wrong_lists(tmp_path):
     with pytest.raises(ValueError, match=r'no query of .* with an image to find'):
         load_benchmark('list', touch(tmp_path, ['a.jpg']))
     written(tmp_path / 'list.csv', [*ROWS, {'path': 'a.jpg', 'label': 'shoe'}])
-    with pytest.raises(ValueError, match=r'does not say of 1 images \(a\.jpg\) whether they are of the gallery'):
+    with pytest.raises(ValueError, match=r'does not say of 1 image \(a\.jpg\) whether they are of the gallery'):
         load_benchmark('list', tmp_path)
     with pytest.raises(FileNotFoundError, match=r'has no list\.csv or list\.jsonl'):
         load_benchmark('list', touch(tmp_path / 'x', ['a.jpg']))

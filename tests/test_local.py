@@ -70,7 +70,7 @@ def test_the_pca_is_that_of_the_collection(pictures, monkeypatch):
     rows = np.concatenate([found[0].numpy() for _, found in describer._read(pictures, range(3), '') if found])
     _, vectors = np.linalg.eigh(np.cov(rows.T))
     np.testing.assert_allclose(np.abs(vectors[:, ::-1][:, :8].T @ describer.basis.numpy()), np.eye(8), atol=1e-3)
-    with pytest.raises(ValueError, match='None of the 1 pictures'):
+    with pytest.raises(ValueError, match='No picture can be read'):
         describer.fit(pictures, [2])
 
 

@@ -177,7 +177,7 @@ def test_reranking_is_left_out_where_neighbours_are_chance():
     assert agreement == pytest.approx(same) and same < 0.5
     assert torch.equal(scores, candidates @ query)
     assert not torch.allclose(rerank_candidates(query, candidates, background, 3)[0], scores, atol=1e-3)
-    assert '0 of 1 queries' in rerank.chosen([agreement], 'auto') and '1 of 1' in rerank.chosen([agreement], 3)
+    assert '0 of 1 query;' in rerank.chosen([agreement], 'auto') and '1 of 1' in rerank.chosen([agreement], 3)
 
 
 def test_reranked_chunks(monkeypatch):

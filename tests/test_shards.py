@@ -210,7 +210,7 @@ def test_command(tmp_path, images, model_folder, reference, capsys):
     assert main(command(model_folder, images, tmp_path / 'out')[3:]) == 0
     out = capsys.readouterr().out
     assert out.startswith('23 images, longer side 48, smaller images enlarged\n22 descriptors of 96 components in ')
-    assert '1 images could not be read' in out and '07.png: is not an image' in out
+    assert '1 image could not be read' in out and '07.png: is not an image' in out
     assert_same(tmp_path / 'out', reference)
     assert main(['embed', str(model_folder), str(tmp_path / 'nowhere'), '-o', str(tmp_path / 'new'), *FLAGS]) == 2
     assert 'is not a folder, a list of images' in capsys.readouterr().err

@@ -121,7 +121,7 @@ def test_learned_from_groups_with_a_damaged_image(saved, noise_folder, tmp_path,
     (tmp_path / 'images' / 'a' / 'broken.png').write_bytes(b'no image')
     assert whiten(saved, tmp_path / 'images', tmp_path / 'w', '--learned') == 0
     shown = capsys.readouterr().out
-    assert 'Learned whitening' in shown and '1 images could not be read and were skipped:\n' in shown
+    assert 'Learned whitening' in shown and '1 image could not be read:\n' in shown
     assert fitted(open_model(tmp_path / 'w'), 'whitening')['kind'] == 'learned'
     assert whiten(saved, tmp_path / 'images', tmp_path / 'v', '--strict') == 2
     assert 'broken.png' in capsys.readouterr().err

@@ -84,6 +84,13 @@ def _fits(value: Any, form: Any) -> bool:
     return value is None if form is None else isinstance(value, form if isinstance(form, type) else type(form))
 
 
+def counted(number: int, noun: str) -> str:
+    """'1 image', '1,000 images', '2 queries'."""
+    if number != 1:
+        noun = f'{noun[:-1]}ies' if noun.endswith('y') else f'{noun}s'
+    return f'{number:,} {noun}'
+
+
 def printable(name: str | os.PathLike) -> str:
     """A file name on one line in characters that every terminal and UTF-8 file can hold."""
     text = os.fsdecode(name).encode('utf-8', 'backslashreplace').decode('utf-8')

@@ -42,8 +42,8 @@ class Answers:
 
     def __init__(self, index: 'Index', max_pixels: int, places: bool = True):
         self.index, self.max_pixels, self.places = index, max_pixels, places
-        self._one, self._copies = threading.Lock(), threading.Lock()  # of the model, and of the memory it takes
-        self._exif, self._page = index.protocol().exif, None
+        self._one, self._other = threading.Lock(), threading.Lock()  # of the model, and the memory it takes; of copies
+        self._exif, self._copies = index.protocol().exif, None
         self._small = functools.lru_cache(CACHED_PICTURES)(functools.partial(self._drawn, side=SMALL))
 
     @property
@@ -87,13 +87,28 @@ class Answers:
             return {'picture': self._drawn(record, LARGE), 'file': self._name(record.path, self.places)}
 
     def copies(self, question: dict) -> dict:
-        """The page that `dedup --html` writes, made at the first question; its files are not linked to."""
+        """The page that `dedup --html` writes, whose files are not linked to, or how far it is: it is made beside."""
         if not self.places:
             raise ValueError('The page of copies tells where files are: it is shown on this computer, or with --auth.')
-        with self._copies:
-            if self._page is None:
-                self._page = copies_page(find_copies(self.index), 'Copies', self._exif)
-        return {'page': self._page}
+        with self._other:
+            if self._copies is None:
+                self._tell('Comparing all pictures')
+                threading.Thread(target=self._compare, daemon=True).start()
+            answer = self._copies
+            if 'error' in answer:  # the next question tries again
+                self._copies = None
+            return answer
+
+    def _compare(self) -> None:
+        try:
+            found = find_copies(self.index, progress=self._tell)
+            self._tell('Drawing the groups')
+            self._copies = {'page': copies_page(found, 'Copies', self._exif)}
+        except Exception as e:  # whatever it is, nobody waits for it any more
+            self._copies = {'error': str(e)}
+
+    def _tell(self, text: str) -> None:
+        self._copies = {'state': text}
 
     def _hit(self, row: int, score: float) -> dict:
         record = self._record(row)

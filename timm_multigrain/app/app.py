@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from timm_multigrain.files import counted
+
 from .answers import MAX_HITS, Answers, answering
 
 if TYPE_CHECKING:
@@ -61,7 +63,7 @@ def launch_app(
     index.model()  # what is wrong with it is said now
     alone = host in (LOOPBACK, '::1', 'localhost') and not allow_hosts
     answers = Answers(index, max_pixels, places=alone or auth is not None)
-    title = title or f'{len(index):,} pictures'
+    title = title or counted(len(index), 'picture')
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as app:
         page, code = _page()
         gr.HTML(
@@ -78,7 +80,7 @@ def launch_app(
         allowed_paths=None, enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False, footer_links=[],
         theme=theme, show_error=False, app_kwargs={'middleware': [guard], 'docs_url': None, 'redoc_url': None})
     if block:
-        print(f'{len(index):,} pictures at {app.local_url}  (Ctrl-C ends it)', flush=True)
+        print(f'{counted(len(index), "picture")} at {app.local_url}  (Ctrl-C ends it)', flush=True)
         app.block_thread()
     return app
 

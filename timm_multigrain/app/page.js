@@ -177,13 +177,25 @@ addEventListener('drop', (event) => { event.preventDefault(); read(event.dataTra
 
 let copies = null;
 find('nav').addEventListener('click', (event) => {
-  const name = event.target.dataset.show, iframe = find('iframe'), text = find('#copies p');
+  const name = event.target.dataset.show;
   if (!name) return;
   for (const tab of find('nav').children) tab.setAttribute('aria-current', tab === event.target ? 'page' : 'false');
   find('#search').hidden = name !== 'search';
   find('#copies').hidden = name !== 'copies';
-  if (name === 'copies') copies ??= ask('copies', {}).then(({ page }) => {
-    iframe.srcdoc = page;
-    [iframe.hidden, text.hidden] = [false, true];
-  }).catch((error) => { [copies, text.textContent] = [null, error.message]; });
+  if (name === 'copies') copies ??= compare();
 });
+
+async function compare() {
+  const iframe = find('iframe'), text = find('#copies p');
+  try {
+    let answer = await ask('copies', {});
+    for (; answer.state; answer = await ask('copies', {})) {
+      text.textContent = answer.state;
+      await new Promise((done) => { setTimeout(done, 500); });
+    }
+    iframe.srcdoc = answer.page;
+    [iframe.hidden, text.hidden] = [false, true];
+  } catch (error) {
+    [copies, text.textContent] = [null, error.message];
+  }
+}

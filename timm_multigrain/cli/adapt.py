@@ -27,6 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    from timm_multigrain.files import counted
     from timm_multigrain.measure.benchmarks import load_benchmark
     from timm_multigrain.models.save import check_model_folder
     from timm_multigrain.whiten.adapt import adapt
@@ -37,7 +38,7 @@ def run(args: argparse.Namespace) -> None:
     model = arguments.open_model(args)
     protocol = arguments.protocol_of(args, model)
     work_dir = args.work_dir or f'{args.output.rstrip(os.sep)}-embeddings'
-    print(f'{len(truth.database)} images, {protocol}')
+    print(f'{counted(len(truth.database), "image")}, {protocol}')
     print(adapt(
         model, truth.database, truth.groups.tolist(), protocol, dim=args.dim, epochs=args.epochs, seed=args.seed,
         work_dir=work_dir, strict=args.strict, **arguments.extraction_of(args)))

@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from timm_multigrain.files import printable
+    from timm_multigrain.files import counted, printable
     from timm_multigrain.index import Index
     from timm_multigrain.index.dedup import FALSE_POSITIVES, find_copies, measure_recall
 
@@ -76,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
         index = sets[0].index
         copies = find_copies_between(*sets, exact_only=args.identical, progress=True, **options)
     elif args.measure is not None:
-        print(measure_recall(index, args.measure, **options))
+        print(measure_recall(index, args.measure, progress=True, **options))
         return 0
     else:
         copies = find_copies(
@@ -89,7 +89,7 @@ def run(args: argparse.Namespace) -> int:
     if args.script:
         from timm_multigrain.index.script import write_script
         write_script(args.script, surplus)
-        print(f'Script: {args.script} moves {len(surplus):,} files: sh {shlex.quote(args.script)} FOLDER',
+        print(f'Script: {args.script} moves {counted(len(surplus), "file")}: sh {shlex.quote(args.script)} FOLDER',
               file=sys.stderr)
     if args.json:
         arguments.write_json(args.json, copies.to_dict())

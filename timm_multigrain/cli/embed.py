@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from timm_multigrain.embed.extract import extract
+    from timm_multigrain.files import counted
     from timm_multigrain.images.sources import open_images
 
     source = open_images(args.images, args.split)
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> None:
     protocol = arguments.protocol_of(args, model)
     first = int(os.environ.get('RANK', 0)) == 0
     if first:
-        print(f'{len(source)} images, {protocol}')
+        print(f'{counted(len(source), "image")}, {protocol}')
     found = extract(
         model, source, protocol, args.output, shard_size=args.shard_size, strict=args.strict, dim=args.dim,
         descriptor=not args.raw, **arguments.extraction_of(args))

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    from timm_multigrain.files import printable
+    from timm_multigrain.files import counted, printable
     from timm_multigrain.index import build_index
 
     given = {'pool': args.pool, 'p': args.p, 'pretrained': False if args.no_pretrained else None,
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         for path, reason in report.skipped.items():
             print(f'{printable(path)}: {printable(reason)}')
     elif report.new_skipped:
-        print(f'{report.new_skipped:,} files could not be read; --list-skipped shows them.', file=sys.stderr)
+        print(f'{counted(report.new_skipped, "file")} could not be read; --list-skipped shows them.', file=sys.stderr)
     print(report)
 
 

@@ -60,6 +60,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def _tune(args: argparse.Namespace, model, protocol, base: str | None):
+    from timm_multigrain.files import counted
     from timm_multigrain.images.labels import first_of_each, open_classes
     from timm_multigrain.measure.tune_p import GRID, tune_p
 
@@ -69,7 +70,7 @@ def _tune(args: argparse.Namespace, model, protocol, base: str | None):
     if args.fast:
         raise ValueError('--fast is for --criterion map: top-1 is scanned on the maps of the trunk.')
     source = first_of_each(open_classes(args.data, model, args.split, args.class_map), args.per_class)
-    print(f'{len(source)} images of {len(set(source.labels))} classes, {protocol}')
+    print(f'{counted(len(source), "image")} of {len(set(source.labels))} classes, {protocol}')
     extraction = {name: value for name, value in arguments.extraction_of(args).items() if name != 'fast'}
     extraction['batch_size'] = 4 if args.batch_size is None else args.batch_size
     return tune_p(model, source, protocol, grid=grid, finetune=args.choose != 'best', lr=args.lr, seed=args.seed,

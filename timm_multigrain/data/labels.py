@@ -10,7 +10,7 @@ import numpy as np
 from timm.data import ImageDataset
 from torch.utils.data import ConcatDataset, Subset
 
-from timm_multigrain.files import printable, read_lines
+from timm_multigrain.files import counted, printable, read_lines
 from timm_multigrain.images.labels import class_names
 
 INSTANCES = 'copy', 'folder', 'class'
@@ -139,5 +139,5 @@ def _read(path: str | os.PathLike, names: Sequence[str]) -> dict[str, tuple[str,
     for group, what in ((rows.keys() - known, 'are not in the training folder'),
                         (known - rows.keys(), 'of the training folder are not in it')):
         if group:
-            raise ValueError(f'{shown}: {len(group)} images, such as {printable(min(group))}, {what}')
+            raise ValueError(f'{shown}: {counted(len(group), "image")}, such as {printable(min(group))}, {what}')
     return rows

@@ -14,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from timm_multigrain.files import printable
+from timm_multigrain.files import counted, printable
 from timm_multigrain.images.pixels import UnreadableImage
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import gem as power_mean
@@ -317,7 +317,7 @@ def in_order(batches: Sequence[Embedded]) -> Embedded:
 
 def none_readable(number: int, reasons: Iterable[str]) -> str:
     """The sentence for images of which not one could be read."""
-    return f'None of {number} images could be read: {next(iter(reasons), "the list is empty")}.'
+    return f'None of {counted(number, "image")} could be read: {next(iter(reasons), "the list is empty")}.'
 
 
 def progress_bar(total: int, progress: bool = True, title: str = 'Embedding') -> tqdm:

@@ -17,7 +17,7 @@ import safetensors
 import torch
 from safetensors.torch import save
 
-from timm_multigrain.files import check_json, fsync, parse_json, printable, read_json, write_bytes, write_text
+from timm_multigrain.files import check_json, counted, fsync, parse_json, printable, read_json, write_bytes, write_text
 
 MANIFEST = 'manifest.json'
 FORMAT = {'format': 'timm_multigrain descriptors', 'format_version': 1}
@@ -51,7 +51,8 @@ class Descriptors:
     def __str__(self) -> str:
         width = self.info['settings']['components'] if self.folder is not None else self.vectors.shape[1]
         where = '' if self.folder is None else f' in {printable(self.folder)}'
-        return '\n'.join([f'{len(self)} descriptors of {width} components{where}', *skipped_lines(self.skipped, 20)])
+        text = f'{counted(len(self), "descriptor")} of {width} components{where}'
+        return '\n'.join([text, *skipped_lines(self.skipped, 20)])
 
     @classmethod
     def load(cls, folder: str | os.PathLike) -> 'Descriptors':
@@ -74,7 +75,7 @@ def skipped_lines(skipped: Mapping[str, str], most: int = 1) -> list[str]:
     if not skipped:
         return []
     more = [f'  and {len(skipped) - most} more'] * (len(skipped) > most)
-    return [f'{len(skipped)} images could not be read and were skipped:',
+    return [f'{counted(len(skipped), "image")} could not be read:',
             *(f'  {reason}' for reason in islice(skipped.values(), most)), *more]
 
 

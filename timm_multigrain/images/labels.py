@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from timm_multigrain.files import check_json, printable, read_json, read_lines, write_text
+from timm_multigrain.files import check_json, counted, printable, read_json, read_lines, write_text
 
 from .sources import ImageFiles, Subset, find_images
 
@@ -119,8 +119,8 @@ def match_classes(
     else:
         known, origin = _known_names(model, folders)
     if known is None and len(folders) != model.num_classes:
-        raise ValueError(f'{len(folders)} class folders ({_some(folders)}) for a model of {model.num_classes} classes, '
-                         f'and nothing says which they are: {_GIVE_MAP}')
+        raise ValueError(f'{counted(len(folders), "class folder")} ({_some(folders)}) for a model of '
+                         f'{model.num_classes} classes, and nothing says which they are: {_GIVE_MAP}')
     if known is None:
         known = _by_order(folders)
     unknown = [name for name in folders if name not in known]

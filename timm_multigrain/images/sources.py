@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from timm_multigrain.files import printable, read_json
+from timm_multigrain.files import counted, printable, read_json
 
 from .pixels import UnreadableImage, decode, read_image
 from .walk import EXTENSIONS, scan_folders
@@ -90,7 +90,7 @@ class ImageFiles(ImageSource):
         self.class_names = None if class_names is None else list(class_names)
         for what, values in (('names', self.names), ('boxes', self.boxes), ('labels', self.labels)):
             if values is not None and len(values) != len(self.paths):
-                raise ValueError(f'{len(values)} {what} for {len(self.paths)} images: give one for each.')
+                raise ValueError(f'{len(values)} {what} for {counted(len(self.paths), "image")}: give one for each.')
 
     def load(self, i: int, exif: bool = True) -> Image.Image:
         return read_image(self.paths[i], exif=exif)

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from tqdm import tqdm
 
-from timm_multigrain.files import printable
+from timm_multigrain.files import counted, printable
 from timm_multigrain.images.pixels import holds_several
 
 from .dedup import (
@@ -19,6 +18,7 @@ from .dedup import (
     CopySearch,
     candidate_of,
     identical_rows,
+    told,
     verify,
 )
 from .index import Index
@@ -108,9 +108,9 @@ class CopiesBetween(Copies):
         certain = sum(file.certain for file, _ in pairs)
         other = sum(self.second.class_of(file.record.path) != self.first.class_of(kept.record.path)
                     for file, kept in pairs)
-        return [f'{len(pairs):,} of {len(self.second.rows):,} images of {self.second.name} are copies of images of '
-                f'{self.first.name}: {certain:,} for certain, {len(pairs) - certain:,} likely; {other:,} of another '
-                'class', *self.notes()]
+        images = counted(len(self.second.rows), 'image')
+        return [f'{self.second.name} has {counted(len(pairs), "copy")} of images of {self.first.name}, among {images}: '
+                f'{certain:,} for certain, {len(pairs) - certain:,} likely; {other:,} of another class', *self.notes()]
 
 
 def find_copies_between(
@@ -162,7 +162,7 @@ def find_copies_between(
         copies_of = defaultdict(list)
         for row, (_, one) in best.items():
             copies_of[one] += [row, *twins[row]]
-        rows = tqdm(copies_of.items(), 'Comparing pictures', leave=False, disable=None if progress else True)
+        rows = told(copies_of.items(), 'Comparing pictures', len(copies_of), progress)
         groups += [search.group(np.array([one, *copies])) for one, copies in rows]
         found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=len(several),
                         unreadable=search.looks.unreadable)

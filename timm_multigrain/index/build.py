@@ -15,7 +15,7 @@ import torch
 
 from timm_multigrain.embed.embedder import Embedded, embed_images
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.files import file_sha256, printable
+from timm_multigrain.files import counted, file_sha256, printable
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.images.walk import FoundFile, Scan, scan_folders
 from timm_multigrain.models.open import open_model
@@ -70,9 +70,10 @@ class BuildReport:
         if self.skipped:
             parts.append(f'{len(self.skipped):,} unreadable ({self.new_skipped:,} of them met now)')
         if self.other:
-            parts.append(f'{self.other:,} other files ignored')
-        regions = f', {self.regions:,} regions' if self.regions else ''
-        return f'{self.images:,} images{regions}: ' + (', '.join(parts) or 'nothing found') + f'; {self.seconds:.1f} s'
+            parts.append(f'{counted(self.other, "other file")} ignored')
+        regions = f', {counted(self.regions, "region")}' if self.regions else ''
+        what = ', '.join(parts) or 'nothing found'
+        return f'{counted(self.images, "image")}{regions}: {what}; {self.seconds:.1f} s'
 
 
 def build_index(
@@ -258,8 +259,8 @@ class _Update:
                 continue
             if number and folder in named and not remove_missing:
                 raise FileNotFoundError(
-                    f'{os.fsdecode(folder)!r} with {number:,} images was not found: mount the disk; if it was moved, '
-                    'name the folder where it is now; or forget them with --remove-missing.')
+                    f'{os.fsdecode(folder)!r} with {counted(number, "image")} was not found: mount the disk; if it was '
+                    'moved, name the folder where it is now; or forget them with --remove-missing.')
             (forget if not number or folder in named else vanished).append(folder)
         return vanished, forget
 

@@ -10,15 +10,16 @@ descriptors know their first picture alone.
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from types import SimpleNamespace
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from timm_multigrain.files import open_regular, write_text
+from timm_multigrain.files import counted, open_regular, write_text
 from timm_multigrain.images.copies import EDITS
 from timm_multigrain.images.pixels import holds_several, read_image
 from timm_multigrain.search.exact import nearest
@@ -34,7 +35,7 @@ from .records import Record
 
 __all__ = [
     'BASES', 'FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'CopySearch', 'EditRecall',
-    'candidate_of', 'find_copies', 'identical_rows', 'measure_recall', 'verify']
+    'candidate_of', 'find_copies', 'identical_rows', 'measure_recall', 'told', 'verify']
 
 FALSE_POSITIVES = 0.002
 KINDS = {'exact': 'identical files', 'near': 'copies and near-duplicates'}
@@ -159,13 +160,13 @@ class Copies:
 
     def summary(self) -> list[str]:
         """How many there are, in sentences."""
-        lines = [f'{self.images:,} images']
+        lines = [counted(self.images, 'image')]
         for kind, what in KINDS.items():
             groups = self.of_kind(kind)
-            groups_of = f'{len(groups):,} {"group" if len(groups) == 1 else "groups"} of {what}'
-            lines.append(f'{sum(len(group.files) for group in groups):,} files in {groups_of}')
+            files = counted(sum(len(group.files) for group in groups), 'file')
+            lines.append(f'{files} in {counted(len(groups), "group")} of {what}')
         certain, every = len(self.surplus()), len(self.surplus(likely=True))
-        lines.append(f'{certain:,} surplus files for certain, {self.surplus_bytes() / 1e6:,.1f} MB')
+        lines.append(f'{counted(certain, "surplus file")} for certain, {self.surplus_bytes() / 1e6:,.1f} MB')
         if every > certain:
             likely = self.surplus_bytes(likely=True) - self.surplus_bytes()
             lines.append(f'{every - certain:,} more that are likely copies, {likely / 1e6:,.1f} MB: look at them')
@@ -174,13 +175,13 @@ class Copies:
     def notes(self) -> Iterator[str]:
         """What could not be seen, in sentences."""
         if self.unreadable:
-            yield f'{self.unreadable:,} pictures could not be read to look at them'
+            yield f'{counted(self.unreadable, "picture")} could not be read to look at them'
         if self.several:
-            yield (f'{self.several:,} files of several pictures (pages, animations) are not among the near '
+            yield (f'{counted(self.several, "file")} of several pictures (pages, animations) left out of the near '
                    'copies: only identical ones count')
         if self.changed:
-            yield (f'{self.left_out:,} groups left out: {len(self.changed):,} of their files are not what was indexed '
-                   'any more')
+            yield (f'{counted(self.left_out, "group")} left out: {counted(len(self.changed), "file")} changed since '
+                   'indexing')
         if not self.complete:
             yield 'some pairs just above the threshold may have been missed'
 
@@ -194,7 +195,7 @@ def find_copies(
         exact_only: bool = False,
         keep: str = 'largest',
         prefer: Sequence[str | os.PathLike] = (),
-        progress: bool = False,
+        progress: bool | Callable[[str], None] = False,
 ) -> Copies:
     """Find copies in an index. The same index of the same files gives the same groups.
 
@@ -208,7 +209,7 @@ def find_copies(
         exact_only: Look for identical files only.
         keep: Which file of a group to keep, one of `KEEP`; see keep.py.
         prefer: Folders whose files are never surplus.
-        progress: Show bars.
+        progress: Show bars; or a function that is told in words how far it is.
 
     Raises:
         ValueError: A threshold or share out of range, or so many pairs that the threshold cannot be meant.
@@ -225,8 +226,8 @@ def find_copies(
         pairs = pairs.where(~(np.isin(pairs.first, several) | np.isin(pairs.second, several)))
         order = np.zeros(len(index), dtype=np.int64)  # by path, so that the order of indexing decides nothing
         order[sorted(rows, key=lambda row: os.fsencode(index.path_of(row)))] = np.arange(len(rows))
-        stars = tqdm(star_groups(pairs, order), 'Comparing pictures', leave=False, disable=None if progress else True)
-        groups += [search.group(rows) for rows in stars]
+        stars = star_groups(pairs, order)
+        groups += [search.group(rows) for rows in told(stars, 'Comparing pictures', len(stars), progress)]
         found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=len(several),
                         unreadable=search.looks.unreadable)
     groups = [group for group in groups if group.others]  # not so where all are in folders that are preferred
@@ -236,11 +237,19 @@ def find_copies(
     return replace(found, groups=verified, changed=tuple(changed), left_out=left_out)
 
 
+def told(items: Iterable, what: str, number: int, progress: bool | Callable[[str], None]) -> Iterable:
+    """The items, while `progress`, see `find_copies`, is told how many of the number are done."""
+    if not callable(progress):
+        return tqdm(items, what, number, leave=False, disable=None if progress else True)
+    file = SimpleNamespace(write=lambda text: text.strip() and progress(text.strip()), flush=lambda: None)
+    return tqdm(items, what, number, leave=False, file=file, bar_format='{desc}: {n:,} of {total:,}')
+
+
 class CopySearch:
     """Descriptors and looks of an index, and the thresholds that decide; arguments as of `find_copies`."""
 
     def __init__(self, index: Index, threshold: float | None, false_positives: float, look: bool,
-                 rules: Rules | None = None, progress: bool = False):
+                 rules: Rules | None = None, progress: bool | Callable[[str], None] = False):
         if threshold is not None and not -1 < threshold <= 1:
             raise ValueError(f'The threshold is a similarity above -1 and at most 1, got {threshold}.')
         self.index, self.rules, self.progress = index, rules or Rules(), progress
@@ -268,7 +277,7 @@ class CopySearch:
     def _small(self) -> np.ndarray:
         """(N, 256) float16, `Picture.upright` of the rows that are compared, zeros elsewhere."""
         small = np.zeros((len(self.index), SMALL ** 2 // 4), dtype=np.float16)
-        for row in tqdm(self.rows.tolist(), 'Reading pictures', leave=False, disable=None if self.progress else True):
+        for row in told(self.rows.tolist(), 'Reading pictures', len(self.rows), self.progress):
             if picture := self.looks.picture(row):
                 small[row] = picture.upright
         return small
@@ -284,8 +293,8 @@ class CopySearch:
         scores = [self._score(i, j) for i, j in zip(more.first, more.second, strict=True)]
         pairs = NearPairs(*(np.append(a, b) for a, b in zip(
             (pairs.first, pairs.second, pairs.scores), (more.first, more.second, scores), strict=True)), pairs.complete)
-        looks = tqdm(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), 'Looking at pictures',
-                     len(pairs.first), leave=False, disable=None if self.progress else True)
+        looks = told(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), 'Looking at pictures',
+                     len(pairs.first), self.progress)
         return pairs.where(np.array([self._alike(i, j) for i, j in looks], dtype=bool))
 
     def group(self, rows: np.ndarray) -> CopyGroup:
@@ -336,7 +345,7 @@ def _exact_group(index: Index, rows: np.ndarray, rules: Rules) -> CopyGroup:
 
 
 def verify(
-        groups: Sequence[CopyGroup], progress: bool, itself: bool = False,
+        groups: Sequence[CopyGroup], progress: bool | Callable[[str], None], itself: bool = False,
 ) -> tuple[tuple[CopyGroup, ...], dict[str, None]]:
     """Groups whose files are all what was indexed, and the paths of the files that are not.
 
@@ -348,8 +357,7 @@ def verify(
     identical = {file.record.path for group in groups if group.kind == 'exact' for file in group.files}
     with ThreadPoolExecutor(4) as pool:
         looks = pool.map(lambda record: _identity(record, record.path in identical), records.values())
-        looks = tqdm(looks, 'Checking files', len(records), leave=False, disable=None if progress else True)
-        seen = dict(zip(records, looks, strict=True))
+        seen = dict(zip(records, told(looks, 'Checking files', len(records), progress), strict=True))
     groups = [group for group in groups if all(seen[file.record.path] for file in group.files)]
     surplus = {file.record.path for group in groups for file in group.others}
     kept = {seen[group.keep] for group in groups if group.keep not in surplus}
@@ -392,11 +400,11 @@ class EditRecall:
     thresholds: Thresholds
 
     def __str__(self) -> str:
-        names = ['of all', *self.recall]
-        width, number = max(map(len, names)), max(1, len(self.recall))
-        rows = [('of all', sum(self.recall.values()) / number, sum(self.certain.values()) / number),
-                *((name, self.recall[name], self.certain[name]) for name in self.recall)]
-        return '\n'.join([f'Copies found of {self.images} pictures, and for certain', *(
+        title, number = f'copies of {counted(self.images, "picture")}', max(1, len(self.recall))
+        width = max(map(len, [title, *self.recall]))
+        rows = [*((name, self.recall[name], self.certain[name]) for name in self.recall),
+                ('mean', sum(self.recall.values()) / number, sum(self.certain.values()) / number)]
+        return '\n'.join([f'{title:{width}}    found  certain', *(
             f'{name:{width}}  {100 * found:5.1f} %  {100 * certain:5.1f} %' for name, found, certain in rows)])
 
 
@@ -408,6 +416,7 @@ def measure_recall(
         false_positives: float = FALSE_POSITIVES,
         look: bool = True,
         edits: Mapping[str, Callable[[Image.Image], Image.Image]] = EDITS,
+        progress: bool = False,
 ) -> EditRecall:
     """Make copies of pictures of an index in memory, embed them, and see which `find_copies` would find.
 
@@ -416,18 +425,19 @@ def measure_recall(
         images: Pictures to make copies of, drawn from a fixed seed.
         threshold: As for `find_copies`, as `false_positives` and `look`.
         edits: Name to function.
+        progress: Show bars.
 
     Raises:
         ValueError: Fewer than one image, or as `find_copies`.
         UnreadableImage: A picture was deleted.
     """
     if images < 1 or not len(index):
-        raise ValueError(f'{images} of {len(index)} images is nothing to measure on: take one at least.')
+        raise ValueError(f'{images} of {counted(len(index), "image")} is nothing to measure on: take one at least.')
     search, model, protocol = CopySearch(index, threshold, false_positives, look), index.model(), index.protocol()
     rows = np.sort(np.random.default_rng(0).permutation(len(index))[:images])
     found, certain = dict.fromkeys(edits, 0), dict.fromkeys(edits, 0)
-    for start in range(0, len(rows), 16):
-        chunk = rows[start:start + 16]
+    chunks = np.split(rows, range(16, len(rows), 16))
+    for chunk in told(chunks, 'Making copies, 16 pictures at a time', len(chunks), progress):
         images = [read_image(index.path_of(int(row)), exif=protocol.exif) for row in chunk]
         pictures = [Picture(image) for image in images]
         for name, edit in edits.items():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.files import counted
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.search import rerank as after
 from timm_multigrain.search.exact import nearest
@@ -135,7 +136,8 @@ class Collection:
             i for i, name in enumerate(names) if str(class_name).lower() in name.lower().split(', ')]
         if class_name is not None and not numbers:
             near = difflib.get_close_matches(class_name, names, n=3, cutoff=0.4) or names[:5]
-            hint = f'did you mean {" or ".join(map(repr, near))}?' if near else 'its model predicts no classes.'
+            hint = ('its model predicts no classes.' if not names else f'did you mean {" or ".join(map(repr, near))}?'
+                    if described['label_names'] else f'its classes have no names: give a number from 0 to {names[-1]}.')
             raise ValueError(f'{self.path} does not know the class {class_name!r}: {hint}')
         return vectors, numbers
 
@@ -157,8 +159,8 @@ class Index(Collection):
         self.config, self._others = self.store.config, {}
         if self.pending:
             warnings.warn(
-                f'{self.path} is not complete: {self.pending:,} pictures of its last update are still to come. If that '
-                'is not running, let timm-multigrain index go on with it.', stacklevel=2)
+                f'{self.path} is not complete; still to come of its last update: {counted(self.pending, "picture")}. '
+                'If that is not running, let timm-multigrain index go on with it.', stacklevel=2)
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> 'Index':
@@ -180,7 +182,7 @@ class Index(Collection):
         return len(self.store.ids)
 
     def __repr__(self) -> str:
-        return f'Index({str(self.path)!r}): {len(self):,} images, {self.vectors.shape[1]} dimensions'
+        return f'Index({str(self.path)!r}): {counted(len(self), "image")}, {self.vectors.shape[1]} dimensions'
 
     @cached_property
     def vectors(self) -> Vectors:

@@ -18,7 +18,7 @@ import numpy as np
 from tqdm import tqdm
 
 from timm_multigrain.extras import extra
-from timm_multigrain.files import check_json, parse_json
+from timm_multigrain.files import check_json, counted, parse_json
 
 from .index import Collection, Hit, Index
 from .records import OtherModel, Record, path_from_text, path_to_text
@@ -87,7 +87,7 @@ class Export:
     others: int = 0
 
     def __str__(self) -> str:
-        text = f'{self.target}: {self.written:,} images written, {self.unchanged:,} already there'
+        text = f'{self.target}: {counted(self.written, "image")} written, {self.unchanged:,} already there'
         text += f', {self.removed:,} removed' if self.removed else ''
         return text if not self.others else f'{text}; it also has {self.others:,} that are not in this index'
 

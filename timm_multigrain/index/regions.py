@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from timm_multigrain.embed.embedder import embed_images
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.files import printable
+from timm_multigrain.files import counted, printable
 from timm_multigrain.images.lists import read_entries
 from timm_multigrain.images.pixels import UnreadableImage, read_image
 from timm_multigrain.images.sources import ImageSource
@@ -49,12 +49,18 @@ class Boxes:
     def of(self, store: Store, row: int, exif: bool) -> np.ndarray:
         """The regions of an image, cut to it, (n,) of `REGION`; UnreadableImage if a detector cannot see it."""
         path, size = os.fsdecode(store.path(row)), store.records[['width', 'height']][row].item()
-        given = self.listed.get(store.names[row], []) if self.detector is None else self.detector(
-            read_image(path, exif=exif))
+        given = self.listed.get(store.names[row], []) if self.detector is None else self._detected(path, exif)
         found = np.array([(*_region(box, size, path), 0) for box in given], dtype=REGION)
         inside = (found['box'][:, :2] < found['box'][:, 2:]).all(1)
         self.lost |= set() if inside.all() else {path}
         return found[inside]
+
+    def _detected(self, path: str, exif: bool) -> list[Sequence]:
+        image = read_image(path, exif=exif)
+        try:
+            return list(self.detector(image))
+        except Exception as e:  # whatever somebody's code raises
+            raise RuntimeError(f'{printable(path)}: {self.source} failed with {type(e).__name__}: {e}') from e
 
     def news(self, store: Store, row: int, exif: bool) -> bool:
         """Whether the index does not have the regions of an image as they are; a detector is asked once of each."""
@@ -69,7 +75,10 @@ def _imported(name: str) -> Callable:
     if not function:
         raise ValueError(f'{printable(name)} gives no boxes: name a list, .csv or .jsonl, or module:function.')
     sys.path.insert(0, os.getcwd())  # as python -m does
-    found = getattr(importlib.import_module(module), function, None)
+    try:
+        found = getattr(importlib.import_module(module), function, None)
+    except Exception as e:  # whatever somebody's code raises
+        raise ImportError(f'{printable(name)}: {module} cannot be imported: {type(e).__name__}: {e}') from e
     if not callable(found):
         raise ValueError(f'{printable(name)} is not a function: {module} does not have it.')
     return found
@@ -115,8 +124,8 @@ def update_regions(
     rows = [row for row, root in enumerate(store.records['root'].tolist()) if store.roots[root] in folders]
     unknown = boxes.listed.keys() - {store.names[row] for row in rows}
     if unknown:
-        text = (f'{len(unknown):,} of {len(boxes.listed):,} pictures that have boxes are not in the index, such as '
-                f'{printable(min(unknown))}: a path is that below an indexed folder.')
+        text = (f'Not in the index: {len(unknown):,} of {counted(len(boxes.listed), "picture")} with boxes, such as '
+                f'{printable(min(unknown))}. A path is that below an indexed folder.')
         if len(unknown) == len(boxes.listed):
             raise ValueError(text)
         warnings.warn(text, stacklevel=2)
@@ -141,6 +150,6 @@ def update_regions(
         writer.set_pending(max(0, len(rows) - start - PICTURES))
         writer.commit()
     if boxes.lost:
-        warnings.warn(f'Boxes of {len(boxes.lost):,} pictures were left out, such as of '
+        warnings.warn(f'Boxes of {counted(len(boxes.lost), "picture")} were left out, such as of '
                       f'{printable(min(boxes.lost))}: they have no area in it, or too little for the model; a box is '
                       'left, top, right, bottom in pixels.', stacklevel=2)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from timm_multigrain.embed.embedder import embed_images, none_readable
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.shards import skipped_lines
-from timm_multigrain.files import json_p
+from timm_multigrain.files import counted, json_p
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.models.multigrain import MultiGrain
 
@@ -63,7 +63,8 @@ class ClassificationResult:
     def __str__(self) -> str:
         classes = len(np.unique(self.labels))
         among = f' of {classes} classes among {self.num_classes}' if classes != self.num_classes else ''
-        text = f'top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} % over {len(self.ranks)} images{among}'
+        images = counted(len(self.ranks), 'image')
+        text = f'top-1 {100 * self.top1:.2f} %, top-5 {100 * self.top5:.2f} % over {images}{among}'
         return '\n'.join([text, *skipped_lines(self.skipped)])
 
 

@@ -22,6 +22,7 @@ from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.poolings import SUMS, Systems, UnitPool, choose_systems, with_own_head
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.embed.shards import Descriptors, iter_shards
+from timm_multigrain.files import counted
 from timm_multigrain.images.sources import ImageSource, open_images
 from timm_multigrain.models.multigrain import MultiGrain
 from timm_multigrain.models.open import weights_sha256
@@ -245,7 +246,8 @@ class _Run:
             task=benchmark.task, dataset=title, metric=metric, value=round(value, 4), size=self.protocol.size,
             p=system.exponent, protocol=', '.join(words + [system.name] * (system.name != 'GeM')),
             whitening=system.whitening, split=split, command=command) for metric, value, split in figures]
-        images = (f'{title}: {benchmark.num_queries} queries, {len(benchmark.database) + self.added} images searched; '
+        images = (f'{title}: {counted(benchmark.num_queries, "query")}, '
+                  f'{counted(len(benchmark.database) + self.added, "image")} searched; '
                   f'{", ".join(words)}')
         differing = [f'{key} {value}' for key, value in benchmark.published.items()
                      if getattr(self.protocol, key) != value]

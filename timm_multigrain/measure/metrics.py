@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from timm_multigrain.extras import extra
+from timm_multigrain.files import counted
 from timm_multigrain.search.exact import Array, Scores, SimilarityChunks, nearest_of
 
 from .ranks import Indices, count_above, ranks, to_indices
@@ -84,7 +85,7 @@ class RetrievalResult:
         return int((self._counts > 0).sum())
 
     def __str__(self) -> str:
-        return f'mAP {100 * self.map:.2f} % over {self.num_queries} quer{"y" if self.num_queries == 1 else "ies"}'
+        return f'mAP {100 * self.map:.2f} % over {counted(self.num_queries, "query")}'
 
 
 def average_precision(ranks_of_relevant: Indices, num_relevant: int) -> float:

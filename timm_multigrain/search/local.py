@@ -123,7 +123,7 @@ class LocalDescriber:
             if found is not None:
                 pca = (pca or StreamingPCA(found[0].shape[1])).update(found[0])
         if pca is None:
-            raise ValueError(f'None of the {len(indices)} pictures to fit local descriptors on can be read.')
+            raise ValueError('No picture can be read to fit local descriptors on.')
         self.mean, self.basis = pca.mean.float(), pca.eigh()[1][:, :DIM].float()
         return self
 

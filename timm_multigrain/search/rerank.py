@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 import torch
 
+from timm_multigrain.files import counted
 from timm_multigrain.layers import l2_normalize
 
 from .exact import Array, SimilarityChunks, as_vectors, nearest, shards_of
@@ -86,7 +87,8 @@ def chosen(agreements: list[float], k: int | Literal['auto']) -> str:
     """A sentence on what `rerank_candidates` has done with some queries."""
     done = sum(k != 'auto' or agreement >= TRUSTED for agreement in agreements)
     shares = '-'.join(dict.fromkeys(f'{100 * share:.0f}' for share in (min(agreements), max(agreements))))
-    return (f'Re-ranked by {NEIGHBOURS if k == "auto" else k} neighbours: {done} of {len(agreements)} queries; '
+    queries = counted(len(agreements), 'query')
+    return (f'Re-ranked by {NEIGHBOURS if k == "auto" else k} neighbours: {done} of {queries}; '
             f'halves of the descriptor agree on the nearest image for {shares} %'
             + f', {100 * TRUSTED:.0f} % are needed' * (k == 'auto') + '.')
 

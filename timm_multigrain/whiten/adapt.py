@@ -56,8 +56,7 @@ def fit_adaptation(
         raise ValueError(f'{tuple(groups.shape)} groups for embeddings {tuple(embeddings.shape)}: give one per image.')
     x = with_constant(embeddings[groups >= 0]).float()
     classes, labels = groups[groups >= 0].unique(return_inverse=True)
-    if len(classes) < 2:
-        raise ValueError(f'{len(classes)} group of images: an adaptation learns from two or more.')
+    _check_number(len(classes))
     dim = min(DIM, x.shape[1]) if dim is None else dim
     if not 1 <= dim <= x.shape[1]:
         raise ValueError(f'dim={dim}: an embedding of {x.shape[1] - 1} channels and the constant one has 1 to '
@@ -85,6 +84,11 @@ def fit_adaptation(
     directions = F.normalize(x.double() @ proj, dim=1)
     values, turn = torch.linalg.eigh(directions.T @ directions / len(x))  # cosines stay, the strongest come first
     return WhiteningFit(proj.new_zeros(len(proj)), proj @ turn.flip(1), values.flip(0), len(x), kind='adapted')
+
+
+def _check_number(groups: int) -> None:
+    if groups < 2:
+        raise ValueError(f'An adaptation learns from two groups of images or more, not {groups}.')
 
 
 def adapt(
@@ -115,6 +119,8 @@ def adapt(
     Raises:
         ValueError: The model is whitened already, several views of an image, or less than two groups.
     """
+    _check_number(len({group for group in groups if group >= 0}))  # before the trunk runs
+
     def fit(folder: Path, described: Descriptors) -> WhiteningFit:
         return fit_adaptation(described.vectors, groups_of(described, source, groups), dim, epochs=epochs, seed=seed,
                               progress=extraction.get('progress', True))

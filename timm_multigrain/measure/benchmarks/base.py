@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 import torch
 
-from timm_multigrain.files import printable
+from timm_multigrain.files import counted, printable
 from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
 from timm_multigrain.measure.archives import RemoteFile
 
@@ -125,4 +125,4 @@ def some(names: Sequence[str], number: int = 3) -> str:
 
 def part_of(title: str, queries: int, images: int) -> str:
     """Title of a part of a set, with so many queries and images to search among."""
-    return f'{title} ({queries} quer{"y" if queries == 1 else "ies"}, {images} image{"s" * (images != 1)})'
+    return f'{title} ({counted(queries, "query")}, {counted(images, "image")})'

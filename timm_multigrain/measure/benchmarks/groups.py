@@ -63,7 +63,7 @@ class Groups(Benchmark):
         found, counts = np.unique(groups[groups != DISTRACTOR], return_counts=True)
         rows = np.flatnonzero(np.isin(groups, found[counts > 1]))
         if not len(rows):
-            raise ValueError(f'{data} has {len(names)} images in groups, but no two of a group: nothing to find.')
+            raise ValueError(f'{data} has no two images of one group: give two or more of each thing.')
         return cls(data.resolve().name or str(data), images.files(names), query_rows=rows, groups=groups)
 
 

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from timm_multigrain.files import printable
+from timm_multigrain.files import counted, printable
 from timm_multigrain.images.lists import Entry, read_entries
 from timm_multigrain.images.sources import ImageFiles
 from timm_multigrain.measure.archives import RemoteFile
@@ -143,7 +143,7 @@ class OwnList(Layout):
         queries = [entry for entry in entries if entry.split == 'query']
         unclear = [entry.path for entry in entries if entry.split not in ('query', 'gallery')]
         if queries and unclear:
-            raise ValueError(f'{printable(path)} has queries, and does not say of {len(unclear)} images '
+            raise ValueError(f'{printable(path)} has queries, and does not say of {counted(len(unclear), "image")} '
                              f'({some(unclear)}) whether they are of the gallery: give each a split.')
         listing = Listing([entry for entry in entries if entry.split == 'gallery'], queries)
         named = replace(self, name=folder.path.resolve().name)
