@@ -6,14 +6,13 @@ from pathlib import Path
 if 'PYTEST_XDIST_WORKER' in os.environ:
     os.environ.setdefault('OMP_NUM_THREADS', '1')  # before torch: the workers share the cores, and so do their children
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import timm_multigrain  # noqa: F401 - registers the models
 
 from .hub_server import FileServer, HubServer, running, use
+from .pictures import noise, write_noise
 
 GOLDEN = Path(__file__).resolve().parent / 'golden'
 SHARED = Path(__file__).resolve().parents[2] / 'shared'
@@ -65,14 +64,13 @@ def shared_data() -> Path:
 def noise_folder(tmp_path_factory):
     """Image folder of noise: 3 classes, 12 pictures of 40 x 40 each for training, 2 for validation."""
     root = tmp_path_factory.mktemp('pictures')
-    rng = np.random.default_rng(0)
-    for split, number in (('train', 12), ('validation', 2)):
-        for name in 'abc':
-            (root / split / name).mkdir(parents=True)
-            for i in range(number):
-                pixels = rng.integers(0, 256, (40, 40, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(root / split / name / f'{i}.png')
-    return root
+    return write_noise(root, [f'{split}/{name}/{i}.png' for split, number in (('train', 12), ('validation', 2))
+                              for name in 'abc' for i in range(number)])
+
+
+@pytest.fixture
+def photo():
+    return noise((30, 20))
 
 
 @pytest.fixture

@@ -15,8 +15,7 @@ import torch
 import yaml
 from timm import utils
 from timm.data import create_dataset, create_loader, resolve_data_config
-from timm.layers import convert_sync_batchnorm
-from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy
+from timm.loss import LabelSmoothingCrossEntropy
 from timm.models import create_model
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
@@ -29,26 +28,26 @@ _logger = logging.getLogger('train')
 SHORT = {'batch_size': '-b', 'validation_batch_size': '-vb', 'workers': '-j'}
 TEXTS = dict(
     data_dir=None, dataset='', train_split='train', val_split='validation', model='resnet50', initial_checkpoint='',
-    resume='', gp=None, device='cuda', amp_dtype='float16', model_dtype=None, opt='sgd', clip_mode='norm',
+    resume='', gp=None, device='cuda', amp_dtype='float16', model_dtype=None, opt='sgd',
     sched='cosine', aa=None, train_interpolation='random', dist_bn='reduce', worker_seeding='all', output='',
-    experiment='', train_size_schedule='constant', kd_model_name=None)
+    experiment='', train_size_schedule='constant', kd_model_name=None, interpolation='', lr_base_scale='')
 INTEGERS = dict(
     num_classes=None, img_size=None, batch_size=128, validation_batch_size=None, grad_accum_steps=1, epochs=300,
     warmup_epochs=5, cooldown_epochs=0, patience_epochs=10, aug_splits=0, seed=42, log_interval=50,
     recovery_interval=0, checkpoint_hist=10, workers=4, train_batches_per_epoch=None)
 NUMBERS = dict(
-    opt_eps=None, momentum=0.9, weight_decay=2e-5, clip_grad=None, layer_decay=None, lr=None, lr_base=0.1,
+    opt_eps=None, momentum=0.9, weight_decay=2e-5, layer_decay=None, lr=None, lr_base=0.1,
     lr_base_size=256, warmup_lr=1e-5, min_lr=0, decay_epochs=90, decay_rate=0.1, hflip=0.5, color_jitter=0.4,
     aug_repeats=0, reprob=0., mixup=0., cutmix=0., smoothing=0.1, model_ema_decay=0.9998,
-    train_size_schedule_spread=0.65, train_size_random_mix=0.1)
+    train_size_schedule_spread=0.65, train_size_random_mix=0.1, crop_pct=None, vflip=0., gaussian_blur_prob=None)
 LISTS = dict(
     input_size=(int, None), decay_milestones=(int, [90, 180, 270]), scale=(float, [0.08, 1.0]),
     ratio=(float, [3 / 4, 4 / 3]), cutmix_minmax=(float, None), train_img_sizes=(int, None),
     train_batch_sizes=(int, None), train_size_probs=(float, None), device_modules=(str, None))
 SWITCHES = (
-    'pretrained', 'no_resume_opt', 'channels_last', 'grad_checkpointing', 'torchscript', 'amp', 'sched_on_updates',
-    'warmup_prefix', 'no_aug', 'jsd_loss', 'bce_loss', 'split_bn', 'sync_bn', 'model_ema', 'no_prefetcher', 'pin_mem',
-    'use_multi_epochs_loader', 'naflex_loader')
+    'pretrained', 'channels_last', 'torchscript', 'amp', 'sched_on_updates', 'warmup_prefix', 'no_aug', 'jsd_loss',
+    'split_bn', 'sync_bn', 'model_ema', 'no_prefetcher', 'pin_mem', 'use_multi_epochs_loader', 'naflex_loader',
+    'model_ema_warmup')
 
 config_parser = argparse.ArgumentParser(add_help=False)
 config_parser.add_argument('-c', '--config', default='')
@@ -85,14 +84,9 @@ def _parse_args() -> tuple[argparse.Namespace, str]:
 def make_model(args, device, dtype) -> nn.Module:
     model = create_model(
         args.model, pretrained=args.pretrained, in_chans=(args.input_size or [3])[0], num_classes=args.num_classes,
-        global_pool=args.gp, scriptable=args.torchscript, checkpoint_path=args.initial_checkpoint, **args.model_kwargs)
-    if args.grad_checkpointing:
-        model.set_grad_checkpointing(True)
-    memory_format = torch.channels_last if args.channels_last else torch.preserve_format
-    model = model.to(device=device, dtype=dtype).to(memory_format=memory_format)
-    if args.distributed and args.sync_bn:
-        model = convert_sync_batchnorm(model)
-    return torch.jit.script(model) if args.torchscript else model
+        global_pool=args.gp, checkpoint_path=args.initial_checkpoint, **args.model_kwargs)
+    return model.to(device=device, dtype=dtype).to(
+        memory_format=torch.channels_last if args.channels_last else torch.preserve_format)
 
 
 def make_loaders(args, config, device, dtype) -> tuple:
@@ -122,23 +116,17 @@ def make_loaders(args, config, device, dtype) -> tuple:
     return train, evaluation
 
 
-def make_criterion(args) -> nn.Module:
-    if args.bce_loss:
-        return BinaryCrossEntropy(smoothing=args.smoothing)
-    return LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
-
-
-def make_task(args, device, dtype, loss_scaler) -> tuple:
+def make_task(args, device, dtype) -> tuple:
     model = make_model(args, device, dtype)
     loaders = make_loaders(args, resolve_data_config(vars(args), model=model), device, dtype)
     args.lr = args.lr or args.lr_base * args.batch_size * args.world_size * args.grad_accum_steps / args.lr_base_size
+    criterion = LabelSmoothingCrossEntropy(args.smoothing) if args.smoothing else nn.CrossEntropyLoss()
     task = ClassificationTask(
-        model=model, criterion=make_criterion(args), device=device, dtype=dtype, verbose=utils.is_primary(args))
+        model=model, criterion=criterion, device=device, dtype=dtype, verbose=utils.is_primary(args))
     optimizer = create_optimizer_v2(task.get_trainable_module(), **optimizer_kwargs(cfg=args), **args.opt_kwargs)
     start = None
     if args.resume:
-        kept = {} if args.no_resume_opt else dict(optimizer=optimizer, loss_scaler=loss_scaler)
-        start = resume_task_checkpoint(task, args.resume, log_info=utils.is_primary(args), **kept)
+        start = resume_task_checkpoint(task, args.resume, optimizer=optimizer, log_info=utils.is_primary(args))
     if args.model_ema:
         task.setup_ema(decay=args.model_ema_decay)
         if args.resume:
@@ -161,17 +149,15 @@ def main() -> None:
     device = utils.init_distributed_device(args)
     utils.random_seed(args.seed, args.rank)
     dtype = getattr(torch, args.model_dtype) if args.model_dtype else None
-    half = getattr(torch, args.amp_dtype)
-    autocast = partial(torch.autocast, device.type, dtype=half) if args.amp else suppress
-    scaler = utils.NativeScaler() if args.amp and half == torch.float16 and device.type == 'cuda' else None
-    task, eval_model, optimizer, (loader, loader_eval), start = make_task(args, device, dtype, scaler)
+    autocast = partial(torch.autocast, device.type, dtype=getattr(torch, args.amp_dtype)) if args.amp else suppress
+    task, eval_model, optimizer, (loader, loader_eval), start = make_task(args, device, dtype)
     folder, saver = None, None
     if utils.is_primary(args):
         folder = Path(utils.get_outdir(args.output or 'output', args.experiment or args.model))
         (folder / 'args.yaml').write_text(args_text)
         saver = utils.CheckpointSaver(
-            task.get_trainable_module(), optimizer, args=args, amp_scaler=scaler, checkpoint_dir=str(folder),
-            recovery_dir=str(folder), max_history=args.checkpoint_hist, task=task)
+            task.get_trainable_module(), optimizer, args=args, checkpoint_dir=str(folder), recovery_dir=str(folder),
+            max_history=args.checkpoint_hist, task=task)
     scheduler, epochs = create_scheduler_v2(
         optimizer, **scheduler_kwargs(args), updates_per_epoch=math.ceil(len(loader) / args.grad_accum_steps))
     scheduler.step(start)
@@ -180,7 +166,7 @@ def main() -> None:
             loader.sampler.set_epoch(epoch)
         metrics = train_one_epoch(
             epoch, task.get_trainable_module(), loader, optimizer, args, task=task, device=device, saver=saver,
-            lr_scheduler=scheduler, amp_autocast=autocast, loss_scaler=scaler, model_dtype=dtype)
+            lr_scheduler=scheduler, amp_autocast=autocast, model_dtype=dtype)
         found = evaluate(task, eval_model, loader_eval, args, device, autocast, dtype)
         if saver is not None:
             rates = [group['lr'] for group in optimizer.param_groups]
@@ -213,9 +199,10 @@ def train_one_epoch(
                 loss = task(images, targets)['loss']
             losses.update(loss.item(), len(images))
             loss /= share
-            _backward(loss, optimizer, args, task, loss_scaler, complete)
+            loss.backward()
         if not complete:
             continue
+        optimizer.step()
         optimizer.zero_grad()
         done = epoch * updates + update + 1
         task.update_ema(step=done)
@@ -233,20 +220,6 @@ def train_one_epoch(
     if args.distributed:
         average = utils.reduce_tensor(average, args.world_size)
     return OrderedDict([('loss', average.item())])
-
-
-def _backward(loss, optimizer, args, task, loss_scaler, complete) -> None:
-    clipped = None if args.clip_grad is None else task.get_clip_parameters(exclude_head='agc' in args.clip_mode)
-    if loss_scaler is not None:
-        loss_scaler(
-            loss, optimizer, clip_grad=args.clip_grad, clip_mode=args.clip_mode, parameters=clipped,
-            need_update=complete)
-        return
-    loss.backward(create_graph=getattr(optimizer, 'is_second_order', False))
-    if complete:
-        if clipped is not None:
-            utils.dispatch_clip_grad(clipped, value=args.clip_grad, mode=args.clip_mode)
-        optimizer.step()
 
 
 def evaluate(task, eval_model, loader, args, device, amp_autocast, model_dtype) -> OrderedDict:

@@ -5,7 +5,6 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.extract import extract
@@ -17,6 +16,7 @@ from timm_multigrain.models.save import fitted
 from timm_multigrain.whiten.adapt import fit_adaptation
 from timm_multigrain.whiten.fit import WhitenedModel, with_constant
 
+from .pictures import write_noise
 from .tiny import image_for, tiny_model
 
 SETTINGS = ['--size', '32', '--protocol', 'longer-side', '--device', 'cpu', '--workers', '0']
@@ -111,11 +111,7 @@ def test_what_cannot_be_learned(arguments, message):
 
 
 def test_the_command(tmp_path, capsys, monkeypatch):
-    rng = np.random.default_rng(0)
-    for i in range(12):
-        path = tmp_path / 'things' / f'thing {i // 3}' / f'{i}.png'
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (32, 24, 3), dtype=np.uint8)).save(path)
+    write_noise(tmp_path / 'things', [f'thing {i // 3}/{i}.png' for i in range(12)], (24, 32))
     saved, things, out = tmp_path / 'model', str(tmp_path / 'things'), tmp_path / 'adapted'
     save_pretrained(tiny_model(), saved, label_names=['a', 'b', 'c'])
     arguments = ['adapt', str(saved), things, '-o', str(out), '--dim', '8', '--epochs', '3', '--seed', '2', *SETTINGS]

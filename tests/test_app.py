@@ -8,12 +8,10 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import time
 import urllib.parse
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -25,6 +23,7 @@ from timm_multigrain.app.answers import Answers, _part
 from timm_multigrain.cli.main import main
 
 from .copies_folder import make_index, make_pictures
+from .pictures import png_header
 
 gradio = pytest.importorskip('gradio')
 import httpx  # noqa: E402
@@ -264,17 +263,10 @@ def test_large_pictures_are_refused(client, url):
     assert not answer.startswith(b'HTTP/1.1 200')
 
 
-def bomb(side):
-    """A PNG of a few kB that claims side x side pixels and holds none."""
-    def chunk(kind, data):
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    header = chunk(b'IHDR', struct.pack('>IIBBBBB', side, side, 8, 2, 0, 0, 0))
-    return b'\x89PNG\r\n\x1a\n' + header + chunk(b'IDAT', zlib.compress(bytes(100_000))) + chunk(b'IEND', b'')
-
-
 @pytest.mark.parametrize('content, says', [
-    (b'', 'not an image'), (b'no picture', 'not an image'), (bomb(1200), '1200 x 1200 pixels are more than 1000000'),
-    (bomb(30_000), 'pixels'), (bomb(500), 'truncated')])
+    (b'', 'not an image'), (b'no picture', 'not an image'),
+    (png_header(1200, 1200), '1200 x 1200 pixels are more than 1000000'), (png_header(30_000, 30_000), 'pixels'),
+    (png_header(500, 500), 'truncated')])
 def test_broken_pictures_are_refused_in_a_sentence(client, content, says):
     error = ask(client, 'search', about(content)).json()['error']
     assert error.startswith('This picture cannot be used: ') and says in error

@@ -131,14 +131,6 @@ THEIRS = """  - task:
 """
 
 
-def test_figures_go_with_the_weights_they_are_of(hub):
-    publish(tiny_model(0), 'me/model', license='mit', metrics=[figure(70.5)])
-    done = publish(tiny_model(1), 'me/model')
-    assert 'the figures of the earlier weights were taken out of the card' in str(done)
-    text = hub.repos['me/model'].files()['README.md'].decode()
-    assert '70.5' not in text and 'model-index' not in text and 'No figures were recorded' in text
-
-
 def test_cards_of_other_origin(hub):
     hub.add_repo('me/plain', {'README.md': b'# Hello\r\n\r\nNo metadata.\r\n'})
     publish(tiny_model(), 'me/plain', license='mit')

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw
-from timm.data import ImageDataset, IterableImageDataset, create_dataset
+from timm.data import ImageDataset, IterableImageDataset
 from timm.data import create_transform as timm_transform
 from torch.utils.data import (
     ConcatDataset,
@@ -223,17 +223,6 @@ def test_images_of_a_dataset_without_transform(root):
     assert tensors[0][0].tolist() == [1, 1]
 
 
-def test_targets_collate(root):
-    dataset = InstanceDataset(ImageFolder(root, transform=create_transform(32)))
-    images, targets = next(iter(DataLoader(dataset, sampler=[4, 4, 4, 11], batch_size=4)))
-    assert images.shape == (4, 3, 32, 32)
-    assert targets.dtype == torch.int64
-    assert targets.tolist() == [[1, 4], [1, 4], [1, 4], [2, 11]]
-    assert dataset[-1][1].tolist() == [2, 11]
-    with pytest.raises(IndexError):
-        dataset[12]
-
-
 def test_forms_of_targets_and_samples():
     for label in (3, True, np.int64(3), np.uint8(3), torch.tensor(3), torch.tensor(3).byte()):
         assert InstanceDataset([(torch.zeros(1), label)])[0][1].tolist() == [int(label), 0]
@@ -264,14 +253,8 @@ def test_attributes_forward(root):
     assert dataset.transform is spoil_in_place
     dataset.transform = draw_from_all
     assert dataset.transform is draw_from_all and folder.transform is spoil_in_place
-    assert dataset.class_to_idx == folder.class_to_idx
-    assert not hasattr(dataset, 'set_epoch')
-    assert len(dataset) == 12
-    timm_dataset = create_dataset('', str(root))
-    wrapped = InstanceDataset(timm_dataset)
-    assert wrapped.reader is timm_dataset.reader
-    assert wrapped.filename(5) == timm_dataset.filename(5) == 'class1/1.jpg'
-    assert InstanceDataset(wrapped).dataset is timm_dataset
+    assert dataset.class_to_idx == folder.class_to_idx and not hasattr(dataset, 'set_epoch')
+    assert len(dataset) == 12 and InstanceDataset(InstanceDataset(folder)).dataset is folder
 
 
 def test_transform_set_later_reaches_transforms(root):

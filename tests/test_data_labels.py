@@ -1,16 +1,16 @@
 """Instances and classes of images by folder, class, CSV file and numbers."""
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from timm.data import ImageDataset
 from torch.utils.data import ConcatDataset, Subset
 from torchvision.datasets import ImageFolder
 
 from timm_multigrain.data import create_loader
 from timm_multigrain.data.labels import label_instances
+
+from .pictures import write_noise
 
 # class/instance: photographs; two classes have an instance of the same name
 PHOTOGRAPHS = {'10/red': 3, '10/green': 1, '2/red': 2, '2/x/deep': 2}
@@ -19,12 +19,7 @@ NAMES = [f'{folder}/{i}.png' for folder, number in PHOTOGRAPHS.items() for i in 
 
 @pytest.fixture(scope='module')
 def root(tmp_path_factory):
-    root = tmp_path_factory.mktemp('instances')
-    rng = np.random.default_rng(0)
-    for name in NAMES:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(root / name)
-    return root
+    return write_noise(tmp_path_factory.mktemp('instances'), NAMES, (20, 20))
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Lighting against the original implementation's numbers, and what is put into timm's transforms."""
 import copy
 import io
-import json
 import random
 
 import numpy as np
@@ -22,11 +21,6 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 def picture(width, height, mode='RGB'):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
     return Image.fromarray(pixels).convert(mode)
-
-
-@pytest.fixture
-def resize_golden(golden):
-    return json.loads((golden / 'resize.json').read_text())
 
 
 def test_lighting_equals_original(golden):
@@ -145,9 +139,3 @@ def test_lighting_bounds():
     for image in (torch.zeros(3, 4, 4, dtype=torch.int32), torch.zeros(1, 4, 4), torch.zeros(3, 4)):
         with pytest.raises(ValueError, match=r'give \(3, H, W\) floats'):
             Lighting()(image)
-
-
-def test_lighting_constants(resize_golden):
-    lighting = resize_golden['recipes']['lighting']
-    assert list(EIGENVALUES) == lighting['eigenvalues']
-    assert [list(row) for row in EIGENVECTORS] == lighting['eigenvectors_rows_are_rgb_channels']

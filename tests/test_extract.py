@@ -183,19 +183,16 @@ def test_dim_and_boxes(source, model):
         torch.testing.assert_close(got.vectors, model.embed(x[None]), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize('kwargs, message', [
-    ({'batch_size': 0}, 'batch_size=0'), ({'workers': -1}, 'workers=-1'),
-    ({'dim': 4}, 'dim=4 needs'), ({'dtype': torch.int8}, 'dtype=torch.int8')])
-def test_bad_arguments(source, model, kwargs, message):
+@pytest.mark.parametrize('model_kwargs, kwargs, message', [
+    ({}, {'batch_size': 0}, 'batch_size=0'), ({}, {'workers': -1}, 'workers=-1'), ({}, {'dim': 4}, 'dim=4 needs'),
+    ({}, {'dtype': torch.int8}, 'dtype=torch.int8'), ({'in_chans': 1}, {}, 'takes 1 channels'),
+    ({'num_classes': 0}, {'logits': True}, 'num_classes=0')])
+def test_bad_arguments(source, model_kwargs, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        embed_images(model, source, Protocol(), **kwargs)
+        embed_images(tiny_model(**model_kwargs), source, Protocol(), **kwargs)
 
 
-def test_models_that_do_not_suit(source):
-    with pytest.raises(ValueError, match='num_classes=0'):
-        embed_images(tiny_model(num_classes=0), source, Protocol(), logits=True)
-    with pytest.raises(ValueError, match='takes 1 channels'):
-        embed_images(tiny_model(in_chans=1), source, Protocol())
+def test_damaged_weights(source):
     broken = tiny_model()
     next(broken.trunk.parameters()).data.fill_(float('nan'))
     with pytest.raises(ValueError, match='not finite: the weights are damaged'):

@@ -3,7 +3,6 @@ import io
 import os
 import struct
 import tarfile
-import zlib
 from pathlib import Path
 
 import numpy as np
@@ -23,20 +22,9 @@ from timm_multigrain.files import printable
 from timm_multigrain.images.pixels import UnreadableImage, decode, open_image, read_image
 from timm_multigrain.images.sources import find_images, open_images
 
+from .pictures import noise, png_header
+
 BLACK, GREY, WHITE, RED = (0, 0, 0), (127, 127, 127), (255, 255, 255), (255, 0, 0)
-
-
-@pytest.fixture
-def photo():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
-
-
-def png_header(width, height):
-    """A PNG that claims a size and holds no pixels."""
-    def chunk(kind, data):
-        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
-    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', struct.pack('>IIBBBBB', width, height, 8, 2, 0, 0, 0)) + chunk(
-        b'IDAT', zlib.compress(b'')) + chunk(b'IEND', b'')
 
 
 def test_modes(tmp_path, photo):
@@ -285,7 +273,7 @@ def test_file_objects(photo):
 
 RAMP = np.arange(45 * 35, dtype=np.uint16).reshape(35, 45) * 41
 ALPHA = Image.fromarray((RAMP >> 8).astype(np.uint8))
-PICTURE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (7, 9, 3), dtype=np.uint8)).resize((45, 35))
+PICTURE = noise((45, 35), (9, 7))
 DRAWING = Image.new('RGBA', (45, 35), (0, 0, 0, 0))  # white lines on transparent black
 ImageDraw.Draw(DRAWING).line([(5, 5), (40, 30)], fill=(255, 255, 255, 255), width=3)
 TRANSPARENT, GREY_TRANSPARENT = PICTURE.copy(), PICTURE.convert('L')

@@ -2,21 +2,14 @@
 import json
 import os
 
-import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
 from timm_multigrain.files import printable
 from timm_multigrain.images.labels import find_classes
 from timm_multigrain.images.pixels import UnreadableImage
 from timm_multigrain.images.sources import ImageFiles, Subset, find_images, open_images, read_list
-
-
-@pytest.fixture
-def photo():
-    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8))
 
 
 def strange_folder(root, photo):

@@ -3,7 +3,6 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
 from PIL import Image
 
@@ -12,12 +11,8 @@ from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.index import Index
 from timm_multigrain.index.between import ImageSet, find_copies_between
 
+from .test_index_dedup import drawing
 from .tiny import tiny_model
-
-
-def drawing(seed):
-    values = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize((160, 120), Image.BICUBIC)
 
 
 @pytest.fixture(scope='module')

@@ -20,6 +20,7 @@ from timm_multigrain.index.keep import KEEP
 from timm_multigrain.index.script import write_script
 
 from .copies_folder import make_index, make_pictures
+from .pictures import noise
 from .small_index import unit_vectors, write_files, write_index
 
 NASTY = '<img src=x onerror=alert(1)> & "q"\n\udcff.png'
@@ -74,8 +75,7 @@ def test_groups(index, pictures):
 
 def drawing(seed=0, size=(160, 120)):
     """Something with details, in colour."""
-    values = np.random.default_rng(seed).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-    return Image.fromarray(values).resize(size, Image.BICUBIC)
+    return noise(size, (32, 24), seed)
 
 
 def exif_of_a_camera():
@@ -229,14 +229,14 @@ def test_pictures_that_are_gone(index, tmp_path, capfd):
 
 def scan(name, seed, cover):
     """A file of two pages, the first of which is the cover."""
-    page = Image.fromarray(np.random.default_rng(seed).integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((60, 60))
+    page = noise((60, 60), (8, 8), seed)
     cover.save(name, save_all=True, append_images=[page], **({} if name.suffix == '.tif' else {'lossless': True}))
 
 
 def test_files_of_several_pictures_are_copies_only_if_identical(tmp_path):
     folder = tmp_path / 'pictures'
     folder.mkdir()
-    cover = Image.fromarray(np.random.default_rng(9).integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((60, 60))
+    cover = noise((60, 60), (8, 8), seed=9)
     for kind in ('tif', 'webp', 'png', 'gif'):
         for seed in (1, 2):
             scan(folder / f'{seed}.{kind}', seed, cover)
@@ -305,11 +305,10 @@ def disturb(folder, rng, same_time):
 def nest(tmp_path_factory):
     """Four pictures, each three times in several folders, of each a near copy; and their index beside them."""
     base = tmp_path_factory.mktemp('nest')
-    rng = np.random.default_rng(0)
     for name in 'abc':
         (base / 'pictures' / name).mkdir(parents=True)
     for i in range(4):
-        picture = Image.fromarray(rng.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((60, 60))
+        picture = noise((60, 60), (8, 8), i)
         for name in 'abc':
             picture.save(base / 'pictures' / name / f'{i}.png')
         picture.resize((50, 50)).save(base / 'pictures' / 'c' / f'near{i}.png')
@@ -359,16 +358,11 @@ def test_order_of_indexing_decides_nothing(tmp_path):
     assert len(found[0]) == 30 and found[0] == found[1]
 
 
-def test_empty_and_tiny_indexes(tmp_path):
+def test_tiny_indexes(tmp_path):
     for count in (0, 1, 2):
-        index = Index.open(write_index(tmp_path / str(count), unit_vectors(count)))
-        assert find_copies(index).groups == ()
-    with pytest.raises(ValueError, match='above -1 and at most 1'):
-        find_copies(index, 1.5)
+        assert find_copies(Index.open(write_index(tmp_path / str(count), unit_vectors(count)))).groups == ()
     ten = Index.open(write_index(tmp_path / 'ten', unit_vectors(10)))
     assert find_copies(ten, false_positives=0, look=False).groups == ()
-    with pytest.raises(ValueError, match='share from 0 to below 1'):
-        find_copies(ten, false_positives=1)
 
 
 def test_command(index, pictures, tmp_path, capfdbinary):

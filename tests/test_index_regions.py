@@ -12,7 +12,7 @@ from timm_multigrain.app.answers import Answers
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.images.pixels import read_image
-from timm_multigrain.index import Index, build_index, regions
+from timm_multigrain.index import Index, regions
 from timm_multigrain.index.ann import update_structure
 from timm_multigrain.index.between import ImageSet, find_copies_between
 from timm_multigrain.index.dedup import find_copies
@@ -22,12 +22,13 @@ from timm_multigrain.index.records import REGION
 from timm_multigrain.report.collection import indexed_picture
 from timm_multigrain.search.rerank import rerank_candidates
 
+from . import test_index_build
 from .small_index import CLASSES, unit_vectors, write_index, writer_of
-from .test_index_build import picture
 from .tiny import tiny_model
 
+pictures, picture = test_index_build.pictures, test_index_build.picture
 ROWS = [('0.png', '0 0 30 70', 'left'), ('0.png', '44.6 10.4 200 60', 'right'), ('sub/1.png', '5 5 40 40', ''),
-        ('2.png', '-9 20 45 50', 'left'), ('3.png', '', '')]
+        ('2.png', '-9 20 45 50', 'left'), ('sub/3.png', '', '')]
 BOXES = {('0.png', (0, 0, 30, 70), 'left'), ('0.png', (45, 10, 90, 60), 'right'), ('1.png', (5, 5, 40, 40), ''),
          ('2.png', (0, 20, 45, 50), 'left')}
 
@@ -36,16 +37,6 @@ def listed(path, rows=ROWS):
     with open(path, 'w', newline='') as file:
         csv.writer(file).writerows([('path', 'box', 'category'), *rows])
     return path
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    folder = tmp_path / 'pictures'
-    (folder / 'sub').mkdir(parents=True)
-    for i in range(5):
-        picture(i).save(folder / ('sub' if i % 2 else '.') / f'{i}.png')
-    os.rename(folder / 'sub' / '3.png', folder / '3.png')
-    return folder
 
 
 @pytest.fixture
@@ -58,8 +49,8 @@ def read(monkeypatch):
 
 
 def update(pictures, boxes=None, **options):
-    build_index([pictures], pictures.parent / 'index', boxes=boxes, workers=0, progress=False, **options)
-    return Index.open(pictures.parent / 'index')
+    test_index_build.update(pictures, boxes=boxes, **options)
+    return test_index_build.opened(pictures)
 
 
 def make(pictures, boxes, **options):
@@ -82,7 +73,7 @@ def check(index):
 
 def test_parts_are_embedded_as_pictures_of_their_own(pictures, tmp_path, capsys):
     index = make(pictures, listed(tmp_path / 'boxes.csv'))
-    assert len(index) == len(index.vectors) == 5 and regions_in(index) == BOXES
+    assert len(index) == len(index.vectors) == 8 and regions_in(index) == BOXES
     assert index.categories == ['left', 'right'] and index.info['regions'] == 4
     check(index)
     query = tmp_path / 'query.png'
@@ -163,16 +154,16 @@ def test_updates(pictures, tmp_path, read):
     picture(9).save(pictures / '0.png')
     (pictures / '2.png').unlink()
     assert regions_in(update(pictures)) == {('1.png', (5, 5, 40, 40), '')} and not read  # moved; the others are new
-    rows = [('0.png', '1 1 30 30', 'x'), ('1.png', '5 5 40 40', ''), ('3.png', '0 0 9 9', 'y')]
+    rows = [('0.png', '1 1 30 30', 'x'), ('1.png', '5 5 40 40', ''), ('sub/3.png', '0 0 9 9', 'y')]
     index = update(pictures, listed(tmp_path / 'boxes.csv', rows))
     assert regions_in(index) == {('0.png', (1, 1, 30, 30), 'x'), ('1.png', (5, 5, 40, 40), ''),
                                  ('3.png', (0, 0, 9, 9), 'y')}
     assert sorted(read) == ['0.png', '3.png']
     check(index)
     number = len(index.store.file)
-    index = update(pictures, listed(tmp_path / 'boxes.csv', [('3.png', '0 0 9 9', 'z'), ('0.png', '', '')]))
+    index = update(pictures, listed(tmp_path / 'boxes.csv', [('sub/3.png', '0 0 9 9', 'z'), ('0.png', '', '')]))
     assert regions_in(index) == {('3.png', (0, 0, 9, 9), 'z')}
-    assert len(index.store.file) == 5 < number  # the file of vectors was written anew
+    assert len(index.store.file) == 8 < number  # the file of vectors was written anew
     check(index)
     index.store.check()
 
@@ -192,22 +183,22 @@ def test_a_detector_sees_each_picture_once(pictures, tmp_path, monkeypatch):
     monkeypatch.setattr(regions, 'PICTURES', 1)
     with pytest.raises(RuntimeError, match=r'\.png: .*detect failed with KeyError: .the detector fails.'):
         make(pictures, detect)
-    with pytest.warns(UserWarning, match='of its last update: 3 pictures'):
+    with pytest.warns(UserWarning, match='of its last update: 6 pictures'):
         Index.open(tmp_path / 'index')
     with pytest.warns(UserWarning, match='Boxes of 1 picture were left out'):
         index = update(pictures, detect)
-    assert len(asked) == 7 and regions_in(index) == {('7.jpg', (0, 0, 70, 20), '')}
+    assert len(asked) == 10 and regions_in(index) == {('7.jpg', (0, 0, 70, 20), '')}
     check(index)
     update(pictures, detect)
-    assert len(asked) == 7
+    assert len(asked) == 10
     index = update(pictures, lambda image: np.array([[0, 0, 10, 10]]))  # another one is asked again
-    assert len(index.store.regions) == 6
+    assert len(index.store.regions) == 9
 
 
 def test_elsewhere_there_are_whole_pictures_only(pictures, tmp_path):
     def results(index):
         target = tmp_path / f'{len(index.store.regions)}.parquet'
-        assert export_parquet(index, target, progress=False).written == 6
+        assert export_parquet(index, target, progress=False).written == 9
         between = find_copies_between(ImageSet(index, pictures / 'sub'), ImageSet(index, pictures / 'rest'), 0.9)
         return find_copies(index, 0.9).to_dict(), between.to_dict(), pytest.importorskip('pyarrow.parquet').read_table(
             target).to_pydict()
@@ -217,7 +208,7 @@ def test_elsewhere_there_are_whole_pictures_only(pictures, tmp_path):
     before = results(make(pictures, None))
     assert before[0]['groups'] and before[1]['pairs']
     after = update(pictures, lambda image: [(0, 0, *image.size), (0, 0, *image.size)])
-    assert len(after.store.regions) == 12 and results(after) == before
+    assert len(after.store.regions) == 18 and results(after) == before
 
 
 def test_what_gives_no_boxes(pictures):

@@ -361,10 +361,3 @@ def test_index_moves_with_its_pictures(tmp_path):
     assert Index.open(path).paths[0] == str(tmp_path / 'a' / 'pictures' / '0.jpg')
     shutil.move(tmp_path / 'a', tmp_path / 'b')
     assert Index.open(tmp_path / 'b' / 'index').paths[0] == str(tmp_path / 'b' / 'pictures' / '0.jpg')
-
-
-def test_tables_can_be_read_with_sql(folder):
-    db = sqlite3.connect(f'file:{folder / FILE}?mode=ro&immutable=1', uri=True)
-    assert db.execute('SELECT count(*) FROM images').fetchone() == (120,)
-    assert db.execute('SELECT reason FROM skipped').fetchall() == [('is empty',)]
-    db.close()

@@ -18,6 +18,7 @@ from timm_multigrain.index.dedup import find_copies
 from timm_multigrain.index.records import RECORD, REGION, DamagedIndex
 from timm_multigrain.index.store import FILE
 
+from .pictures import noise, write_noise
 from .test_files import change_tree
 from .tiny import tiny_model
 
@@ -28,16 +29,13 @@ REFUSALS = (ValueError, OSError, RuntimeError)  # what a command says in a sente
 def made(tmp_path_factory):
     """Pictures, an index of them with a structure and its model in it, and a picture that is not indexed yet."""
     base = tmp_path_factory.mktemp('stranger')
-    (base / 'pictures').mkdir()
-    rng = np.random.default_rng(0)
-    for i in range(120):
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(base / 'pictures' / f'{i}.png')
+    write_noise(base / 'pictures', [f'{i}.png' for i in range(120)], (16, 16))
     (base / 'pictures' / 'broken.png').write_bytes(b'x')
     model = tiny_model()
     model.pretrained_cfg['label_names'] = ['boat', 'car', 'tree']
     build_index([base / 'pictures'], base / 'index', model, Protocol(32), workers=0, progress=False, kind='hnsw',
                 boxes=lambda image: [(0, 0, 9, 9, 'part')], local=True)
-    Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(base / 'pictures' / 'new.png')
+    noise((16, 16), seed=1).save(base / 'pictures' / 'new.png')
     assert len(list((base / 'index').glob('faiss*'))) == 1
     return base
 

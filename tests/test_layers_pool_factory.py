@@ -136,6 +136,7 @@ def make_eva(name, **kwargs):
     return Eva(**TINY, global_pool=name, num_reg_tokens=2, **kwargs).eval()
 
 
+@SCRIPT
 @pytest.mark.parametrize('make', [make_vit, make_eva])
 class TestTokens:
 
@@ -146,6 +147,7 @@ class TestTokens:
         assert tokens.shape == (2, 3 + 16, 16)
         expected = model.head(model.fc_norm(gem(tokens[:, 3:], 2.5, dim=(1,))))
         assert torch.equal(model(x), expected) and model.global_pool == 'gem2.5'
+        torch.testing.assert_close(torch.jit.script(model)(x), expected)
         tokens[:, :3] = 1e3
         assert torch.equal(model.forward_head(tokens), expected)
 
@@ -170,27 +172,6 @@ class TestTokens:
             model.reset_classifier(3, 'gem')
         model.reset_classifier(0, '')
         assert model(x).shape == (1, 19, 16) and not gems(model)
-
-@SCRIPT
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['test_resnet', 'test_convnext', 'test_vit', 'eva02_tiny_patch14_224'])
-def test_whole_models_with_weights(name):
-    """One for each way in."""
-    torch.manual_seed(0)
-    model = timm.create_model(name, global_pool='gem', num_classes=5).eval()
-    plain = timm.create_model(name, global_pool='avg', num_classes=5).eval()
-    assert list(model.state_dict()) == list(plain.state_dict())
-    model.load_state_dict(plain.state_dict())
-    x = random_map(1, *model.pretrained_cfg['input_size'])
-    y = model(x)
-    assert y.shape == (1, 5) and not torch.equal(y, plain(x))
-    for other in (torch.jit.script(model), copy.deepcopy(model)):
-        torch.testing.assert_close(other(x), y, rtol=1e-4, atol=1e-5)
-    learnable = timm.create_model(name, global_pool='gem_learn', num_classes=5)
-    extra, = set(learnable.state_dict()) - set(plain.state_dict())
-    learnable(x.expand(2, -1, -1, -1)).sum().backward()
-    assert extra.endswith('.p') and gems(learnable)[0].p.grad is not None
-
 
 def test_a_timm_of_other_seams_is_refused_and_left(monkeypatch):
     methods = [getattr(seam.find(), name) for seam in pool_factory._SEAMS for name in seam.wraps]
@@ -222,9 +203,12 @@ SMALL = ('test_', 'atto', 'femto', 'pico', 'nano', 'tiny', 'xxs', '18', 'b0', 'm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', [m for m in timm.list_modules() if hasattr(timm.models, m)])
+@pytest.mark.parametrize('family', [m for m in timm.list_modules() if hasattr(timm.models, m) and m != 'sequencer'])
 def test_family(family):
-    """Its smallest model by name, built without memory on the meta device; the forward goes through GeM, once."""
+    """Its smallest model by name, built without memory on the meta device; the forward goes through GeM, once.
+
+    But for Sequencer, whose recurrent layers are slow there.
+    """
     name = min(timm.list_models(module=family), key=lambda name: (
         next((i for i, part in enumerate(SMALL) if part in name), len(SMALL)), len(name), name))
     with torch.device('meta'):

@@ -126,10 +126,6 @@ def test_region_grid():
         assert len(covered) == height * width
 
 
-def test_square_map_has_14_regions():
-    assert len(_region_grid(7, 7)) == RMAC()(torch.ones(1, 1, 7, 7)).round().item() == 1 + 4 + 9
-
-
 @pytest.mark.parametrize('layer', [MAC(), SPoC(), RMAC(), CroW()], ids=repr)
 def test_gradients(layer):
     for x in (relu_map(2, 6, 5, 7), torch.zeros(2, 6, 5, 7), torch.randn(2, 6, 5, 7)):
@@ -164,4 +160,3 @@ def test_errors():
             pool('NCL')
         with pytest.raises(ValueError, match="num_prefix_tokens=1 needs input_fmt='NLC'"):
             pool(num_prefix_tokens=1)
-    assert repr(RMAC('NHWC')) == 'RMAC(input_fmt=NHWC, flatten=True, num_prefix_tokens=0)'

@@ -116,15 +116,9 @@ def check_golden(numbers, tag, name):
     assert (shares * len(triplets.anchor)).item() == pytest.approx(both, rel=1e-5)
 
 
-def test_margin_is_the_original(numbers):
-    check_all_golden(numbers, 13)
-
-
-def test_margin_is_the_original_everywhere(shared_golden):
-    check_all_golden(load_file(shared_golden / 'margin.safetensors'), 16)
-
-
-def check_all_golden(numbers, count):
+@pytest.mark.parametrize('folder, count', [('golden', 13), ('shared_golden', 16)])
+def test_margin_is_the_original(request, folder, count):
+    numbers = load_file(request.getfixturevalue(folder) / 'margin.safetensors')
     tags = [k.removesuffix('.triples') for k in numbers if k.endswith('.triples')]
     assert len(tags) == count
     for tag in tags:
@@ -238,14 +232,6 @@ def test_precision_and_autocast(batch, name):
 def test_margin_refuses(kwargs):
     with pytest.raises(ValueError, match=f'{next(iter(kwargs))} is '):
         MarginLoss(**kwargs)
-
-
-def test_margin_parameter():
-    loss = MarginLoss(beta_init=0.9, margin=0.3)
-    assert {k: (v.shape, v.dtype) for k, v in loss.named_parameters()} == {'beta': ((1,), torch.float32)}
-    assert loss.beta.item() == pytest.approx(0.9) and loss.margin == 0.3
-    for loss_class in OURS.values():
-        assert loss_class().needs_triplets
 
 
 def test_boundary_follows_the_distances(batch):

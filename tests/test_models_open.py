@@ -4,7 +4,6 @@ import dataclasses
 import hashlib
 import json
 import random
-import re
 import warnings
 
 import numpy as np
@@ -166,7 +165,7 @@ def test_names_of_classes(tmp_path):
     assert label_names_of(model) == ['boat', '1', 'tree']
 
 
-def test_names_of_classes_travel_from_training(tmp_path, noise_folder, capsys):
+def test_names_of_classes_travel_from_training(tmp_path, noise_folder):
     args = dict(model_kwargs=dict(trunk='test_resnet'), img_size=32)
     path = train_checkpoint(tmp_path / 'last.pth.tar', tiny_model(), **args)
     assert 'label_names' not in open_model(path).pretrained_cfg
@@ -174,16 +173,11 @@ def test_names_of_classes_travel_from_training(tmp_path, noise_folder, capsys):
     assert 'label_names' not in open_model(path).pretrained_cfg  # of another training
     write_class_names(tmp_path, ['boat', 'car', 'tree'])
     assert open_model(path).pretrained_cfg['label_names'] == ['boat', 'car', 'tree']
-    images, index = str(noise_folder / 'train'), str(tmp_path / 'index')
-    for command in (['whiten', str(path), images, '-o', f'{tmp_path}/white', '--workers', '0', '--shrinkage', '0.5'],
-                    ['publish', f'{tmp_path}/white', 'me/x', '--license', 'mit', '--dry-run', f'{tmp_path}/pub'],
-                    ['index', images, '-o', index, '--model', str(path), '--workers', '0']):
+    for command in (['whiten', str(path), str(noise_folder / 'train'), '-o', f'{tmp_path}/white', '--workers', '0',
+                     '--shrinkage', '0.5'],
+                    ['publish', f'{tmp_path}/white', 'me/x', '--license', 'mit', '--dry-run', f'{tmp_path}/pub']):
         assert main(command) == 0
-    assert '| classes | 3: boat, car, tree |' in (tmp_path / 'pub' / 'README.md').read_text()
     assert open_model(tmp_path / 'pub').pretrained_cfg['label_names'] == ['boat', 'car', 'tree']
-    capsys.readouterr()
-    assert main(['search', index, f'{images}/a/0.png', '-k', '1']) == 0
-    assert re.search(r'1\.000  (boat|car|tree) \d+ %', capsys.readouterr().out)
 
 
 # --- data configuration: one for a checkpoint and the folder published from it
@@ -381,14 +375,14 @@ def test_a_file_of_ones_own(tmp_path, capsys, golden):
     assert not {'license', 'description', 'origin_url', 'tag', 'notes', 'url', 'file'} & set(config['pretrained_cfg'])
 
 
-def test_the_authors_file_by_tag_address_and_name(tmp_path, server, monkeypatch):
+def test_the_authors_file_by_tag_and_name(tmp_path, server, monkeypatch):
     tag = 'multigrain_resnet50.fb_p3_l05_in1k'
     path = write(tmp_path / 'joint_3B_0.5.pth', container(original.state_dict('resnet50', p=1.7)))
     url = server.add('multigrain_models/joint_3B_0.5.pth', path.read_bytes())
     cfg = dataclasses.replace(timm.models.get_pretrained_cfg(tag), url=url)
     monkeypatch.setitem(timm.models._registry._model_pretrained_cfgs, tag, cfg)
     hashes = set()
-    for source in (tag, url, path):
+    for source in (tag, path):
         model, config = convert(source, tmp_path / 'model')
         hashes.add(config['weights_sha256'])
         stored = config['pretrained_cfg']
@@ -396,7 +390,7 @@ def test_the_authors_file_by_tag_address_and_name(tmp_path, server, monkeypatch)
             assert stored[key] == getattr(cfg, key)
         assert stored['mean'] == list(cfg.mean) and stored['notes'] == list(cfg.notes) and 'url' not in stored
         assert model.gem_p == torch.tensor(1.7).item() and model.pretrained_cfg['license'] == 'cc-by-nc-4.0'
-    assert len(hashes) == 1 and len(server.requests) == 1  # from the server, then from the cache
+    assert len(hashes) == len(server.requests) == 1
     other = write(tmp_path / 'joint_3B_0.5.pth', original.state_dict('resnet18'))  # the same name on another network
     model, config = convert(other, tmp_path / 'model')
     assert config['architecture'] == 'multigrain_resnet18' and 'license' not in config['pretrained_cfg']
@@ -496,14 +490,10 @@ def test_bad_names(tmp_path):
 
 def test_weights_sha256():
     model, other = tiny_model(), tiny_model()
-    assert weights_sha256(model) == weights_sha256(other) != weights_sha256(tiny_model(1))
+    assert weights_sha256(model) == weights_sha256(other)
     other.head.fc.bias.data[0] += 1e-6
-    assert weights_sha256(model) != weights_sha256(other)
-    other = tiny_model()
-    other.set_gem_p(4)
-    assert weights_sha256(model) != weights_sha256(other)
-    pooled = tiny_model(global_pool='mac')
-    assert weights_sha256(pooled) != weights_sha256(model)
+    for another in (other, tiny_model(1), tiny_model(gem_p=4), tiny_model(global_pool='mac')):
+        assert weights_sha256(model) != weights_sha256(another)
 
 
 def test_weights_that_are_not_here_and_cannot_be_fetched(monkeypatch, tmp_path):

@@ -281,23 +281,19 @@ def test_tags_of_the_official_weights():
 
 
 @torch.inference_mode()
-def test_by_address(server, tmp_path, reference):
-    path = write(tmp_path / 'w.pth', container(original.state_dict('resnet50', p=1.7)), zipped=True)
-    url = server.add('multigrain_models/joint_3B_0.5.pth', path.read_bytes())
-    for _ in range(2):  # from the server, then from the cache
-        model = load('multigrain_resnet50.fb_p3_l05_in1k', url=url)
-        close(model(original.image(96, 96, 2)), reference['resnet50.96x96.p1.7.logits'])
-    assert server.requests == ['/multigrain_models/joint_3B_0.5.pth']
-    assert (tmp_path / 'torch/hub/checkpoints/joint_3B_0.5.pth').exists()
-    cfg = model.pretrained_cfg
-    assert cfg['url'] == url and cfg['license'] == 'cc-by-nc-4.0' and not {'file', 'state_dict'} & set(cfg)
+def test_by_address(server, tmp_path):
     model, x = timm.create_model(NAME, num_classes=3, gem_p=2.5).eval(), torch.randn(1, 3, 64, 64)
     wrapped = write(tmp_path / 'm', {'state_dict': {f'module.{k}': v for k, v in model.state_dict().items()}})
-    for url in (server.add('model.safetensors', save(model.state_dict())),
-                server.add('model_best.pth.tar', wrapped.read_bytes())):
-        again = load(url=url, overlay=dict(num_classes=3), cache_dir=str(tmp_path / 'mine'))
-        assert torch.equal(again(x), model(x)) and again.gem_p == 2.5
-    assert len(list((tmp_path / 'mine').iterdir())) == 2
+    files = {'model.safetensors': save(model.state_dict()), 'model_best.pth.tar': wrapped.read_bytes()}
+    for name, content in files.items():
+        url = server.add(f'any/{name}', content)
+        for _ in range(2):  # from the server, then from the cache
+            again = load(url=url, overlay=dict(num_classes=3))
+            assert torch.equal(again(x), model(x)) and again.gem_p == 2.5 and again.pretrained_cfg['url'] == url
+        assert (tmp_path / 'torch' / 'hub' / 'checkpoints' / name).exists()
+        load(url=url, overlay=dict(num_classes=3), cache_dir=str(tmp_path / 'mine'))
+        assert (tmp_path / 'mine' / name).exists()
+    assert len(server.requests) == 4 and not {'file', 'state_dict'} & set(again.pretrained_cfg)
 
 
 @torch.inference_mode()

@@ -134,9 +134,6 @@ def test_shown_and_stored():
     assert str(protocol) == (
         'longer side 500, smaller images enlarged, scales 1 0.7071 0.5, flip, EXIF ignored')
     assert Protocol(**json.loads(json.dumps(protocol.to_dict()))) == protocol
-    assert str(Protocol(64, crop_pct=1, interpolation='bicubic')) == 'crop 64, crop_pct 1, bicubic'
-    assert str(Protocol(64, crop_mode='squash')) == 'crop 64, squash' and str(Protocol()) == 'crop 224'
-    assert str(Protocol(64, 'thumbnail')) == 'longer side at most 64 (thumbnail), smaller images as they are, lanczos'
 
 
 @pytest.mark.parametrize('kwargs, message', [

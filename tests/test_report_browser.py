@@ -2,15 +2,14 @@
 import shutil
 import subprocess
 
-import numpy as np
 import pytest
-from PIL import Image
 
 from timm_multigrain.index.dedup import find_copies
 from timm_multigrain.report.collection import write_copies_page
 
 from .browser import browsing, needs_browser
 from .copies_folder import make_index
+from .pictures import noise
 
 pytestmark = [pytest.mark.slow, needs_browser]
 
@@ -20,8 +19,7 @@ def test_page_of_copies(tmp_path):
     folder.mkdir()
     down.mkdir()
     for i in range(2):
-        values = np.random.default_rng(i).integers(0, 256, (24, 32, 3), dtype=np.uint8)
-        Image.fromarray(values).resize((160, 120)).save(folder / f"it's {i}.png")
+        noise((160, 120), (32, 24), i).save(folder / f"it's {i}.png")
         shutil.copyfile(folder / f"it's {i}.png", folder / f'copy {i}.png')
     copies = find_copies(make_index(folder, tmp_path / 'index'), exact_only=True)
     page = write_copies_page(tmp_path / 'page.html', copies)

@@ -47,7 +47,6 @@ def test_what_cannot_be_resumed(tmp_path):
     truncated = tmp_path / 'truncated.pth'
     truncated.write_bytes(Path(joint).read_bytes()[:5000])
     cases = [
-        (str(tmp_path / 'none.pth'), {}, 'file not found'),
         (str(tmp_path / 'text.pth'), {}, 'cannot be read as weights'),
         (str(truncated), {}, 'cannot be read as weights'),
         (str(tmp_path / 'code.pth'), {}, 'cannot be read as weights'),

@@ -234,14 +234,6 @@ def test_without_classifier_in_training_and_refusals(embeddings):
         fold_whitening(model, fit)
 
 
-def test_shows_itself():
-    fit = WhiteningFit(torch.zeros(3), torch.zeros(3, 2), torch.ones(2), 7)
-    assert str(fit) == 'PCA whitening, 2 of 3 components, 7 images'
-    fit = WhiteningFit(torch.zeros(3), torch.zeros(3, 2), torch.ones(2), 7, 1, 0.5, 'learned')
-    assert str(fit) == 'Learned whitening, 2 of 3 components, 7 images (shrinkage 0.5, 1 directions constant)'
-    assert fit.to_dict() == {'kind': 'learned', 'dim': 2, 'images': 7, 'shrinkage': 0.5, 'constant': 1}
-
-
 class WithoutFloat64(TorchDispatchMode):
     """Refuses float64 on the device 'lazy', which stands for one that has none, as MPS."""
 
