@@ -22,7 +22,7 @@ from torch.utils.data import (
 from torchvision.datasets import ImageFolder, VisionDataset
 from torchvision.transforms import Compose, PILToTensor, Resize
 
-from timm_multigrain.data import InstanceDataset, create_transform
+from timm_multigrain.data import InstanceDataset
 from timm_multigrain.images.pixels import UnreadableImage
 
 INDICES = [2, 2, 2, 0, 0, 5, 2, 2, 7, 7, 7, 7]
@@ -123,7 +123,8 @@ MAKERS = {
         str(root), load_bytes=True, transform=lambda data: torch.rand(3) + len(data)),
     'timm, augmented': lambda root: ImageDataset(str(root), transform=timm_transform(
         32, is_training=True, auto_augment='rand-m9-mstd0.5-inc1', re_prob=0.5)),
-    'folder': lambda root: ImageFolder(root, transform=create_transform(32), target_transform=noisy_class),
+    'folder': lambda root: ImageFolder(
+        root, transform=timm_transform(32, is_training=True), target_transform=noisy_class),
     'transforms, standard': lambda root: Pairs(root, transform=draw_from_all, target_transform=noisy_class),
     'transforms, joint': lambda root: Pairs(root, transforms=Joint()),
     'random split': lambda root: random_split(
