@@ -267,5 +267,9 @@ def test_joint_forward_on_a_pretended_gpu(kwargs):
     with FakeTensorMode():
         state = {name: torch.empty(tensor.shape, dtype=tensor.dtype, device='cuda') for name, tensor in tensors}
         images, target = torch.empty(9, 3, 64, 64, device='cuda'), torch.zeros(9, 2, dtype=torch.int64, device='cuda')
+        try:
+            target[:, 0]
+        except RuntimeError as e:  # torch 2.6
+            pytest.skip(f'Without a GPU this torch cannot index a pretended tensor: {e}')
         result = torch.func.functional_call(task, state, (images, target))
         assert {value.device.type for value in result.values()} == {'cuda'} and result['output'].shape == (9, 3)

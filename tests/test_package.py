@@ -3,8 +3,11 @@ import doctest
 import importlib
 import inspect
 import os
+import shutil
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -85,6 +88,24 @@ def test_old_timm_is_refused_in_one_sentence(tmp_path):
         env={**os.environ, 'PYTHONPATH': f'{tmp_path}{os.pathsep}{Path(timm_multigrain.__path__[0]).parent}'})
     assert done.returncode
     assert 'needs timm 1.0.31 or newer, found 1.0.29.dev0 in' in done.stderr.strip().splitlines()[-1]
+
+
+def test_a_wheel_holds_the_package_and_an_sdist_all(tmp_path):
+    pytest.importorskip('setuptools', minversion='70.1')  # older ones need another package for wheels
+    root = Path(__file__).resolve().parents[1]
+    for name in ('CHANGELOG.md', 'LICENSE', 'MANIFEST.in', 'README.md', 'pyproject.toml', 'setup.cfg'):
+        shutil.copy(root / name, tmp_path)
+    for name in ('.ci', '.github', 'benchmarks', 'tests', 'timm_multigrain'):
+        shutil.copytree(root / name, tmp_path / name, ignore=shutil.ignore_patterns('__pycache__', '.*'))
+    every = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob('*') if path.is_file()}
+    code = 'from setuptools import build_meta as b; b.build_sdist("."); b.build_wheel(".")'
+    subprocess.run([sys.executable, '-c', code], cwd=tmp_path, check=True, capture_output=True)
+    with tarfile.open(next(tmp_path.glob('*.tar.gz'))) as file:
+        held = {m.name.split('/', 1)[1] for m in file if m.isfile()}
+    assert {name for name in held if 'egg-info' not in name} == every | {'PKG-INFO'}
+    with zipfile.ZipFile(next(tmp_path.glob('*.whl'))) as file:
+        held = {name for name in file.namelist() if 'dist-info' not in name}
+    assert held == {name for name in every if name.startswith('timm_multigrain/') and not name.endswith('.md')}
 
 
 def _documented() -> list[doctest.DocTest]:

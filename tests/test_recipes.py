@@ -3,7 +3,6 @@
 TIMM_SCRIPTS names folders with a train.py, separated as in PATH; without it the stand-in beside this file is asked.
 """
 import argparse
-import configparser
 import math
 import os
 import sys
@@ -216,12 +215,3 @@ def test_unknown_recipe(capsys):
     assert main(['recipe', 'zzz']) == 2
     err = capsys.readouterr().err
     assert all(name in err for name in NAMES)
-
-
-def test_a_wheel_holds_the_recipes():
-    config = configparser.ConfigParser()
-    config.read(ROOT / 'setup.cfg')
-    assert config['options.package_data']['timm_multigrain.recipes'] == '*.yaml'
-    assert (ROOT / 'timm_multigrain' / 'recipes' / '__init__.py').is_file()  # what `packages = find:` looks for
-    assert sorted(p.name for p in files('timm_multigrain.recipes').iterdir() if p.name.endswith('.yaml')) == [
-        f'{name}.yaml' for name in NAMES]

@@ -59,10 +59,8 @@ def gem(
     else:
         y = power_mean(x, p, eps, dim)
     if not keepdim:  # one by one: torch's older ONNX exporter takes no squeeze of several dimensions
-        axes = [d % x.dim() for d in dim]
-        axes.sort(reverse=True)
-        for axis in axes:
-            y = y.squeeze(axis)
+        for axis in sorted([-(d % x.dim()) for d in dim]):
+            y = y.squeeze(-axis)
     return y.to(x.dtype)
 
 
