@@ -60,7 +60,7 @@ def test_descriptors_are_those_of_the_map_of_stride_16(pictures, monkeypatch):
     expected = 254 * reduced / reduced.norm(dim=1, keepdim=True)
     assert found[0].vectors.dtype == np.int8 and found[0].vectors.shape == (20, 8) and found[0].size == (96, 64)
     np.testing.assert_allclose(found[0].vectors, expected.clamp(-127, 127), atol=0.51)
-    assert found[0].nbytes == 20 * (8 + 8)
+    assert len(found[0].to_bytes()) == 20 * (8 + 8)
     assert len(found[1].vectors) == 0 and len(match_images(*found)) == 0 and len(match_images(*found[::-1])) == 0
 
 
