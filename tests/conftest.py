@@ -42,22 +42,23 @@ def golden() -> Path:
     return GOLDEN
 
 
+def beside(name: str) -> Path:
+    """A folder beside the checkout; tests that need it are skipped elsewhere."""
+    if not (SHARED / name).is_dir():
+        pytest.skip(f'{name} is not beside this checkout')
+    return SHARED / name
+
+
 @pytest.fixture(scope='session')
 def shared_golden() -> Path:
-    """The larger golden files, which live beside the checkout; tests that need them are skipped elsewhere."""
-    path = SHARED / 'golden'
-    if not path.is_dir():
-        pytest.skip('the larger golden files are not beside this checkout')
-    return path
+    """The larger golden files."""
+    return beside('golden')
 
 
 @pytest.fixture(scope='session')
 def shared_data() -> Path:
-    """Real photographs beside the checkout; tests that need them are skipped elsewhere."""
-    path = SHARED / 'data'
-    if not path.is_dir():
-        pytest.skip('the real photographs are not beside this checkout')
-    return path
+    """Real photographs."""
+    return beside('data')
 
 
 @pytest.fixture(scope='session')

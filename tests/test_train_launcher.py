@@ -489,32 +489,23 @@ def test_files_are_found_and_decoded_as_by_commands(train, images, tmp_path, mon
     assert [loader.dataset.decode for loader in made] == ['multigrain'] * 2 + ['timm'] * 2
 
 
-def test_yaml(train, tmp_path):
-    config = tmp_path / 'settings.yaml'
-    config.write_text('{mg_repeats: 2, mg_classif_weight: 0.3, mg_instance_loss_kwargs: {margin: 0.1}, smoothing: 0}')
-    run = train('-c', config)
-    assert_joint(run, weight=0.3)
-    assert ids(run) == order(repeats=2)
-    assert run.task.get_trainable_module().instance_loss.margin == 0.1
-    assert_joint(train('-c', config, '--mg-classif-weight', '0.8'), weight=0.8)
-
-
 _AUTO = '--device-modules', 'timm_multigrain.auto'
 
 
-def test_auto_by_yaml(train, tmp_path):
-    config = tmp_path / 'settings.yaml'
-    settings = dict(
-        device_modules=['timm_multigrain.auto'],
-        model_kwargs=dict(
-            trunk='test_resnet', mg_repeats=2, mg_fast_loader=True, mg_beta_init=1.2,
-            mg_instance_loss_kwargs=dict(margin=0.1)))
-    config.write_text(yaml.safe_dump(settings))
-    run = train('-c', config, model=MODEL[:2], start=plainly)
-    assert_joint(run)
+@pytest.mark.parametrize('auto', [False, True])
+def test_yaml(train, tmp_path, auto):
+    config, options = tmp_path / 'settings.yaml', dict(
+        mg_repeats=2, mg_classif_weight=0.3, mg_fast_loader=True, mg_beta_init=1.2,
+        mg_instance_loss_kwargs=dict(margin=0.1))
+    by_timm = dict(device_modules=['timm_multigrain.auto'], model_kwargs=dict(trunk='test_resnet', **options))
+    config.write_text(yaml.safe_dump(by_timm if auto else options))
+    run = train('-c', config, **(dict(model=MODEL[:2], start=plainly) if auto else {}))
+    assert_joint(run, weight=0.3)
     assert isinstance(run.loader.dataset.transform, TensorTransform)
     assert ids(run) == order(repeats=2)
     assert run.task.get_trainable_module().instance_loss.margin == 0.1
+    if not auto:
+        assert_joint(train('-c', config, '--mg-classif-weight', '0.8'), weight=0.8)
 
 
 def test_auto_beside_the_launcher(train):

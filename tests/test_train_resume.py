@@ -37,10 +37,6 @@ def test_what_can_be_resumed(tmp_path):
     assert _problem(joint) is None and _problem(joint, instance_loss_kwargs={'margin': 0.3}) is None
     assert _problem(classes, classif_weight=1) is None
     assert resume_problem(argparse.Namespace(resume=''), TrainOptions()) is None
-
-
-def test_what_cannot_be_resumed(tmp_path):
-    joint, classes = _checkpoint(tmp_path / 'j.pth'), _checkpoint(tmp_path / 'c.pth', joint=False)
     (tmp_path / 'text.pth').write_text('no checkpoint')
     torch.save({'conv1.weight': torch.zeros(2)}, tmp_path / 'weights.pth')
     torch.save({'state_dict': print}, tmp_path / 'code.pth')
