@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageOps
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.images.copies import EDITS
@@ -148,6 +148,13 @@ def test_what_is_never_certain():
     assert not compare(Picture(Image.new('RGB', (90, 90))), Picture(it)).edits
     shot = compare(Picture(it), Picture(EDITS['screenshot'](it)))  # nobody wants to keep that one
     assert shot.alike and not shot.certain and shot.edits == ('shows more, of which this is 50 %', 'inset')
+    collage = ImageOps.expand(it, (0, 0, 0, 240))
+    collage.paste(drawing(1, it.size), (0, 240))
+    for page in (ImageOps.expand(it, (0, 80), 'navy'), ImageOps.expand(it, (0, 0, 0, 60), 'white'), collage):
+        compared = compare(Picture(it), Picture(page))
+        assert compared.alike and not compared.certain and 'inset' in compared.edits
+    for part in ((0, 0, 320, 120), (0, 60, 320, 240), (80, 0, 320, 240)):
+        assert compare(Picture(it), Picture(it.crop(part))).certain
 
 
 @pytest.mark.parametrize('edit, mirrored, degrees', [

@@ -31,7 +31,7 @@ AGREES = 0.7  # correlation of a place with its counterpart
 CERTAIN = (0.85, 0.9)  # share of the places that agree, and the median of the correlations
 LIKELY = ((0.8, 0.85), (0.6, 0.97))  # the same; the second one is of pictures that are partly covered
 BLURRED = (0.2, 0.5)  # the same, of pictures whose small versions look the same
-GOES_ON = 0.25  # correlation along the edge of a part
+GOES_ON, SEAM = 0.25, 2  # along the edge of a part: correlation across it, and how much more that differs than inside
 WHOLE = 0.95  # share of the area from which on a part is the whole
 INSIDE, OVERLAP = 0.02, 0.15  # sides that a part may reach beyond the whole, to be certain and to be likely
 MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1, :, -np.arange(8) % 8].ravel()  # bins of SIFT of the mirror image
@@ -229,16 +229,21 @@ def _details(whole: Picture, part: Picture, matrix: np.ndarray) -> tuple[float, 
 
 
 def _is_inset(whole: Picture, matrix: np.ndarray) -> bool:
-    """Whether the whole does not go on around the part: along its edge, the inside does not tell what is outside."""
+    """Whether the whole does not go on around the part: along its edge, what is outside does not correlate with the
+    inside, or differs from it more than the inside changes over the same distance."""
     edge, half = np.linspace(-0.5, 0.5, 64), np.full(64, 0.5)
     frame = np.hstack([[edge, half], [edge, -half], [half, edge], [-half, edge]])
-    inner, outer = (np.round((whole.to_pixels @ matrix)[:2] @ [*(factor * frame), np.ones(frame.shape[1])]).astype(int)
-                    for factor in (0.97, 1.03))
+    deep, inner, outer = (
+        np.round((whole.to_pixels @ matrix)[:2] @ [*(factor * frame), np.ones(frame.shape[1])]).astype(int)
+        for factor in (0.955, 0.985, 1.015))
     there = ((outer >= 0) & (outer < np.array(whole.grey.shape[::-1])[:, None])).all(0)
-    if there.mean() < 0.5:
+    if there.mean() < 0.1:
         return False
-    inner, outer = (whole.grey[y[there], x[there]] for x, y in (inner.clip(0), outer))
-    return min(inner.std(), outer.std()) < 1 or np.corrcoef(inner, outer)[0, 1] < GOES_ON
+    deep, inner, outer = (whole.grey[y[there], x[there]].astype(np.float32)
+                          for x, y in (deep.clip(0), inner.clip(0), outer))
+    changes = np.abs(inner - deep).mean() + 2
+    return (np.abs(outer - inner).mean() > SEAM * changes or min(inner.std(), outer.std()) < 1
+            or np.corrcoef(inner, outer)[0, 1] < GOES_ON)
 
 
 def _to_pixels(width: int, height: int) -> np.ndarray:
