@@ -170,7 +170,6 @@ def test_a_license_the_hub_does_not_know(hub):
     ({'value': 'high'}, r"value has to be a number, not 'high'"),
     ({'p': -1}, 'p is -1, and has to be above 0'),
     ({'protocol': ' '}, "protocol is ' ', and has to be a printable text"),
-    ({'source_name': 'me'}, 'source_name needs source_url'),
     ({'whitning': 3}, "unexpected keyword argument 'whitning'"),
 ])
 def test_wrong_figures_are_one_sentence(tmp_path, change, error):

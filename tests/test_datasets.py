@@ -220,7 +220,7 @@ def test_revisited_as_published(tmp_path, shared_data):
     (tmp_path / 'jpg' / f'{images[0]}.jpg').unlink()
     with pytest.raises(FileNotFoundError, match=f'lacks 1 of the 6392 images of Revisited Paris: {images[0]}'):
         load_benchmark('rparis6k', tmp_path, ground_truth=path)
-    with pytest.raises(FileNotFoundError, match=r'gnd_rparis6k\.pkl: ground truth of Revisited Paris not found'):
+    with pytest.raises(FileNotFoundError, match=r'has no gnd_rparis6k\.pkl of Revisited Paris'):
         load_benchmark('rparis6k', tmp_path)
 
 

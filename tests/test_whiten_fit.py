@@ -174,15 +174,12 @@ def test_matching_pairs():
 
 @pytest.mark.parametrize('embeddings, kwargs, message', [
     ([], {}, 'No images'), (torch.rand(0, 4), {}, 'No images'), (torch.rand(1, 4), {}, '1 image is not enough'),
-    (torch.ones(30, 4), {}, 'The 30 images all have the same embedding'), (torch.rand(4), {}, r'give \(n, C\)'),
+    (torch.ones(30, 4), {}, 'The 30 images all have the same embedding'),
     (torch.tensor([[1., float('nan')]] * 9), {}, 'NaN or infinity'),
-    ([torch.rand(2, 3), torch.rand(2, 4)], {}, r'give \(n, 4\)'),
     (torch.rand(9, 4), {'dim': 0}, 'dim=0'), (torch.rand(9, 4), {'dim': 6}, 'dim=6'),
     (torch.rand(4, 4), {'shrinkage': 0}, '4 images have 3 components'),
     *[(torch.rand(9, 4), {'shrinkage': bad}, 'shrinkage=') for bad in (-0.1, 1.1, 'ledoit', float('nan'))],
-    *[(torch.rand(9, 4), {'pairs': pairs}, message) for pairs, message in (
-        ([], 'shape'), ([[0, 1, 2]], 'shape'), ([[0, 9]], '0 to 9 of 9'), ([[-1, 0]], '-1 to 0'),
-        ([[3, 3]], 'identical'))]])
+    (torch.rand(9, 4), {'pairs': [[3, 3]]}, 'identical')])
 def test_bad_arguments(embeddings, kwargs, message):
     with pytest.raises(ValueError, match=message):
         fit_whitening(embeddings, **kwargs)

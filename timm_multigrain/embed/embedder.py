@@ -123,8 +123,6 @@ class Embedder:
             raise ValueError('logits=True needs a model with a classifier: this one has num_classes=0.')
         if model.in_chans != 3:
             raise ValueError(f'The model takes {model.in_chans} channels: only one of RGB images can embed them.')
-        if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
-            raise ValueError(f'dtype={dtype}: give torch.bfloat16, torch.float16 or None.')
         self.model, self.protocol, self.batch_size, self.workers = model, protocol, batch_size, workers
         self.device = torch.device(device) if device is not None else next(model.parameters()).device
         if self.device.type == 'cuda' and not torch.cuda.is_available():

@@ -65,9 +65,6 @@ def choose_systems(model: MultiGrain, poolings: Sequence[str] = (), exponents: S
     for name in poolings:
         if name not in POOLINGS:
             raise ValueError(f'Unknown pooling {name!r}: take {", ".join(POOLINGS)}.')
-    for p in exponents:
-        if not p > 0:
-            raise ValueError(f'p = {p} cannot be an exponent: it has to be above 0.')
     if exponents and not set(_WITH_P) & set(poolings):
         raise ValueError(f'p is the exponent of gem, and the poolings are {", ".join(poolings)}: add gem.')
     return [System(name, p) for name in poolings

@@ -15,12 +15,14 @@ from timm.data.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from torchvision import transforms as T
 
 from timm_multigrain.files import json_p, printable
-from timm_multigrain.images.pixels import check_size, decode, filter_of
+from timm_multigrain.images.pixels import decode
 from timm_multigrain.models.save import fitted, whitened_for
 from timm_multigrain.models.trunk import InputSizes
 
 MS_SCALES = (1., 2 ** -0.5, 0.5)
 _KINDS = ('crop', 'longer-side', 'shorter-side', 'thumbnail')
+MAX_SIZE = 65_535  # pixels, the longest side of a JPEG
+_FILTERS = [mode.value for mode in T.InterpolationMode if mode is not T.InterpolationMode.NEAREST_EXACT]
 _CROP_MODES = ('center', 'squash', 'border')
 _LONGEST = 32  # times the shorter side: what a centre crop has no use for
 
@@ -63,11 +65,11 @@ class Protocol:
             object.__setattr__(self, 'interpolation', 'lanczos')
         for name in ('scales', 'mean', 'std'):
             object.__setattr__(self, name, tuple(float(value) for value in getattr(self, name)))
-        check_size(self.size)
-        filter_of(self.interpolation)
-        for name, value, known in (('kind', self.kind, _KINDS), ('crop_mode', self.crop_mode, _CROP_MODES)):
-            if value not in known:
-                raise ValueError(f'{name} is {value!r}: give one of {", ".join(known)}.')
+        if not (isinstance(self.size, int) and 0 < self.size <= MAX_SIZE):
+            raise ValueError(f'size is {self.size}: give a number from 1 to {MAX_SIZE} pixels, such as 224.')
+        for name, known in (('kind', _KINDS), ('crop_mode', _CROP_MODES), ('interpolation', _FILTERS)):
+            if getattr(self, name) not in known:
+                raise ValueError(f'{name} is {getattr(self, name)!r}: give one of {", ".join(known)}.')
         if not 0 < self.crop_pct <= self.size:
             raise ValueError(f'crop_pct is {self.crop_pct}: give a number above 0, such as 0.875.')
         if not self.scales or not all(0 < scale < math.inf for scale in self.scales):

@@ -3,7 +3,6 @@
 Transparent parts are laid on white; on black where the visible parts are themselves nearly white (lighter than 240 of
 255 on average, weighted by their opacity) and would vanish on it. 16 bits are reduced to 8.
 """
-import operator
 import os
 import stat
 import warnings
@@ -13,14 +12,12 @@ from typing import BinaryIO
 
 import numpy as np
 from PIL import Image
-from torchvision.transforms import InterpolationMode
 
 from timm_multigrain.files import printable
 
 FORMATS = ('JPEG', 'PNG', 'WEBP', 'BMP', 'GIF', 'TIFF', 'PPM', 'JPEG2000', 'AVIF', 'HEIF')  # Pillow's names
 MAX_PIXELS = 178_956_970  # Pillow's own limit, twice its Image.MAX_IMAGE_PIXELS
 NEARLY_WHITE = 240
-MAX_SIZE = 65_535  # the longest side of a JPEG
 _MAX_MEMORY = 1 << 31
 _BYTES_PER_PIXEL = {'AVIF': 16, 'HEIF': 16, 'JPEG2000': 24, 'WEBP': 16}  # measured; of other formats at most 12
 _STRIP = 1 << 20  # pixels that are converted at a time
@@ -212,22 +209,3 @@ def _top(image: Image.Image, boxes: list[tuple[int, int, int, int]]) -> float:
 
 def _finite(values: np.ndarray) -> np.ndarray:
     return np.nan_to_num(values.astype(np.float64), posinf=0, neginf=0)
-
-
-def check_size(size: int) -> int:
-    """A side in pixels as int, or ValueError."""
-    try:
-        pixels = operator.index(size)
-    except TypeError:
-        pixels = 0
-    if not 0 < pixels <= MAX_SIZE:
-        raise ValueError(f'size is {size!r}: give an integer from 1 to {MAX_SIZE} pixels, such as 224')
-    return pixels
-
-
-def filter_of(interpolation: str) -> InterpolationMode:
-    """Filter of torchvision by its name, one that timm knows too, or ValueError."""
-    filters = [mode.value for mode in InterpolationMode if mode is not InterpolationMode.NEAREST_EXACT]
-    if interpolation not in filters:
-        raise ValueError(f'interpolation is {interpolation!r}: give one of {", ".join(filters)}')
-    return InterpolationMode(interpolation)

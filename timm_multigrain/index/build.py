@@ -172,8 +172,6 @@ def _is_new(out: Path) -> bool:
     """
     if not os.path.lexists(out):
         return True
-    if not out.is_dir():
-        raise FileExistsError(f'{out} is a file: name a folder for the index.')
     if os.path.lexists(out / FILE):
         return False
     other = [path.name for path in out.iterdir()

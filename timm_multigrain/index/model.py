@@ -111,10 +111,9 @@ def protocol_from_json(value: Mapping) -> Protocol:
     """The preprocessing that an index names; ValueError if it cannot be used."""
     try:
         protocol = Protocol(**{key: tuple(item) if isinstance(item, list) else item for key, item in value.items()})
-        if not isinstance(protocol.flip, bool) or not isinstance(protocol.exif, bool):
-            raise ValueError(f'flip {protocol.flip!r:.50}, exif {protocol.exif!r:.50}')
-        if len(protocol.mean) != 3 or len(protocol.std) != 3 or protocol.size * max(protocol.scales) > LARGEST:
-            raise ValueError(str(protocol))
+        if not (isinstance(protocol.flip, bool) and isinstance(protocol.exif, bool)
+                and len(protocol.mean) == len(protocol.std) == 3 and protocol.size * max(protocol.scales) <= LARGEST):
+            raise ValueError(f'{value!r:.200}')
         return protocol
     except (TypeError, ValueError, LookupError, AttributeError, OverflowError, RuntimeError) as e:
         raise ValueError(f'The preprocessing of the index cannot be used ({printable(str(e))}): make the index '

@@ -203,13 +203,11 @@ class GeM(nn.Module):
     def _fitting(self, value: Any) -> torch.Tensor:
         """A number, or a tensor of one value or of the shape of p, as float32 of that shape; ValueError for others."""
         if isinstance(value, torch.Tensor):
-            if value.is_complex() or value.dtype == torch.bool:
-                raise ValueError(f'expected a real p, got {value.dtype}.')
             if value.numel() != 1 and value.shape != self.p.shape:
                 raise ValueError(f'expected a p of shape {tuple(self.p.shape)} or one value, got {tuple(value.shape)}.')
             low, high = (e.item() for e in torch.aminmax(value.detach().float())) if _has_value(value) else (1., 1.)
         else:
-            low = high = _float32(value)
+            low = high = float(np.float32(value))  # as a state dict keeps it
         shown = low if isinstance(value, torch.Tensor) and value.numel() == 1 else value
         if not (low > 0 and high > 0):  # also catches NaN
             raise ValueError(f'GeM needs p > 0, got {shown!r}: 1 is the average, 3 the usual choice, inf the maximum.')
@@ -225,7 +223,7 @@ class GeM(nn.Module):
         """Set p in place: a number for all channels, or a tensor of the shape of `p`."""
         self.p.copy_(self._fitting(value))
         if not isinstance(value, torch.Tensor):
-            self.made_p = _float32(value)  # what a p that was made without memory gets with it
+            self.made_p = float(np.float32(value))  # what a p that was made without memory gets with it
 
     def value(self) -> float | list[float]:
         """p as a number, or a list with one for each channel; as it was set where its tensor holds no value."""
@@ -265,14 +263,6 @@ class GeM(nn.Module):
     def extra_repr(self) -> str:
         p = f'({len(self.p)} channels)' if self.per_channel else f'{self.value():g}'
         return f'p={p}, learn_p={self.learn_p}, eps={self.eps:g}, input_fmt={self.input_fmt}, flatten={self.flatten}'
-
-
-def _float32(p: Any) -> float:
-    """A number, or the text of one, as a state dict keeps it."""
-    try:
-        return float(np.float32(p))
-    except (TypeError, ValueError):
-        raise ValueError(f'GeM needs a number p > 0, got {p!r}: 1 is the average, 3 the usual choice.') from None
 
 
 def _has_value(p: torch.Tensor) -> bool:

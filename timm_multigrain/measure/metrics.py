@@ -6,7 +6,6 @@ is nearer; any real dtype, infinities allowed. The database is never ranked: the
 the number of unlabelled items that score at least as much, counted chunk by chunk. Ties count against the system: among
 equal scores every wrong item comes before every right one, and constant scores earn the worst value, not a lucky one.
 """
-from collections import Counter
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -114,7 +113,7 @@ def mean_average_precision(
 
     Args:
         scores: Similarities, (Q, N) or chunks.
-        relevant: Database indices of the relevant items of each query, at least one each.
+        relevant: Database indices of the relevant items of each query.
         ignore: Database indices to leave out of each query's list (such as the query itself), or None.
 
     Example:
@@ -122,9 +121,6 @@ def mean_average_precision(
         >>> round(mean_average_precision(scores, relevant=[[0, 3]]).map, 3)
         0.792
     """
-    for query, items in enumerate(relevant):
-        if not len(items):
-            raise ValueError(f'relevant[{query}] is empty: leave queries without a relevant item out.')
     above = count_above(scores, relevant, *([] if ignore is None else [ignore]))
     return RetrievalResult([ranks(own[:len(items)]) for own, items in zip(above, relevant, strict=True)])
 
@@ -215,7 +211,7 @@ def micro_average_precision(
     al. 2021, defines them: a score has to mean the same for every query.
 
     Args:
-        query_ids: Query of each predicted pair, (P,) names or numbers.
+        query_ids: Query of each predicted pair, (P,) names or numbers; a pair is predicted once.
         reference_ids: Reference of each.
         scores: Score of each, higher is more certain.
         true_pairs: (query, reference) of every true pair, each once; those that were not predicted count as missed.
@@ -231,8 +227,6 @@ def micro_average_precision(
     truth = {(query, reference) for query, reference in _to_list(true_pairs)}
     if not truth:
         raise ValueError('true_pairs is empty: nothing to find.')
-    if repeated := [pair for pair, count in Counter(predicted).items() if count > 1]:
-        raise ValueError(f'The pair {repeated[0]} is predicted more than once.')
     correct = np.array([pair in truth for pair in predicted], dtype=bool)
     order = np.lexsort((correct, -scores))  # false ones first among equal scores
     return CopyResult(np.flatnonzero(correct[order]), len(truth))

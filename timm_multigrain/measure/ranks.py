@@ -29,9 +29,6 @@ def count_above(scores: Scores, *labelled: Sequence[Indices]) -> list[np.ndarray
     if isinstance(scores, SimilarityChunks) and scores.in_blocks:
         return [own for rows, part in scores.blocks() for own in count_above(part, *(own[rows] for own in labelled))]
     items = [np.concatenate([to_indices(own) for own in lists]) for lists in zip(*labelled, strict=True)]
-    for query, own in enumerate(items):
-        if len(np.unique(own)) < len(own):
-            raise ValueError(f'Query {query}: an item is labelled more than once.')
     levels = _scores_of(items, scores)
     above = [-_count_reaching(own, own) for own in levels]  # labelled ones do not count
     for chunk in _chunks(scores, len(items)):

@@ -73,8 +73,6 @@ class Metric:
                 raise ValueError(f'{name} is {value!r}, and has to be a printable text.')
             if name in ('size', 'p', 'whitening') and isinstance(value, (int, float)) and value <= 0:
                 raise ValueError(f'{name} is {value}, and has to be above 0.')
-        if self.source_name and not self.source_url:
-            raise ValueError('source_name needs source_url.')
 
     @property
     def column(self) -> str:
@@ -158,10 +156,7 @@ class BenchmarkResult:
 
     def value(self, metric: str, split: str | None = None, system: int = -1) -> float:
         """One figure, of the last system by default; KeyError if it was not measured."""
-        found = {(m.metric, m.split): m.value for m in self.systems[system].metrics}
-        if (metric, split) not in found:
-            raise KeyError(f'{metric} of {split} was not measured: {", ".join(map(str, found))}')
-        return found[metric, split]
+        return {(m.metric, m.split): m.value for m in self.systems[system].metrics}[metric, split]
 
     def save(self, path: str | os.PathLike) -> Path:
         """Write `metrics` as a JSON list, whole or not at all."""

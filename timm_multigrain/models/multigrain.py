@@ -85,8 +85,6 @@ class MultiGrainHead(nn.Module):
 
     def reset_fc(self, num_classes: int, device=None, dtype=None) -> None:
         """Give the head a fresh classifier of ``num_classes`` rows, none for 0."""
-        if num_classes < 0:
-            raise ValueError(f'num_classes={num_classes} is negative: use 0 for a model without classifier.')
         if num_classes and not self.pooled:
             raise ValueError(f"global_pool='' gives the map itself, not an input for {num_classes} classes: "
                              'use num_classes=0 or a pooling.')

@@ -178,8 +178,6 @@ def _from_folder(path: Path) -> nn.Module:
             raise FileNotFoundError(f'{path} has no {file}: save the model with timm_multigrain.save_pretrained.')
     config = read_json(path / CONFIG)
     with _building(f'{path / CONFIG}'):
-        if not isinstance(config, dict):
-            raise ValueError(f'it is a {type(config).__name__}, not a configuration of timm.')
         if not _is_model(config.get('architecture')):
             raise ValueError(f'the architecture {config.get("architecture")!r:.100} is not a model of timm.')
         check_saved_args(config.get('model_args'))

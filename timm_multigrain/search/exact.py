@@ -31,12 +31,8 @@ class SimilarityChunks:
     def __init__(self, queries: Array, database: Array | Iterable[Array], chunk_size: int | None = None,
                  offsets: torch.Tensor | None = None) -> None:
         self.queries, self.database, self.offsets = as_vectors(queries, 'queries'), database, offsets
-        if offsets is not None and offsets.shape != self.queries.shape[:1]:
-            raise ValueError(f'offsets have shape {tuple(offsets.shape)} for {len(self.queries)} queries.')
         fitting = max(LEAST_CHUNK, CHUNK_BYTES // (4 * max(1, *self.queries.shape)))
         self.chunk_size = fitting if chunk_size is None else chunk_size
-        if self.chunk_size < 1:
-            raise ValueError(f'chunk_size is {chunk_size}: give 1 or more.')
         rows = BLOCK_BYTES // (4 * max(1, len(database))) if isinstance(database, Array) else 0
         self.in_rows = rows >= LEAST_ROWS and len(database) > 0
         self.block = min(rows, MOST_QUERIES) if self.in_rows else MOST_QUERIES

@@ -208,8 +208,6 @@ def alpha_query_expansion(
         scores, indices = nearest(queries, database, k, chunk_size)
     else:
         rows = torch.as_tensor(query_rows, device=queries.device)
-        if rows.shape != queries.shape[:1]:
-            raise ValueError(f'query_rows must have shape ({len(queries)},), got {tuple(rows.shape)}.')
         scores, indices = nearest(queries, database, k + 1, chunk_size)
         own = indices == rows[:, None]
         others = own.long().argsort(dim=1, stable=True)[:, :k]  # the row itself last, and it, or the farthest, is out
@@ -273,8 +271,6 @@ def score_offsets(
     Returns:
         (Q,) float32, as `SimilarityChunks` takes them.
     """
-    if not 0 <= first <= last:
-        raise ValueError(f'first is {first} and last {last}: 0 <= first <= last is needed.')
     scores, _ = nearest(queries, background, last + 1, chunk_size)
     if scores.shape[1] <= last:
         raise ValueError(f'The background has {scores.shape[1]} vectors, and neighbour {last} is asked for.')

@@ -52,8 +52,6 @@ def fit_adaptation(
         seed: Of the start and the order.
     """
     groups = torch.as_tensor(np.asarray(groups))
-    if embeddings.ndim != 2 or groups.shape != embeddings.shape[:1]:
-        raise ValueError(f'{tuple(groups.shape)} groups for embeddings {tuple(embeddings.shape)}: give one per image.')
     x = with_constant(embeddings[groups >= 0]).float()
     classes, labels = groups[groups >= 0].unique(return_inverse=True)
     _check_number(len(classes))

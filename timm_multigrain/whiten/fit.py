@@ -142,8 +142,6 @@ def _accumulate(embeddings: torch.Tensor | Iterable[torch.Tensor]) -> StreamingP
     """Mean and covariance of z over all embeddings."""
     pca = None
     for batch in [embeddings] if isinstance(embeddings, torch.Tensor) else embeddings:
-        if batch.ndim != 2:
-            raise ValueError(f'A batch of embeddings has the shape {tuple(batch.shape)}: give (n, C).')
         pca = pca or StreamingPCA(batch.shape[1] + 1)
         for rows in batch.split(ROWS):
             pca.update(with_constant(rows))
@@ -167,10 +165,6 @@ def _check_number(count: int, dim: int, shrinkage: float | str | None, most: int
 def _differences(embeddings: torch.Tensor, pairs: np.ndarray | Sequence[tuple[int, int]]) -> StreamingPCA:
     """Scatter of the differences of matching images."""
     pairs = torch.as_tensor(np.asarray(pairs))
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or not len(pairs):
-        raise ValueError(f'pairs have the shape {tuple(pairs.shape)}: give (m, 2) numbers of matching images.')
-    if pairs.min() < 0 or pairs.max() >= len(embeddings):
-        raise ValueError(f'pairs name images {int(pairs.min())} to {int(pairs.max())} of {len(embeddings)}.')
     within = StreamingPCA(embeddings.shape[1] + 1, centered=False)
     for some in pairs.split(ROWS):
         within.update(with_constant(embeddings[some[:, 0]]) - with_constant(embeddings[some[:, 1]]))

@@ -28,8 +28,6 @@ class StreamingPCA:
 
     def update(self, vectors: torch.Tensor) -> 'StreamingPCA':
         """Add (n, dim) vectors of any floating dtype and device."""
-        if vectors.ndim != 2 or vectors.shape[1] != self.dim:
-            raise ValueError(f'vectors have the shape {tuple(vectors.shape)}: give (n, {self.dim}).')
         for chunk in vectors.split(ROWS) if len(vectors) else ():
             rows = chunk.cpu().to(torch.float64)  # not every device has float64
             if not torch.isfinite(rows).all():
@@ -47,8 +45,6 @@ class StreamingPCA:
     def covariance(self) -> torch.Tensor:
         """(dim, dim) float64; divisor n - 1, or n about the origin."""
         freedom = self.count - self.centered
-        if freedom < 1:
-            raise ValueError(f'{self.count} vectors have no covariance: give at least {1 + self.centered}.')
         return (self._scatter + self._scatter.T).div_(2 * freedom)
 
     def eigh(self) -> tuple[torch.Tensor, torch.Tensor]:

@@ -184,10 +184,7 @@ def read_turns(path: str | os.PathLike) -> dict[str, int]:
     for entry in entries:
         if len(entry) != 2 or not re.fullmatch(r'-?\d{1,9}', entry[1]) or int(entry[1]) % 90:
             raise ValueError(f'{path}: {printable(" ".join(entry))} is not a name and a multiple of 90 degrees.')
-        name = entry[0].rpartition('/')[2]
-        if name in turns:
-            raise ValueError(f'{path} names {printable(name)} twice.')
-        turns[name] = int(entry[1])
+        turns[entry[0].rpartition('/')[2]] = int(entry[1])
     return turns
 
 

@@ -59,9 +59,7 @@ class RevisitedOxford(Benchmark):
                 the published one.
         """
         data, title = SetFolder(data, cls), cls.name
-        path = Path(ground_truth) if ground_truth else data.path / f'gnd_{cls.short_name}.pkl'
-        if not path.is_file():
-            raise FileNotFoundError(f'{path}: ground truth of {title} not found; {cls.source}.')
+        path = Path(ground_truth) if ground_truth else data.file(f'gnd_{cls.short_name}.pkl')
         images, queries, entries = read_ground_truth(path)
         if subset:
             images, queries, entries = _cut_down(data.find([*queries, *images], 'jpg'), images, queries, entries)
