@@ -2,7 +2,6 @@
 import asyncio
 import base64
 import contextlib
-import http.client
 import io
 import os
 import re
@@ -210,12 +209,6 @@ def test_only_its_own_names_reach_it(client, url):
     assert client.get('/config', headers={'X-Forwarded-Host': 'evil.example'}).status_code == 421
     answer = client.post(ASK, content=b'x' * 500_000, headers={'Host': 'evil.example'})
     assert answer.status_code == 421 and '--allow-host NAME' in answer.text
-    with contextlib.closing(http.client.HTTPConnection(own, timeout=30)) as raw:
-        raw.putrequest('GET', '/config', skip_host=True)
-        for host in (own, 'evil.example'):
-            raw.putheader('Host', host)
-        raw.endheaders()
-        assert raw.getresponse().status == 400  # uvicorn's own, of two
 
 
 def test_other_sites_may_not_use_it(client, url):
@@ -245,22 +238,12 @@ def test_guard_counts_bodies_without_length():
     assert [message['type'] for message in received] == ['http.request', 'http.disconnect']
 
 
-def test_large_pictures_are_refused(client, url):
+def test_large_pictures_are_refused(client):
     largest = b'x' * MAX_UPLOAD
     assert 'cannot be used' in ask(client, 'search', about(largest)).json()['error']
     answer = ask(client, 'search', about(largest + bytes(100_000)))
     assert answer.status_code == 413 and 'larger than this app takes' in answer.text
     assert client.post('/login', content=b'x' * 100_000).status_code == 413
-    host, port = url.removeprefix('http://').split(':')
-    with socket.create_connection((host, int(port)), timeout=30) as raw:  # a body that does not say how long it is
-        raw.sendall(f'POST {ASK} HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n'
-                    'Content-Type: application/json\r\n\r\n'.encode())
-        answer = b''
-        with contextlib.suppress(OSError):
-            for _ in range(200):
-                raw.sendall(b'4000\r\n' + b'x' * 0x4000 + b'\r\n')
-            answer = raw.recv(100)
-    assert not answer.startswith(b'HTTP/1.1 200')
 
 
 @pytest.mark.parametrize('content, says', [

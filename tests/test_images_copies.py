@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from timm_multigrain.demo.pictures import draw_picture
-from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
+from timm_multigrain.images.copies import COPY_TRANSFORMS, EDITS, make_copies
 
 NAMES = ['crop', 'jpeg', 'rotate', 'blur', 'colour', 'mirror', 'text', 'strong']
 
@@ -82,5 +82,6 @@ def test_blur_colour_mirror_text(picture):
 @pytest.mark.parametrize('mode', ['1', 'L', 'LA', 'P', 'PA', 'RGB', 'RGBA', 'CMYK', 'YCbCr', 'I', 'F', 'I;16'])
 def test_any_mode_and_size(mode):
     for size in ((1, 1), (1, 3000), (3000, 1), (2, 3), (800, 20)):
-        for copy in make_copies(Image.new(mode, size)).values():
+        picture = Image.new(mode, size)
+        for copy in (*make_copies(picture).values(), *(edit(picture.convert('RGB')) for edit in EDITS.values())):
             assert copy.mode == 'RGB' and min(copy.size) >= 1

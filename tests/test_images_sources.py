@@ -39,14 +39,6 @@ def test_find_images(tmp_path, photo):
     assert open_images(tmp_path, 'b').names == ['1.JPG']
 
 
-def test_linked_folder_is_followed(tmp_path, photo):
-    (tmp_path / 'real').mkdir()
-    photo.save(tmp_path / 'real' / 'x.png')
-    (tmp_path / 'list').mkdir()
-    (tmp_path / 'list' / 'linked').symlink_to(tmp_path / 'real')
-    assert find_images(tmp_path / 'list').names == ['linked/x.png']
-
-
 def test_lists(tmp_path, photo):
     names = strange_folder(tmp_path, photo)
     lines = [name for name in names if '\n' not in name]

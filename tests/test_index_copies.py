@@ -136,10 +136,3 @@ def test_what_becomes_of_edits():
     assert not compare(Picture(Image.new('RGB', (50, 40), 'red')), Picture(picture)).alike
     looks = Looks(lambda i: (_ for _ in ()).throw(ValueError('gone')))
     assert not looks.alike(0, 1) and looks.unreadable == 2 and not looks.alike(1, 0) and looks.unreadable == 2
-
-
-def test_edits_take_any_size():
-    for size in ((60, 40), (1, 1), (3, 200)):
-        for edit in EDITS.values():
-            copy = edit(Image.effect_noise(size, 60).convert('RGB'))
-            assert copy.mode == 'RGB' and min(copy.size) >= 1

@@ -131,14 +131,6 @@ def test_a_classifier_of_another_kind_is_said(tmp_path):
         assert open_model(save_pretrained(opened, tmp_path / 'saved')).global_pool == 'trunk'
 
 
-def test_a_command_prints_the_warning_as_a_line(tmp_path, noise_folder, capsys):
-    command = ['embed', DISTILLED, str(noise_folder / 'validation'), '-o', str(tmp_path / 'out'),
-               '--no-pretrained', '--size', '32', '--workers', '0']
-    assert main(command) == 0
-    lines = [line for line in capsys.readouterr().err.splitlines() if 'linear layer' in line]
-    assert len(lines) == 1 and lines[0].startswith(f'warning: {DISTILLED} does not classify')
-
-
 def test_timm_names(monkeypatch):
     asked = []
     create = timm.create_model

@@ -48,7 +48,7 @@ def test_a_model_made_by_its_class_adapts_as_timms(tmp_path):
         grey.trunk.stem.conv.weight, model.trunk.stem.conv.weight.sum(1, keepdim=True), rtol=1e-4, atol=1e-5)
 
 
-def test_bad_input_and_failed_writes_leave_nothing(tmp_path, monkeypatch):
+def test_bad_input_leaves_nothing(tmp_path):
     model = _model()
     with pytest.raises(ValueError, match='2 label names for 3 classes'):
         save_pretrained(model, tmp_path / 'model', label_names=['a', 'b'])
@@ -56,10 +56,6 @@ def test_bad_input_and_failed_writes_leave_nothing(tmp_path, monkeypatch):
     (tmp_path / 'mine' / 'photo.jpg').write_bytes(b'x')
     with pytest.raises(FileExistsError, match='is not a saved model'):
         save_pretrained(model, tmp_path / 'mine')
-    monkeypatch.setattr(
-        'timm_multigrain.models.save.save_for_hf', lambda *a, **k: (_ for _ in ()).throw(OSError('disk full')))
-    with pytest.raises(OSError, match='disk full'):
-        save_pretrained(model, tmp_path / 'model')
     with torch.no_grad():
         model.head.fc.weight[1, 2] = math.nan
     with pytest.raises(ValueError, match=r'head\.fc\.weight of the model holds NaN'):

@@ -67,7 +67,7 @@ def test_layer_groups_are_those_of_the_trunk():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*SMALL, VIT])
+@pytest.mark.parametrize('name', [SMALL[0], VIT])
 def test_forward_backward(name):
     model = _small(name, num_classes=42).train()
     x = torch.randn(2, 3, *_size(name))
