@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from timm_multigrain.images.lists import COLUMNS, Entry, read_entries
+from timm_multigrain.images.sources import COLUMNS, Entry, read_entries
 from timm_multigrain.measure.benchmarks import load_benchmark
 from timm_multigrain.measure.benchmarks.layouts import _CORRUPT
 

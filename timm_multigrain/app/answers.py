@@ -21,8 +21,6 @@ from timm_multigrain.report.page import file_size, thumbnail
 if TYPE_CHECKING:
     from timm_multigrain.index.index import Index
 
-__all__ = ['MAX_HITS', 'Answers', 'answering']
-
 SMALL, LARGE = 400, 1200  # pixels of the longer side of the pictures that are drawn
 MAX_HITS = 100
 SMALLEST_PART = 8  # pixels

@@ -18,8 +18,6 @@ if TYPE_CHECKING:
 
     from timm_multigrain.index.index import Index
 
-__all__ = ['launch_app']
-
 LOOPBACK = '127.0.0.1'
 MAX_UPLOAD = 32 << 20  # bytes
 MAX_PIXELS = 50_000_000

@@ -6,8 +6,6 @@ from dataclasses import dataclass
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
 
-__all__ = ['Guard']
-
 # Everything comes from the app itself. Gradio's own scripts are inline and build functions at run time.
 HEADERS = {
     'content-security-policy':

@@ -18,8 +18,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add('-o', '--output', required=True, metavar='TARGET',
         help='milvus:URI[#COLLECTION], URI being http://HOST:PORT or a local FILE.db; or FILE.parquet')
     add('--mirror', action='store_true', help='Milvus: remove the rows of images that are not in this index')
-    add('--index-type', metavar='TYPE', help="Milvus: kind of a new collection's index, such as HNSW or DISKANN "
-                                             '(default: FLAT, exact, and AUTOINDEX above a million images)')
     add('--batch-size', type=int, default=1000, metavar='N', help='Milvus: images sent at once (%(default)s)')
 
 
@@ -27,4 +25,4 @@ def run(args: argparse.Namespace) -> None:
     from timm_multigrain.index.export import export_index
 
     print(export_index(
-        args.index, args.output, mirror=args.mirror, index_type=args.index_type, batch_size=args.batch_size))
+        args.index, args.output, mirror=args.mirror, batch_size=args.batch_size))

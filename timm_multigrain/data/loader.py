@@ -152,10 +152,9 @@ def _check(batch_size: int, num_repeats: int, kwargs: dict[str, Any]) -> None:
     if not 1 <= num_repeats <= batch_size:
         raise ValueError(f'num_repeats is {num_repeats}, and batch_size {batch_size}: give at least 1, which repeats '
                          'nothing, and a batch that holds the repeats of one image')
-    if kwargs.get('num_aug_repeats'):
-        raise ValueError(f'num_aug_repeats is {kwargs["num_aug_repeats"]}: leave it out and give num_repeats')
-    if kwargs.get('num_aug_splits'):
-        raise ValueError(f'num_aug_splits is {kwargs["num_aug_splits"]}: it does not go with repeated augmentation')
+    for name in ('num_aug_repeats', 'num_aug_splits'):
+        if kwargs.get(name):
+            raise ValueError(f'{name} is {kwargs[name]}: leave it out and give num_repeats')
     if isinstance(kwargs.get('collate_fn'), FastCollateMixup):
         raise ValueError('collate_fn is a FastCollateMixup: mixed images have no instance, leave mixup and cutmix out')
 

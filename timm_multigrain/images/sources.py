@@ -1,14 +1,17 @@
-"""Images to embed: files in folders and lists, data sets of timm, and some of the images of another source."""
+"""Images to embed: files in folders and lists, data sets of timm, and some of the images of another source; and lists
+that say what is known of images."""
+import csv
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Sequence
-from pathlib import Path
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from timm_multigrain.files import counted, printable, read_json
+from timm_multigrain.files import check_json, counted, parse_json, printable, read_json, read_lines
 
 from .pixels import UnreadableImage, decode, read_image
 from .walk import EXTENSIONS, scan_folders
@@ -214,3 +217,76 @@ def read_list(path: str | os.PathLike) -> ImageFiles:
     if not names:
         raise ValueError(f'{printable(path)} lists no images: give one path per line.')
     return ImageFiles([os.path.join(path.parent, name) for name in names], names)
+
+
+class Entry(NamedTuple):
+    """An image of a list: a CSV file with these names in its first line, or JSON lines with objects.
+
+    Attributes:
+        path: Of the image, below the folder; all else may be missing or empty.
+        label: Class, for k-NN.
+        instance: What a query has to find; by default its label.
+        category: Kind of thing, which figures are given for and a search can be kept to.
+        split: query, gallery or train.
+        box: Left, top, right, bottom in pixels: the part of the image that is meant.
+        relevant: As a query: paths in the gallery that it has to find; None for those of its instance or label.
+        junk: Paths that are taken out of its ranking.
+    """
+    path: str
+    label: str = ''
+    instance: str = ''
+    category: str = ''
+    split: str = ''
+    box: Box | None = None
+    relevant: Collection[str] | None = None
+    junk: Collection[str] = ()
+
+    @property
+    def wanted(self) -> str:
+        """What a query of this image has to find."""
+        return self.instance or self.label
+
+
+COLUMNS = Entry._fields[:-2]  # of a list of one's own
+
+
+def read_entries(path: str | os.PathLike) -> list[Entry]:
+    """The images of a list.
+
+    Raises:
+        FileNotFoundError: List not found.
+        ValueError: A line that cannot be read, without a path, or with a path that leads out of the folder.
+    """
+    path, entries = Path(path), []
+    lines = [line.removeprefix('\ufeff') for line in read_lines(path, 'list of images')]
+    rows = map(parse_json, lines) if path.suffix == '.jsonl' else csv.DictReader(lines, strict=True)
+    try:
+        for row in rows:
+            entries.append(_entry(row))
+    except (ValueError, csv.Error) as e:
+        number = len(entries) + (1 if path.suffix == '.jsonl' else 2)
+        raise ValueError(f'{printable(path)}, line {number}: {e}') from e
+    if not entries:
+        raise ValueError(f'{printable(path)} lists no images.')
+    return entries
+
+
+def _entry(row: dict) -> Entry:
+    if isinstance(row, dict) and isinstance(row.get('box'), str):  # of a CSV file
+        row = {**row, 'box': [float(side) for side in row['box'].split()] or None}
+    check_json(row, {}, 'it')
+    if unknown := sorted(map(str, set(row) - set(COLUMNS))):
+        raise ValueError(f'{unknown[0]!r} is not one of {", ".join(COLUMNS)}.')
+    check_json(row, {'path': str}, 'it')
+    check_json(row, dict.fromkeys(set(row) - {'box'}, (str, int, None)) | dict.fromkeys(
+        {'box'} & set(row), ([float], None)), 'it')
+    texts = {name: '' if row.get(name) is None else str(row[name]).strip() for name in COLUMNS[:-1]}
+    name = PurePosixPath(texts['path'])
+    if not texts['path'] or name.is_absolute() or '..' in name.parts:
+        raise ValueError(f'the path {texts["path"]!r} is not one of a file below the folder.')
+    if texts['split'] not in ('', 'query', 'gallery', 'train', 'test'):
+        raise ValueError(f'split is {texts["split"]!r}: give query, gallery, train or nothing.')
+    box = row.get('box')
+    if box and len(box) != 4:
+        raise ValueError(f'box is {box}: give left, top, right and bottom.')
+    return Entry(**{**texts, 'path': name.as_posix()}, box=tuple(box) if box else None)

@@ -33,10 +33,6 @@ from .model import embed_queries
 from .pairs import NEIGHBOURS, NearPairs, Thresholds, find_thresholds, near_pairs, star_groups
 from .records import Record
 
-__all__ = [
-    'BASES', 'FALSE_POSITIVES', 'KINDS', 'Copies', 'CopyFile', 'CopyGroup', 'CopySearch', 'EditRecall',
-    'candidate_of', 'find_copies', 'identical_rows', 'measure_recall', 'told', 'verify']
-
 FALSE_POSITIVES = 0.002
 KINDS = {'exact': 'identical files', 'near': 'copies and near-duplicates'}
 BASES = {'identical': 'Identical', 'details': 'Certain', 'look': 'Likely', 'descriptor': 'Perhaps'}

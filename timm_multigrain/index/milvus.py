@@ -93,7 +93,7 @@ class Export:
 
 
 def export_milvus(
-        index: Index, address: str, *, mirror: bool = False, index_type: str | None = None, batch_size: int = 1000,
+        index: Index, address: str, *, mirror: bool = False, batch_size: int = 1000,
         progress: bool = True) -> Export:
     """Send an index to a collection of Milvus, which is created if it does not exist.
 
@@ -101,8 +101,6 @@ def export_milvus(
         index: What to send.
         address: 'milvus:URI#COLLECTION'.
         mirror: Remove the rows of images that are not in this index.
-        index_type: Milvus's kind of index of a new collection; None: FLAT, which is exact, and above a million rows
-            AUTOINDEX.
         batch_size: Rows sent at once.
 
     Raises:
@@ -121,7 +119,7 @@ def export_milvus(
                     raise OtherModel(f'{address} has descriptors made with another model or preprocessing (its {what}: '
                                      f'{a}, here {b}): name another collection with #NAME.')
         else:
-            _create(client, name, index, index_type)
+            _create(client, name, index)
         client.load_collection(name)  # a killed process may have left it released
         for first in tqdm(range(0, len(index), batch_size), 'export', unit='batch', disable=not progress or None):
             rows = list(_rows(index, first, min(first + batch_size, len(index))))
@@ -153,7 +151,7 @@ def _config(index: Index) -> dict[str, Any]:
     return json.loads(json.dumps({'model': model, 'protocol': index.store.config['protocol']}))
 
 
-def _create(client: 'MilvusClient', name: str, index: Index, index_type: str | None) -> None:
+def _create(client: 'MilvusClient', name: str, index: Index) -> None:
     """An empty collection; similarity is the inner product of unit vectors."""
     from pymilvus import DataType
 
@@ -166,8 +164,7 @@ def _create(client: 'MilvusClient', name: str, index: Index, index_type: str | N
         schema.add_field(field, DataType.VARCHAR, max_length=length)
     schema.add_field('classes', DataType.JSON)
     params = client.prepare_index_params()
-    params.add_index('vector', index_type=index_type or ('FLAT' if len(index) <= FLAT_UP_TO else 'AUTOINDEX'),
-                     metric_type='IP')
+    params.add_index('vector', index_type='FLAT' if len(index) <= FLAT_UP_TO else 'AUTOINDEX', metric_type='IP')
     client.create_collection(name, schema=schema, index_params=params, consistency_level='Strong',
                              properties={PROPERTY: json.dumps(_config(index))})
 

@@ -15,9 +15,8 @@ from tqdm import tqdm
 from timm_multigrain.embed.embedder import embed_images
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import counted, printable
-from timm_multigrain.images.lists import read_entries
 from timm_multigrain.images.pixels import UnreadableImage, read_image
-from timm_multigrain.images.sources import ImageSource
+from timm_multigrain.images.sources import ImageSource, read_entries
 
 from .records import REGION
 from .store import Store, Writer
@@ -30,7 +29,7 @@ class Boxes:
     """Where things are in pictures.
 
     Args:
-        boxes: A list (.csv or .jsonl, see images/lists.py) with the path below the indexed folder, box and category of
+        boxes: A list (.csv or .jsonl, see `Entry`) with the path below the indexed folder, box and category of
             each thing; or a function, or its name as 'module:function', that is given a picture (PIL, RGB) and gives
             (left, top, right, bottom) or (left, top, right, bottom, category) for each thing in it.
     """

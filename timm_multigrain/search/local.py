@@ -24,9 +24,6 @@ from timm_multigrain.whiten.pca import StreamingPCA
 from .exact import Scores, nearest_of
 from .rerank import replaced
 
-__all__ = ['VERIFIED', 'FeaturesOf', 'LocalDescriber', 'LocalFeatures', 'Match', 'VerifiedChunks', 'check_local',
-           'draw_matches', 'match_images', 'verified_score']
-
 VERIFIED = 100  # images of the first ranking that are verified
 STRIDE = 16  # pixels, at most; where the trunk starts at more, what it has
 SCALES = (1., 0.7071, 0.5)  # of twice the size of the protocol

@@ -119,8 +119,6 @@ def check(script: ModuleType) -> None:
     lacking = [name for name in EPOCH_ARGUMENTS if name not in parameters]
     if lacking:
         stop(f'train_one_epoch of {where} does not take {", ".join(lacking)}: {_REMEDY}')
-    if not isinstance(script.parser, argparse.ArgumentParser):
-        stop(f'{where} has no argparse parser named parser: {_REMEDY}')
 
 
 def _names(code: CodeType) -> set[str]:

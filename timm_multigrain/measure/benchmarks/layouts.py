@@ -13,7 +13,7 @@ import numpy as np
 
 from timm_multigrain.extras import extra
 from timm_multigrain.files import check_json, read_json, read_lines
-from timm_multigrain.images.lists import Entry
+from timm_multigrain.images.sources import Entry
 from timm_multigrain.measure.archives import RemoteFile
 
 from .base import SetFolder

@@ -1,6 +1,6 @@
 """Benchmarks that are lists of images: which of them are queries, which are searched, and which are right.
 
-Of a list of one's own (images/lists.py) where none is a query, each image is one among all the others; an image of the
+Of a list of one's own (`Entry`) where none is a query, each image is one among all the others; an image of the
 gallery with neither label nor instance is a distractor; where the gallery has categories, a query is searched in its
 own only. The published sets (`layouts`) are the same lists, read from the files they come with.
 """
@@ -15,8 +15,7 @@ import numpy as np
 import torch
 
 from timm_multigrain.files import counted, printable
-from timm_multigrain.images.lists import Entry, read_entries
-from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.images.sources import Entry, ImageFiles, read_entries
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import RetrievalResult, knn_accuracy, mean_average_precision
 
