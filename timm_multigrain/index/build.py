@@ -29,7 +29,7 @@ from .records import RECORD, OtherModel, top_classes
 from .regions import Boxes, update_regions
 from .store import FILE, PCA, Store, Writer, index_lock, is_index
 
-BATCH = 64  # images whose details are committed at a time
+BATCH = 16  # images whose details are committed at a time
 DEFAULT_MODEL = 'tf_efficientnet_lite0.in1k'  # 18 MB, Apache-2.0, quick without a GPU
 
 
