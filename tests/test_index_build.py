@@ -289,7 +289,7 @@ def test_places_that_cannot_be(pictures, model_folder, tmp_path):
     for folders, out, model, error, message in (
             ([tmp_path / 'nothing'], 'i', model_folder, FileNotFoundError, 'is not a folder'),
             ([pictures], 'pictures', model_folder, FileExistsError, 'holds other things'),
-            ([pictures], 'pictures/0.png', model_folder, FileExistsError, 'is a file'),
+            ([pictures], 'pictures/0.png', model_folder, NotADirectoryError, '0.png'),
             ([tmp_path / 'empty'], 'i', model_folder, ValueError, 'No images in .*empty: nothing was made'),
             ([pictures], 'i', 'no model', FileNotFoundError, 'neither a folder'),
             ([], 'i', model_folder, ValueError, 'give the folders')):
