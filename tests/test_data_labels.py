@@ -115,8 +115,7 @@ def test_bad_lists(root, listed, change, message):
 
 
 @pytest.mark.parametrize('options', [
-    {}, {'fast': True}, {'num_workers': 1, 'use_prefetcher': False}, {'input_size_choices': [16, 24]},
-    {'use_multi_epochs_loader': True, 'num_workers': 1}])
+    {}, {'fast': True}, {'input_size_choices': [16, 24]}, {'use_multi_epochs_loader': True, 'num_workers': 1}])
 def test_loader(root, options):
     """m photographs of an instance side by side, or copies of one; pixels of a file and targets go together."""
     dataset = ImageDataset(str(root))

@@ -198,7 +198,6 @@ def test_folders_it_cannot_use(tmp_path, capsys, make, message):
 
 
 @pytest.mark.parametrize('args, message', [
-    (('--num-repeats', 1), 'num_repeats=1 with classif_weight=0.5'),
     (('--batch-size', 1), 'num_repeats is 2, and batch_size 1'),
     (('--batch-size', 480), 'no full batch of 480'),
     (('--img-size', 0), 'img_size is 0: give at least 32'),

@@ -327,7 +327,7 @@ def test_search_while_it_is_written_to(tmp_path):
     thread = threading.Thread(target=write)
     thread.start()
     try:
-        end = time.monotonic() + 2
+        end = time.monotonic() + 1
         while time.monotonic() < end:
             index = Index.open(path)
             seen.append(len(index))
