@@ -50,7 +50,7 @@ def main() -> None:
     parser.add_argument('--ground-truth', type=Path, help='gt.json: path in a folder of the data -> group')
     parser.add_argument('--work', type=Path, required=True)
     parser.add_argument('--sizes', type=int, nargs='*', default=[10_000, 100_000, 1_000_000])
-    parser.add_argument('--kinds', nargs='+', default=[*KINDS, *FAISS], choices=[*KINDS, *FAISS])
+    parser.add_argument('--kinds', nargs='*', default=[*KINDS, *FAISS], choices=[*KINDS, *FAISS])
     parser.add_argument('--parts', nargs='*', default=list(PARTS), choices=PARTS)
     parser.add_argument('--plot', type=Path)
     parser.add_argument('--measure', help=argparse.SUPPRESS)

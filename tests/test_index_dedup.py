@@ -395,6 +395,17 @@ def test_command(index, pictures, tmp_path, capfdbinary):
     assert set(os.listdir(pictures)) == {Path(path).name for path in index.paths}
 
 
+def test_a_page_that_cannot_be_written_is_refused_before_the_work(index, tmp_path, monkeypatch, capsys):
+    (tmp_path / 'locked').mkdir()
+    (tmp_path / 'file').write_text('')
+    monkeypatch.setattr(os, 'access', lambda path, mode: Path(path).name != 'locked')
+    for page, says in ((tmp_path, 'is a folder'), (tmp_path / 'file' / 'a.html', 'is a file'),
+                       (tmp_path / 'locked' / 'new' / 'a.html', 'cannot be written to')):
+        with pytest.raises(SystemExit):
+            main(['dedup', str(index.path), '--html', str(page)])
+        assert says in capsys.readouterr().err
+
+
 def test_recall_of_edits(index, capfd):
     edits = {name: EDITS[name] for name in ('jpeg 90', 'mirror', 'rotate 15')}
     recall = measure_recall(index, 6, false_positives=0.01, edits=edits)

@@ -1,6 +1,7 @@
 """Arguments that commands share: which model, which protocol, on which device, and others of one name and meaning."""
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -73,6 +74,8 @@ def output_file(text: str) -> str:
     folder = next(folder for folder in Path(text).absolute().parents if folder.exists())
     if not folder.is_dir():
         raise argparse.ArgumentTypeError(f'{str(folder)!r} is a file: name a folder before {Path(text).name!r}')
+    if text != '-' and not os.access(folder, os.W_OK):
+        raise argparse.ArgumentTypeError(f'{str(folder)!r} cannot be written to')
     return text
 
 

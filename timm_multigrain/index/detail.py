@@ -100,7 +100,7 @@ class Looks:
     def __init__(self, load: Callable[[int], Picture]):
         self.load, self.missing = load, set()
         self.picture = lru_cache(IN_MEMORY)(self._picture)
-        self.alike = lru_cache(None)(lambda i, j: self.compare(i, j).alike)
+        self.alike = lru_cache(1 << 20)(lambda i, j: self.compare(i, j).alike)
 
     @property
     def unreadable(self) -> int:

@@ -93,4 +93,4 @@ def writing(folder):
         raise
     except (OSError, sqlite3.Error) as e:
         raise NotWritten(f'{folder} could not be written to ({getattr(e, "strerror", None) or e}): what was committed '
-                         'to it before is whole; make room on that disk and run the same again.') from e
+                         'to it before is whole; make room there, or take the right to write, and run it again.') from e
