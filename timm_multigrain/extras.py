@@ -9,4 +9,5 @@ def extra(name: str, what: str) -> Iterator[None]:
     try:
         yield
     except ImportError as e:
-        raise ImportError(f"{what} needs {e.name or 'more'}: pip install 'timm_multigrain[{name}]'.") from e
+        module = (e.name or 'more').partition('.')[0]
+        raise ImportError(f"{what} needs {module}: pip install 'timm_multigrain[{name}]'.") from e
