@@ -2,6 +2,8 @@
 
 All families of timm: python benchmarks/poolings.py
 """
+import runpy
+from pathlib import Path
 
 import pytest
 import timm
@@ -166,3 +168,15 @@ def test_a_refused_change_changes_nothing(tmp_path):
         with pytest.raises(ValueError, match=r'class token|attention pooling|Unknown'):
             model.set_pool(pool)
     assert model.global_pool == 'trunk' and torch.equal(model(torch.ones(1, 3, 160, 160)), before)
+
+
+def test_the_table_of_the_guide():
+    """Every family is in it, and some are as they are now."""
+    script = runpy.run_path(str(Path(__file__).parents[1] / 'benchmarks/poolings.py'))
+    text, names, rows = script['README'].read_text(), script['families'](), {}
+    for line in text[text.index(script['MARKS'][0]):].split('\n\n')[0].splitlines()[3:]:
+        families, *cells = line.strip('|').split('|')
+        rows |= dict.fromkeys(families.strip().split(', '), tuple('yes' in cell for cell in cells))
+    assert timm.__version__ not in text or rows.keys() == names.keys()
+    for family in ('resnet', 'vision_transformer', 'pit'):
+        assert script['works'](names[family]) == rows[family]
