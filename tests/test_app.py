@@ -135,6 +135,11 @@ def test_copies_that_cannot_be_compared(index, monkeypatch):
         assert copies_when_ready(lambda: answers.copies({})) == {'error': 'division by zero'} and len(tried) == times
 
 
+def test_a_port_that_is_taken(index, url, capsys):
+    assert main(['app', str(index.path), '--port', url.rpartition(':')[2]]) == 2
+    assert f'port {url.rpartition(":")[2]}: it is taken' in capsys.readouterr().err
+
+
 def test_parts():
     image = Image.new('RGB', (100, 80))
     assert _part(image, [0.1, 0.25, 0.4, 0.5]).size == (40, 40)

@@ -73,10 +73,14 @@ def launch_app(
                        max_bytes=max_upload * 4 // 3 + (1 << 16))  # base64
     fonts = ['system-ui', 'sans-serif']
     theme = gr.themes.Soft(font=fonts, font_mono=['ui-monospace', 'monospace'], primary_hue='blue')
-    app.launch(
-        server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, auth=auth,
-        allowed_paths=None, enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False, footer_links=[],
-        theme=theme, show_error=False, app_kwargs={'middleware': [guard], 'docs_url': None, 'redoc_url': None})
+    try:
+        app.launch(
+            server_name=host, server_port=port, share=False, prevent_thread_lock=True, quiet=True, auth=auth,
+            allowed_paths=None, enable_monitoring=False, ssr_mode=False, mcp_server=False, pwa=False, footer_links=[],
+            theme=theme, show_error=False, app_kwargs={'middleware': [guard], 'docs_url': None, 'redoc_url': None})
+    except OSError as e:  # whose sentence is of gradio's arguments
+        raise OSError(f'The app cannot listen at {host}, port {port or "7860 and on"}: it is taken, or not of this '
+                      'computer; --port and --host name others.') from e
     if block:
         print(f'{counted(len(index), "picture")} at {app.local_url}  (Ctrl-C ends it)', flush=True)
         app.block_thread()

@@ -68,7 +68,7 @@ class BuildReport:
         counts = {name: getattr(self, name) for name in ('new', 'changed', 'moved', 'copied', 'removed', 'unchanged')}
         parts = [f'{number:,} {name}' for name, number in counts.items() if number]
         if self.skipped:
-            parts.append(f'{len(self.skipped):,} unreadable ({self.new_skipped:,} of them met now)')
+            parts.append(f'{len(self.skipped):,} unreadable ({self.new_skipped:,} new)')
         if self.other:
             parts.append(f'{counted(self.other, "other file")} ignored')
         regions = f', {counted(self.regions, "region")}' if self.regions else ''
