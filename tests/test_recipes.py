@@ -29,7 +29,6 @@ from timm_multigrain.data.transforms import Lighting, insert_lighting
 from timm_multigrain.train import launcher
 from timm_multigrain.train.options import PREFIX, TrainOptions, add_options, conflict
 
-ROOT = Path(__file__).resolve().parents[1]
 NAMES = ['finetune', 'resnet50_autoaugment', 'resnet50_modern', 'resnet50_paper']
 PAPER = ['resnet50_paper', 'resnet50_autoaugment']
 SCRIPTS = [Path(folder) / 'train.py' for folder in os.environ.get('TIMM_SCRIPTS', '').split(os.pathsep) if folder]

@@ -59,8 +59,9 @@ def gem(
     else:
         y = power_mean(x, p, eps, dim)
     if not keepdim:  # one by one: torch's older ONNX exporter takes no squeeze of several dimensions
-        for axis in sorted([-(d % x.dim()) for d in dim]):
-            y = y.squeeze(-axis)
+        first = min([d % x.dim() for d in dim])  # torch 2.6 compiles no sort of these
+        for _ in dim:
+            y = y.squeeze(first)
     return y.to(x.dtype)
 
 
