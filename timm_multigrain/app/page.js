@@ -65,7 +65,8 @@ function button(hit, i) {
   faint.textContent = hit.class;
   image.alt = hit.picture ? '' : 'The file cannot be read now.';
   image.src = hit.picture;
-  made.append(image, score, ` ${hit.name}`, document.createElement('br'), faint);
+  const name = hit.name.split(/(?<=[/_. -])/).flatMap((part) => [part, document.createElement('wbr')]); // not in words
+  made.append(image, score, ' ', ...name, document.createElement('br'), faint);
   made.onclick = () => look(i);
   return made;
 }
