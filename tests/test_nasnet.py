@@ -146,6 +146,7 @@ def test_intermediates_pruning_and_layer_order_of_nasnetamobile():
     assert groups['head.fc.weight'] == max(groups.values())
 
 
+@pytest.mark.skipif(torch.__version__ < (2, 7), reason='torch 2.6 exports the crop for the sizes shown')
 @pytest.mark.slow
 @torch.no_grad()
 def test_script_fx_compile_export_of_nasnetamobile():
