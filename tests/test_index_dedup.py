@@ -153,8 +153,22 @@ def test_what_is_never_certain():
     for page in (ImageOps.expand(it, (0, 80), 'navy'), ImageOps.expand(it, (0, 0, 0, 60), 'white'), collage):
         compared = compare(Picture(it), Picture(page))
         assert compared.alike and not compared.certain and 'inset' in compared.edits
+        assert 'inset' not in compare(Picture(page), Picture(it)).edits
     for part in ((0, 0, 320, 120), (0, 60, 320, 240), (80, 0, 320, 240)):
         assert compare(Picture(it), Picture(it.crop(part))).certain
+
+
+def test_a_photograph_is_kept_before_its_screenshots(tmp_path):
+    folder = tmp_path / 'pictures'
+    folder.mkdir()
+    it = drawing(0, (320, 240))
+    it.save(folder / '0.png')
+    ImageOps.expand(it, (0, 90), 'navy').save(folder / 'phone.png')  # more pixels
+    ImageOps.expand(it, (0, 0, 0, 140), 'white').save(folder / 'caption.png')
+    [group] = find_copies(make_index(folder, tmp_path / 'index'), 0.3).of_kind('near')
+    kept, *others = names(group)
+    assert kept == '0.png' and set(others) == {'phone.png', 'caption.png'}
+    assert 'the other shows it among other things' in group.reasons and not group.certain
 
 
 @pytest.mark.parametrize('edit, mirrored, degrees', [

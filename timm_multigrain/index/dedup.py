@@ -301,6 +301,10 @@ class CopySearch:
             pictures = {row: picture for row in candidates if (picture := self.looks.picture(row))}
             candidates |= {row: replace(candidates[row], grey=picture.is_grey) for row, picture in pictures.items()}
         ranked = sorted(candidates, key=lambda row: self.rules.key(candidates[row]))
+        while pictures and not candidates[ranked[0]].around and any(
+                'inset' in self.looks.compare(row, ranked[0]).edits for row in ranked[1:]):
+            candidates[ranked[0]] = replace(candidates[ranked[0]], around=True)
+            ranked.sort(key=lambda row: self.rules.key(candidates[row]))
         kept = candidates[ranked[0]]
         files = [CopyFile(kept.record, 1., keep=True)]
         for row in ranked[1:]:

@@ -135,7 +135,7 @@ def compare(original: Picture, copy: Picture) -> Comparison:
             # a part with more pixels than the whole has there is a photograph of its own, taken from nearer
             is_part = beyond <= INSIDE and (area > WHOLE or math.prod(part.size) <= 1.1 * area * math.prod(whole.size))
             if inset := area < WHOLE and _is_inset(whole, inside):
-                edits.append('inset')
+                edits += ['inset'] * (whole is copy)
             elif agreeing < CERTAIN[0]:
                 edits.append('partly covered' if median >= CERTAIN[1] else 'blurred or compressed')
             if is_part and not inset and agreeing >= CERTAIN[0] and median >= CERTAIN[1]:

@@ -1,8 +1,8 @@
 """Which file of a group of copies is best kept, and why: rules in the order in which they decide.
 
-The default is what a careful person does: real files before links, colour before grey, more pixels before fewer, a JPEG
-file before the PNG file that was made from it, what the camera wrote before what lost its data, a file in its own place
-before one that is named a copy, what is older by hours, what is compressed less.
+The default is what a careful person does: real files before links, a photograph before its screenshot, colour before
+grey, more pixels before fewer, a JPEG file before the PNG file that was made from it, what the camera wrote before what
+lost its data, a file in its own place before one that is named a copy, what is older by hours, what is compressed less.
 """
 import hashlib
 import os
@@ -31,12 +31,14 @@ class Candidate:
     Attributes:
         record: What the index knows of it.
         folder: Number of the indexed folder that it is in.
+        around: Whether it shows another file's picture among other things, as a screenshot does.
         grey, camera: Whether the picture is grey; whether the file says which camera it is from, or when it was taken.
         pixels: Hash of the pixels, where a file of the same size was compressed without loss, or this one was.
         remade: Whether it holds, without loss, the pixels of a file that was compressed with loss.
     """
     record: Record
     folder: int = 0
+    around: bool = False
     grey: bool = False
     camera: bool = False
     pixels: bytes = b''
@@ -79,6 +81,7 @@ class Rules:
             ('preferred folder', lambda c: not self.is_preferred(c.record)),
             ('not a link', lambda c: c.is_link),
             *([first[keep]] if first[keep] else ()),
+            ('the other shows it among other things', lambda c: c.around),
             ('in colour', lambda c: c.grey),
             ('more pixels', lambda c: -c.record.width * c.record.height),
             ('the other was made from it', lambda c: c.remade),
