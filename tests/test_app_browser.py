@@ -190,5 +190,5 @@ def test_a_report_fits_and_needs_no_server(browser, tmp_path):
     path = write_report(tmp_path / 'report.html', 'A title', 'Text.', [table], {'a': {'loss': ([0, 1], [1, 0])}})
     browser.driver.get_log('performance')
     browser.driver.get(path.as_uri())
-    assert browser.text('h1') == 'A title' and len(browser.all('td.best')) == 24
+    assert browser.text('h1') == 'A title' and len(browser.all('td')) == 24
     browser.check(path.as_uri())
