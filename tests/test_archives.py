@@ -62,6 +62,12 @@ def test_unpacks_what_is_in_it(tmp_path, content):
     assert not os.stat(tmp_path / 'out' / 'c.txt').st_mode & stat.S_IXUSR
 
 
+def test_a_tar_that_ends_with_a_zip_is_a_tar(tmp_path):
+    files = {'a.jpg': b'x', 'z.zip': zipped(FILES)}
+    unpack(write(tmp_path / 'archive', tar(files, 'w')), tmp_path / 'out')
+    assert tree(tmp_path / 'out') == files
+
+
 @pytest.mark.parametrize('make', [tar, zipped])
 @pytest.mark.parametrize('name', ['../up.txt', 'jpg/../../up.txt', '..', '/tmp/absolute.txt', 'C:/x.txt', 'a\\..\\up'])
 def test_paths_that_lead_out(tmp_path, make, name):

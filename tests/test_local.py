@@ -132,6 +132,8 @@ def test_drawing():
     draw_matches(Image.new('L', (30, 20)), Image.new('L', (1, 400)), local.Match(points[:0], points[:0]))
     wide = draw_matches(Image.new('L', (30, 20)), Image.new('L', (30, 10)), local.Match(points, points))
     assert wide.size == (800, 267)
+    far = draw_matches(Image.new('L', (30, 20)), Image.new('L', (30, 10)), local.Match(points, 1e9 * points))
+    assert far.size == (800, 267)  # at once: what an index says of a picture's size may be wrong
 
 
 def test_what_is_missing(monkeypatch):

@@ -7,7 +7,6 @@ import json
 import os
 import shutil
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -72,14 +71,16 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
     """Unpack a tar, tar.gz or zip archive of files and folders, all of it or nothing; the number of files.
 
     Raises:
-        ValueError: The archive is damaged, or holds a device or a path that leads out of the folder; or the disk does
-            not take it.
+        ValueError: The archive is damaged, or a tar that holds a device or a path that leads out of the folder (a zip's
+            are left out, or stay in it); or the disk does not take it.
     """
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=folder) as work:
         try:
-            if zipfile.is_zipfile(archive):
+            with open(archive, 'rb') as file:
+                zipped = file.read(4) == b'PK\3\4'  # zipfile.is_zipfile says yes to a tar that ends with a zip, too
+            if zipped:
                 shutil.unpack_archive(archive, work, 'zip')
             else:
                 shutil.unpack_archive(archive, work, 'tar', filter='data')

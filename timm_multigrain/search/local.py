@@ -253,7 +253,7 @@ def draw_matches(first: Image.Image, second: Image.Image, match: Match, side: in
         size = [max(1, round(scale * length)) for length in image.size]
         corner = left + (side - size[0]) // 2, (height - size[1]) // 2
         drawn.paste(image.convert('RGB').resize(size), corner)
-        ends.append(points * scale + np.array(corner))
+        ends.append((points * scale).clip(0, size) + np.array(corner))  # a line to nowhere takes seconds
     pen = ImageDraw.Draw(drawn)
     for a, b in zip(*(points[::-(-len(match) // LINES) or 1].tolist() for points in ends), strict=True):
         pen.line((*a, *b), fill='#e0701a')

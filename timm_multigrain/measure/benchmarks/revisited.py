@@ -113,8 +113,8 @@ def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], li
     return images, queries, entries
 
 
-class _Unpickler(pickle.Unpickler):
-    """Of plain values, without a class or a call."""
+class _Unpickler(pickle._Unpickler):
+    """Of plain values, without a class or a call. In the one written in C a few bytes ask for a memo of gigabytes."""
 
     def find_class(self, module: str, name: str) -> None:
         raise ValueError(f'it calls {module}.{name}')
