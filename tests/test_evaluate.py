@@ -320,7 +320,8 @@ def test_choose_systems(model):
     assert choose_systems(model, ['gem']) == [System('gem', 3.0)]
     assert choose_systems(model, [], [1, 4, 1]) == [System('gem', 1), System('gem', 4)]
     assert choose_systems(model, ['mac', 'gem', 'mac'], [math.inf])[1].exponent == 'inf'
-    for poolings, exponents, message in ((['max'], [], "Unknown pooling 'max'"), (['mac'], [2], 'add gem')):
+    for poolings, exponents, message in ((['max'], [], "Unknown pooling 'max'"), (['mac'], [2], 'add gem'),
+                                           ([], [3, 0], 'p has to be above 0')):
         with pytest.raises(ValueError, match=message):
             choose_systems(model, poolings, exponents)
 

@@ -100,7 +100,7 @@ def test_boxes(tmp_path, photo, box, size):
 
 def test_bad_boxes_and_lists(tmp_path, photo):
     photo.save(tmp_path / 'x.png')
-    for box in ((5, 5, 5, 9), (5, 5, 4, 9), (0, 0, 0.4, 9), (0, 0, float('nan'), 9)):
+    for box in ((5, 5, 5, 9), (5, 5, 4, 9), (0, 0, 0.4, 9), (0, 0, float('nan'), 9), (0, 0, 9)):
         with pytest.raises(ValueError, match=r'box .* is empty'):
             ImageFiles(['x.png'], boxes=[box])
     with pytest.raises(UnreadableImage, match='outside the image of 30 x 20'):

@@ -230,7 +230,8 @@ def test_score_normalisation(vectors, weight, first, last):
 def test_bad_reranking(vectors):
     queries, database = vectors
     for arguments, message in (
-            ((queries, database, 3, -1.), 'alpha is -1.0'), ((queries, iter([database]), 3), 'read twice')):
+            ((queries, database, 3, -1.), 'alpha is -1.0'), ((queries, database, 0), 'k is 0'),
+            ((queries, iter([database]), 3), 'read twice')):
         with pytest.raises(ValueError, match=message):
             alpha_query_expansion(*arguments)
     with pytest.raises(ValueError, match='has 61 vectors, and neighbour 61'):

@@ -34,6 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     from timm_multigrain.embed.extract import extract
+    from timm_multigrain.files import counted
     from timm_multigrain.models.save import check_model_folder
     from timm_multigrain.whiten.fit import save_fitted, whiten_model
 
@@ -46,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
     if int(os.environ.get('RANK', 0)):  # under torchrun the others help with the extraction
         extract(model, source, protocol, work_dir, descriptor=False, **extraction)
         return
-    print(f'{len(source)} images, {protocol}')
+    print(f'{counted(len(source), "image")}, {protocol}')
     print(whiten_model(
         model, source, protocol, dim=args.dim, shrinkage=args.shrinkage, groups=groups, work_dir=work_dir,
         **extraction))

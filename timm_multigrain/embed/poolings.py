@@ -65,6 +65,8 @@ def choose_systems(model: MultiGrain, poolings: Sequence[str] = (), exponents: S
     for name in poolings:
         if name not in POOLINGS:
             raise ValueError(f'Unknown pooling {name!r}: take {", ".join(POOLINGS)}.')
+    if not all(p > 0 for p in exponents):
+        raise ValueError(f'p has to be above 0, and is {", ".join(map(str, exponents))}.')
     if exponents and not set(_WITH_P) & set(poolings):
         raise ValueError(f'p is the exponent of gem, and the poolings are {", ".join(poolings)}: add gem.')
     return [System(name, p) for name in poolings

@@ -100,8 +100,9 @@ class ImageFiles(ImageSource):
 
 
 def _check_box(box: Box) -> Box:
-    left, top, right, bottom = box = tuple(float(side) for side in box)
-    if not (np.isfinite(box).all() and round(right) > round(left) and round(bottom) > round(top)):
+    box = tuple(float(side) for side in box)
+    if not (len(box) == 4 and np.isfinite(box).all()
+            and all(round(a) < round(b) for a, b in zip(box[:2], box[2:], strict=True))):
         raise ValueError(f'box {box} is empty: give left, top, right, bottom in pixels.')
     return box
 

@@ -204,6 +204,8 @@ def alpha_query_expansion(
         raise ValueError('The database is read twice: pass an object that can be iterated again, not a generator.')
     if not alpha >= 0:
         raise ValueError(f'alpha is {alpha}: give 0 or more.')
+    if k < 1:
+        raise ValueError(f'k is {k}: take at least one neighbour.')
     if query_rows is None:
         scores, indices = nearest(queries, database, k, chunk_size)
     else:
