@@ -115,6 +115,9 @@ def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], li
 
 class _Unpickler(pickle._Unpickler):
     """Of plain values, without a class or a call. In the one written in C a few bytes ask for a memo of gigabytes."""
+    # The hash of a tuple of tuples that are one and the same takes forever, a bytearray the memory that it claims.
+    dispatch = {code: load for code, load in pickle._Unpickler.dispatch.items()
+                if 'tuple' not in load.__name__ and 'bytearray' not in load.__name__}
 
     def find_class(self, module: str, name: str) -> None:
         raise ValueError(f'it calls {module}.{name}')
