@@ -245,6 +245,12 @@ def test_revisited_part(tmp_path, shared_data):
         load_benchmark('rparis6k', touch(tmp_path / 'x', [f'{queries[0]}.jpg']), ground_truth=path, subset=True)
 
 
+def test_a_truth_of_an_image_twice(tmp_path):
+    (tmp_path / 'a.json').write_text(json.dumps(small_truth() | {'imlist': ['a', 'b', 'c', 'd', 'a']}))
+    with pytest.raises(ValueError, match='names images more than once'):
+        read_ground_truth(tmp_path / 'a.json')
+
+
 RAN = []
 
 
@@ -324,7 +330,7 @@ def test_disc21_which_queries(tmp_path, shared_data):
         load_benchmark('disc21', tmp_path)
     benchmark = load_benchmark('disc21', tmp_path, subset=True)
     assert list(benchmark.database.names) == ['R000001', 'R000002'] and benchmark.num_queries == 2
-    (tmp_path / 'list.txt').write_text('Q00000\nQ00001.jpg\nQ00002\n')
+    (tmp_path / 'list.txt').write_text('Q00000\nQ00001.jpg\nQ00002\nQ00001\n')
     benchmark = load_benchmark('disc21', tmp_path, subset=True, queries=tmp_path / 'list.txt')
     assert benchmark.num_queries == 3 and benchmark.pairs == [(0, 1), (2, 0)]
     (tmp_path / 'R000001.jpg').unlink()

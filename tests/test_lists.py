@@ -105,6 +105,9 @@ def test_wrong_lists(tmp_path):
     written(tmp_path / 'list.csv', [*ROWS, {'path': 'a.jpg', 'label': 'shoe'}])
     with pytest.raises(ValueError, match=r'does not say of 1 image \(a\.jpg\) whether they are of the gallery'):
         load_benchmark('list', tmp_path)
+    (tmp_path / 'list.csv').write_text('path,label\na.jpg,7\nb.jpg,7\na.jpg,7\n')
+    with pytest.raises(ValueError, match=r'list\.csv lists a\.jpg 2 times'):
+        load_benchmark('list', tmp_path)
     with pytest.raises(FileNotFoundError, match=r'has no list\.csv or list\.jsonl'):
         load_benchmark('list', touch(tmp_path / 'x', ['a.jpg']))
 

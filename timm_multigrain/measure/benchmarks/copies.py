@@ -159,7 +159,8 @@ class Disc21(Benchmark):
         named, pairs = read_pairs(path)
         matched = {query for query, _ in pairs}
         if queries is not None:
-            named = [Path(line).stem for line in read_lines(queries, 'list of queries') if not line.startswith('#')]
+            named = list(dict.fromkeys(
+                Path(line).stem for line in read_lines(queries, 'list of queries') if not line.startswith('#')))
             if unknown := sorted(matched.difference(named)):
                 raise ValueError(f'{queries} lacks {len(unknown)} queries that {path} has a reference for: '
                                  f'{some(unknown)}.')

@@ -5,7 +5,7 @@ gallery with neither label nor instance is a distractor; where the gallery has c
 own only. The published sets (`layouts`) are the same lists, read from the files they come with.
 """
 import os
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -139,6 +139,9 @@ class OwnList(Layout):
         folder = SetFolder(data, self)
         path = Path(ground_truth) if ground_truth else folder.file('list.csv', 'list.jsonl')
         entries = [entry for entry in read_entries(path) if entry.split != 'train']
+        for entry, number in Counter(entries).most_common(1):
+            if number > 1:  # it would find itself
+                raise ValueError(f'{printable(path)} lists {printable(entry.path)} {number} times: leave one.')
         queries = [entry for entry in entries if entry.split == 'query']
         unclear = [entry.path for entry in entries if entry.split not in ('query', 'gallery')]
         if queries and unclear:

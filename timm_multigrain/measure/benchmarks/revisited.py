@@ -103,6 +103,8 @@ def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], li
     content = read_json(path) if path.suffix == '.json' else _read_pickle(path)
     check_json(content, _FORM, printable(path))
     images, queries, entries = content['imlist'], content['qimlist'], content['gnd']
+    if len(set(images)) < len(images):
+        raise ValueError(f'{path} names images more than once.')
     if not queries or len(entries) != len(queries):
         raise ValueError(f'{path} has {len(entries)} entries for {len(queries)} queries.')
     for name, entry in zip(queries, entries, strict=True):
