@@ -147,6 +147,15 @@ def test_odd_ones_are_refused(pictures):
             put(key, original)
 
 
+def test_an_update_refuses_an_odd_one(pictures):
+    with writer_of(make(pictures, local=True).path) as writer:
+        writer.set_details(PCA, b'x' * 23)
+        writer.commit()
+    picture(7).save(pictures / 'new.png')
+    with pytest.raises(DamagedIndex, match='is damaged'):
+        make(pictures)
+
+
 def test_a_trunk_without_maps_is_refused_before_the_work(pictures):
     model = tiny_model()
     model.feature_info = []

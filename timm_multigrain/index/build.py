@@ -25,7 +25,7 @@ from timm_multigrain.version import __version__
 
 from .ann import update_structure
 from .model import SAVED, describe_model, open_described, protocol_from_json
-from .records import RECORD, OtherModel, top_classes
+from .records import RECORD, DamagedIndex, OtherModel, top_classes
 from .regions import Boxes, update_regions
 from .store import FILE, PCA, Store, Writer, index_lock, is_index
 
@@ -378,7 +378,11 @@ class _Update:
             describer = LocalDescriber(
                 self._opened(), self.protocol, **{name: self.options[name] for name in given if name in self.options})
             if store.local:
-                describer.restore(store.details()[PCA])
+                kept = store.details()[PCA]
+                try:
+                    describer.restore(kept)
+                except ValueError as e:
+                    raise DamagedIndex(store.folder, str(e)) from e
             else:
                 self.writer.set_details(PCA, describer.fit(source).to_bytes())
             for i, features in enumerate(describer.describe(source)):
