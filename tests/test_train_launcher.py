@@ -492,6 +492,20 @@ def test_files_are_found_and_decoded_as_by_commands(train, images, tmp_path, mon
 _AUTO = '--device-modules', 'timm_multigrain.auto'
 
 
+@pytest.mark.parametrize(('content', 'message'), [
+    (None, 'cannot be read: '), (b'lr: [', 'cannot be read: '), (b'lr: \xff', 'cannot be read: '),
+    (b'a: ' + b'[' * 5000, 'cannot be read: '), (b'- lr\n- 0.1', 'does not map names'), (b'1: 2', 'does not map names')])
+def test_configs_that_are_none(train, capsys, tmp_path, content, message):
+    path = tmp_path / 'c.yaml'
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(SystemExit) as stopped:
+        train('-c', path)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and f'--config {path}' in error and message in error
+    assert error.startswith('timm_multigrain: error: ') and error.count('\n') == 1
+
+
 @pytest.mark.parametrize('auto', [False, True])
 def test_yaml(train, tmp_path, auto):
     config, options = tmp_path / 'settings.yaml', dict(

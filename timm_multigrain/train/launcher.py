@@ -18,6 +18,7 @@ from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import timm
+import yaml
 
 from timm_multigrain import register_multigrain
 
@@ -73,6 +74,7 @@ def load_script(path: Path) -> ModuleType:
 def prepare(script: ModuleType) -> None:
     """Give a training script the plug-in's options, and bind it once they are parsed."""
     check(script)
+    check_config(script)
     add_options(script.parser)
     parse_args = script.parser.parse_args
 
@@ -89,6 +91,20 @@ def prepare(script: ModuleType) -> None:
         return namespace
 
     script.parser.parse_args = parse_and_bind
+
+
+def check_config(script: ModuleType) -> None:
+    """Stop with a --config that is not YAML of arguments, which the script would end at with a traceback."""
+    parser = getattr(script, 'config_parser', None)
+    if parser is None or not (path := parser.parse_known_args()[0].config):
+        return
+    try:
+        with open(path, encoding='utf-8') as file:
+            values = yaml.safe_load(file)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as e:
+        stop(f'--config {path} cannot be read: {e}')
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
+        stop(f'--config {path} does not map names of arguments to values, as in "lr: 0.1"')
 
 
 def bind(script: ModuleType, settings: Mapping[str, Any], args: argparse.Namespace) -> None:
