@@ -494,7 +494,8 @@ _AUTO = '--device-modules', 'timm_multigrain.auto'
 
 @pytest.mark.parametrize(('content', 'message'), [
     (None, 'cannot be read: '), (b'lr: [', 'cannot be read: '), (b'lr: \xff', 'cannot be read: '),
-    (b'a: ' + b'[' * 5000, 'cannot be read: '), (b'- lr\n- 0.1', 'does not map names'), (b'1: 2', 'does not map names')])
+    (b'a: ' + b'[' * 5000, 'cannot be read: '), (b'- lr\n- 0.1', 'does not map names'),
+    (b'1: 2', 'does not map names')])
 def test_configs_that_are_none(train, capsys, tmp_path, content, message):
     path = tmp_path / 'c.yaml'
     if content is not None:
