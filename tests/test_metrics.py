@@ -308,6 +308,7 @@ def test_results_print():
     (mean_average_precision, (iter([np.zeros((1, 3))]), [[0]]), 'scores are a generator, and are read twice'),
     (mean_average_precision, (np.zeros((1, 3)), [[0]], [[5]]), 'Item 5 is labelled, and there are 3'),
     (mean_average_precision, (np.zeros((1, 3)), [[-1]]), 'integers from 0'),
+    (mean_average_precision, (np.zeros((2, 3)), [[0], []]), r'relevant\[1\] is empty'),
     (revisited_scores, (np.zeros((1, 4)), [RevisitedQuery([], [], [1])]), 'nothing to find'),
     (ukb_score, (np.zeros((5, 5)), [0, 0, 0, 0, 1]), r'groups need 4 images each, not 1: leave'),
     (micro_average_precision, (['a'], ['x'], [math.nan], [('a', 'x')]), 'one number is needed per pair'),

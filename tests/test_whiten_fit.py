@@ -179,7 +179,7 @@ def test_matching_pairs():
     (torch.rand(9, 4), {'dim': 0}, 'dim=0'), (torch.rand(9, 4), {'dim': 6}, 'dim=6'),
     (torch.rand(4, 4), {'shrinkage': 0}, '4 images have 3 components'),
     *[(torch.rand(9, 4), {'shrinkage': bad}, 'shrinkage=') for bad in (-0.1, 1.1, 'ledoit', float('nan'))],
-    (torch.rand(9, 4), {'pairs': [[3, 3]]}, 'identical')])
+    (torch.rand(9, 4), {'pairs': [[3, 3]]}, 'identical'), (torch.rand(9, 4), {'pairs': [[-1, 0]]}, '-1 to 0 of 9')])
 def test_bad_arguments(embeddings, kwargs, message):
     with pytest.raises(ValueError, match=message):
         fit_whitening(embeddings, **kwargs)

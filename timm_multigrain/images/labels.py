@@ -173,6 +173,8 @@ def _some(names: Sequence[str]) -> str:
 
 def first_of_each(source: ImageFiles | Subset, number: int) -> Subset:
     """The first ``number`` images of each class, by name."""
+    if number < 1:
+        raise ValueError(f'{number} images of each class: give at least 1.')
     taken, count = [], {}
     for i in sorted(range(len(source)), key=lambda i: source.names[i]):
         label = source.labels[i]

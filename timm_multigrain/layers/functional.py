@@ -27,7 +27,9 @@ def l2_normalize(x: torch.Tensor, eps: float = 1e-6) -> torch.Tensor:
 
 
 def spatial_dims(input_fmt: str, num_prefix_tokens: int = 0) -> list[int]:
-    """Dimensions to pool in a format; ValueError for prefix tokens of a map."""
+    """Dimensions to pool in a format; ValueError for an unknown one, or for prefix tokens of a map."""
+    if input_fmt not in _SPATIAL_DIMS:
+        raise ValueError(f'Unknown input_fmt {input_fmt!r}, expected one of {", ".join(_SPATIAL_DIMS)}.')
     if num_prefix_tokens and input_fmt != 'NLC':
         raise ValueError(f"num_prefix_tokens={num_prefix_tokens} needs input_fmt='NLC', got {input_fmt!r}.")
     return _SPATIAL_DIMS[input_fmt]

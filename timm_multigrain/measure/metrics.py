@@ -113,7 +113,7 @@ def mean_average_precision(
 
     Args:
         scores: Similarities, (Q, N) or chunks.
-        relevant: Database indices of the relevant items of each query.
+        relevant: Database indices of the relevant items of each query, at least one each.
         ignore: Database indices to leave out of each query's list (such as the query itself), or None.
 
     Example:
@@ -121,6 +121,9 @@ def mean_average_precision(
         >>> round(mean_average_precision(scores, relevant=[[0, 3]]).map, 3)
         0.792
     """
+    for query, items in enumerate(relevant):
+        if not len(items):
+            raise ValueError(f'relevant[{query}] is empty: leave queries without a relevant item out.')
     above = count_above(scores, relevant, *([] if ignore is None else [ignore]))
     return RetrievalResult([ranks(own[:len(items)]) for own, items in zip(above, relevant, strict=True)])
 

@@ -165,6 +165,8 @@ def _check_number(count: int, dim: int, shrinkage: float | str | None, most: int
 def _differences(embeddings: torch.Tensor, pairs: np.ndarray | Sequence[tuple[int, int]]) -> StreamingPCA:
     """Scatter of the differences of matching images."""
     pairs = torch.as_tensor(np.asarray(pairs))
+    if pairs.min() < 0 or pairs.max() >= len(embeddings):
+        raise ValueError(f'pairs name images {int(pairs.min())} to {int(pairs.max())} of {len(embeddings)}.')
     within = StreamingPCA(embeddings.shape[1] + 1, centered=False)
     for some in pairs.split(ROWS):
         within.update(with_constant(embeddings[some[:, 0]]) - with_constant(embeddings[some[:, 1]]))
