@@ -203,12 +203,9 @@ SMALL = ('test_', 'atto', 'femto', 'pico', 'nano', 'tiny', 'xxs', '18', 'b0', 'm
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('family', [m for m in timm.list_modules() if hasattr(timm.models, m) and m != 'sequencer'])
+@pytest.mark.parametrize('family', [m for m in timm.list_modules() if hasattr(timm.models, m)])
 def test_family(family):
-    """Its smallest model by name, built without memory on the meta device; the forward goes through GeM, once.
-
-    But for Sequencer, whose recurrent layers are slow there.
-    """
+    """Its smallest model by name, built without memory on the meta device; the forward goes through GeM, once."""
     name = min(timm.list_models(module=family), key=lambda name: (
         next((i for i, part in enumerate(SMALL) if part in name), len(SMALL)), len(name), name))
     with torch.device('meta'):
