@@ -3,6 +3,7 @@
 TIMM_SCRIPTS names folders with a train.py, separated as in PATH; without it the stand-in beside this file is asked.
 """
 import argparse
+import json
 import math
 import os
 import sys
@@ -155,6 +156,16 @@ def test_paper_augmentation():
         assert factor == pytest.approx((0.7, 1.3))
     assert (lighting.std, lighting.rescale) == (0.1, True)
     assert isinstance(to_tensor, MaybePILToTensor)
+
+
+def test_autoaugment_policy(golden):
+    """timm's sub-policies are the original implementation's, which lacks one of the published ones that come twice."""
+    original = json.loads((golden / 'resize.json').read_text())['recipes']['autoaugment']['sub_policies']
+    found = [[(op.name.lower().removesuffix('original'), op.prob, op.magnitude) for op in pair]
+             for pair in _train_transform(_recipe('resnet50_autoaugment')).transforms[2].policy]
+    expected = [[(row[f'op{i}'].replace('_', ''), row[f'prob{i}'], row[f'level{i}']) for i in (1, 2)]
+                for row in original]
+    assert sorted(found) == sorted([*expected, [('equalize', 0.8, 8), ('equalize', 0.6, 3)]])
 
 
 def test_autoaugment_augmentation():
