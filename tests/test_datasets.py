@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from timm_multigrain.cli.evaluate import _BENCHMARKS
+from timm_multigrain.cli.measure import _BENCHMARKS
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.benchmarks import BENCHMARKS, copies, download_benchmark, load_benchmark
 from timm_multigrain.measure.benchmarks.copies import read_pairs

@@ -8,10 +8,9 @@ import pytest
 import timm
 import torch
 
-from timm_multigrain.cli import embed, evaluate, index, tune_p, validate
-from timm_multigrain.cli import whiten as whiten_command
+from timm_multigrain.cli import collection, measure
 from timm_multigrain.cli.arguments import protocol_of
-from timm_multigrain.cli.main import main
+from timm_multigrain.cli.main import _parse, main
 from timm_multigrain.embed.extract import extract
 from timm_multigrain.embed.protocol import Protocol, check_fitted
 from timm_multigrain.embed.shards import write_shard
@@ -88,32 +87,27 @@ def test_settings_are_recorded_and_compared(saved, noise_folder, tmp_path, capsy
     assert fitted(model, 'whitening') == {'p': 5} and fitted(model, 'p') is None
 
 
-@pytest.mark.parametrize('command', [embed, whiten_command, tune_p, index, evaluate, validate])
+@pytest.mark.parametrize('command', ['embed m x -o y', 'whiten m x -o y', 'tune-p m x', 'validate m x', 'index -o x',
+                                     'evaluate m --benchmark folder --data x'])
 def test_commands_share_one_default(saved, command):
     """The longer side at the model's size, of `validate` the crop; flags win."""
-    parser = argparse.ArgumentParser()
-    command.add_arguments(parser)
-    needed = {embed: ['m', 'x', '-o', 'y'], whiten_command: ['m', 'x', '-o', 'y'], tune_p: ['m', 'x'],
-              validate: ['m', 'x'], index: ['-o', 'x'],
-              evaluate: ['m', '--benchmark', 'folder', '--data', 'x']}[command]
     model = open_model(saved)
 
-    def get(*flags):
-        args = parser.parse_args([*needed, *flags])
-        if command is index:
-            protocol = command._protocol_options(args)
+    def get(*flags, benchmark='folder'):
+        args = _parse([*command.split(), *flags])
+        if args.command == 'index':
+            protocol = collection._protocol_options(args)
             return Protocol.for_model(model) if protocol is None else protocol(model)
-        if command is evaluate:
-            return command._protocols(args, model, BENCHMARKS['folder'])[0]
+        if args.command == 'evaluate':
+            return measure._protocols(args, model, BENCHMARKS[benchmark])[-1]
         return protocol_of(args, model)
-    assert get() == Protocol.for_model(model, kind='crop' if command is validate else 'longer-side')
+    assert get() == Protocol.for_model(model, kind='crop' if command.startswith('validate') else 'longer-side')
     assert get('--protocol', 'thumbnail', '--size', '99', '--flip', '--no-exif') == Protocol.for_model(
         model, kind='thumbnail', size=99, flip=True, exif=False)
-    if command is evaluate:
-        protocols = [evaluate._protocols(parser.parse_args([*needed, *flags]), model, BENCHMARKS['roxford5k'])
-                     for flags in ([], ['--protocol', 'longer-side', '--exif', '--size', '40', '50'])]
-        assert protocols == [[Protocol.for_model(model, kind='thumbnail', exif=False)], [
-            Protocol.for_model(model, size=40), Protocol.for_model(model, size=50)]]
+    if command.startswith('evaluate'):
+        assert get(benchmark='roxford5k') == Protocol.for_model(model, kind='thumbnail', exif=False)
+        assert get('--protocol', 'longer-side', '--exif', '--size', '40', '50', benchmark='roxford5k') == (
+            Protocol.for_model(model, size=50))
 
 
 def test_learned_from_groups_with_a_damaged_image(saved, noise_folder, tmp_path, capsys):

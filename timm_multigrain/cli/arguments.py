@@ -13,6 +13,7 @@ _SHARED = {
     '--strict': dict(action='store_true', help='stop at an image that cannot be read instead of leaving it out'),
     '--class-map': dict(metavar='FILE', help='text file: the folder of each class of the model, one per line'),
     '--work-dir': dict(metavar='DIR', help='folder that keeps the embeddings, for a run that is killed to go on'),
+    '--output': dict(required=True, metavar='DIR', help='folder to write; an earlier model there is replaced'),
     'images': dict(metavar='IMAGES', help='folder, list file, or data set of timm'),
     'index': dict(metavar='INDEX', help='index folder'),
 }
@@ -21,7 +22,7 @@ _SHARED = {
 def add(parser: argparse.ArgumentParser, *names: str) -> None:
     """Arguments that mean the same in several commands."""
     for name in names:
-        parser.add_argument(name, **_SHARED[name])
+        parser.add_argument(*['-o'] * (name == '--output'), name, **_SHARED[name])
 
 
 def add_model(parser: argparse.ArgumentParser, positional: bool = True) -> None:
@@ -42,7 +43,6 @@ def add_refinements(add: Callable) -> None:
     add('--rerank', nargs='?', const='auto', type=_neighbours, metavar='K',
         help='let the nearest 400 images refine each other and the query, by K neighbours each; without K by 3, and '
              'only where they are not a matter of chance; what was chosen is printed')
-
     add('--local', nargs='?', const=100, type=int, metavar='N',
         help='compare the nearest N images (%(const)s) with the query by their details, which only an index made with '
              '--local keeps, and put those that agree first; takes OpenCV')
@@ -102,11 +102,6 @@ def add_protocol(parser: argparse.ArgumentParser, kind: str = 'longer-side', siz
     add('--flip', action='store_true', default=None, help='average over the image and its mirror image')
     add('--exif', action=argparse.BooleanOptionalAction,
         help='turn images as their EXIF orientation says (default: yes' + ', in published sets no' * sizes + ')')
-
-
-def names_protocol(args: argparse.Namespace) -> bool:
-    """Whether the arguments say anything of the protocol."""
-    return any(value is not None for value in (args.size, args.protocol, args.scales, args.flip, args.exif))
 
 
 def protocol_of(args: argparse.Namespace, model, **published):

@@ -1,20 +1,4 @@
-"""Find copies in an indexed collection: identical files, near-duplicates, edited copies.
-
-    timm-multigrain dedup my-index --html copies.html
-    timm-multigrain dedup my-index --prefer originals --script move.sh && sh move.sh surplus-files
-    timm-multigrain dedup my-index --list -0 | xargs -0 ls -l
-    timm-multigrain dedup my-index --between pictures/train pictures/val
-
-It prints how many there are, and never moves or deletes anything. Of each group one file is kept: a real file before a
-link, colour before grey, more pixels before fewer, one with the camera's data, the JPEG file that a PNG file was made
-from, one that is not named a copy, an older one, the one that is compressed less; --keep and --prefer come before that.
-
-A copy is certain if the file is identical, or if its details agree with those of the file to keep; --list and --script
-take these only, unless --include-likely. --measure reports how many edited copies of some pictures would be found.
-
-Every file of a group is checked before the group is reported. Exit status: 0; 1 if groups were left out because
-files have changed since they were indexed (`timm-multigrain index -o INDEX` brings it up to date); 2 for an error.
-"""
+"""The command dedup, of copies in a collection."""
 import argparse
 import os
 import shlex
@@ -25,7 +9,7 @@ import warnings
 from . import arguments
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def add_dedup(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add('index', metavar='INDEX', nargs='?', help='index folder')
     add('--between', metavar=('TRAIN', 'VAL'), nargs=2,
@@ -52,7 +36,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help='make edited copies of N pictures (50), and print which share of them would be found, by edit')
 
 
-def run(args: argparse.Namespace) -> int:
+def run_dedup(args: argparse.Namespace) -> int:
+    """Find copies in an indexed collection: identical files, near-duplicates, edited copies.
+
+        timm-multigrain dedup my-index --html copies.html
+        timm-multigrain dedup my-index --prefer originals --script move.sh && sh move.sh surplus-files
+        timm-multigrain dedup my-index --list -0 | xargs -0 ls -l
+        timm-multigrain dedup my-index --between pictures/train pictures/val
+
+    It prints how many there are, and never moves or deletes anything. Of each group one file is kept: a real file
+    before a link, colour before grey, more pixels before fewer, one with the camera's data, the JPEG file that a PNG
+    file was made from, one that is not named a copy, an older one, the one that is compressed less; --keep and --prefer
+    come before that.
+
+    A copy is certain if the file is identical, or if its details agree with those of the file to keep; --list and
+    --script take these only, unless --include-likely. --measure reports how many edited copies of some pictures would
+    be found.
+
+    Every file of a group is checked before the group is reported. Exit status: 0; 1 if groups were left out because
+    files have changed since they were indexed (`timm-multigrain index -o INDEX` brings it up to date); 2 for an error.
+    """
     from timm_multigrain.files import counted, printable
     from timm_multigrain.index import Index
     from timm_multigrain.index.dedup import FALSE_POSITIVES, find_copies, measure_recall

@@ -1,9 +1,10 @@
-"""The `timm-multigrain` command, also `python -m timm_multigrain`: one module a subcommand.
+"""The `timm-multigrain` command, also `python -m timm_multigrain`: the subcommands are in the modules beside.
 
 A first argument that ends in .py is one of timm's scripts, to be run with this package registered.
 """
 import argparse
 import importlib
+import inspect
 import os
 import signal
 import sys
@@ -13,9 +14,11 @@ from contextlib import contextmanager
 
 import timm_multigrain
 
-COMMANDS = (
-    'demo', 'recipe', 'embed', 'evaluate', 'validate', 'whiten', 'adapt', 'tune-p', 'index', 'search', 'dedup', 'map',
-    'app', 'export', 'convert', 'publish')
+COMMANDS = {  # to the modules of their functions add_<command>, for the arguments, and run_<command>
+    'demo': 'models', 'recipe': 'models', 'embed': 'measure', 'evaluate': 'measure', 'validate': 'measure',
+    'whiten': 'improve', 'adapt': 'improve', 'tune-p': 'improve', 'index': 'collection', 'search': 'collection',
+    'dedup': 'dedup', 'map': 'collection', 'app': 'collection', 'export': 'collection', 'convert': 'models',
+    'publish': 'models'}
 _LONGEST_LINE = 1000
 
 
@@ -49,13 +52,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         epilog="With a first argument that ends in .py, such as PATH/train.py, it runs that script of timm's.")
     parser.add_argument('--version', action='version', version=f'timm_multigrain {timm_multigrain.__version__}')
     commands = parser.add_subparsers(dest='command', required=True, metavar='COMMAND')
-    for name in COMMANDS:
-        module = importlib.import_module(f'.{name.replace("-", "_")}', __package__)
-        text = module.__doc__.strip()
+    for name, home in COMMANDS.items():
+        module, function = importlib.import_module(f'.{home}', __package__), name.replace('-', '_')
+        run = getattr(module, f'run_{function}')
+        text = inspect.getdoc(run)
         command = commands.add_parser(
             name, help=text.splitlines()[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-        module.add_arguments(command)
-        command.set_defaults(run=module.run)
+        getattr(module, f'add_{function}')(command)
+        command.set_defaults(run=run)
     args, unknown = parser.parse_known_args(argv)
     if unknown:  # the usage of the subcommand helps more than the list of all
         commands.choices[args.command].error(f'unrecognized arguments: {" ".join(unknown)}')
