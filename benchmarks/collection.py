@@ -1,6 +1,6 @@
 """Index real folders; update, search and compare synthetic collections of up to a million images, beside FAISS alone.
 
-    python benchmarks/collection.py --work WORK [--sizes 10000 100000 1000000] [--plot PNG] [--cpu-time]
+    python benchmarks/collection.py --work WORK [--sizes 10000 100000 1000000] [--cpu-time]
     python benchmarks/collection.py --work WORK --model MODEL --data DIR... [--ground-truth gt.json] --sizes
 
 Synthetic descriptors have 512 dimensions and lie in clusters; one in a hundred is a copy of another. The index's own
@@ -52,7 +52,6 @@ def main() -> None:
     parser.add_argument('--sizes', type=int, nargs='*', default=[10_000, 100_000, 1_000_000])
     parser.add_argument('--kinds', nargs='*', default=[*KINDS, *FAISS], choices=[*KINDS, *FAISS])
     parser.add_argument('--parts', nargs='*', default=list(PARTS), choices=PARTS)
-    parser.add_argument('--plot', type=Path)
     parser.add_argument('--measure', help=argparse.SUPPRESS)
     parser.set_defaults(threads=2)
     args = parser.parse_args()
@@ -82,8 +81,6 @@ def main() -> None:
         timing.print_table([{name: k, 'value': v} for k, v in table.items()])
     rows = [row for name, row in results.items() if name not in tables]
     timing.finish(args, rows)
-    if args.plot:
-        plot(rows, args.plot)
 
 
 def real(args) -> dict:
@@ -364,22 +361,6 @@ PARTS = {'copies': measure_copies, 'update': measure_update}
 def memory() -> float:
     """MiB that this process holds, without files that are mapped, which the system takes back when it must."""
     return int(Path('/proc/self/status').read_text().partition('RssAnon:')[2].split()[0]) / 1024
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Latency and memory over the size of the collection."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout='constrained')
-    for axes, key, title in zip(figure.subplots(1, 2), ('ms a query', 'own memory MiB'),
-                                ('Search, ms a query', 'Memory of the process, MiB'), strict=True):
-        for kind, marker in zip([*KINDS, *FAISS], 'os^+x', strict=True):
-            points = sorted((row['images'], row[key]) for row in rows if row['kind'] == kind)
-            axes.loglog(*zip(*points, strict=True), marker=marker, label=kind)
-        axes.set(xlabel='images', title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == '__main__':

@@ -1,7 +1,6 @@
-"""Measures of retrieval against sorting the whole database for every query: time, memory, equality, growth.
+"""Measures of retrieval against sorting the whole database for every query: time, memory, equality.
 
     python benchmarks/evaluation.py [--cases 70x5000 70x1000000 ukb] [--json FILE]
-    python benchmarks/evaluation.py --plot benchmarks/evaluation.png [--json FILE]
     python benchmarks/evaluation.py --cases products-ours products-faiss --rounds 1 --cpu-time
 
 The peer is written here the plain way: argsort of each row, then the positions of the labelled images in it. For the
@@ -25,22 +24,15 @@ from timm_multigrain.search.exact import SimilarityChunks
 KAPPAS = (1, 5, 10)
 PROTOCOLS = {'Easy': (('easy',), ('hard', 'junk')), 'Medium': (('easy', 'hard'), ('junk',)),
              'Hard': (('hard',), ('easy', 'junk'))}
-SIZES = (1000, 3000, 10_000, 30_000, 100_000, 300_000, 1_000_000, 3_000_000)
 NUM_LABELLED = 130
 
 
 def main() -> None:
     parser = timing.make_parser(__doc__, rounds=3)
     parser.add_argument('--cases', nargs='*', default=['70x5000', '70x1000000', 'ukb'], metavar='QxN')
-    parser.add_argument('--plot', type=Path, metavar='FILE.png',
-                        help='measure the time of a query over the size of the database instead, and draw it')
     args = timing.start(parser, packages=('numpy',))
-    if args.plot:
-        rows = growth(args)
-        plot(rows, args.plot)
-    else:
-        rows = [ukb_row(args) if case == 'ukb' else products_row(case, args) if case.startswith('products') else
-                revisited_row(*map(int, case.split('x')), args) for case in args.cases]
+    rows = [ukb_row(args) if case == 'ukb' else products_row(case, args) if case.startswith('products') else
+            revisited_row(*map(int, case.split('x')), args) for case in args.cases]
     timing.finish(args, rows)
 
 
@@ -119,25 +111,6 @@ def row(case: str, seconds: dict[str, float], difference: float, memory: int) ->
             'MiB beyond the scores': memory / timing.MIB}
 
 
-def growth(args) -> list[dict]:
-    """Milliseconds of a query over the size of the database, of as many queries as keep the scores small."""
-    rows = []
-    for num_items in SIZES:
-        num_queries = max(2, min(70, 2_000_000 // num_items))
-        scores, queries = make_revisited(num_queries, num_items)
-
-        def streamed(scores=scores, queries=queries):
-            return revisited_scores(np.array_split(scores, 8, axis=1), queries)
-
-        seconds = timing.interleave({
-            'ours': lambda s=scores, q=queries: revisited_scores(s, q), 'ours, streamed in 8 chunks': streamed,
-            'full sort': lambda s=scores, q=queries: plain_revisited(s, q),
-            'of it argsort': lambda s=scores: np.argsort(-s, axis=1)}, args.rounds)
-        rows.append({'database': num_items} | {
-            f'{name}, ms a query': 1000 * value / num_queries for name, value in seconds.items()})
-    return rows
-
-
 def make_revisited(num_queries: int, num_items: int) -> tuple[np.ndarray, list[RevisitedQuery]]:
     """Distinct scores; the labelled images are among the first 5000, as distractors come after them."""
     rng = np.random.default_rng(0)
@@ -183,22 +156,6 @@ def peak(function) -> int:
     _, most = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     return most
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(6, 4), layout='constrained')
-    styles = {'full sort': 's-', 'of it argsort': 's:', 'ours': 'o-', 'ours, streamed in 8 chunks': 'o:'}
-    for name, style in styles.items():
-        axes.loglog([row['database'] for row in rows], [row[f'{name}, ms a query'] for row in rows], style, label=name,
-                    markersize=4)
-    axes.set(xlabel='images in the database', ylabel='ms a query', title='Easy, Medium and Hard with mP@k, one thread')
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=110)
 
 
 if __name__ == '__main__':

@@ -1,6 +1,6 @@
 """Repeated augmentation's loader against timm's, images a second, with one worker unless told otherwise.
 
-    python benchmarks/loading.py [--images DIR] [--repeats 1 2 3 4 6 8] [--cpu-time] [--plot FILE]
+    python benchmarks/loading.py [--images DIR] [--repeats 1 2 3 4 6 8] [--cpu-time]
 
 timm: timm.data.create_loader, every augmentation from a decoding of its own. ours: timm_multigrain's create_loader with
 m augmentations of a decoding; fast: the same with fast=True. All have timm's training transform. DIR holds images in
@@ -40,7 +40,6 @@ def main() -> None:
     parser.add_argument('--workers', type=int, default=1)
     parser.add_argument('--repeats', type=int, nargs='+', default=[1, 2, 3, 4, 6, 8], metavar='M')
     parser.add_argument('--cases', type=int, nargs='+', default=list(range(len(CASES))), metavar='I', help='0, 1, 2')
-    parser.add_argument('--plot', type=Path, metavar='FILE', help='the first case over m')
     args = timing.start(parser, packages=('torchvision', 'pillow'))
     with tempfile.TemporaryDirectory() as folder:
         images = args.images or make_images(Path(folder))
@@ -50,8 +49,6 @@ def main() -> None:
             repeats = args.repeats if index == 0 else [m for m in args.repeats if m == 3]
             rows += measure(name, images, repeats, args)
     timing.finish(args, rows)
-    if args.plot:
-        plot([row for row in rows if row['augmentation'] == next(iter(CASES))], args.plot)
 
 
 def make_images(folder: Path, number: int = 96) -> Path:
@@ -139,25 +136,6 @@ def seeded(function):
     np.random.seed(0)
     torch.manual_seed(0)
     return function()
-
-
-def plot(rows: list[dict], path: Path) -> None:
-    """Milliseconds of an image over m."""
-    import matplotlib
-
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-
-    _, axes = plt.subplots(figsize=(6, 4))
-    m = [row['m'] for row in rows]
-    for key, label in (('timm images/s', "timm's create_loader"), ('ours', 'create_loader'), ('fast', 'fast=True')):
-        axes.plot(m, [1000 / row[key] for row in rows], marker='o', label=label)
-    axes.set(xlabel='augmentations of an image, m', ylabel='ms of a worker for one augmented image')
-    axes.set(ylim=(0, None), xticks=m)
-    axes.grid(alpha=0.3)
-    axes.legend(frameon=False)
-    plt.tight_layout()
-    plt.savefig(path, dpi=120)
 
 
 if __name__ == '__main__':
