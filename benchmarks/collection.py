@@ -91,7 +91,7 @@ def real(args) -> dict:
     first = build_index(args.data, folder, args.model, progress=False)
     used = processor_seconds() - before
     again = build_index(args.data, folder, progress=False)
-    index = Index.open(folder)
+    index = Index(folder)
     queries = np.asarray(index.vectors)[:: max(1, len(index) // QUERIES)].copy()
     files = {path.name.split('.')[0]: path.stat().st_size for path in folder.iterdir()}
     picture = index.paths[len(index) // 2]
@@ -222,7 +222,7 @@ def copies_of(rows: np.ndarray, size: int) -> np.ndarray:
 def measure(folder: Path, clock) -> dict:
     """Latency, memory and recall of the index as it is."""
     before, start = memory(), clock()
-    index = Index.open(folder)
+    index = Index(folder)
     opened = clock() - start
     queries = np.load(folder / 'queries.npy')
     start = clock()
@@ -292,7 +292,7 @@ def measure_copies(folder: Path, clock) -> dict:
         def _small(self) -> np.ndarray:  # there are no pictures to read
             return np.zeros((len(self.index), 1), dtype=np.float16)
 
-    index = Index.open(folder)
+    index = Index(folder)
     source, result, before = copies_of(np.arange(len(index)), len(index)), {}, memory()
 
     def timed(name: str, function):

@@ -17,7 +17,7 @@ from timm_multigrain.hub import read_metrics
 from timm_multigrain.hub.card import load_card, make_card, own_figures
 from timm_multigrain.images.labels import match_classes
 from timm_multigrain.images.sources import ImageFiles, open_images
-from timm_multigrain.index.milvus import _CONFIG, _record
+from timm_multigrain.index.export import _CONFIG, _record
 from timm_multigrain.measure import archives
 from timm_multigrain.measure.benchmarks import load_benchmark
 from timm_multigrain.measure.benchmarks.groups import read_turns

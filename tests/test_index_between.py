@@ -53,10 +53,10 @@ def found(copies):
 
 
 def test_copies_between_two_sets(base):
-    index = Index.open(base / 'index')
+    index = Index(base / 'index')
     one = find_copies_between(ImageSet(index, base / 'train'), ImageSet(index, base / 'val'), 0.8)
     assert found(one) == EXPECTED
-    two = [ImageSet(Index.open(base / f'{name}.index')) for name in ('train', 'val')]
+    two = [ImageSet(Index(base / f'{name}.index')) for name in ('train', 'val')]
     assert found(find_copies_between(*two, 0.8)) == EXPECTED
     identical = find_copies_between(*two, exact_only=True)
     assert found(identical) == {name: how for name, how in EXPECTED.items() if how[1] == ['identical']}

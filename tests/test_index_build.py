@@ -72,7 +72,7 @@ def make(pictures, model_folder, **options):
 
 
 def opened(pictures):
-    return Index.open(pictures.parent / 'index')
+    return Index(pictures.parent / 'index')
 
 
 def counts(report):
@@ -321,7 +321,7 @@ def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tm
     picture(20).save(other / 'other.png')
     (pictures / 'bad.png').touch()
     make([pictures, other], model_folder)
-    assert len(Index.open(index).skipped) == 1
+    assert len(Index(index).skipped) == 1
     moved = tmp_path / 'elsewhere' / 'renamed'
     moved.parent.mkdir()
     os.rename(pictures, moved)
@@ -330,7 +330,7 @@ def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tm
     report = update(moved, index=index)
     assert counts(report) == [9, 0, 0, 7, 0, 0, 0] and embedded == ['bad.png']
     here = [*map(str, moved.rglob('[1-9].png')), str(other / 'other.png')]
-    assert sorted(Index.open(index).paths) == sorted([*here, str(pictures / '0.png')])
+    assert sorted(Index(index).paths) == sorted([*here, str(pictures / '0.png')])
     # what has not moved with it stays until it is given up, by name or with all that is missing
     with pytest.raises(FileNotFoundError, match='with 1 image was not found'):
         build_index([], index, workers=0, progress=False)
@@ -339,7 +339,7 @@ def test_a_folder_that_was_moved_and_one_that_is_gone(pictures, model_folder, tm
     assert build_index([moved], index, remove_missing=True, workers=0, progress=False).removed == 0
     assert main(['index', str(pictures), '-o', str(index), '--remove-missing', '--workers', '0']) == 0
     assert '8 images: 1 removed' in capsys.readouterr().out
-    assert Index.open(index).skipped == {str(moved / 'bad.png'): 'is empty'}
+    assert Index(index).skipped == {str(moved / 'bad.png'): 'is empty'}
     shutil.rmtree(other)
     report = build_index([], index, remove_missing=True, workers=0, progress=False)
     assert counts(report) == [7, 0, 0, 0, 0, 1, 7]
@@ -420,25 +420,25 @@ def test_killed_indexing_goes_on(pictures, model_folder):
         while count(index) < 20:
             time.sleep(0.01)
     with pytest.warns(UserWarning, match=r'not complete; .* \d+ pictures. .* timm-multigrain index'):
-        killed = Index.open(index)
+        killed = Index(index)
     killed.store.check()
     seen = count(index)
     assert killed.pending == 68 - len(killed)
     report = update(pictures)
-    assert Index.open(index).pending == 0
+    assert Index(index).pending == 0
     assert 20 <= seen < 68 and counts(report)[:2] == [68, 68 - report.unchanged] and report.unchanged >= seen
-    check_against_the_slow_way(Index.open(index))
+    check_against_the_slow_way(Index(index))
 
 
 def count(index):
     try:
-        return len(Index.open(index))
+        return len(Index(index))
     except (FileNotFoundError, ValueError):
         return 0
 
 
 def test_one_name_of_a_class_will_do(tmp_path):
-    index = Index.open(write_index(tmp_path / 'index', unit_vectors(6), classes=[0, 1, 2] * 2))
+    index = Index(write_index(tmp_path / 'index', unit_vectors(6), classes=[0, 1, 2] * 2))
     index.config['model']['label_names'] = ['tench, Tinca tinca', 'car', 'Car, automobile']
     for name, rows in (('Tench', {0, 3}), ('tench, Tinca tinca', {0, 3}), ('car', {1, 4}), ('automobile', {2, 5})):
         assert set(index.search(index.vectors[:1], class_name=name)[1][0].tolist()) == rows

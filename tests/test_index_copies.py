@@ -6,7 +6,7 @@ from PIL import Image
 from timm_multigrain.demo.pictures import draw_picture
 from timm_multigrain.images.copies import EDITS
 from timm_multigrain.index import pairs as pairs_module
-from timm_multigrain.index.detail import Looks, Picture, compare
+from timm_multigrain.index.detail import Picture, compare
 from timm_multigrain.index.pairs import NearPairs, find_thresholds, near_pairs, star_groups
 
 
@@ -134,5 +134,3 @@ def test_what_becomes_of_edits():
     shots = [Picture(EDITS['screenshot'](it)) for it in (picture, other)]
     assert not compare(*shots).alike  # though most of a page is like most of another
     assert not compare(Picture(Image.new('RGB', (50, 40), 'red')), Picture(picture)).alike
-    looks = Looks(lambda i: (_ for _ in ()).throw(ValueError('gone')))
-    assert not looks.alike(0, 1) and looks.unreadable == 2 and not looks.alike(1, 0) and looks.unreadable == 2

@@ -239,7 +239,7 @@ def test_identical_files_alone_and_pictures_that_are_not_looked_at(index, monkey
 def test_pictures_that_are_gone(index, tmp_path, capfd):
     moved = tmp_path / 'index'
     shutil.copytree(index.path, moved)  # its pictures are looked for beside it, and are not there
-    copies = find_copies(Index.open(moved))
+    copies = find_copies(Index(moved))
     assert (copies.groups, copies.surplus(likely=True), copies.left_out, len(copies.changed)) == ((), [], 2, 4)
     assert '2 groups left out' in str(copies)
     assert main(['dedup', str(moved), '--list', '--identical']) == 1
@@ -285,7 +285,7 @@ def test_a_file_is_not_surplus_to_itself(tmp_path):
     # the copy becomes a link to the other, with the size and time that were indexed
     (folder / 'copy.png').unlink()
     os.symlink(folder / 'a.png', folder / 'copy.png')
-    assert find_copies(Index.open(tmp_path / 'index2'), 0.9).groups == ()
+    assert find_copies(Index(tmp_path / 'index2'), 0.9).groups == ()
 
 
 def digest(path):
@@ -350,7 +350,7 @@ def test_deleting_what_is_listed_loses_nothing_whatever_has_happened(nest, tmp_p
         for _ in range(rng.integers(1, 4)):
             disturb(folder, rng, same_time=exact)
         before = contents(folder)
-        copies = find_copies(Index.open(base / 'index'), 0.9, look=False, exact_only=exact)
+        copies = find_copies(Index(base / 'index'), 0.9, look=False, exact_only=exact)
         surplus = paths(copies.surplus(likely=True))
         now = {path: digest(path) for path in surplus}
         for path in surplus:
@@ -373,16 +373,16 @@ def test_order_of_indexing_decides_nothing(tmp_path):
     for i, order in enumerate((np.arange(60), np.random.default_rng(0).permutation(60))):
         folder = write_index(tmp_path / f'index{i}', vectors[order], [f'{j}.jpg' for j in order],
                              root=tmp_path / f'{i}' / 'pictures')
-        write_files(Index.open(folder))
-        groups = find_copies(Index.open(folder), 0.9, look=False).groups
+        write_files(Index(folder))
+        groups = find_copies(Index(folder), 0.9, look=False).groups
         found.append({frozenset(names(group)) for group in groups})
     assert len(found[0]) == 30 and found[0] == found[1]
 
 
 def test_tiny_indexes(tmp_path):
     for count in (0, 1, 2):
-        assert find_copies(Index.open(write_index(tmp_path / str(count), unit_vectors(count)))).groups == ()
-    ten = Index.open(write_index(tmp_path / 'ten', unit_vectors(10)))
+        assert find_copies(Index(write_index(tmp_path / str(count), unit_vectors(count)))).groups == ()
+    ten = Index(write_index(tmp_path / 'ten', unit_vectors(10)))
     assert find_copies(ten, false_positives=0, look=False).groups == ()
 
 

@@ -14,10 +14,17 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.index import Index, OtherModel, export
 from timm_multigrain.index.ann import update_structure
-from timm_multigrain.index.export import METADATA, export_index, export_parquet
-from timm_multigrain.index.milvus import MilvusIndex, export_milvus, parse_address
+from timm_multigrain.index.export import (
+    METADATA,
+    MilvusIndex,
+    export_index,
+    export_milvus,
+    export_parquet,
+    parse_address,
+    path_from_text,
+    path_to_text,
+)
 from timm_multigrain.index.model import protocol_from_json
-from timm_multigrain.index.records import path_from_text, path_to_text
 
 from .copies_folder import make_index, make_pictures
 from .small_index import CLASSES, add_images, unit_vectors, write_index, writer_of
@@ -32,7 +39,7 @@ NAMES = ['a\nb.jpg', 'é/日本.jpg', 'not \udcff utf-8.jpg', 'bytes:%20.jpg', '
 @pytest.fixture
 def index(tmp_path):
     paths = [*NAMES, *(f'{i}.jpg' for i in range(150 - len(NAMES)))]
-    return Index.open(write_index(tmp_path / 'index', unit_vectors(150), paths))
+    return Index(write_index(tmp_path / 'index', unit_vectors(150), paths))
 
 
 @pytest.fixture
@@ -84,10 +91,10 @@ def test_hnsw_finds_nearly_the_same(tmp_path):
     vectors[-20:] = vectors[:20]
     folder = write_index(tmp_path / 'index', vectors, [f'{i:04}.jpg' for i in range(2000)])
     queries = vectors[::100] + 0.3 * unit_vectors(20, dim=512, seed=2)
-    exact = Index.open(folder).search(queries, 10)[1]
+    exact = Index(folder).search(queries, 10)[1]
     with writer_of(folder) as writer:
         update_structure(writer, 'hnsw', progress=False)
-    index = Index.open(folder)
+    index = Index(folder)
     assert index.structure and np.mean(index.search(queries, 10)[1] == exact) > 0.95
 
 
@@ -98,7 +105,7 @@ def test_exporting_again_sends_what_has_changed(index, address):
     with writer_of(index.path) as writer:
         writer.remove([0, 9])
         add_images(writer, unit_vectors(3, seed=3), ['0.jpg.new', 'n1.jpg', 'n2.jpg'])
-    changed = Index.open(index.path)
+    changed = Index(index.path)
     third = export_milvus(changed, address, progress=False)
     assert (third.written, third.unchanged, third.others) == (3, 148, 2) and 'not in this index' in str(third)
     mirrored = export_milvus(changed, address, mirror=True, progress=False)
@@ -114,7 +121,7 @@ def test_other_models_and_collections_are_refused(index, address, tmp_path):
     from pymilvus import MilvusClient
 
     export_milvus(index, address, progress=False)
-    narrower = Index.open(write_index(tmp_path / 'other', unit_vectors(5, dim=8)))
+    narrower = Index(write_index(tmp_path / 'other', unit_vectors(5, dim=8)))
     with pytest.raises(OtherModel, match='dim: 16, here 8'):
         export_milvus(narrower, address, progress=False)
     export_milvus(narrower, f'{address}#other', progress=False)
@@ -163,7 +170,7 @@ def test_a_killed_export_goes_on(tmp_path, address):
     done = export_index(folder, address, progress=False)
     assert done.written + done.unchanged == 5_000 and done.others == 0
     queries = unit_vectors(5, dim=64, seed=8)
-    _, rows = Index.open(folder).search(queries, 5)
+    _, rows = Index(folder).search(queries, 5)
     assert [[hit.path for hit in part] for part in MilvusIndex(address).hits(queries, 5)] == [
         [f'/pictures/{row}.jpg' for row in part] for part in rows.tolist()]
 
@@ -187,7 +194,7 @@ def test_commands(tmp_path, address, capfd):
 def test_everything_comes_back(tmp_path, monkeypatch, dtype):
     monkeypatch.setattr(export, 'ROWS', 16)
     names = ['a\nb.jpg', 'not \udcff utf-8.jpg', *(f'{i}.jpg' for i in range(48))]
-    index = Index.open(write_index(tmp_path / 'index', unit_vectors(50), names, dtype=dtype))
+    index = Index(write_index(tmp_path / 'index', unit_vectors(50), names, dtype=dtype))
     done = export_parquet(index, tmp_path / 'new' / 'photos.parquet', progress=False)
     assert (done.written, done.unchanged) == (50, 0) and '50 images' in str(done)
     file = pq.ParquetFile(done.target)
@@ -220,7 +227,7 @@ def test_what_is_up_to_date_is_left_alone(tmp_path):
 
 
 def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    index = Index.open(write_index(tmp_path / 'index', unit_vectors(5)))
+    index = Index(write_index(tmp_path / 'index', unit_vectors(5)))
     with monkeypatch.context() as patch:
         patch.setattr(pq.ParquetWriter, 'write_table', lambda *a: (_ for _ in ()).throw(OSError('no room')))
         with pytest.raises(OSError, match=r'no room.*free space'):

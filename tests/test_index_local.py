@@ -47,7 +47,7 @@ def described(monkeypatch):
 
 def make(pictures, **options):
     build_index([pictures], pictures.parent / 'index', tiny_model(), PROTOCOL, workers=0, progress=False, **options)
-    return Index.open(pictures.parent / 'index')
+    return Index(pictures.parent / 'index')
 
 
 def files_of(folder):
@@ -95,7 +95,7 @@ def test_updates(pictures, described, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         make(pictures, local=True)
     monkeypatch.setattr(build.Writer, 'set_details', keep)
-    before = Index.open(pictures.parent / 'index').store
+    before = Index(pictures.parent / 'index').store
     assert len(before.local) == 1 + 4 and described == [f'{i}.png' for i in range(6)]
     described.clear()
     (pictures / '0.png').rename(pictures / 'sub' / 'moved.png')
@@ -114,7 +114,7 @@ def test_updates(pictures, described, monkeypatch):
     make(pictures)
     assert not described
     shutil.move(pictures.parent / 'index', pictures.parent / 'elsewhere')
-    assert Index.open(pictures.parent / 'elsewhere').store.details(again) == again
+    assert Index(pictures.parent / 'elsewhere').store.details(again) == again
 
 
 def test_without_them_they_are_computed(pictures, described, tmp_path):
@@ -142,7 +142,7 @@ def test_odd_ones_are_refused(pictures):
         original = index.store.details([key])[key]
         put(key, odd)
         with pytest.raises(DamagedIndex, match='is damaged'):
-            Index.open(index.path).search_images([pictures / '0.png'], local=7)
+            Index(index.path).search_images([pictures / '0.png'], local=7)
         if odd is not None:
             put(key, original)
 
@@ -161,4 +161,4 @@ def test_a_trunk_without_maps_is_refused_before_the_work(pictures):
     model.feature_info = []
     with pytest.raises(ValueError, match='take another trunk'):
         build_index([pictures], pictures.parent / 'index', model, PROTOCOL, local=True, workers=0, progress=False)
-    assert len(Index.open(pictures.parent / 'index')) == 0
+    assert len(Index(pictures.parent / 'index')) == 0

@@ -119,7 +119,7 @@ def test_each_image_is_found_once_by_its_best_part(tmp_path, kind):
         pytest.importorskip('faiss')
         with writer_of(folder) as writer:
             update_structure(writer, kind, progress=False)
-    index = Index.open(folder)
+    index = Index(folder)
     for chosen in ({}, {'class_name': 'car'}, {'category': 'a'}, {'category': 'b', 'class_name': 'tree'}):
         scores, rows = index.search(queries, 6, **chosen)
         for query, values, found in zip(queries, scores, rows, strict=True):
@@ -184,7 +184,7 @@ def test_a_detector_sees_each_picture_once(pictures, tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r'\.png: .*detect failed with KeyError: .the detector fails.'):
         make(pictures, detect)
     with pytest.warns(UserWarning, match='of its last update: 6 pictures'):
-        Index.open(tmp_path / 'index')
+        Index(tmp_path / 'index')
     with pytest.warns(UserWarning, match='Boxes of 1 picture were left out'):
         index = update(pictures, detect)
     assert len(asked) == 10 and regions_in(index) == {('7.jpg', (0, 0, 70, 20), '')}

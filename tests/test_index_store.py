@@ -24,7 +24,7 @@ from .small_index import add_images, forked, unit_vectors, write_index, writer_o
 
 def everything(folder):
     """All that an index says, and two searches."""
-    index = Index.open(folder)
+    index = Index(folder)
     index.store.check()
     scores, rows = index.search(unit_vectors(3, seed=9), 4)
     exact = index.search(unit_vectors(3, seed=9), 4, 'car', exact=True)
@@ -48,7 +48,7 @@ def folder(tmp_path):
 
 
 def test_what_is_written_is_read(folder):
-    index = Index.open(folder)
+    index = Index(folder)
     kept = [i for i in range(120) if i not in (3, 77)]
     assert np.array_equal(index.vectors, np.concatenate([unit_vectors(120)[kept], unit_vectors(2, seed=1)]))
     old = [f'/pictures/{i}\n\udcff"é.jpg' for i in kept]
@@ -64,7 +64,7 @@ def test_what_is_written_is_read(folder):
 
 
 def test_vectors_are_an_array(folder):
-    vectors = Index.open(folder).vectors
+    vectors = Index(folder).vectors
     full = np.asarray(vectors)
     assert vectors.shape == full.shape == (120, 16)
     for key in (0, -1, slice(2, 5), slice(0, 10), slice(None, None, -7), [5, 2, 2], np.arange(120) % 3 == 0,
@@ -125,7 +125,7 @@ def test_uncommitted_is_gone(folder):
     assert everything(folder) == before
     with writer_of(folder) as writer:
         add_images(writer, unit_vectors(1, seed=3), ['after.jpg'])
-    index = Index.open(folder)
+    index = Index(folder)
     assert index.paths == [*before[1], '/pictures/after.jpg']
     assert np.array_equal(index.vectors[-1], unit_vectors(1, seed=3)[0])
 
@@ -194,7 +194,7 @@ def test_a_chunk_is_checked_when_it_is_touched(tmp_path):
     with open(path / 'vectors.1.bin', 'r+b') as file:
         file.seek(2 * store_module.CHUNK + 5)
         file.write(b'?')
-    index = Index.open(path)
+    index = Index(path)
     index.vectors[:512], index.vectors[[1, 800]]
     for touch in (lambda: index.vectors[600], lambda: index.vectors[[1, 600]], lambda: index.vectors[500:700],
                   lambda: index.search(unit_vectors(1, dim)), lambda: np.asarray(index.vectors)):
@@ -207,12 +207,12 @@ def test_other_formats_and_no_index(tmp_path, monkeypatch):
     folder = write_index(tmp_path / 'index', unit_vectors(1))
     monkeypatch.undo()
     with pytest.raises(NewerFormat, match=r'format 9.*update the package'):
-        Index.open(folder)
+        Index(folder)
     with pytest.raises(FileNotFoundError, match='was not found: make one'):
-        Index.open(tmp_path / 'nothing')
+        Index(tmp_path / 'nothing')
     (tmp_path / 'empty').mkdir()
     with pytest.raises(FileNotFoundError, match='is not an index'):
-        Index.open(tmp_path / 'empty')
+        Index(tmp_path / 'empty')
 
 
 def test_compaction_keeps_all_that_is_left(folder):
@@ -220,14 +220,14 @@ def test_compaction_keeps_all_that_is_left(folder):
         writer.remove(range(0, 60, 2))
         writer.commit()
         update_structure(writer, 'exact')
-        before, open_index = everything(folder), Index.open(folder)
+        before, open_index = everything(folder), Index(folder)
         writer.compact_if_worthwhile()
         add_images(writer, unit_vectors(1, seed=5), ['later.jpg'])
         writer.remove([122])
         writer.commit()
     after = everything(folder)
     assert before[:2] == after[:2] and before[3] == after[3] and before[5:] == after[5:]
-    assert np.array_equal(open_index.vectors, Index.open(folder).vectors)
+    assert np.array_equal(open_index.vectors, Index(folder).vectors)
     assert sorted(os.listdir(folder)) == [FILE, 'vectors.2.bin']
     assert (folder / 'vectors.2.bin').stat().st_size == 4 * 16 * (len(open_index) + 1)
 
@@ -277,14 +277,14 @@ def test_full_disk(folder, limit):
     with forked(fill, folder, limit) as (pipe, _):
         batches, _, message = pipe.readall().decode().partition(' ')
     assert 'could not be written to (' in message and 'what was committed to it before is whole' in message
-    index = Index.open(folder)
+    index = Index(folder)
     index.store.check()
     assert len(index) == 120 + 50 * int(batches)
     if int(batches):
         assert np.array_equal(index.vectors[-50:], unit_vectors(50, seed=int(batches) - 1))
     with writer_of(folder) as writer:
         add_images(writer, unit_vectors(1), ['one more'])
-    assert Index.open(folder).paths[-1] == '/pictures/one more'
+    assert Index(folder).paths[-1] == '/pictures/one more'
 
 
 def add_for_ever(pipe, folder):
@@ -303,7 +303,7 @@ def test_kill_at_any_moment(tmp_path):
             time.sleep(rng.uniform(0, 0.1))
             os.kill(child, signal.SIGKILL)
             committed = 1 + len(pipe.readall())
-        index = Index.open(path)
+        index = Index(path)
         index.store.check()
         batches = (len(index) - 1) // 20
         assert len(index) == 1 + 20 * batches and committed <= batches <= committed + 1
@@ -329,7 +329,7 @@ def test_search_while_it_is_written_to(tmp_path):
     try:
         end = time.monotonic() + 1
         while time.monotonic() < end:
-            index = Index.open(path)
+            index = Index(path)
             seen.append(len(index))
             assert index.search(unit_vectors(1, seed=99), 1)[1] == [[0]] and (len(index) - 1) % 20 == 0
     finally:
@@ -358,6 +358,6 @@ def test_one_writer(tmp_path):
 
 def test_index_moves_with_its_pictures(tmp_path):
     path = write_index(tmp_path / 'a' / 'index', unit_vectors(2), root='../pictures')
-    assert Index.open(path).paths[0] == str(tmp_path / 'a' / 'pictures' / '0.jpg')
+    assert Index(path).paths[0] == str(tmp_path / 'a' / 'pictures' / '0.jpg')
     shutil.move(tmp_path / 'a', tmp_path / 'b')
-    assert Index.open(tmp_path / 'b' / 'index').paths[0] == str(tmp_path / 'b' / 'pictures' / '0.jpg')
+    assert Index(tmp_path / 'b' / 'index').paths[0] == str(tmp_path / 'b' / 'pictures' / '0.jpg')

@@ -51,13 +51,13 @@ def use(base):
     refused = []
 
     def read():
-        index = Index.open(base / 'index')
+        index = Index(base / 'index')
         index.store.check()
         index.search_images([base / 'pictures' / '0.png'], 2)
         index.search(np.asarray(index.vectors[:1]), 2, exact=True)
         return index.records(0), index.info, index.skipped
 
-    for call in (read, lambda: find_copies(Index.open(base / 'index'), 0.99, look=False),
+    for call in (read, lambda: find_copies(Index(base / 'index'), 0.99, look=False),
                  lambda: build_index([base / 'pictures'], base / 'index', workers=0, progress=False, kind='hnsw')):
         try:
             call()
@@ -168,7 +168,7 @@ def test_a_journal_that_names_files_to_delete_is_not_followed(copy, name):
 def test_the_model_that_an_index_names_is_not_fetched(copy, monkeypatch, source):
     monkeypatch.setattr(socket.socket, 'connect', lambda *args: pytest.fail('the network was asked'))
     rewrite(copy / 'index', 'config', lambda value: value['model'].update(source=source))
-    for call in (lambda: Index.open(copy / 'index').search_images([copy / 'pictures' / '0.png']),
+    for call in (lambda: Index(copy / 'index').search_images([copy / 'pictures' / '0.png']),
                  lambda: build_index([copy / 'pictures'], copy / 'index', workers=0, progress=False)):
         with pytest.raises(OtherModel, match='which is not looked for') as e:
             call()
@@ -180,7 +180,7 @@ def test_options_of_its_model_are_those_of_an_index(copy, monkeypatch, options):
     monkeypatch.setattr(socket.socket, 'connect', lambda *args: pytest.fail('the network was asked'))
     weights = str(copy / 'index' / 'model' / 'model.safetensors')
     rewrite(copy / 'index', 'config', lambda value: value['model'].update(source=weights, options=options))
-    index = Index.open(copy / 'index')
+    index = Index(copy / 'index')
     for call in (index.model, lambda: index.model(weights)):
         with pytest.raises(ValueError, match='options'):
             call()
@@ -191,7 +191,7 @@ def test_an_index_made_by_name_holds_its_model(made, tmp_path, monkeypatch):
     build_index([made / 'pictures'], tmp_path / 'index', 'test_resnet', Protocol(32), model_options=options, workers=0,
                 progress=False)
     monkeypatch.setattr(socket.socket, 'connect', lambda *args: pytest.fail('the network was asked'))
-    index = Index.open(tmp_path / 'index')
+    index = Index(tmp_path / 'index')
     query = made / 'pictures' / '3.png'
     assert index.search_images([query], 1)[0][0].path == str(query) and index.model().gem_p == 4
 

@@ -60,7 +60,7 @@ def test_what_is_pointed_at_is_seen(index, tmp_path, width):
     from .browser import BROWSER, browsing
     if not BROWSER:
         pytest.skip('Chromium is not installed')
-    path = collection_map.write_map(tmp_path / 'map.html', Index.open(index.path))
+    path = collection_map.write_map(tmp_path / 'map.html', Index(index.path))
 
     def seen():
         return [i for i, figure in enumerate(page.all('.dot + figure')) if figure.is_displayed()]

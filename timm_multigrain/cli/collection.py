@@ -96,7 +96,7 @@ def run_search(args: argparse.Namespace) -> int:
 
     Exit status: 0; 1 if some of the pictures could not be read, 2 if none could.
     """
-    from timm_multigrain.index.milvus import open_collection
+    from timm_multigrain.index.export import open_collection
     from timm_multigrain.report.collection import search_json, search_table, write_search_page
 
     index = open_collection(args.index)
@@ -170,7 +170,7 @@ def run_map(args: argparse.Namespace) -> None:
     from timm_multigrain.index import Index
     from timm_multigrain.report.collection import write_map
 
-    page = write_map(args.out, Index.open(args.index), args.number)
+    page = write_map(args.out, Index(args.index), args.number)
     print(f'Page: {page.resolve()}', file=sys.stderr)
 
 
@@ -209,7 +209,7 @@ def run_app(args: argparse.Namespace) -> None:
     if auth is None and not (args.host in ('localhost', '::1') or args.host.startswith('127.')):
         print(f'warning: everybody who can reach {args.host} sees these pictures: ask for a password with --auth.',
               file=sys.stderr)
-    launch_app(Index.open(args.index), host=args.host, port=args.port, title=args.title, allow_hosts=args.allow_host,
+    launch_app(Index(args.index), host=args.host, port=args.port, title=args.title, allow_hosts=args.allow_host,
                auth=auth, max_upload=round(args.max_upload * 1e6))
 
 

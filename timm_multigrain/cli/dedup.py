@@ -67,7 +67,7 @@ def run_dedup(args: argparse.Namespace) -> int:
     if args.false_positives is not None and not args.no_look:
         warnings.warn('--false-positives has no effect without --no-look: pictures are compared, whatever their '
                       'similarity.', stacklevel=1)
-    index = Index.open(args.index) if args.index else None
+    index = Index(args.index) if args.index else None
     share = FALSE_POSITIVES if args.false_positives is None else args.false_positives
     options = {'threshold': args.threshold, 'false_positives': share, 'look': not args.no_look}
     title = f'Copies in {args.index}'

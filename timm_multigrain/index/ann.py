@@ -17,7 +17,7 @@ from timm_multigrain.search.exact import nearest
 
 from .records import DamagedIndex, writing
 from .store import Store, Writer
-from .vectors import Vectors
+from .vectors import Vectors, in_chunks
 
 KINDS = ('exact', 'hnsw', 'ivf-pq')
 EXACT_UP_TO = 100_000
@@ -74,7 +74,7 @@ def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) 
     if kind == 'auto':
         wanted = 'exact' if images <= EXACT_UP_TO else 'hnsw' if images <= HNSW_UP_TO else 'ivf-pq'
     if wanted == 'exact' or images < 100:  # too few to train anything
-        writer.set_faiss(None)
+        writer.commit(faiss=None)
         return None
     if old and old['kind'] == wanted and rows - old['rows'] <= UNCOVERED * rows:
         return old
@@ -88,7 +88,7 @@ def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) 
     if progress:
         print(f'building {wanted} for {images:,} images', file=sys.stderr)
     described = _build(store, wanted)
-    writer.set_faiss(described)
+    writer.commit(faiss=described)
     return described
 
 
@@ -100,7 +100,7 @@ def import_faiss():
 
 
 def _build(store: Store, kind: str) -> dict:
-    faiss, vectors, rows = import_faiss(), Vectors(store.file, store.vector_rows), len(store.file)
+    faiss, vectors, rows = import_faiss(), store.file.take(store.vector_rows), len(store.file)
     index, settings = _create(faiss, vectors, rows, kind)
     for start in range(0, rows, 16384):
         index.add(store.file[start:start + 16384].astype(np.float32))
@@ -153,7 +153,7 @@ def _tune(index, vectors: Vectors, vector_rows: np.ndarray, settings: dict) -> t
     queries = vectors[queried].astype(np.float32)
     # an image does not count as its own match: anything would find it
     truth = [vector_rows[found[found != own]][:10]
-             for found, own in zip(nearest(queries, vectors.chunks(), 11)[1].numpy(), queried, strict=True)]
+             for found, own in zip(nearest(queries, in_chunks(vectors), 11)[1].numpy(), queried, strict=True)]
     knob, values = ('ef', [128, 256, 512, 1024])
     if 'probes' in settings:
         knob, values = 'probes', [2 ** i for i in range(11) if 2 ** i < 2 * settings['lists']]

@@ -7,20 +7,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from timm_multigrain.files import counted, printable
-from timm_multigrain.images.pixels import holds_several
 
-from .dedup import (
-    BASES,
-    FALSE_POSITIVES,
-    Copies,
-    CopyFile,
-    CopyGroup,
-    CopySearch,
-    candidate_of,
-    identical_rows,
-    told,
-    verify,
-)
+from .dedup import BASES, Copies, CopyFile, CopySearch
 from .index import Index
 from .keep import Rules
 from .records import OtherModel
@@ -114,16 +102,10 @@ class CopiesBetween(Copies):
 
 
 def find_copies_between(
-        first: ImageSet,
-        second: ImageSet,
-        threshold: float | None = None,
-        *,
-        false_positives: float = FALSE_POSITIVES,
-        look: bool = True,
-        exact_only: bool = False,
-        progress: bool = False,
-) -> CopiesBetween:
-    """Find the images of the second set that are copies of images of the first one; arguments as of `find_copies`.
+        first: ImageSet, second: ImageSet, threshold: float | None = None, **options) -> CopiesBetween:
+    """Find the images of the second set that are copies of images of the first one.
+
+    Arguments are those of `find_copies`, without keep and prefer.
 
     Raises:
         ValueError: The sets share images; or as `find_copies`.
@@ -134,44 +116,31 @@ def find_copies_between(
     if described[0] != described[1]:
         raise OtherModel(f'{first.name} and {second.name} were indexed with different models or preprocessing: index '
                          'one of them again as the other was.')
-    joined, rules = _Joined(first, second), Rules(first_set=True)
+    joined = _Joined(first, second)
     paths = [joined.path_of(row) for row in range(len(joined))]
     if len(set(paths)) < len(paths):
         raise ValueError(f'{first.name} and {second.name} have images in common: name folders that do not overlap.')
+    search = CopySearch(joined, threshold, rules=Rules(first_set=True), **options)
     in_second = joined.columns['root'] == 1
-    groups, twins = [], defaultdict(list)
-    for rows in identical_rows(joined):
-        kept, *others = sorted(rows.tolist(), key=lambda row: rules.key(candidate_of(joined, row)))
+    groups, twins = [], {}
+    for kept, *others in search.identical:
+        others = [row for row in others if in_second[row]]
         if in_second[kept]:
             twins[kept] = others
-        elif any(in_second[others]):
-            groups.append(CopyGroup('exact', (
-                CopyFile(joined.records(kept), 1., 'identical', keep=True),
-                *(CopyFile(joined.records(row), 1., 'identical', reason='first set')
-                  for row in others if in_second[row]))))
-    found = CopiesBetween((), None, len(joined), first=first, second=second)
-    if not exact_only:
-        search = CopySearch(joined, threshold, false_positives, look, rules, progress)
-        pairs = search.pairs()
-        pairs = pairs.where(in_second[pairs.first] != in_second[pairs.second])
-        several = [row for row in pairs.rows().tolist() if holds_several(paths[row])]
-        pairs = pairs.where(~(np.isin(pairs.first, several) | np.isin(pairs.second, several)))
+        elif others:
+            groups.append(search.identical_group([kept, *others]))
+    if not options.get('exact_only'):
+        pairs = search.pairs(in_second)
         best = {}  # of each image of the second set the most similar one of the first; rows of the first are lower
         for one, other, score in zip(pairs.first.tolist(), pairs.second.tolist(), pairs.scores.tolist(), strict=True):
             best[other] = max(best.get(other, (-2., 0)), (score, one))
         copies_of = defaultdict(list)
         for row, (_, one) in best.items():
-            copies_of[one] += [row, *twins[row]]
-        rows = told(copies_of.items(), 'Comparing pictures', len(copies_of), progress)
-        groups += [search.group(np.array([one, *copies])) for one, copies in rows]
-        found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=len(several),
-                        unreadable=search.looks.unreadable)
-    groups.sort(key=lambda group: (group.kind, os.fsencode(group.keep)))
-    verified, changed = verify(groups, progress, itself=True)
-    left_out = sum(any(file.record.path in changed for file in group.files) for group in groups)
-    return replace(found, groups=verified, changed=tuple(changed), left_out=left_out)
+            copies_of[one] += [row, *twins.get(row, ())]
+        groups += search.groups([np.array([one, *copies]) for one, copies in copies_of.items()])
+    return replace(search.result(groups, CopiesBetween, itself=True), first=first, second=second)
 
 
 def sets_of(names: Sequence[str], index: Index | None) -> list[ImageSet]:
     """The sets that a command line names: folders in an index, or indexes if none is given."""
-    return [ImageSet(Index.open(name)) if index is None else ImageSet(index, name) for name in names]
+    return [ImageSet(Index(name)) if index is None else ImageSet(index, name) for name in names]

@@ -346,8 +346,7 @@ class _Update:
 
     def _embed(self) -> None:
         files, pending = self.embed, len(self.embed)
-        self.writer.set_pending(pending)
-        self.writer.commit()
+        self.writer.commit(pending=pending)
         with ThreadPoolExecutor(4) as pool:
             for batch in embed_images(
                     self._opened(), ImageFiles([os.fsdecode(self._path(file)) for file in files]), self.protocol,
@@ -360,10 +359,8 @@ class _Update:
                     if digest is None:  # a time of -1: tried by the next run in any case
                         self._unreadable(file._replace(mtime_ns=-1), 'it was changing while it was read')
                 pending -= len(found)
-                self.writer.set_pending(pending)
-                self.writer.commit()
-        self.writer.set_pending(0)
-        self.writer.commit()
+                self.writer.commit(pending=pending)
+        self.writer.commit(pending=0)
 
     def _keep_details(self) -> None:
         """Local descriptors of the files in the index that have none yet, and of no others."""

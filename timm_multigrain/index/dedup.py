@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from types import SimpleNamespace
 
 import numpy as np
@@ -26,15 +27,17 @@ from timm_multigrain.search.exact import nearest
 
 from . import detail
 from .build import sha256_of
-from .detail import ALIKE, NO_OPENCV, SIDE, SMALL, Comparison, Looks, Picture, compare
+from .detail import ALIKE, NO_OPENCV, SIDE, SMALL, Comparison, Picture, compare
 from .index import Index
 from .keep import Candidate, Rules, look_at
 from .model import embed_queries
 from .pairs import NEIGHBOURS, NearPairs, Thresholds, find_thresholds, near_pairs, star_groups
 from .records import Record
+from .vectors import in_chunks
 
 FALSE_POSITIVES = 0.002
 KINDS = {'exact': 'identical files', 'near': 'copies and near-duplicates'}
+IN_MEMORY = 4096  # pictures to compare, 150 KB each
 BASES = {'identical': 'Identical', 'details': 'Certain', 'look': 'Likely', 'descriptor': 'Perhaps'}
 
 
@@ -212,25 +215,15 @@ def find_copies(
         FileNotFoundError: A folder to prefer was not found.
         DamagedIndex: The index cannot be read.
     """
-    rules = Rules(keep, prefer)
-    groups, found = [_exact_group(index, rows, rules) for rows in identical_rows(index)], Copies((), None, len(index))
+    search = CopySearch(index, threshold, false_positives, look, exact_only, Rules(keep, prefer), progress)
+    groups = [search.identical_group(rows) for rows in search.identical]
     if not exact_only:
-        search = CopySearch(index, threshold, false_positives, look, rules, progress)
         pairs = search.pairs()
-        rows = pairs.rows().tolist()
-        several = [row for row in rows if holds_several(index.path_of(row))]
-        pairs = pairs.where(~(np.isin(pairs.first, several) | np.isin(pairs.second, several)))
         order = np.zeros(len(index), dtype=np.int64)  # by path, so that the order of indexing decides nothing
-        order[sorted(rows, key=lambda row: os.fsencode(index.path_of(row)))] = np.arange(len(rows))
-        stars = star_groups(pairs, order)
-        groups += [search.group(rows) for rows in told(stars, 'Comparing pictures', len(stars), progress)]
-        found = replace(found, thresholds=search.thresholds, complete=pairs.complete, several=len(several),
-                        unreadable=search.looks.unreadable)
-    groups = [group for group in groups if group.others]  # not so where all are in folders that are preferred
-    groups.sort(key=lambda group: (group.kind, os.fsencode(group.keep)))  # 'exact' before 'near'
-    verified, changed = verify(groups, progress)
-    left_out = sum(any(file.record.path in changed for file in group.files) for group in groups)
-    return replace(found, groups=verified, changed=tuple(changed), left_out=left_out)
+        rows = sorted(pairs.rows().tolist(), key=lambda row: os.fsencode(index.path_of(row)))
+        order[rows] = np.arange(len(rows))
+        groups += search.groups(star_groups(pairs, order))
+    return search.result(groups)
 
 
 def told(items: Iterable, what: str, number: int, progress: bool | Callable[[str], None]) -> Iterable:
@@ -244,71 +237,107 @@ def told(items: Iterable, what: str, number: int, progress: bool | Callable[[str
 class CopySearch:
     """Descriptors and looks of an index, and the thresholds that decide; arguments as of `find_copies`."""
 
-    def __init__(self, index: Index, threshold: float | None, false_positives: float, look: bool,
-                 rules: Rules | None = None, progress: bool | Callable[[str], None] = False):
+    def __init__(self, index: Index, threshold: float | None = None, false_positives: float = FALSE_POSITIVES,
+                 look: bool = True, exact_only: bool = False, rules: Rules | None = None,
+                 progress: bool | Callable[[str], None] = False):
         if threshold is not None and not -1 < threshold <= 1:
             raise ValueError(f'The threshold is a similarity above -1 and at most 1, got {threshold}.')
         self.index, self.rules, self.progress = index, rules or Rules(), progress
-        kept = np.ones(len(index), bool)  # of identical files the one to keep
-        for rows in identical_rows(index):
-            kept[_ranked(index, rows, self.rules)[1:]] = False
-        self.rows, self.look, self.exif, self.given = np.flatnonzero(kept), look, index.protocol().exif, threshold
-        if look and detail.cv2 is None:
-            warnings.warn(NO_OPENCV, stacklevel=3)
-        self.looks = Looks(self._picture)
-        self.vectors = index.vectors
-        self.thresholds = Thresholds(threshold, threshold) if threshold is not None else find_thresholds(
-            self.vectors, self.rows, false_positives)
+        self.vectors, self.look, self.exif, self.given = index.vectors, look, index.protocol().exif, threshold
+        self.thresholds, self.complete, self.several, self.unreadable = None, True, 0, set()
+        self.picture = lru_cache(IN_MEMORY)(self._picture)
+        self.alike = lru_cache(1 << 20)(lambda i, j: self.compare(i, j).alike)
+        # rows of each set of identical files, the one to keep first; they are compared by that one only
+        self.identical = [sorted(rows.tolist(), key=lambda row: self.rules.key(self.candidate(row)))
+                          for rows in identical_rows(index)]
+        self.rows = np.setdiff1d(np.arange(len(index)), [row for rows in self.identical for row in rows[1:]])
+        if not exact_only:
+            if look and detail.cv2 is None:
+                warnings.warn(NO_OPENCV, stacklevel=3)
+            self.thresholds = Thresholds(threshold, threshold) if threshold is not None else find_thresholds(
+                self.vectors, self.rows, false_positives)
 
-    def _picture(self, row: int) -> Picture:
+    def candidate(self, row: int) -> Candidate:
+        return Candidate(self.index.records(row), int(self.index.columns['root'][row]))
+
+    def compare(self, original: int, copy: int) -> Comparison:
+        """Two images by their rows, each file read once or, of many, as often as it has to."""
+        pictures = self.picture(original), self.picture(copy)
+        return Comparison() if None in pictures else compare(*pictures)
+
+    def _picture(self, row: int) -> Picture | None:
         record = self.index.records(row)
-        return Picture(read_image(record.path, exif=self.exif, size=SIDE), (record.width, record.height))
+        try:
+            return Picture(read_image(record.path, exif=self.exif, size=SIDE), (record.width, record.height))
+        except (ValueError, OSError):
+            self.unreadable.add(row)
+            return None
 
     def _score(self, i: int, j: int) -> float:
         return float(np.asarray(self.vectors[np.array([i, j])], dtype=np.float64).prod(0).sum())
 
     def _alike(self, i: int, j: int) -> bool:
-        return self.look and self.looks.alike(min(i, j), max(i, j))
+        return self.look and self.alike(min(i, j), max(i, j))
 
     def _small(self) -> np.ndarray:
         """(N, 256) float16, `Picture.upright` of the rows that are compared, zeros elsewhere."""
         small = np.zeros((len(self.index), SMALL ** 2 // 4), dtype=np.float16)
         for row in told(self.rows.tolist(), 'Reading pictures', len(self.rows), self.progress):
-            if picture := self.looks.picture(row):
+            if picture := self.picture(row):
                 small[row] = picture.upright
         return small
 
-    def pairs(self) -> NearPairs:
-        """The pairs above the threshold; if none was given, of those that are possible the ones that look the same."""
+    def pairs(self, sides: np.ndarray | None = None) -> NearPairs:
+        """The pairs above the threshold; if none was given, of those that are possible the ones that look the same.
+
+        Args:
+            sides: (N,) bool; only pairs of one image from either side.
+        """
         if self.given is not None or not self.look:
-            return near_pairs(self.vectors, self.thresholds.certain, self.rows)
-        pairs = near_pairs(self.vectors, self.thresholds.possible, self.rows, neighbours=NEIGHBOURS)
-        small = self._small()
-        more = near_pairs(small, ALIKE, np.flatnonzero(small.any(1)), neighbours=NEIGHBOURS)  # blurred and turned ones
-        more = more.where(more.missing_in(pairs))
-        scores = [self._score(i, j) for i, j in zip(more.first, more.second, strict=True)]
-        pairs = NearPairs(*(np.append(a, b) for a, b in zip(
-            (pairs.first, pairs.second, pairs.scores), (more.first, more.second, scores), strict=True)), pairs.complete)
-        looks = told(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), 'Looking at pictures',
-                     len(pairs.first), self.progress)
-        return pairs.where(np.array([self._alike(i, j) for i, j in looks], dtype=bool))
+            pairs = near_pairs(self.vectors, self.thresholds.certain, self.rows)
+        else:
+            pairs = near_pairs(self.vectors, self.thresholds.possible, self.rows, neighbours=NEIGHBOURS)
+            small = self._small()
+            more = near_pairs(small, ALIKE, np.flatnonzero(small.any(1)), neighbours=NEIGHBOURS)  # blurred, turned
+            more = more.where(more.missing_in(pairs))
+            scores = [self._score(i, j) for i, j in zip(more.first, more.second, strict=True)]
+            pairs = NearPairs(*(np.append(a, b) for a, b in zip((pairs.first, pairs.second, pairs.scores), (
+                more.first, more.second, scores), strict=True)), pairs.complete)
+            looks = told(zip(pairs.first.tolist(), pairs.second.tolist(), strict=True), 'Looking at pictures',
+                         len(pairs.first), self.progress)
+            pairs = pairs.where(np.array([self._alike(i, j) for i, j in looks], dtype=bool))
+        if sides is not None:
+            pairs = pairs.where(sides[pairs.first] != sides[pairs.second])
+        several = [row for row in pairs.rows().tolist() if holds_several(self.index.path_of(row))]
+        self.complete, self.several = pairs.complete, len(several)
+        return pairs.where(~(np.isin(pairs.first, several) | np.isin(pairs.second, several)))
+
+    def identical_group(self, rows: Sequence[int]) -> CopyGroup:
+        """The group of these identical files, the one to keep first."""
+        kept, *others = map(self.candidate, rows)
+        return CopyGroup('exact', (CopyFile(kept.record, 1., 'identical', keep=True), *(
+            CopyFile(c.record, 1., 'identical', (), self.rules.is_preferred(c.record), self.rules.reason(kept, c))
+            for c in others)))
+
+    def groups(self, stars: Sequence[np.ndarray]) -> Iterator[CopyGroup]:
+        """The groups of near copies of these rows each, the first one being the centre."""
+        return map(self.group, told(stars, 'Comparing pictures', len(stars), self.progress))
 
     def group(self, rows: np.ndarray) -> CopyGroup:
-        """The group of near copies of these rows, the first one being its centre."""
-        candidates, pictures = {row: candidate_of(self.index, row) for row in rows.tolist()}, {}
+        candidates, pictures = {row: self.candidate(row) for row in rows.tolist()}, {}
         if self.look:
             candidates = dict(zip(candidates, look_at(list(candidates.values()), self.exif), strict=True))
-            pictures = {row: picture for row in candidates if (picture := self.looks.picture(row))}
+            pictures = {row: picture for row in candidates if (picture := self.picture(row))}
             candidates |= {row: replace(candidates[row], grey=picture.is_grey) for row, picture in pictures.items()}
         ranked = sorted(candidates, key=lambda row: self.rules.key(candidates[row]))
         while pictures and not candidates[ranked[0]].around and any(
-                'inset' in self.looks.compare(row, ranked[0]).edits for row in ranked[1:]):
+                'inset' in self.compare(row, ranked[0]).edits for row in ranked[1:]):
             candidates[ranked[0]] = replace(candidates[ranked[0]], around=True)
             ranked.sort(key=lambda row: self.rules.key(candidates[row]))
         kept = candidates[ranked[0]]
         files = [CopyFile(kept.record, 1., keep=True)]
         for row in ranked[1:]:
-            compared = self.looks.compare(ranked[0], row) if pictures else Comparison()
+            compared = self.compare(ranked[0], row) if pictures else Comparison()
             score, record = self._score(ranked[0], row), candidates[row].record
             look = self._alike(ranked[0], row) or self._alike(int(rows[0]), row)
             basis = 'details' if compared.certain else 'look' if look else 'descriptor'
@@ -319,6 +348,15 @@ class CopySearch:
             files.append(CopyFile(record, score, basis, edits, self.rules.is_preferred(record), reason))
         return CopyGroup('near', (files[0], *sorted(files[1:], key=lambda file: -file.score)))
 
+    def result(self, groups: Iterable[CopyGroup], kind: type[Copies] = Copies, **options) -> Copies:
+        """What is left of groups once their files have been checked, with the options of `verify`."""
+        groups = [group for group in groups if group.others]  # not so where all are in folders that are preferred
+        groups.sort(key=lambda group: (group.kind, os.fsencode(group.keep)))  # 'exact' before 'near'
+        verified, changed = verify(groups, self.progress, **options)
+        left_out = sum(any(file.record.path in changed for file in group.files) for group in groups)
+        return kind(verified, self.thresholds, len(self.index), self.complete, len(self.unreadable), self.several,
+                    tuple(changed), left_out)
+
 
 def identical_rows(index: Index) -> list[np.ndarray]:
     """Rows of each set of identical files."""
@@ -326,22 +364,6 @@ def identical_rows(index: Index) -> list[np.ndarray]:
     order = np.lexsort(hashes.T)
     same = (hashes[order][1:] == hashes[order][:-1]).all(1)
     return [rows for rows in np.split(order, np.flatnonzero(~same) + 1) if len(rows) > 1]
-
-
-def candidate_of(index: Index, row: int) -> Candidate:
-    return Candidate(index.records(row), int(index.columns['root'][row]))
-
-
-def _ranked(index: Index, rows: np.ndarray, rules: Rules) -> list[int]:
-    """Rows of identical files, the one that is best kept first."""
-    return sorted(rows.tolist(), key=lambda row: rules.key(candidate_of(index, row)))
-
-
-def _exact_group(index: Index, rows: np.ndarray, rules: Rules) -> CopyGroup:
-    kept, *others = (candidate_of(index, row) for row in _ranked(index, rows, rules))
-    return CopyGroup('exact', (CopyFile(kept.record, 1., 'identical', keep=True), *(
-        CopyFile(c.record, 1., 'identical', keep=rules.is_preferred(c.record), reason=rules.reason(kept, c))
-        for c in others)))
 
 
 def verify(
@@ -447,7 +469,7 @@ def measure_recall(
             if threshold is not None or not look:
                 found[name] += int((scores >= search.thresholds.certain).sum())
                 continue
-            last = nearest(vectors, index.vectors.chunks(), NEIGHBOURS)[0][:, -1].numpy() - 1e-5
+            last = nearest(vectors, in_chunks(index.vectors), NEIGHBOURS)[0][:, -1].numpy() - 1e-5
             near = scores >= np.maximum(last, search.thresholds.possible)
             for picture, copy, is_near in zip(pictures, map(Picture, copies), near, strict=True):
                 if is_near or picture.upright @ copy.upright >= ALIKE:

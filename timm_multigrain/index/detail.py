@@ -10,9 +10,9 @@ Small grey versions, also mirrored and by quarter turns, are compared first wher
 blur; they are all that is compared without OpenCV (extra `local`).
 """
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 from PIL import Image
@@ -35,7 +35,6 @@ GOES_ON, SEAM = 0.25, 2  # along the edge of a part: correlation across it, and 
 WHOLE = 0.95  # share of the area from which on a part is the whole
 INSIDE, OVERLAP = 0.02, 0.15  # sides that a part may reach beyond the whole, to be certain and to be likely
 MIRRORED = np.arange(128).reshape(4, 4, 8)[::-1, :, -np.arange(8) % 8].ravel()  # bins of SIFT of the mirror image
-IN_MEMORY = 4096  # pictures, 150 KB each
 
 
 class Picture:
@@ -88,34 +87,6 @@ class Comparison:
     alike: bool = False
     certain: bool = False
     edits: tuple[str, ...] = ()
-
-
-class Looks:
-    """Compares images of an index by number, reading each file once or, of many, as often as it has to.
-
-    Args:
-        load: The picture of image i; an error of kind ValueError or OSError leaves it without looks.
-    """
-
-    def __init__(self, load: Callable[[int], Picture]):
-        self.load, self.missing = load, set()
-        self.picture = lru_cache(IN_MEMORY)(self._picture)
-        self.alike = lru_cache(1 << 20)(lambda i, j: self.compare(i, j).alike)
-
-    @property
-    def unreadable(self) -> int:
-        return len(self.missing)
-
-    def compare(self, original: int, copy: int) -> Comparison:
-        pictures = self.picture(original), self.picture(copy)
-        return Comparison() if None in pictures else compare(*pictures)
-
-    def _picture(self, i: int) -> Picture | None:
-        try:
-            return self.load(i)
-        except (ValueError, OSError):
-            self.missing.add(i)
-            return None
 
 
 def compare(original: Picture, copy: Picture) -> Comparison:

@@ -25,10 +25,9 @@ from .build import build_index
 from .model import Queries, embed_queries, open_described, protocol_from_json
 from .records import DamagedIndex, Record
 from .store import PCA, Store
-from .vectors import Vectors
+from .vectors import Vectors, in_chunks
 
 APPROXIMATE_UP_TO = 1000  # images asked for, with which a structure is of use
-CHUNK = 1 << 25  # bytes of descriptors that are compared at a time
 
 
 @dataclass(frozen=True)
@@ -135,11 +134,15 @@ class Collection:
         numbers = [i for i, name in enumerate(names) if name == class_name] or [  # of 'tench, Tinca tinca' one will do
             i for i, name in enumerate(names) if str(class_name).lower() in name.lower().split(', ')]
         if class_name is not None and not numbers:
-            near = difflib.get_close_matches(class_name, names, n=3, cutoff=0.4) or names[:5]
-            hint = ('its model predicts no classes.' if not names else f'did you mean {" or ".join(map(repr, near))}?'
-                    if described['label_names'] else f'its classes have no names: give a number from 0 to {names[-1]}.')
-            raise ValueError(f'{self.path} does not know the class {class_name!r}: {hint}')
+            self._refuse('class', class_name, described['label_names'] or [],
+                         f'its classes have no names: give a number from 0 to {names[-1]}.' if names else
+                         'its model predicts no classes.')
         return vectors, numbers
+
+    def _refuse(self, what: str, name: str, known: list[str], otherwise: str) -> None:
+        near = ' or '.join(map(repr, difflib.get_close_matches(name, known, n=3, cutoff=0.4) or known[:5]))
+        raise ValueError(f'{self.path} does not know the {what} {name!r}: '
+                         + (f'did you mean {near}?' if near else otherwise))
 
 
 class Index(Collection):
@@ -163,11 +166,6 @@ class Index(Collection):
                 'If that is not running, let timm-multigrain index go on with it.', stacklevel=2)
 
     @classmethod
-    def open(cls, path: str | os.PathLike) -> 'Index':
-        """As the constructor."""
-        return cls(path)
-
-    @classmethod
     def build(cls, dirs: Iterable[str | os.PathLike], out: str | os.PathLike, model=None, protocol=None, **options):
         """Make or update an index and open it; arguments as for `build_index`."""
         build_index(dirs, out, model, protocol, **options)
@@ -187,12 +185,12 @@ class Index(Collection):
     @cached_property
     def vectors(self) -> Vectors:
         """Descriptors, (N, D) float32 or float16, L2-normalised, mapped from the disk."""
-        return Vectors(self.store.file, self.store.vector_rows[:len(self)])
+        return self.store.file.take(self.store.vector_rows[:len(self)])
 
     @cached_property
     def _searched(self) -> Vectors:
         """Descriptors of the images and of their regions, (N + R, D)."""
-        return Vectors(self.store.file, self.store.vector_rows)
+        return self.store.file.take(self.store.vector_rows)
 
     @cached_property
     def image_rows(self) -> np.ndarray:
@@ -325,8 +323,10 @@ class Index(Collection):
             if class_name is not None:
                 chosen = np.isin(self.columns['classes'][self.image_rows, 0], numbers)
             if category is not None:
+                if category not in self.categories:
+                    self._refuse('category', category, self.categories, 'index it with boxes that have categories.')
                 chosen[:len(self)] = False
-                chosen[len(self):] &= self.store.regions['category'] == self._category(category)
+                chosen[len(self):] &= self.store.regions['category'] == category.encode()
             return self._each_once(*self._exact(queries, asked, np.flatnonzero(chosen)), k)
         structure = None if exact or asked > APPROXIMATE_UP_TO else self.structure
         found = None if structure is None else self._approximate(structure, queries, asked)
@@ -337,16 +337,9 @@ class Index(Collection):
         if (k, alpha) not in self._others:
             other, vectors = copy.copy(self), after.database_augmentation(
                 np.asarray(self._searched, np.float32), k, alpha).numpy()
-            other.structure, other._searched = None, Vectors(vectors, np.arange(len(vectors)))
+            other.structure, other._searched = None, vectors
             self._others[k, alpha] = other
         return self._others[k, alpha]
-
-    def _category(self, name: str) -> bytes:
-        if name not in self.categories:
-            known = ' or '.join(map(repr, difflib.get_close_matches(name, self.categories, 3) or self.categories[:5]))
-            hint = f'did you mean {known}?' if known else 'index it with boxes that have categories.'
-            raise ValueError(f'{self.path} has no region of the category {name!r}: {hint}')
-        return name.encode()
 
     def _each_once(self, scores: np.ndarray, rows: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The first k of each query that are of different images."""
@@ -387,14 +380,9 @@ class Index(Collection):
 
     def _exact(self, queries: np.ndarray, k: int, rows: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
         """The k nearest of all rows or of these, ascending; among equals the first ones."""
-        if rows is None:
-            chunks, number = self._searched.chunks(), len(self._searched)
-        else:
-            step, number = max(1, CHUNK // (4 * self._searched.shape[1])), len(rows)
-            chunks = (self._searched[rows[start:start + step]] for start in range(0, number, step))
-        if not number:
+        if not len(self._searched if rows is None else rows):
             return np.empty((len(queries), 0), np.float32), np.empty((len(queries), 0), np.int64)
-        scores, found = (values.numpy() for values in nearest(queries, chunks, k))
+        scores, found = (values.numpy() for values in nearest(queries, in_chunks(self._searched, rows), k))
         return scores, found if rows is None else rows[found]
 
     def _approximate(self, structure: Structure, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray] | None:

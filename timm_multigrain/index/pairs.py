@@ -27,6 +27,8 @@ import torch
 
 from timm_multigrain.search.exact import nearest
 
+from .vectors import in_chunks
+
 CHUNK = 4096
 SAMPLE = 4000
 NEIGHBOURS = 8
@@ -67,8 +69,8 @@ def find_thresholds(vectors: np.ndarray, rows: np.ndarray, false_positives: floa
     if len(rows) < 3:
         return DEFAULT
     sample = np.sort(np.random.default_rng(0).permutation(rows)[:SAMPLE])
-    chunks = (np.asarray(vectors[rows[start:start + CHUNK]]) for start in range(0, len(rows), CHUNK))
-    scores = np.sort(nearest(np.asarray(vectors[sample]), chunks, 2)[0][:, 1].numpy())  # [:, 0] is the image itself
+    both = nearest(np.asarray(vectors[sample]), in_chunks(vectors, rows), 2)[0]
+    scores = np.sort(both[:, 1].numpy())  # both[:, 0] is the image itself
     certain = np.nextafter(scores[-1 - int(false_positives * len(sample))], np.float32(2))
     return Thresholds(min(float(certain), 1.), float(np.quantile(scores, LONELY)), false_positives, len(sample))
 

@@ -1,9 +1,7 @@
 """What an index knows of an image besides its descriptor, and what can be wrong with an index."""
-import os
 import sqlite3
 from contextlib import contextmanager
 from dataclasses import dataclass
-from urllib.parse import quote_from_bytes, unquote_to_bytes
 
 import numpy as np
 
@@ -46,20 +44,6 @@ def top_classes(logits) -> tuple[np.ndarray, np.ndarray]:
     return classes.cpu().numpy(), probabilities.cpu().numpy()
 
 
-_BYTES = 'bytes:'  # marks a path in percent encoding
-
-
-def path_to_text(path: str) -> str:
-    """A path as Unicode for other stores; one whose bytes are not UTF-8 is percent-encoded, and marked."""
-    plain = not any('\udc80' <= c <= '\udcff' for c in path)
-    return path if plain and not path.startswith(_BYTES) else _BYTES + quote_from_bytes(os.fsencode(path))
-
-
-def path_from_text(text: str) -> str:
-    """The path that `path_to_text` was given."""
-    return os.fsdecode(unquote_to_bytes(text.removeprefix(_BYTES))) if text.startswith(_BYTES) else text
-
-
 class DamagedIndex(ValueError):
     """A file of the index is not what was written. The pictures are not touched by it; the index is made again."""
 
@@ -68,7 +52,7 @@ class DamagedIndex(ValueError):
                          'timm-multigrain index again.')
 
 
-class NewerFormat(ValueError):
+class NewerFormat(RuntimeError):
     """An index that another version of the package has written."""
 
 

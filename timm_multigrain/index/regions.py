@@ -129,8 +129,7 @@ def update_regions(
             raise ValueError(text)
         warnings.warn(text, stacklevel=2)
     rows = [row for row in rows if boxes.news(store, row, protocol.exif)]
-    writer.set_pending(len(rows))
-    writer.commit()
+    writer.commit(pending=len(rows))
     for start in tqdm(range(0, len(rows), PICTURES), 'Regions', unit='batch', disable=None if progress else True):
         found = {}
         for row in rows[start:start + PICTURES]:
@@ -146,8 +145,7 @@ def update_regions(
                 vectors[batch.indices], embedded[batch.indices] = batch.vectors, True
         writer.set_regions(store.ids[list(found)], boxes.source, [
             regions[embedded[np.equal(owners, row)]] for row, regions in found.items()], vectors[embedded])
-        writer.set_pending(max(0, len(rows) - start - PICTURES))
-        writer.commit()
+        writer.commit(pending=max(0, len(rows) - start - PICTURES))
     if boxes.lost:
         warnings.warn(f'Boxes of {counted(len(boxes.lost), "picture")} were left out, such as of '
                       f'{printable(min(boxes.lost))}: they have no area in it, or too little for the model; a box is '

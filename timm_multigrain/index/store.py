@@ -32,7 +32,7 @@ from timm_multigrain.files import check_json, fsync, open_regular, parse_json, p
 from timm_multigrain.version import __version__
 
 from .records import RECORD, REGION, DamagedIndex, IndexInUse, NewerFormat, writing
-from .vectors import VectorFile
+from .vectors import Vectors
 
 FILE = 'index.sqlite'
 FORMAT = 5  # PRAGMA user_version
@@ -91,13 +91,15 @@ class Store:
             raise FileNotFoundError(f'{self.folder} {why}: make one with timm-multigrain index DIR -o {self.folder}')
         self._read(self._take)
 
-    def _read(self, take: Callable[[sqlite3.Connection], Any]) -> Any:
+    def _read(self, take: Callable[[sqlite3.Connection], Any], tries: int = 3) -> Any:
         """What a function takes from the tables."""
-        for _ in range(2):
-            with suppress(DamagedIndex, PermissionError):  # a writer may begin or end meanwhile
-                return self._read_once(take)
-            time.sleep(0.01)
-        return self._read_once(take)
+        try:
+            return self._read_once(take)
+        except (DamagedIndex, PermissionError):  # a writer may begin or end meanwhile
+            if tries == 1:
+                raise
+        time.sleep(0.01)
+        return self._read(take, tries - 1)
 
     def _read_once(self, take: Callable[[sqlite3.Connection], Any]) -> Any:
         path = self.folder / FILE
@@ -109,8 +111,6 @@ class Store:
                 db.execute('BEGIN')
                 _check_schema(db, self.folder)
                 return take(db)
-        except NewerFormat:
-            raise
         except (sqlite3.Error, ValueError, OverflowError, TypeError) as e:
             if 'unable to open' in str(e):
                 raise PermissionError(f'{path} cannot be read: if the process that wrote it was killed, make the '
@@ -148,7 +148,7 @@ class Store:
         chunks = np.array(tables['chunks'], dtype=np.int64).reshape(-1, 4)
         self.dim, self.dtype = self.config['model']['dim'], np.dtype(self.config['dtype']).newbyteorder('<')
         self._check(chunks)
-        self.file = VectorFile(self.vectors_path, self.dim, self.dtype, chunks)
+        self.file = Vectors(self.vectors_path, self.dim, self.dtype, chunks)
         if not ((self.vector_rows >= 0) & (self.vector_rows < len(self.file))).all():
             raise ValueError('an image has a vector beyond the last one')
 
@@ -331,18 +331,12 @@ class Writer:
         """Forget that a file could not be indexed, if it is noted."""
         self._delete('skipped', [(root, name)])
 
-    def set_pending(self, number: int) -> None:
-        """Say with the next commit how many pictures the update has yet to embed."""
-        if self.state['pending'] != number:
-            self.state['pending'] = number
-            if not self._db.in_transaction:
-                with writing(self.folder):
-                    self._db.execute('BEGIN IMMEDIATE')
-
-    def commit(self) -> None:
-        """Make what was done part of the index."""
-        if not self._db.in_transaction:
+    def commit(self, **state) -> None:
+        """Make what was done part of the index, and new values of its state: `pending` pictures, or another structure
+        for search, `faiss`, whose predecessor is deleted."""
+        if not self._db.in_transaction and state.items() <= self.state.items():
             return
+        self.state.update(state)
         with writing(self.folder):
             os.fsync(self._file.fileno())
             row = _row('settings', 'state', json.dumps(self.state))
@@ -350,15 +344,8 @@ class Writer:
             self._db.commit()
         with suppress(sqlite3.OperationalError):  # a damaged log is a lost commit: keep it short, if there is room
             self._db.execute('PRAGMA wal_checkpoint(PASSIVE)')
-
-    def set_faiss(self, described: dict | None) -> None:
-        """Commit another structure for search and delete the last one."""
-        if self.state['faiss'] != described:
-            self.state['faiss'] = described
-            with writing(self.folder):
-                self._db.execute('BEGIN IMMEDIATE')
-                self.commit()
-                self._delete_leftovers()
+        if 'faiss' in state:
+            self._delete_leftovers()
 
     def compact_if_worthwhile(self) -> None:
         """Write the file of vectors anew once a quarter of it is of images that were removed.
@@ -375,7 +362,7 @@ class Writer:
         records, store.regions = store.records.copy(), store.regions.copy()
         for each in (records, store.regions):
             each['vector'] = np.searchsorted(rows, each['vector'])
-        self.state.update(generation=self.state['generation'] + 1, faiss=None)
+        self.state['generation'] += 1
         with writing(self.folder):
             self._file.close()
             self._file = open_regular(self.folder / f'vectors.{self.state["generation"]}.bin',
@@ -388,8 +375,7 @@ class Writer:
             self._delete('regions', [(i,) for i in store.region_sources])
             self._insert('regions', [(i, source, store.regions_of(np.searchsorted(store.ids, i)).tobytes())
                                      for i, source in store.region_sources.items()])
-            self.commit()
-            self._delete_leftovers()
+            self.commit(faiss=None)
 
     def close(self) -> None:
         """End, without what is not committed."""
