@@ -11,6 +11,7 @@ photograph of a folder, each original a query. Every query is left out of all re
 """
 import argparse
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,6 @@ from timm_multigrain import Protocol, evaluate, extract, fit_adaptation, fit_whi
 from timm_multigrain.images.copies import make_copies
 from timm_multigrain.images.sources import find_images
 from timm_multigrain.measure.benchmarks import Benchmark, load_benchmark
-from timm_multigrain.measure.benchmarks.groups import Groups
 from timm_multigrain.measure.metrics import mean_average_precision
 from timm_multigrain.search.exact import SimilarityChunks
 from timm_multigrain.search.local import FeaturesOf, LocalDescriber, VerifiedChunks
@@ -108,7 +108,7 @@ def stage_of(args: argparse.Namespace, index: int) -> torch.nn.Module:
     return model
 
 
-def copies_of(folder: Path, work_dir: Path) -> Groups:
+def copies_of(folder: Path, work_dir: Path) -> Benchmark:
     """Edited copies of photographs, in a folder of their own; the originals are the queries."""
     images, out = find_images(folder), work_dir / 'copies'
     for i in range(0, len(images), 4)[:NUM_PHOTOS]:
@@ -118,9 +118,9 @@ def copies_of(folder: Path, work_dir: Path) -> Groups:
             image = images.load(i).convert('RGB')
             for name, copy in {'original': image, **make_copies(image)}.items():
                 copy.save(where / f'{name}.png')
-    found = Groups.load(out)
+    found = load_benchmark('folder', out)
     rows = [row for row, name in enumerate(found.database.names) if name.endswith('original.png')]
-    return Groups('edited copies', found.database, query_rows=np.array(rows), groups=found.groups)
+    return replace(found, title='edited copies', query_rows=np.array(rows))
 
 
 def describe(model: torch.nn.Module, source, protocol: Protocol, name: str, args: argparse.Namespace) -> torch.Tensor:
@@ -217,7 +217,8 @@ def print_adaptation(model: torch.nn.Module, args: argparse.Namespace) -> None:
         def measured(fit=None, tested=tested) -> float:
             vectors = tested if fit is None else (with_constant(tested) - fit.mean) @ fit.proj
             vectors = l2_normalize(vectors.float())
-            return 100 * float(test.average_precisions(vectors[test.query_rows] @ vectors.T).mean())
+            scores = vectors[test.query_rows] @ vectors.T
+            return 100 * mean_average_precision(scores, test.relevant, test.ignore).map
 
         def spread(fits) -> str:
             values = [measured(fit) for fit in fits]

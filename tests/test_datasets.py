@@ -3,6 +3,7 @@ import collections
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from PIL import Image
 
 from timm_multigrain.cli.measure import _BENCHMARKS
 from timm_multigrain.measure.archives import RemoteFile
-from timm_multigrain.measure.benchmarks import BENCHMARKS, copies, download_benchmark, load_benchmark
-from timm_multigrain.measure.benchmarks.copies import read_pairs
+from timm_multigrain.measure.benchmarks import BENCHMARKS, copydays, disc21, download_benchmark, layouts, load_benchmark
+from timm_multigrain.measure.benchmarks.disc21 import read_pairs
 from timm_multigrain.measure.benchmarks.revisited import read_ground_truth
 
 from .test_archives import zipped
@@ -116,9 +117,10 @@ def test_ukbench(tmp_path, shared_data, monkeypatch):
         load_benchmark('ukbench', part)
     benchmark = load_benchmark('ukbench', touch(tmp_path, [f'ukbench{i:05}.jpg' for i in range(7)]), subset=True)
     assert list(benchmark.database.names) == [f'ukbench{i:05}.jpg' for i in range(4)]
-    with pytest.raises(ValueError, match='has no four images of an object of UKBench'):
+    with pytest.raises(ValueError, match=r'has no query of UKBench .* four images of each object'):
         load_benchmark('ukbench', touch(tmp_path / 'x', ['a.jpg']), subset=True)
-    monkeypatch.setattr(BENCHMARKS['ukbench'], 'num_images', 40)
+    monkeypatch.setitem(BENCHMARKS, 'ukbench', replace(
+        BENCHMARKS['ukbench'], read=lambda folder: layouts._ukbench(folder, 40), counts=(40, 40)))
     touch(tmp_path / 'y', [f'{folder}/ukbench{i:05}.jpg' for i in range(40) for folder in ('full', 'thumbnails')])
     benchmark = load_benchmark('ukbench', tmp_path / 'y')
     assert all('full' in str(path) for path in benchmark.database.paths) and benchmark.title == 'UKBench'
@@ -138,7 +140,7 @@ def make_copydays(root, blocks=6):
 
 
 def test_copydays(tmp_path, monkeypatch):
-    monkeypatch.setattr(copies, 'NEAREST', 4)
+    monkeypatch.setattr(copydays, 'NEAREST', 4)
     benchmark = load_benchmark('copydays', make_copydays(tmp_path), subset=True)
     assert len(benchmark.database) == 6 and benchmark.num_queries == 24 + 9 + 6
     scores = np.random.default_rng(0).standard_normal((39, 10)).astype(np.float32).round(1)  # 4 distractors
@@ -306,7 +308,7 @@ def write_csv(root, lines, name='dev_ground_truth.csv'):
 
 def test_disc21(tmp_path, monkeypatch):
     monkeypatch.setattr(BENCHMARKS['disc21'], 'num_references', 5)
-    monkeypatch.setattr(copies, 'MAX_PAIRS', 12)
+    monkeypatch.setattr(disc21, 'MAX_PAIRS', 12)
     touch(tmp_path, [f'references/R{i:06}.jpg' for i in range(5)] + [f'queries/Q{i:05}.jpg' for i in range(6)]
           + ['training/T000000.jpg'])
     write_csv(tmp_path, ['Q00000,R000003', 'Q00001,', 'Q00002,R000001', 'Q00003,'])
@@ -367,7 +369,7 @@ def test_own_folders(tmp_path):
     touch(tmp_path / 'mine', ['loose.jpg'])
     with pytest.raises(ValueError, match=r'images outside of groups \(loose\.jpg\)'):
         load_benchmark('folder', tmp_path / 'mine')
-    with pytest.raises(ValueError, match='no two images of one group'):
+    with pytest.raises(ValueError, match='no query of one with an image to find: give a folder with two'):
         load_benchmark('folder', touch(tmp_path / 'one', ['a/0.jpg', 'b/0.jpg']))
 
 

@@ -20,7 +20,7 @@ from timm_multigrain.images.sources import ImageFiles, open_images
 from timm_multigrain.index.export import _CONFIG, _record
 from timm_multigrain.measure import archives
 from timm_multigrain.measure.benchmarks import load_benchmark
-from timm_multigrain.measure.benchmarks.groups import read_turns
+from timm_multigrain.measure.benchmarks.holidays import read_turns
 from timm_multigrain.measure.results import parse_metrics
 from timm_multigrain.measure.tune_p import tune_p
 from timm_multigrain.models.save import whitened_for

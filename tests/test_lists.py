@@ -67,6 +67,16 @@ def test_own_list_of_all_against_all(tmp_path):
         {name: wanted[name] for name in ('Recall@1', 'Recall@5', 'MAP@R')})
 
 
+def test_things_in_one_picture(tmp_path):
+    """Each part is a query of its own; a path that is given in full is that file, whatever others are called."""
+    rows = [{'path': 'd/a.jpg', 'label': label, 'box': [0, 0, side, side]} for label, side in (('x', 5), ('y', 6))]
+    written(tmp_path / 'list.csv', [*rows, {'path': 'b.jpg', 'label': 'x'}, {'path': 'c.jpg', 'label': 'y'}])
+    benchmark = load_benchmark('list', touch(tmp_path, ['d/a.jpg', 'b.jpg', 'c.jpg', 'more/d/a.jpg']))
+    assert benchmark.query_rows.tolist() == [0, 1, 2, 3]
+    assert [own.tolist() for own in benchmark.relevant] == [[2], [3], [0], [1]]
+    assert [own.tolist() for own in benchmark.ignore] == [[0], [1], [2], [3]]
+
+
 def test_categories(tmp_path):
     """A query is searched in its own category, where the gallery has any; figures are given for each."""
     rows = [{'path': f'{part}{category}{i}.jpg', 'split': split, 'label': str(i), 'category': category}

@@ -21,6 +21,7 @@ from timm_multigrain.layers import GeM
 from timm_multigrain.measure import tune_p as module
 from timm_multigrain.measure.benchmarks import load_benchmark
 from timm_multigrain.measure.classify import validate
+from timm_multigrain.measure.metrics import mean_average_precision
 from timm_multigrain.measure.tune_p import PResult, scan_p_groups, tune_p
 from timm_multigrain.models.open import open_model
 from timm_multigrain.models.save import fitted
@@ -109,7 +110,7 @@ def test_scan_of_groups(model, pictures):
     result = scan_p_groups(model, groups, PROTOCOL, (1, 8), workers=0)
     assert result.grid == (1, 3, 8)
     x = extract(model, groups.database, PROTOCOL, workers=0).vectors
-    own = groups.average_precisions(x @ x.T)
+    own = mean_average_precision(x @ x.T, groups.relevant, groups.ignore).ap
     for p, value, noise in zip(result.grid, result.values, result.noise, strict=True):
         other = tiny_model()
         other.load_state_dict(model.state_dict())
@@ -117,7 +118,7 @@ def test_scan_of_groups(model, pictures):
         x = extract(other, groups.database, PROTOCOL, workers=0).vectors
         figure, = groups.measure(x @ x.T)
         assert value == pytest.approx(figure.value / 100, abs=1e-6)
-        differences = groups.average_precisions(x @ x.T) - own
+        differences = mean_average_precision(x @ x.T, groups.relevant, groups.ignore).ap - own
         assert noise == pytest.approx(sum(d * d for d in differences) ** 0.5 / 18, abs=1e-6)
     assert result.criterion == 'mAP' and 'mAP' in str(result)
 

@@ -109,7 +109,7 @@ def evaluate(
     training = getattr(benchmark, 'training', None) if score_norm is True else _open(score_norm)
     if score_norm is True and training is None:
         raise ValueError(f'{benchmark.title} has no training images to normalise scores with: name a folder of some.')
-    if nmi and not hasattr(benchmark, 'query_groups'):
+    if nmi and min(getattr(benchmark, 'query_groups', [-1])) < 0:
         raise ValueError(f'{benchmark.title} says of no images that they belong together: no clusters to compare with.')
     rows = []
     with work_folder(work_dir) as folder:

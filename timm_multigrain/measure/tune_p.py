@@ -37,8 +37,9 @@ from timm_multigrain.models.open import weights_sha256
 from timm_multigrain.search.exact import SimilarityChunks
 from timm_multigrain.whiten.fit import work_folder
 
-from .benchmarks.groups import Groups
+from .benchmarks.lists import ListBenchmark
 from .classify import ranks_of_truth
+from .metrics import mean_average_precision
 
 GRID = (1., 1.5, 2., 2.5, 3., 3.5, 4., 4.5, 5., 6., 7., 8.)
 SAVED_EVERY = 64  # batches
@@ -226,7 +227,7 @@ def tune_p(
 
 def scan_p_groups(
         model: MultiGrain,
-        groups: Groups,
+        groups: ListBenchmark,
         protocol: Protocol,
         grid: Sequence[float] = GRID,
         *,
@@ -253,7 +254,8 @@ def scan_p_groups(
             systems, groups.database, protocol, folder, strict=True, descriptor=False, **extraction)
         for number in range(len(grid)):
             vectors = torch.cat([systems.take(vectors, number) for _, vectors in iter_shards(folder)])
-            aps.append(groups.average_precisions(SimilarityChunks(vectors[rows], vectors)))
+            scores = SimilarityChunks(vectors[rows], vectors)
+            aps.append(mean_average_precision(scores, groups.relevant, groups.ignore).ap)
     aps = np.stack(aps)
     noise = np.sqrt(((aps - aps[grid.index(model.gem_p)]) ** 2).sum(1)) / aps.shape[1]
     return PResult('mAP', grid, tuple(aps.mean(1).tolist()), tuple(noise.tolist()), model.gem_p, len(extracted),

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from timm_multigrain.measure.archives import fetch_files
 
 from .base import Benchmark, Figure
-from .copies import Copydays, Disc21
-from .groups import Groups, Holidays, UKBench
+from .copydays import COPYDAYS
+from .disc21 import Disc21
 from .layouts import LAYOUTS
 from .lists import Layout
 from .revisited import DISTRACTORS, RevisitedOxford, RevisitedParis
@@ -16,8 +16,7 @@ from .revisited import DISTRACTORS, RevisitedOxford, RevisitedParis
 __all__ = ['BENCHMARKS', 'Benchmark', 'Figure', 'download_benchmark', 'load_benchmark']
 
 BENCHMARKS: dict[str, type[Benchmark] | Layout] = {
-    'folder': Groups, **LAYOUTS, 'holidays': Holidays, 'ukbench': UKBench, 'copydays': Copydays,
-    'roxford5k': RevisitedOxford, 'rparis6k': RevisitedParis, 'disc21': Disc21}
+    **LAYOUTS, 'copydays': COPYDAYS, 'roxford5k': RevisitedOxford, 'rparis6k': RevisitedParis, 'disc21': Disc21}
 
 
 def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:

@@ -80,7 +80,7 @@ class SetFolder:
         """Those of these files that are below the folder, wherever an archive put them.
 
         Args:
-            names: Ends of paths, such as 'a.jpg' or 'birds/a.jpg', with or without suffix.
+            names: Paths, or ends of paths such as 'a.jpg' or 'birds/a.jpg', with or without suffix.
             prefer: A file in a folder of this name wins over files of the same name elsewhere.
         """
         wanted, found = set(names), {}
@@ -88,6 +88,7 @@ class SetFolder:
             ends = [path.split('/', skip)[skip] for skip in range(path.count('/') + 1)]
             for key in wanted.intersection(ends + [os.path.splitext(end)[0] for end in ends]):
                 found.setdefault(key, []).append(path)
+        found.update({name: [name] for name in wanted.intersection(self.names) if '/' in name})  # a whole path
         for name, paths in found.items():
             inside = [path for path in paths if prefer in path.split('/')[:-1]]
             found[name] = inside if len(inside) == 1 else paths

@@ -16,8 +16,9 @@ from timm_multigrain.files import check_json, read_json, read_lines
 from timm_multigrain.images.sources import Entry
 from timm_multigrain.measure.archives import RemoteFile
 
-from .base import SetFolder
-from .lists import Layout, Listing, OwnList
+from .base import Benchmark, SetFolder
+from .holidays import HOLIDAYS
+from .lists import Layout, Listing, OwnGroups, OwnList
 
 THUMBNAIL = {'kind': 'thumbnail', 'exif': False}  # of cnnimageretrieval-pytorch
 # Files of Paris6k that hold no picture: https://www.robots.ox.ac.uk/~vgg/data/parisbuildings/corrupt.txt
@@ -185,11 +186,18 @@ def _grocery(folder: SetFolder) -> Listing:
     return Listing(parts['train'], parts['test'])
 
 
+def _ukbench(folder: SetFolder, number: int = 10_200) -> Listing:
+    """Four photographs of each object, in full/ or elsewhere: ukbench00000.jpg to 00003, 00004 to 00007 and so on."""
+    return Listing([Entry(f'ukbench{i:05}.jpg', instance=str(i // 4)) for i in range(number)])
+
+
 _VGG = 'https://www.robots.ox.ac.uk/~vgg/data'
 _DEEPFASHION = 'it is given out, against an agreement, at https://mmlab.ie.cuhk.edu.hk/projects/DeepFashion'
 _METRIC_LEARNING = ('Recall@1', 'Recall@2', 'Recall@4', 'Recall@8', 'MAP@R')
 
 LAYOUTS: dict[str, Layout] = {
+    'folder': OwnGroups('an image set', 'give a folder with two or more images of each thing', None, ('mAP',),
+                        published={}),
     'list': OwnList('a list of images', 'give list.csv or list.jsonl, with path, split, label of its images', None,
                     ('Recall@1', 'Recall@5', 'Recall@10', 'mAP', 'MAP@R', 'k-NN'), published={}),
     'cub200': Layout(
@@ -234,4 +242,10 @@ LAYOUTS: dict[str, Layout] = {
     'grocery': Layout(
         'Grocery Store', 'its dataset/ is at https://github.com/marcusklasson/GroceryStoreDataset', _grocery,
         ('Recall@1', 'Recall@5', 'mAP', 'MAP@R', 'k-NN'), (2485, 2640), {}),
+    'holidays': HOLIDAYS,
+    # `Scalable recognition with a vocabulary tree`, Nistér and Stewénius 2006: how many of the four are among the first
+    # four, the query itself one of them, so that the score starts at 1 for any system
+    'ukbench': Layout(
+        'UKBench', 'ukbench.zip, four images of each object, is at https://archive.org/details/ukbench', _ukbench,
+        ('N-S',), (10_200, 10_200), Benchmark.published, 'full', (RemoteFile('https://archive.org/download/ukbench/ukbench.zip'),)),
 }

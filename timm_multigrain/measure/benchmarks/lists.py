@@ -6,26 +6,32 @@ own only. The published sets (`layouts`) are the same lists, read from the files
 """
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from timm_multigrain.files import counted, printable
+from timm_multigrain.files import check_json, counted, printable, read_json
 from timm_multigrain.images.sources import Entry, ImageFiles, read_entries
+from timm_multigrain.measure import metrics
 from timm_multigrain.measure.archives import RemoteFile
-from timm_multigrain.measure.metrics import RetrievalResult, knn_accuracy, mean_average_precision
 
 from .base import Benchmark, Figure, Scores, SetFolder, part_of, some
 
+DISTRACTOR, IGNORED = -1, -2
+TRUTH = 'gt.json'
 CROP = {'kind': 'crop', 'crop_pct': 0.875, 'exif': False}  # of metric learning: shorter side 256, centre crop 224
 
 
 class Listing(NamedTuple):
-    """Images to search among, and to search with: None where each of the gallery is searched among all the others."""
+    """Images to search among, and to search with.
+
+    Without the latter these are the images of the gallery whose split is 'query', or all, each among all the others.
+    """
     gallery: Sequence[Entry]
     queries: Sequence[Entry] | None = None
 
@@ -38,20 +44,22 @@ class Layout:
         name: Name of the published set.
         source: Where it is to be had.
         read: What its files say.
-        measures: 'Recall@10', 'mAP', 'mAP@100', 'MAP@R', 'k-NN'.
+        measures: 'Recall@10', 'mAP', 'mAP@100', 'MAP@R', 'k-NN', or 'N-S' alone: a query is one of its four, and a
+            subset has all four of each thing. Or a function of a `ListBenchmark` and scores.
         counts: Queries and images of the gallery that it has, None where that is not known.
         published: As of `Benchmark`.
         prefer: Folder whose images win over others of the same name.
-        downloads: As of `Benchmark`.
+        downloads, task: As of `Benchmark`.
     """
     name: str
     source: str
     read: Callable[[SetFolder], Listing]
-    measures: Sequence[str]
+    measures: Sequence[str] | Callable[['ListBenchmark', Scores], list[Figure]]
     counts: tuple[int, int] | None = None
     published: dict = field(default_factory=lambda: CROP)
     prefer: str | None = None
     downloads: Sequence[RemoteFile] = ()
+    task: str = 'retrieval'
 
     def load(self, data: str | os.PathLike, subset: bool = False) -> 'ListBenchmark':
         """The set in a folder.
@@ -62,54 +70,56 @@ class Layout:
         return self._build(folder, self.read(folder), subset)
 
     def _build(self, folder: SetFolder, listing: Listing, subset: bool) -> 'ListBenchmark':
-        alone = listing.queries is not None
-        asked = listing.queries if alone else [e._replace(junk=[e.path]) for e in listing.gallery]
-        found = self._find(folder, listing.gallery, asked, subset)
+        among, marked = listing.queries is None, any(entry.split == 'query' for entry in listing.gallery)
+
+        def asked(entries: Sequence[Entry]) -> dict[int, Entry]:
+            return {row: entry for row, entry in enumerate(entries if among else listing.queries)
+                    if not (among and marked) or entry.split == 'query'}
+
+        found = self._find(folder, listing.gallery, asked(listing.gallery).values(), subset)
         gallery = [entry for entry in listing.gallery if entry.path in found]
+        four = self.measures == ('N-S',)
+        if four:
+            there = Counter(entry.wanted for entry in gallery)
+            gallery = [entry for entry in gallery if there[entry.wanted] == metrics.UKB_GROUP]
         within = any(entry.category for entry in gallery)
+        by_path, by_wanted = defaultdict(list), defaultdict(list)
 
         def part(entry: Entry) -> str:  # that is searched by itself
             return entry.category if within else ''
 
-        by_path, by_wanted = {}, defaultdict(list)
         for place, entry in enumerate(gallery):
-            by_path[entry.path, part(entry)] = place
+            by_path[entry.path, part(entry)].append(place)
             by_wanted[entry.wanted, part(entry)].append(place)
-
-        def places(query: Entry, paths: Iterable[str]) -> np.ndarray:
-            known = [by_path.get((path, part(query))) for path in paths]
-            return np.array([place for place in known if place is not None], dtype=np.int64)
-
-        queries, relevant, ignore = [], [], []
-        for entry in asked:
-            junk = places(entry, entry.junk)
+        queries, relevant, ignore = {}, [], []
+        for row, entry in asked(gallery).items():
+            junk = [place for path in entry.junk for place in by_path[path, part(entry)]] + [row] * (among and not four)
             if entry.relevant is not None:
-                right = places(entry, entry.relevant)
+                right = [place for path in entry.relevant for place in by_path[path, part(entry)]]
             else:
                 right = by_wanted[entry.wanted, part(entry)] if entry.wanted else []
-            right = np.setdiff1d(right, junk)
+            right = np.setdiff1d(np.array(right, np.int64), junk)
             if entry.path in found and len(right):
-                queries.append(entry)
+                queries[row] = entry
                 relevant.append(right)
-                ignore.append(junk)
+                ignore.append(np.array(junk, np.int64))
         if not queries:
-            raise ValueError(f'{folder.path} has no query of {self.name} with an image to find.')
+            raise ValueError(f'{folder.path} has no query of {self.name} with an image to find: {self.source}.')
+        rows, queries = np.array(list(queries)), list(queries.values())
         title = self.name
         if subset and self.counts != (len(queries), len(gallery)):
             title = part_of(title, len(queries), len(gallery))
-        known = sorted({entry.label for entry in [*gallery, *queries]} - {''})
-        numbers = {label: number for number, label in enumerate(known)}
+        groups, labels = (_numbers(of(entry) for entry in [*gallery, *queries])
+                          for of in (attrgetter('wanted'), attrgetter('label')))
         return ListBenchmark(
-            title, _images(gallery, found), _images(queries, found) if alone else None,
-            None if alone else np.concatenate([places(entry, [entry.path]) for entry in queries]),
-            layout=self, relevant=relevant, ignore=ignore,
+            title, _images(gallery, found), None if among else _images(queries, found),
+            rows if among else None, layout=self, relevant=relevant, ignore=ignore,
             parts=np.array([entry.category for entry in queries]),
             categories=np.array([entry.category for entry in gallery]) if within else None,
-            query_groups=np.unique([entry.wanted for entry in queries], return_inverse=True)[1],
-            query_labels=np.array([numbers.get(entry.label, -1) for entry in queries]),
-            labels=np.array([numbers.get(entry.label, -2) for entry in gallery]))
+            groups=groups[:len(gallery)], query_groups=groups[len(gallery):],
+            labels=labels[:len(gallery)], query_labels=labels[len(gallery):])
 
-    def _find(self, folder: SetFolder, gallery: Sequence[Entry], queries: Sequence[Entry],
+    def _find(self, folder: SetFolder, gallery: Sequence[Entry], queries: Collection[Entry],
               subset: bool) -> dict[str, Path]:
         """The files of all images; in a subset of those that are there."""
         names = list(dict.fromkeys(entry.path for entry in [*gallery, *queries]))
@@ -122,6 +132,55 @@ class Layout:
                 f'{self.name} has {self.counts[0]} and {self.counts[1]}: ask for a subset if that is meant; '
                 f'{self.source}.')
         return found
+
+
+class OwnGroups(Layout):
+    """Images of one's own in groups of the same thing; every one of a group of two or more is a query."""
+
+    def load(self, data: str | os.PathLike, ground_truth: str | os.PathLike | None = None,
+             subset: bool = False) -> 'ListBenchmark':
+        """Images of a folder in groups, which are subfolders, DIR/<group>/<image>, or in a file.
+
+        Args:
+            ground_truth: JSON object of paths, relative to the file's own folder, and the numbers of their groups, -1
+                for a distractor, -2 for an image to leave out; what lies outside of `data` is passed over. None:
+                gt.json of the folder, if there is one, or else the subfolders.
+            subset: Leave out images that the file names and that are not there.
+        """
+        folder = SetFolder(data, self)
+        if ground_truth is None and (folder.path / TRUTH).is_file():
+            ground_truth = folder.path / TRUTH
+        if ground_truth is not None:
+            entries = _read_groups(folder.path, Path(ground_truth), subset)
+        elif loose := [name for name in folder.names if '/' not in name]:
+            raise ValueError(f'{data} holds images outside of groups ({some(loose)}): put each into {data}/<group>/, '
+                             f'or say the groups in {TRUTH}.')
+        else:
+            entries = [Entry(name, instance=name.rpartition('/')[0]) for name in folder.names]
+        return replace(self, name=folder.path.resolve().name)._build(folder, Listing(entries), subset)
+
+    def _find(self, folder: SetFolder, gallery: Sequence[Entry], *_) -> dict[str, Path]:
+        return {entry.path: folder.path / entry.path for entry in gallery}
+
+
+def _read_groups(data: Path, path: Path, subset: bool) -> list[Entry]:
+    content = read_json(path)
+    check_json(content, {str: int}, str(path))
+    wrong = next((name for name, group in content.items() if group < IGNORED), None)
+    if wrong is not None:
+        raise ValueError(f'{path}: the group of {printable(wrong)} is {content[wrong]}, and has to be at least 0, or '
+                         f'{DISTRACTOR} for a distractor or {IGNORED} for an image to leave out.')
+    inside, base = {}, data.resolve()
+    for name, group in content.items():
+        image = Path(os.path.normpath(path.resolve().parent / name))
+        if group != IGNORED and image.is_relative_to(base):
+            inside[image.relative_to(base).as_posix()] = group
+    missing = {name: None for name in inside if not (data / name).is_file()}
+    if (missing and not subset) or not inside:
+        raise FileNotFoundError(f'{data} lacks {len(missing)} of the {len(inside)} images that {path} names there'
+                                + (f': {some(list(missing))}.' if missing else '.'))
+    return [Entry(name, instance='' if group == DISTRACTOR else str(group)) for name, group in sorted(inside.items())
+            if name not in missing]
 
 
 class OwnList(Layout):
@@ -162,39 +221,50 @@ class ListBenchmark(Benchmark):
         ignore: Places that are taken out of its ranking.
         parts: Category of each query, (Q,) texts; figures are given for each.
         categories: Category of each image of the database, where a query is searched in its own only.
-        query_groups: What each query looks for, (Q,) integers.
-        query_labels: Label of each query, (Q,) integers, -1 for none.
-        labels: Label of each image of the database.
+        groups: Instance of each image of the database, (N,) integers, -1 for none.
+        query_groups: Instance of each query, (Q,) integers.
+        labels: Label of each image of the database, -1 for none.
+        query_labels: Label of each query.
     """
     layout: Layout = None
     relevant: Sequence[np.ndarray] = ()
     ignore: Sequence[np.ndarray] = ()
     parts: np.ndarray = None
     categories: np.ndarray | None = None
+    groups: np.ndarray = None
     query_groups: np.ndarray = None
-    query_labels: np.ndarray = None
     labels: np.ndarray = None
+    query_labels: np.ndarray = None
 
     @property
     def published(self) -> dict:
         return self.layout.published
 
+    @property
+    def task(self) -> str:
+        return self.layout.task
+
     def measure(self, scores: Scores) -> list[Figure]:
+        if callable(self.layout.measures):
+            return self.layout.measures(self, scores)
+        if self.layout.measures == ('N-S',):
+            return [Figure('N-S', metrics.ukb_score(scores, self.groups))]
         if self.categories is not None:
             scores = _Within(scores, self.parts, self.categories)
-        found = mean_average_precision(scores, self.relevant, self.ignore)
+        found = metrics.mean_average_precision(scores, self.relevant, self.ignore)
         names = [name for name in dict.fromkeys(self.parts) if name]
         parts = {name: np.flatnonzero(self.parts == name) for name in sorted(names)}
         parts = {**parts, 'all': range(self.num_queries)} if len(parts) > 1 else {None: range(self.num_queries)}
-        figures = [Figure(measure, 100 * _figure(RetrievalResult([found.ranks[row] for row in rows]), measure), part)
-                   for part, rows in parts.items() for measure in self.layout.measures if measure != 'k-NN']
+        results = {part: metrics.RetrievalResult([found.ranks[row] for row in rows]) for part, rows in parts.items()}
+        figures = [Figure(measure, 100 * _figure(result, measure), part)
+                   for part, result in results.items() for measure in self.layout.measures if measure != 'k-NN']
         if 'k-NN' in self.layout.measures and (self.query_labels >= 0).all():
             own = self.query_rows
-            figures.append(Figure('k-NN', 100 * knn_accuracy(scores, self.query_labels, self.labels, own=own)))
+            figures.append(Figure('k-NN', 100 * metrics.knn_accuracy(scores, self.query_labels, self.labels, own=own)))
         return figures
 
 
-def _figure(result: RetrievalResult, measure: str) -> float:
+def _figure(result: metrics.RetrievalResult, measure: str) -> float:
     name, _, k = measure.partition('@')
     if k.isdecimal():
         return {'Recall': result.recall_at, 'mAP': result.map_at}[name](int(k))
@@ -216,6 +286,13 @@ class _Within:
             other[:, :len(items)] = self.queries[:, None] != items
             start += chunk.shape[1]
             yield chunk.masked_fill(other.to(chunk.device), -torch.inf)
+
+
+def _numbers(names: Iterable[str]) -> np.ndarray:
+    """Integers for texts, -1 for an empty one."""
+    names = list(names)
+    numbers = {name: number for number, name in enumerate(sorted({*names} - {''}))}
+    return np.array([numbers.get(name, -1) for name in names])
 
 
 def _images(entries: Sequence[Entry], found: dict[str, Path]) -> ImageFiles:
