@@ -34,18 +34,17 @@ def test_lighting_equals_original(golden):
         torch.testing.assert_close(result[inside], unclamped[inside], rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize('rescale', [True, False])
-def test_lighting_by_hand(rescale):
+def test_lighting_by_hand():
     """A number at a time; on a Pillow image and on bytes rounded to 8 bits."""
     picked, alpha = picture(4, 2), [0.3, -0.2, 0.5]
-    lighting, drawn = Lighting(0.25, rescale), torch.tensor(alpha)
+    lighting, drawn = Lighting(0.25), torch.tensor(alpha)
     pixels = F.pil_to_tensor(picked)
     result = lighting(F.to_tensor(picked), drawn)
     for c in range(3):
         shift = sum(EIGENVECTORS[c][j] * alpha[j] * EIGENVALUES[j] for j in range(3))
         for y in range(2):
             for x in range(4):
-                value = (pixels[c, y, x].item() / 255 + shift) / (1.25 if rescale else 1)
+                value = (pixels[c, y, x].item() / 255 + shift) / 1.25
                 assert result[c, y, x].item() == pytest.approx(min(1, max(0, value)), abs=1e-6)
     for dtype in (torch.float64, torch.float16):
         other = lighting(F.to_tensor(picked).to(dtype), drawn)

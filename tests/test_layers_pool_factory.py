@@ -41,7 +41,6 @@ def test_gem_by_name(name, p, learn_p):
     assert is_multigrain_pool(name) and type(pool) is GeM and (pool.p, pool.learn_p) == (p, learn_p)
     assert (pool.input_fmt, pool.flatten, pool.num_prefix_tokens) == ('NLC', False, 2)
     assert list(pool.state_dict()) == (['p'] if learn_p else [])
-    assert list(create_pool(name, persistent=True).state_dict()) == ['p']
 
 
 def test_other_names():

@@ -396,7 +396,7 @@ def test_whitened_file_by_address_with_other_classes(tmp_path, server):
     assert model.whitened and model.num_classes == 10 and model.embed_dim == 513
     assert model.gem_p == torch.tensor(1.7).item() and torch.equal(model.head.fc.weight, state['classifier.weight'])
     assert not (tmp_path / 'torch').exists()  # another address may end in the same name: nothing is kept of it
-    with refused(FileNotFoundError, f'{url}.none could not be downloaded: ', 'says 404 ', 'and give the file.'):
+    with refused(FileNotFoundError, f'{url}.none could not be downloaded', 'HTTP Error 404', 'and give the file.'):
         open_model(f'{url}.none')
     state['classifier.bias'] = torch.full((10,), np.nan)
     bad = server.add('nan.pth', write(tmp_path / 'w', state).read_bytes())

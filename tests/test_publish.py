@@ -202,9 +202,9 @@ def test_command_with_card_and_figures(hub, tmp_path):
 
 
 @pytest.mark.parametrize('fault, error, created', [
-    (Fault('POST', 'create', 402, 'pay'), r'could not be created: the Hub refuses the request \(402: pay\)', False),
+    (Fault('POST', 'create', 402, 'pay'), '402 Payment Required', False),
     (Fault('POST', 'create', cut='answer'), 'me/model could not be created: the connection to .* failed', True),
-    (Fault('POST', 'preupload', 404), r'me/model could not be uploaded: not found', True),
+    (Fault('POST', 'preupload', 404), 'me/model could not be uploaded: .*404 Not Found', True),
     (Fault('POST', 'commit', cut='request'), 'me/model could not be uploaded: the connection to .* failed', True),
 ])
 def test_faults_leave_no_repository_behind(hub, tmp_path, fault, error, created, monkeypatch):
@@ -228,7 +228,7 @@ def test_a_repository_made_by_another_meanwhile_is_left(hub, monkeypatch):
         hub.add_repo(repo_id)
         return create_repo(api, repo_id, **kwargs)
     monkeypatch.setattr(HfApi, 'create_repo', late)
-    with pytest.raises(RuntimeError, match=r'could not be created: someone else changed it meanwhile \(409'):
+    with pytest.raises(RuntimeError, match=r'could not be created: .*409 Conflict.* already created'):
         publish(tiny_model(), 'me/model', license='mit')
     assert set(hub.repos) == {'me/model'}
 
@@ -265,7 +265,7 @@ def test_someone_commits_meanwhile(hub, monkeypatch):
         repo.commit('main', {**repo.commits[repo.refs['main']], 'README.md': (b'edited', False)})
         return create_commit(*args, **kwargs)
     monkeypatch.setattr(HfApi, 'create_commit', late)
-    with pytest.raises(RuntimeError, match=r'someone else changed it meanwhile \(412.*run the same again'):
+    with pytest.raises(RuntimeError, match='A commit has happened since'):
         publish(tiny_model(1), 'me/model')
     assert repo.files()['README.md'] == b'edited'
 
@@ -274,14 +274,15 @@ def test_someone_commits_meanwhile(hub, monkeypatch):
     ('me/a--b', 'Cannot have -- or'), ('a/b/c', 'in the form')])
 def test_impossible_names(hub, name, error, tmp_path):
     for more in ({}, {'dry_run': tmp_path / 'dry'}):
-        with pytest.raises(ValueError, match=rf'{name} cannot be published: .*{error}.*: name it USER/NAME'):
+        with pytest.raises(ValueError, match=f'{name} cannot be published: .*{error}'):
             publish(tiny_model(), name, license='mit', **more)
     assert not hub.requests and not (tmp_path / 'dry').exists()
 
 
 def test_tokens_and_rights(hub, monkeypatch):
-    for token, message in (('me-write', "403: You don't have the rights"), ('you-read', 'may not write there'),
-                           ('nobody-write', r'does not accept the token \(401'), ('', 'a token was not found')):
+    for token, message in (('me-write', "You don't have the rights"), ('you-read', '403 Forbidden.*permissions'),
+                           ('nobody-write', 'cannot be published: Invalid user token'),
+                           ('', 'Token is required.*hf auth login')):
         monkeypatch.setenv('HF_TOKEN', token)
         with pytest.raises(RuntimeError, match=message):
             publish(tiny_model(), 'you/model', license='mit')
@@ -297,7 +298,7 @@ def test_unreachable_and_offline(hub, monkeypatch, tmp_path, capsys):
     assert main(['publish', str(path), 'me/model', '--license', 'mit']) == 2
     message = capsys.readouterr().err
     assert f'me/model cannot be published: the connection to {hub.endpoint} failed' in message
-    assert 'check the network, HTTPS_PROXY and HF_ENDPOINT' in message and message.count('\n') == 1
+    assert message.count('\n') == 1
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
-    with pytest.raises(RuntimeError, match='offline mode is on: unset HF_HUB_OFFLINE'):
+    with pytest.raises(RuntimeError, match=r'offline mode is enabled.*unset .*HF_HUB_OFFLINE'):
         publish(tiny_model(), 'me/model', license='mit')

@@ -36,18 +36,16 @@ class Lighting(nn.Module):
 
     Args:
         std: Standard deviation of alpha.
-        rescale: Divide by 1 + std.
 
     Raises:
         ValueError: Negative or non-finite std; an image that is neither (..., 3, H, W) nor RGB.
     """
 
-    def __init__(self, std: float = 0.1, rescale: bool = True):
+    def __init__(self, std: float = 0.1):
         super().__init__()
         if not (std >= 0 and math.isfinite(std)):
             raise ValueError(f'std is {std}: give a finite number of at least 0, such as 0.1')
         self.std = std
-        self.rescale = rescale
 
     def forward(
             self,
@@ -71,13 +69,10 @@ class Lighting(nn.Module):
         if alpha is None:
             alpha = self.std * torch.randn(3)
         shift = torch.tensor(EIGENVECTORS).to(alpha) @ (alpha * torch.tensor(EIGENVALUES).to(alpha))
-        image = image + shift.to(image)[:, None, None]
-        if self.rescale:
-            image = image / (1 + self.std)
-        return image.clamp(0, 1)
+        return ((image + shift.to(image)[:, None, None]) / (1 + self.std)).clamp(0, 1)
 
     def extra_repr(self) -> str:
-        return f'std={self.std}, rescale={self.rescale}'
+        return f'std={self.std}'
 
 
 def insert_lighting(dataset: Dataset, lighting: Lighting) -> None:

@@ -206,7 +206,7 @@ class _Target:
     def _look(self, revision: str | None = None) -> 'ModelInfo | None':
         from huggingface_hub.utils import RepositoryNotFoundError, RevisionNotFoundError
 
-        with hub_errors(f'{self.repo_id} could not be looked up', 'read it'):
+        with hub_errors(f'{self.repo_id} could not be looked up'):
             try:
                 return self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
             except (RepositoryNotFoundError, RevisionNotFoundError):
@@ -217,7 +217,7 @@ class _Target:
         files = {file.rfilename: file for file in self.info.siblings} if self.info is not None else {}
 
         def fetch(name: str) -> Path:
-            with hub_errors(f'{name} of {self.repo_id} could not be read', 'read it'):
+            with hub_errors(f'{name} of {self.repo_id} could not be read'):
                 return Path(self.api.hf_hub_download(self.repo_id, name, revision=self.info.sha, local_dir=folder))
 
         found = next((name for name in files if name.endswith(_WEIGHTS)), None)

@@ -45,15 +45,13 @@ def create_pool(
         input_fmt: str = 'NCHW',
         flatten: bool = True,
         num_prefix_tokens: int = 0,
-        persistent: bool = False,
 ) -> nn.Module:
-    """Pooling layer by name.
+    """Pooling layer by name; a fixed p is not part of its state dict.
 
     Args:
         name: 'gem' (p = 3), 'gem4', 'gem2.5', 'geminf', 'gem_learn', 'gem4_learn', 'mac', 'spoc', 'rmac',
             'crow' or 'cls' (the class token).
         input_fmt, flatten, num_prefix_tokens: As of `GeM`.
-        persistent: Whether a fixed p is part of the state dict.
 
     Example:
         >>> create_pool('gem2.5')(torch.ones(2, 8, 7, 7)).shape
@@ -67,7 +65,7 @@ def create_pool(
         raise ValueError(
             f"Unknown pooling {name!r}, expected 'gem' (p = 3), 'gem<p>' with a number p > 0 such as 'gem4' or "
             f"'gem2.5', 'geminf', 'gem_learn', 'gem<p>_learn', {', '.join(map(repr, _OTHERS))}.")
-    return GeM(gem[0], learn_p=gem[1], persistent=persistent, **kwargs)
+    return GeM(gem[0], learn_p=gem[1], persistent=False, **kwargs)
 
 
 def _is_ours(name: Any) -> bool:

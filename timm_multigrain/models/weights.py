@@ -430,5 +430,5 @@ def _hub_file(cfg: PretrainedCfg, chosen: bool, cache_dir: str | None) -> tuple[
         raise ValueError(f'{repo_id} names {filename} as its weights, which is not a safetensors file: if you trust '
                          f'it, add pretrained_cfg_overlay=dict(hf_hub_filename={filename!r}).')
     shown = f'{filename} of {cfg.hf_hub_id}'
-    with hub_errors(f'{shown} could not be downloaded', 'read it'):
+    with hub_errors(f'{shown} could not be downloaded'):
         return Path(hf_hub_download(repo_id, filename, revision=revision or None, cache_dir=cache_dir)), shown

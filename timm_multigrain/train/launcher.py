@@ -14,7 +14,7 @@ import runpy
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from types import CodeType, FunctionType, ModuleType
+from types import ModuleType
 from typing import Any
 
 import timm
@@ -119,27 +119,19 @@ def bind(script: ModuleType, settings: Mapping[str, Any], args: argparse.Namespa
 
 def check(script: ModuleType) -> None:
     """Stop unless `script` is a train.py whose seams are known."""
-    where = getattr(script, '__file__', script.__name__)
-    used = set()
-    for value in vars(script).values():
-        if isinstance(value, FunctionType) and value.__module__ == script.__name__:
-            used |= _names(value.__code__)
-    missing = [name for name in SEAMS if not hasattr(script, name) or name not in used]
-    missing += [name for name in ('main', 'parser') if not hasattr(script, name)]
+    where = script.__file__
+    text = Path(where).read_text(encoding='utf-8')
+    missing = [name for name in (*SEAMS, 'main', 'parser') if not hasattr(script, name)]
+    missing += [name for name in SEAMS if f'{name}(' not in text and name not in missing]
     if missing:
         stop(f'{where} is not a train.py that this plug-in works with, it does not use {", ".join(missing)}: {_REMEDY}')
-    if 'get_trainable_module' not in used:
+    if 'get_trainable_module' not in text:
         stop(f'{where} is older than timm 1.0.27 and would leave the parameters of the instance loss untrained: '
              f'{_REMEDY}')
     parameters = inspect.signature(script.train_one_epoch).parameters
     lacking = [name for name in EPOCH_ARGUMENTS if name not in parameters]
     if lacking:
         stop(f'train_one_epoch of {where} does not take {", ".join(lacking)}: {_REMEDY}')
-
-
-def _names(code: CodeType) -> set[str]:
-    inner = [_names(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
-    return set(code.co_names).union(*inner)
 
 
 def register_named(model: str) -> None:
