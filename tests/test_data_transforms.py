@@ -18,9 +18,9 @@ from timm_multigrain.data.transforms import EIGENVALUES, EIGENVECTORS, insert_jp
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def picture(width, height, mode='RGB'):
+def picture(width, height):
     pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels).convert(mode)
+    return Image.fromarray(pixels)
 
 
 def test_lighting_equals_original(golden):
@@ -53,7 +53,7 @@ def test_lighting_by_hand():
     assert bytes_.dtype == torch.uint8 and (bytes_ - 255 * result).abs().max() <= 0.5 + 1e-4
     assert torch.equal(F.pil_to_tensor(lighting(picked, drawn)), bytes_)
     with pytest.raises(ValueError, match='mode L'):
-        lighting(picture(5, 4, 'L'))
+        lighting(picture(5, 4).convert('L'))
 
 
 @pytest.mark.parametrize('no_aug', [False, True])

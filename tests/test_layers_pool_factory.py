@@ -103,7 +103,7 @@ def test_channels_last_head(input_fmt, hidden):
     dim = (1, 2) if input_fmt == 'NHWC' else (1,)
     head = ClNormMlpClassifierHead(6, 4, hidden, pool_type='gem4', input_fmt=input_fmt).eval()
     expected = head.fc(head.pre_logits(head.norm(gem(x, 4., dim=dim))))
-    assert repr(head).startswith('ClNormMlpClassifierHead(') and head.pool_type == 'gem4'
+    assert head.pool_type == 'gem4'
     assert list(head.state_dict()) == list(ClNormMlpClassifierHead(6, 4, hidden).state_dict())
     for other in (head, torch.jit.script(head), copy.deepcopy(head), pickle.loads(pickle.dumps(head))):
         assert torch.equal(other(x), expected)
@@ -179,16 +179,15 @@ def test_a_timm_of_other_seams_is_refused_and_left(monkeypatch):
     assert len(methods) == 7 and not any(hasattr(m.__wrapped__, '__wrapped__') for m in methods)
     original = SelectAdaptivePool2d.__init__.__wrapped__
     for what, owner, name, new in (
-            ('class timm.models.eva.Eva', sys.modules['timm.models.eva'], 'Eva', None),
-            ('method timm.models.eva.Eva.pool', Eva, 'pool', None),
-            ("argument 'pool_type' of timm.layers.ClNormMlpClassifierHead.reset", ClNormMlpClassifierHead, 'reset',
+            ('eva.Eva', sys.modules['timm.models.eva'], 'Eva', None), ('eva.Eva', Eva, 'pool', None),
+            ('ClNormMlpClassifierHead .*reset does not use pool_type', ClNormMlpClassifierHead, 'reset',
              lambda self, num_classes, pooling=None: None),
-            ('use of attn_pool, num_prefix_tokens in timm.models.vision_transformer.VisionTransformer.pool',
-             VisionTransformer, 'pool', lambda self, x: x.mean(1))):
+            ('VisionTransformer .*pool does not use attn_pool, num_prefix_tokens', VisionTransformer, 'pool',
+             lambda self, x: x.mean(1))):
         with monkeypatch.context() as patch:
             patch.setattr(SelectAdaptivePool2d, '__init__', original)
             patch.setattr(owner, name, new)
-            with pytest.raises(RuntimeError, match=rf'timm {timm.__version__} has no {what}.*install timm'):
+            with pytest.raises(RuntimeError, match=f'is built on what .*{what}.*install timm'):
                 pool_factory.install()
             assert SelectAdaptivePool2d.__init__ is original
 

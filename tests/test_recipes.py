@@ -149,7 +149,7 @@ def test_paper_augmentation():
     recipe = _recipe('resnet50_paper')
     dataset = SimpleNamespace(transform=_train_transform(recipe))
     insert_lighting(dataset, Lighting(recipe['mg_lighting']))
-    crop, flip, jitter, lighting, to_tensor = dataset.transform.transforms
+    crop, flip, jitter, to_tensor, lighting = dataset.transform.transforms
     _check_crop(crop, flip)
     assert isinstance(jitter, T.ColorJitter) and jitter.hue is None
     for factor in (jitter.brightness, jitter.contrast, jitter.saturation):

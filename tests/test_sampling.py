@@ -373,11 +373,11 @@ def test_no_result_is_needed_on_the_host(name):
 def test_wrong_batches():
     integers = torch.zeros(4, dtype=torch.int64)
     for embedding, target, message in (
-            (torch.zeros(4, 3, 1), integers, r'\(4, 3, 1\)'),
-            (torch.zeros(4, 3, dtype=torch.int64), integers, 'torch.int64'),
+            (torch.zeros(4, 3, 1), integers, r'not torch.float32 \(4, 3, 1\)'),
+            (torch.zeros(4, 3, dtype=torch.int64), integers, r'not torch.int64'),
             (torch.zeros(0, 3), integers[:0], r'\(0, 3\)'),
-            (torch.zeros(4, 3), torch.zeros(4), 'torch.float32'),
-            (torch.zeros(4, 3), integers.bool(), 'torch.bool'),
+            (torch.zeros(4, 3), torch.zeros(4), r'and torch.float32 \(4,\)'),
+            (torch.zeros(4, 3), integers.bool(), 'and torch.bool'),
             (torch.zeros(4, 3), integers.view(2, 2), r'\(2, 2\)')):
         for call in (create_sampler('row'), create_sampler('row').probabilities):
             with pytest.raises(ValueError, match=message):

@@ -15,8 +15,7 @@ from timm_multigrain.images.copies import jpeg
 from .fast import on_tensors, to_float
 
 JPEG_QUALITY = 5, 50
-_TO_BYTES = MaybePILToTensor, T.PILToTensor
-_TO_TENSOR = *_TO_BYTES, MaybeToTensor, T.ToTensor
+_TO_TENSOR = MaybePILToTensor, T.PILToTensor, MaybeToTensor, T.ToTensor
 
 # principal components of the RGB values of ImageNet
 EIGENVALUES = (0.2175, 0.0188, 0.0045)
@@ -77,12 +76,9 @@ class Lighting(nn.Module):
 
 def insert_lighting(dataset: Dataset, lighting: Lighting) -> None:
     """Put lighting into the transforms that timm's create_loader gave a dataset, where the original has it: after all
-    that works on images and before the normalisation.
-
-    With timm's prefetcher, whose loader hands over 8-bit images, the result is rounded to 8 bits.
-    """
+    that works on images and before the normalisation."""
     for steps, at in _conversions(dataset):
-        steps.insert(at + (not isinstance(steps[at], _TO_BYTES)), lighting)
+        steps.insert(at + 1, lighting)
 
 
 def insert_jpeg(dataset: Dataset, prob: float) -> None:

@@ -93,7 +93,7 @@ def load_card(path: Path, shown: str) -> 'ModelCard':
     try:
         text = path.read_bytes().decode('utf-8-sig')
         if not text.lstrip().startswith('---'):  # a card without metadata would be warned about
-            text = _newline(text).join(['---', 'license: null', '---', text])
+            text = f'---\nlicense: null\n---\n{text}'
         card = ModelCard(text)
         check_json({name: card.data.get(name) for name in _FORM}, _FORM, 'its metadata')
         str(card)  # figures that cannot be grouped
@@ -182,20 +182,15 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 def _refresh(text: str, blocks: dict[str, str]) -> str:
     """A text with its blocks replaced; all of them appended if it has none."""
-    newline = _newline(text)
     found, appended = False, f'\n{_HINT}\n'
     for name, content in blocks.items():
         begin, end = f'<!-- {_MARK} begin {name} -->', f'<!-- {_MARK} end {name} -->'
         block = f'{begin}\n{content}\n{end}'
         appended += ('' if name == 'model' else f'\n## {name.capitalize()}\n') + f'\n{block}\n'
         text, count = re.subn(
-            f'{begin}.*?{end}', lambda match, block=block: block.replace('\n', newline), text, count=1, flags=re.DOTALL)
+            f'{begin}.*?{end}', lambda match, block=block: block, text, count=1, flags=re.DOTALL)
         found = found or bool(count)
-    return text if found else text.rstrip() + newline + appended.replace('\n', newline)
-
-
-def _newline(text: str) -> str:
-    return '\r\n' if '\r\n' in text else '\n'
+    return text if found else f'{text.rstrip()}\n{appended}'
 
 
 def _united(given: str | Sequence[str] | None, more: Sequence[str]) -> list[str]:

@@ -18,6 +18,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.layers import ClNormMlpClassifierHead
+from timm.models.eva import Eva
 
 from .gem import GeM
 from .regional import MAC, RMAC, ClassToken, CroW, SPoC
@@ -79,9 +80,6 @@ class _MultiGrainHead(ClNormMlpClassifierHead):
     def _global_pool(self, x: torch.Tensor) -> torch.Tensor:
         return self.pool(x)
 
-    def _get_name(self) -> str:
-        return ClNormMlpClassifierHead.__name__
-
 
 # of each class what puts our pooling in, and what takes it out before timm's own method runs
 
@@ -105,14 +103,10 @@ def _leave_head(head: nn.Module) -> None:
         head.pool_type = ''
 
 
-def _enter_tokens(model: nn.Module, name: str, args: dict[str, Any], num_prefix_tokens: int = 0) -> None:
-    pool = create_pool(name, input_fmt='NLC', num_prefix_tokens=num_prefix_tokens)
-    model.attn_pool = pool.train(model.training)
+def _enter_tokens(model: nn.Module, name: str, args: dict[str, Any]) -> None:
+    prefix = model.num_prefix_tokens if isinstance(model, Eva) else 0  # VisionTransformer strips them itself
+    model.attn_pool = create_pool(name, input_fmt='NLC', num_prefix_tokens=prefix).train(model.training)
     model.global_pool = name
-
-
-def _enter_eva(model: nn.Module, name: str, args: dict[str, Any]) -> None:
-    _enter_tokens(model, name, args, model.num_prefix_tokens)  # VisionTransformer strips them itself
 
 
 def _leave_tokens(model: nn.Module) -> None:
@@ -131,25 +125,19 @@ class _Seam(NamedTuple):
     def find(self) -> type:
         """The class, checked; RuntimeError if timm has another one than we are made for."""
         module, _, name = self.path.rpartition('.')
-        cls = getattr(import_module(module), name, None)
-        lacking = f'class {self.path}' if cls is None else next(self._lacking(cls), None)
-        if lacking:
+        try:
+            cls = getattr(import_module(module), name)
+            for method in {**self.wraps, **self.relies_on}:
+                function = getattr(cls, method)
+                known = {*inspect.signature(function).parameters, *inspect.unwrap(function).__code__.co_names}
+                absent = {self.wraps.get(method, 'self'), *self.relies_on.get(method, ())} - known
+                if absent:
+                    raise AttributeError(f'{method} does not use {", ".join(sorted(absent))}')
+        except (AttributeError, TypeError) as e:
             raise RuntimeError(
-                f'timm {timm.__version__} has no {lacking}, which global_pool="gem" is built on: install timm 1.0.31 '
-                'or a timm_multigrain made for this timm.')
+                f'global_pool="gem" is built on what {self.path} of timm {timm.__version__} lacks ({e}): install timm '
+                '1.0.31 or a timm_multigrain made for this timm.') from e
         return cls
-
-    def _lacking(self, cls: type):
-        for name in {**self.wraps, **self.relies_on}:
-            method = getattr(cls, name, None)
-            if not inspect.isfunction(method):
-                yield f'method {self.path}.{name}'
-                return
-            if self.wraps.get(name, 'self') not in inspect.signature(method).parameters:
-                yield f'argument {self.wraps[name]!r} of {self.path}.{name}'
-            absent = self.relies_on.get(name, set()) - set(inspect.unwrap(method).__code__.co_names)
-            if absent:
-                yield f'use of {", ".join(sorted(absent))} in {self.path}.{name}'
 
 
 _SEAMS = (
@@ -161,7 +149,7 @@ _SEAMS = (
           {'__init__': 'global_pool', 'reset_classifier': 'global_pool'},
           {'__init__': {'global_pool'}, 'pool': {'attn_pool', 'num_prefix_tokens'}}, _enter_tokens, _leave_tokens),
     _Seam('timm.models.eva.Eva', {'__init__': 'global_pool', 'reset_classifier': 'global_pool'},
-          {'__init__': {'global_pool', 'num_prefix_tokens'}, 'pool': {'attn_pool'}}, _enter_eva, _leave_tokens),
+          {'__init__': {'global_pool', 'num_prefix_tokens'}, 'pool': {'attn_pool'}}, _enter_tokens, _leave_tokens),
 )
 
 

@@ -4,7 +4,6 @@ from .losses import (
     MarginLoss,
     MetricLearningLoss,
     TripletLoss,
-    balanced_beta,
     create_instance_loss,
     margin_loss,
     margin_statistics,
@@ -20,6 +19,6 @@ from .sampling import (
 
 __all__ = [
     'ContrastiveLoss', 'DistanceWeightedSampler', 'MarginLoss', 'MetricLearningLoss', 'TripletLoss', 'TripletSampler',
-    'Triplets', 'UniformSampler', 'balanced_beta', 'create_instance_loss', 'create_sampler', 'effective_negatives',
-    'margin_loss', 'margin_statistics',
+    'Triplets', 'UniformSampler', 'create_instance_loss', 'create_sampler', 'effective_negatives', 'margin_loss',
+    'margin_statistics',
 ]

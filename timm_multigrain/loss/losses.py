@@ -51,7 +51,7 @@ def margin_statistics(
     Returns:
         0-dim tensors, 0 without triplets: 'active_positives' and 'active_negatives', the shares in [0, 1] of the pairs
         that cost something; 'positive_distance' and 'negative_distance', the mean distances of the pairs;
-        'balanced_beta', see `balanced_beta`.
+        'balanced_beta', the boundary at which as many positives as negatives cost something.
     """
     distance = _distances(embedding, triplets)
     terms = _margin_terms(distance, triplets, beta, margin)
@@ -68,25 +68,13 @@ def margin_statistics(
     }
 
 
-@torch.no_grad()
-def balanced_beta(embedding: Tensor, triplets: Triplets, margin: float = 0.2) -> Tensor:
-    """The boundary at which as many positives as negatives of the batch cost something.
-
-    Gradient descent on beta alone ends there, as the derivative of the loss is the difference of the two numbers. It is
-    the median of the distances of positives plus the margin and those of negatives minus the margin.
-
-    Returns:
-        0-dim tensor; NaN without triplets. Arguments as in `margin_loss`.
-    """
-    return _balanced_beta(_distances(embedding, triplets), triplets, margin)
-
-
 class MarginLoss(nn.Module):
     """Margin loss, see `margin_loss`, with its boundary beta, float32 of shape (1,).
 
     With a number, beta starts there and is a parameter, as in the papers: the optimizer has to move it to where the
     distances are, and an adaptive one moves it by its learning rate per step at most. With 'auto' it is a buffer that
-    follows the distances, whatever the optimizer: `balanced_beta`, averaged over the last ten training batches or so.
+    follows the distances, whatever the optimizer: the boundary at which as many positives as negatives cost something,
+    averaged over the last ten training batches or so.
 
     Args:
         beta_init: Initial boundary, a distance between unit vectors, or 'auto'.
@@ -138,19 +126,27 @@ class MarginLoss(nn.Module):
         return f'margin={self.margin}' + ", beta_init='auto'" * self.follows
 
 
-class ContrastiveLoss(nn.Module):
+class _PairLoss(nn.Module):
+    needs_triplets = True
+    margin = 0.2
+
+    def __init__(self, margin: float | None = None):
+        super().__init__()
+        self.margin = self.margin if margin is None else margin
+
+    def extra_repr(self) -> str:
+        return f'margin={self.margin}'
+
+
+class ContrastiveLoss(_PairLoss):
     """D^2 / 2 for images of one instance, max(0, margin - D)^2 / 2 for others, averaged over the pairs of all triplets.
 
     Hadsell et al., 'Dimensionality Reduction by Learning an Invariant Mapping', CVPR 2006, section 2.1.
 
     Args:
-        margin: Distance beyond which images of different instances cost nothing.
+        margin: Distance beyond which images of different instances cost nothing, 1 by default.
     """
-    needs_triplets = True
-
-    def __init__(self, margin: float = 1.0):
-        super().__init__()
-        self.margin = margin
+    margin = 1.0
 
     def forward(self, embedding: Tensor, target: Tensor | None, triplets: Triplets) -> Tensor:
         positive, negative = _distances(embedding, triplets)
@@ -158,31 +154,20 @@ class ContrastiveLoss(nn.Module):
         terms = (positive.square() + (self.margin - negative).clamp(min=0).square()) / 2
         return (terms * used).sum() / (2 * used.sum()).clamp(min=1)
 
-    def extra_repr(self) -> str:
-        return f'margin={self.margin}'
 
-
-class TripletLoss(nn.Module):
+class TripletLoss(_PairLoss):
     """max(0, D_ap^2 - D_an^2 + margin), averaged over the triplets where it is above zero.
 
     Schroff et al., 'FaceNet', CVPR 2015, https://arxiv.org/abs/1503.03832, section 3.1.
 
     Args:
-        margin: By how much the squared distance of the negative must exceed that of the positive.
+        margin: By how much the squared distance of the negative must exceed that of the positive, 0.2 by default.
     """
-    needs_triplets = True
-
-    def __init__(self, margin: float = 0.2):
-        super().__init__()
-        self.margin = margin
 
     def forward(self, embedding: Tensor, target: Tensor | None, triplets: Triplets) -> Tensor:
         positive, negative = _square_distances(embedding, triplets)
         terms = (positive - negative + self.margin).clamp(min=0) * (triplets[0] >= 0)
         return terms.sum() / (terms > 0).sum().clamp(min=1)
-
-    def extra_repr(self) -> str:
-        return f'margin={self.margin}'
 
 
 class MetricLearningLoss(nn.Module):
@@ -268,6 +253,7 @@ def _margin_terms(distance: Tensor, triplets: Triplets, beta: Tensor | float, ma
 
 
 def _balanced_beta(distance: Tensor, triplets: Triplets, margin: float) -> Tensor:
+    # gradient descent on beta alone ends there, as the derivative of the loss is the difference of the two numbers
     values = torch.stack([distance[0] + margin, distance[1] - margin]).masked_fill(triplets[0] < 0, math.nan)
     return (values.nanmedian() - (-values).nanmedian()) / 2  # of the middle two, nanmedian takes the lower one
 

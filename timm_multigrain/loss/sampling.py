@@ -26,21 +26,18 @@ class Triplets(NamedTuple):
 class TripletSampler(nn.Module):
     """Base of the samplers: pairs the images of each instance and draws the negatives.
 
-    A subclass says by `log_weights` how likely a negative is. Rows of the embedding that are not finite are left
-    out. An anchor without positives or without negatives gives no triplet; an image that is alone of its instance still
-    serves as a negative.
+    A subclass says by `log_weights` how likely a negative is. Rows of the embedding that are not finite are left out,
+    and an anchor without positives or without negatives gives no triplet.
 
     The draw is without replacement, each next negative with a probability proportional to the weights of those left
-    (Gumbel top-k). An anchor with fewer candidates of non-zero weight than draws makes them with replacement. Its k-th
-    negative goes with its k-th positive.
+    (Gumbel top-k); with replacement where an anchor has fewer candidates of non-zero weight than draws.
 
-    With `max_positives` shapes do not depend on values, so the host never synchronises with a GPU and
+    With `max_positives` shapes do not depend on values: a GPU never waits for the host, and
     `torch.compile(fullgraph=True)` works, except with a `generator`, which the compiler cannot trace.
 
     Args:
         max_positives: Positives used of each anchor, the first ones in the batch; the output is then padded to
-            B * min(max_positives, B) triplets. None takes all and gives exactly the triplets there are (a GPU then
-            waits for the host twice).
+            B * min(max_positives, B) triplets. None takes all and gives exactly the triplets there are.
         generator: Source of randomness, a `torch.Generator` on the device of the embedding, or an int that seeds one at
             the first call; None is torch's global one.
     """
@@ -107,7 +104,11 @@ class TripletSampler(nn.Module):
 
     def _candidates(self, embedding: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Which pairs are positives (B, B), log weights of the negatives (B, B), and which rows became uniform (B,)."""
-        _check_batch(embedding, target)
+        good = embedding.ndim == 2 and len(embedding) and embedding.is_floating_point()
+        if not good or target.shape != embedding.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
+            raise ValueError(
+                'give floating point embeddings (B, C), B > 0, and integer instance ids (B,), not '
+                f'{embedding.dtype} {tuple(embedding.shape)} and {target.dtype} {tuple(target.shape)}')
         embedding = embedding.to(torch.promote_types(embedding.dtype, torch.float32))
         usable = torch.linalg.vector_norm(embedding, dim=1).isfinite()
         same = target[:, None] == target
@@ -142,17 +143,6 @@ def _probabilities(log_weight: Tensor, dtype: torch.dtype) -> Tensor:
     return prob.to(torch.promote_types(dtype, torch.float32))
 
 
-def _check_batch(embedding: Tensor, target: Tensor) -> None:
-    if embedding.ndim != 2 or not embedding.is_floating_point() or not len(embedding):
-        raise ValueError(
-            'embedding must be floating point of shape (B, C), B > 0, '
-            f'got {embedding.dtype} of shape {tuple(embedding.shape)}')
-    if target.shape != embedding.shape[:1] or target.is_floating_point() or target.dtype == torch.bool:
-        raise ValueError(
-            f'target must hold one integer instance id for each of the {len(embedding)} embeddings, '
-            f'got {target.dtype} of shape {tuple(target.shape)}')
-
-
 def effective_negatives(prob: Tensor) -> Tensor:
     """Effective number of negatives of each anchor, the exponential of the entropy of its distribution.
 
@@ -176,9 +166,8 @@ class DistanceWeightedSampler(TripletSampler):
     * 'row': the weights are normalised for each anchor in log space, so nothing underflows. This is the formula of the
       paper; at C = 2048 it nearly always draws the closest negative.
 
-    What makes a whole batch of the original implementation uniform is confined here: duplicates are at distance 0, not
-    NaN; pairs beyond `nonzero_loss_cutoff` do not scale the others, as only nearly antipodal ones (d > sqrt(3)) could;
-    rows that are not finite are left out.
+    Unlike in the original implementation duplicates are at distance 0, not NaN, and pairs beyond `nonzero_loss_cutoff`
+    do not scale the others.
 
     Args:
         normalize: 'row' or 'batch'.

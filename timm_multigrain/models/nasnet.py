@@ -8,7 +8,7 @@ but some reduction cells pad as 'same' padding does for an even N whatever N is,
 floor(N / 2). Behind such a cell the map of the layer before it, halved to ceil(N / 2), is larger where N is odd: each
 sum and concatenation keeps the positions that all of its terms have, from the top left corner.
 """
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 import torch.nn as nn
@@ -29,12 +29,6 @@ class FloorConv2d(nn.Conv2d):
         after = self.kernel_size[0] - 2 - before  # -1 for a 1x1 kernel: a last position without partner is left out
         x = F.pad(x, [before, after, before, after])
         return F.conv2d(x, self.weight, self.bias, self.stride, 0, self.dilation, self.groups)
-
-
-def floor_pool2d(pool: Callable[..., nn.Module], **kwargs) -> nn.Module:
-    """A 3x3 pooling (nn.MaxPool2d or nn.AvgPool2d) of stride 2 with the windows and output size of `FloorConv2d`."""
-    # without padding in front, a window that sticks out behind is cut there, which is what ceil_mode allows
-    return pool(3, stride=2, padding=0, ceil_mode=True, **kwargs)
 
 
 def crop_like(x: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
@@ -108,10 +102,11 @@ def _pad_cells(trunk: nn.Module, round_down: Iterable[str]) -> None:
             module.__class__ = FloorConv2d if floor else nn.Conv2d
             module.padding = (module.kernel_size[0] // 2,) * 2
             continue
+        # without padding in front, a window that sticks out behind is cut there, which is what ceil_mode allows
         if isinstance(module, nn.MaxPool2d):
-            new = floor_pool2d(nn.MaxPool2d) if floor else nn.MaxPool2d(3, stride=2, padding=1)
+            new = nn.MaxPool2d(3, stride=2, padding=0 if floor else 1, ceil_mode=floor)
         elif floor and module.kernel_size in (3, (3, 3)):
-            new = floor_pool2d(nn.AvgPool2d, count_include_pad=False)
+            new = nn.AvgPool2d(3, stride=2, ceil_mode=True, count_include_pad=False)
         else:  # the 1x1 pooling that halves the left input of a cell; symmetric already
             continue
         parent, _, leaf = name.rpartition('.')

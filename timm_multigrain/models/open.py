@@ -62,10 +62,8 @@ def open_model(
         ema: bool = True,
         architecture: str | None = None,
 ) -> MultiGrain:
-    """Open a model by folder, file or name. Nothing of it is executed.
-
-    The model's pretrained_cfg is its data configuration (input_size, crop_pct, interpolation, mean, std, label_names):
-    of a checkpoint, what it was trained with.
+    """Open a model by folder, file or name, with its data configuration as pretrained_cfg: of a checkpoint, what it was
+    trained with. Nothing of it is executed.
 
     Args:
         name: A folder of `save_pretrained` or of timm; a checkpoint of timm's train.py, of the original implementation,
@@ -107,8 +105,7 @@ def open_model(
         raise ValueError("pool='' gives a map, not a descriptor: give 'gem', 'mac', 'spoc', 'rmac', 'crow' or 'avg'.")
     if p is not None and pool is None and model.global_pool == 'trunk':
         pool = 'gem'
-    before = (model.global_pool, model.gem_p)
-    whitened = model.whitened
+    before, whitened = (model.global_pool, model.gem_p), model.whitened
     if pool is not None:
         if model.global_pool == 'trunk' and pool not in ('trunk', 'map') and not _is_average(model):
             model.reset_classifier(0)
@@ -116,7 +113,7 @@ def open_model(
     if whitened and (model.global_pool, model.gem_p) != before:
         raise ValueError(f'{name} was whitened for its own pooling: {pool!r} needs a model without whitening.')
     if p is not None:
-        if model.whitened and p != model.gem_p:
+        if whitened and p != model.gem_p:
             warnings.warn(f'{name} was whitened for p = {model.gem_p}, not for {p}: whiten it again.', stacklevel=2)
         model.set_gem_p(p)
     return model.eval()

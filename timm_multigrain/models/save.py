@@ -31,8 +31,8 @@ def save_pretrained(
 ) -> Path:
     """Save a model so that ``timm.create_model('local-dir:<directory>', pretrained=True)`` gives it back.
 
-    What was written is loaded back and compared with the model before it takes its place. A new folder appears whole
-    or not at all; of an earlier model the two files are replaced, and its README.md stays.
+    What was written is loaded back and compared before it takes its place. A new folder appears whole or not at all; of
+    an earlier model the two files are replaced, and its README.md stays.
 
     Args:
         model: A MultiGrain, in any mode; it is not changed.

@@ -67,8 +67,9 @@ def read_checkpoint(path: str | Path, shown: str | None = None) -> Any:
                 _check_hash(path)
             return load_file(path)
         zipped = zipfile.is_zipfile(path)
-        if zipped:
-            _refuse_program(path)
+        names = zipfile.ZipFile(path).namelist() if zipped else []
+        if any(name.endswith('constants.pkl') or '/code/' in f'/{name}' for name in names):
+            raise UnreadableWeightsError('it is a TorchScript program, which is never run')  # as some torch.load do
         with torch.serialization.safe_globals([argparse.Namespace]):
             # mapped, so that the state of the optimizer is not read with the weights
             return torch.load(path, map_location='cpu', weights_only=True, mmap=zipped)
@@ -80,14 +81,6 @@ def read_checkpoint(path: str | Path, shown: str | None = None) -> Any:
                  f'it is cut off, damaged or something else ({telling_line(e)})')
         raise UnreadableWeightsError(
             f'{shown} cannot be read as weights: {cause}; save, copy or download it again.') from e
-
-
-def _refuse_program(path: Path) -> None:
-    """Refuse a TorchScript archive: some versions of torch.load run it."""
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-    if any(name.endswith('constants.pkl') or '/code/' in f'/{name}' for name in names):
-        raise UnreadableWeightsError('it is a TorchScript program, which is never run')
 
 
 def _check_hash(path: Path) -> None:
@@ -147,13 +140,11 @@ def check_config(cfg: dict) -> None:
     for key in _FORM.keys() & {key for key, value in cfg.items() if value is not None}:
         value = list(cfg[key]) if isinstance(cfg[key], tuple) else cfg[key]
         check_json(value, _FORM[key], f'{key} of the configuration')
-        if key in _SIZES:
-            good = len(value) == 3 and all(0 < side <= _LARGEST for side in value)
-        elif key in _POSITIVE:
-            good = value and all(number > 0 for number in (value if key == 'std' else [value]))
-        else:
-            good = key != 'mean' or value
-        if not good or (isinstance(value, dict) and not all(row.isdecimal() for row in value)):
+        values = value if isinstance(value, list) else [value]
+        if ((key in _SIZES and not (len(values) == 3 and all(0 < side <= _LARGEST for side in values)))
+                or (key in _POSITIVE and not all(number > 0 for number in values))
+                or (key in ('mean', 'std') and not values)
+                or (isinstance(value, dict) and not all(row.isdecimal() for row in value))):
             raise ValueError(f'{key} of the configuration is {value!r:.200}.')
 
 

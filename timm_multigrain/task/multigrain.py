@@ -30,12 +30,7 @@ from .head import embed_and_classify, inspect_head
 
 
 class MultiGrainTrainableModule(nn.Module):
-    """The model and the instance loss with its own parameters (beta): what DDP, EMA and the optimizer see.
-
-    Args:
-        model: A MultiGrain, or any timm model with ``forward_features`` and ``forward_head(..., pre_logits=True)``.
-        instance_loss: The instance loss.
-    """
+    """The model and the instance loss with its own parameters (beta): what DDP, EMA and the optimizer see."""
 
     def __init__(self, model: nn.Module, instance_loss: nn.Module):
         super().__init__()
@@ -279,7 +274,8 @@ class MultiGrainTask(ClassificationTask):
             embedding = l2_normalize(embedding.to(torch.promote_types(embedding.dtype, torch.float32)))
             if self.gather:
                 embedding, instance = all_gather_with_grad(embedding), all_gather_with_grad(instance)
-            self._check_instances(instance)
+            if not self._positives_seen:  # reading ids back stops a GPU: done on the first batch only
+                self._check_instances(instance)
             loss = self._trainable().instance_loss
             triplets, prob = None, None
             if loss.needs_triplets and self.statistics and isinstance(self.sampler, TripletSampler):
@@ -301,14 +297,12 @@ class MultiGrainTask(ClassificationTask):
             return value, statistics
 
     def _check_instances(self, instance: torch.Tensor) -> None:
-        if self._positives_seen:  # reading ids back stops a GPU: done on the first batch only
-            return
         instances = len(instance.unique())
         if instances < 2:
             raise ValueError(
                 f'The loss needs negatives, but all {len(instance)} images of the batch are of one instance: use a '
                 f'batch size of at least {2 * self.num_repeats} and a data set of more than one image.')
-        if not self._positives_seen and instances == len(instance):
+        if instances == len(instance):
             raise ValueError(
                 f'The loss needs positives, but the {len(instance)} images of the batch are of as many instances: '
                 f'load them with timm_multigrain.data.create_loader(num_repeats={self.num_repeats}).')
