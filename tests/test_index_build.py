@@ -30,8 +30,8 @@ LABELS = ['boat', 'car', 'tree']
 NAMES = ('images', 'new', 'changed', 'moved', 'copied', 'removed', 'unchanged')
 
 
-def picture(seed: int, size=(90, 70), mode='RGB') -> Image.Image:
-    return noise(size, (9, 7), seed).convert(mode)
+def picture(seed: int, size=(90, 70)) -> Image.Image:
+    return noise(size, (9, 7), seed)
 
 
 @pytest.fixture(scope='session')
@@ -191,11 +191,8 @@ def test_bad_and_odd_images(pictures, model_folder):
     (pictures / 'bomb.png').write_bytes(png_header(30_000, 30_000))
     (pictures / 'photo.heic').write_bytes(b'\0\0\0\x18ftypheic\0\0\0\0mif1heic')
     bad = {'empty.jpg', 'text.jpg', 'cut.jpg', 'bomb.png', 'photo.heic'}
-    picture(2, mode='CMYK').save(pictures / 'cmyk.jpg')
-    Image.fromarray(np.arange(4800, dtype=np.uint16).reshape(60, 80) * 13).save(pictures / '16bit.png')
-    picture(3, mode='P').save(pictures / 'palette.png')
-    for name in ('animated.gif', 'animated.webp'):
-        picture(4).save(pictures / name, save_all=True, append_images=[picture(5), picture(6)])
+    picture(2).convert('CMYK').save(pictures / 'cmyk.jpg')
+    picture(4).save(pictures / 'animated.webp', save_all=True, append_images=[picture(5), picture(6)])
     odd = [os.fsdecode(name) for name in (b'new\nline.png', b'bad\xffbyte.png', b'"quoted" \'$x.png')]
     for i, name in enumerate(odd):
         picture(10 + i).save(pictures / 'x.png')
@@ -207,7 +204,7 @@ def test_bad_and_odd_images(pictures, model_folder):
     assert 'truncated' in reasons['cut.jpg']
     assert ('not an image' if find_spec('pillow_heif') else '[photos]') in reasons['photo.heic']
     index = opened(pictures)
-    assert len(index) == 16 and {str(pictures / name) for name in odd} <= set(index.paths)
+    assert len(index) == 13 and {str(pictures / name) for name in odd} <= set(index.paths)
     assert index.skipped == report.skipped
     check_against_the_slow_way(index)
 

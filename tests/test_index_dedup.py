@@ -16,8 +16,7 @@ from timm_multigrain.images.pixels import holds_several
 from timm_multigrain.index import Index
 from timm_multigrain.index.dedup import find_copies, measure_recall
 from timm_multigrain.index.detail import Picture, compare
-from timm_multigrain.index.keep import KEEP
-from timm_multigrain.index.script import write_script
+from timm_multigrain.index.keep import KEEP, write_script
 
 from .copies_folder import make_index, make_pictures
 from .pictures import noise
@@ -400,7 +399,8 @@ def test_command(index, pictures, tmp_path, capfdbinary):
             ([folder], 0, b'surplus files'),
             ([folder, '--list', '--identical'], 2, b'control characters in its name: take --list -0'),  # two lines
             ([folder, '--measure', '--identical'], 2, b'a table only'),
-            ([folder, '--threshold', '2'], 2, b'at most 1'), ([str(tmp_path / 'nothing')], 2, b'was not found')):
+            ([folder, '--threshold', '2'], 2, b'at most 1'), ([folder, '--threshold', 'nan'], 2, b'at most 1'),
+            ([str(tmp_path / 'nothing')], 2, b'was not found')):
         assert main(['dedup', *arguments]) == code
         out, err = capfdbinary.readouterr()
         assert message in (err if code else out) and not (code and out)

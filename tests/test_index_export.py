@@ -52,8 +52,8 @@ def test_addresses():
             'milvus:a.db': ('a.db', 'multigrain'), 'milvus:/x/a b.db#photos_2': ('/x/a b.db', 'photos_2'),
             'milvus:https://host:19530/base#c': ('https://host:19530/base', 'c')}.items():
         assert parse_address(text) == parts
-    for text in ('milvus:', 'milvus:folder', 'a.db', 'milvus:a.db#1x', 'milvus:a.db#a b'):
-        with pytest.raises(ValueError, match=r'give milvus:|take letters'):
+    for text in ('milvus:', 'milvus:folder', 'a.db'):
+        with pytest.raises(ValueError, match='give milvus:'):
             parse_address(text)
 
 
@@ -79,8 +79,8 @@ def test_same_neighbours(index, address):
     for bad, options in ((queries[:, :5], {}), (queries, {'k': 0}), (queries, {'class_name': 'ship'})):
         with pytest.raises(ValueError, match=r"shape|k is 0|does not know the class 'ship'"):
             there.hits(bad, **options)
-    with pytest.raises(ValueError, match='in Milvus is not re-ranked'):
-        there.hits(queries, dba=(3, 3.))
+    with pytest.raises(ValueError, match='not re-ranked: leave dba out'):
+        there.hits(queries, category=None, dba=(3, 3.))
     there.client.close()
 
 
@@ -224,12 +224,3 @@ def test_what_is_up_to_date_is_left_alone(tmp_path):
     write_index(tmp_path / 'other', unit_vectors(5, seed=1))
     assert not export_index(tmp_path / 'other', str(path), progress=False).unchanged
     assert np.allclose(pq.read_table(path)['vector'].to_pylist(), unit_vectors(5, seed=1))
-
-
-def test_a_failure_leaves_nothing(tmp_path, monkeypatch):
-    index = Index(write_index(tmp_path / 'index', unit_vectors(5)))
-    with monkeypatch.context() as patch:
-        patch.setattr(pq.ParquetWriter, 'write_table', lambda *a: (_ for _ in ()).throw(OSError('no room')))
-        with pytest.raises(OSError, match=r'no room.*free space'):
-            export_parquet(index, tmp_path / 'a.parquet', progress=False)
-    assert sorted(os.listdir(tmp_path)) == ['index']

@@ -56,7 +56,7 @@ def files_of(folder):
 
 def test_a_search_reads_them(pictures, described):
     source = files_of(pictures)
-    describer = LocalDescriber(tiny_model(), PROTOCOL, workers=0).fit(files_of(pictures), range(6))  # each file once
+    describer = LocalDescriber(tiny_model(), PROTOCOL, workers=0).fit(ImageFiles(source.paths[:6]))  # each file once
     expected = dict(zip(source.names, describer.describe(source), strict=True))
     described.clear()
     index = make(pictures, local=True)

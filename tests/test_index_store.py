@@ -10,14 +10,13 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-import torch
 
 from timm_multigrain.index import DamagedIndex, Index, IndexInUse
 from timm_multigrain.index import store as store_module
 from timm_multigrain.index.ann import update_structure
 from timm_multigrain.index.records import NewerFormat, NotWritten
 from timm_multigrain.index.store import FILE, PCA, Store, Writer, index_lock, is_index
-from timm_multigrain.search.rerank import Background, alpha_query_expansion, database_augmentation, rerank_candidates
+from timm_multigrain.search.rerank import alpha_query_expansion, database_augmentation
 
 from .small_index import add_images, forked, unit_vectors, write_index, writer_of
 
@@ -28,8 +27,7 @@ def everything(folder):
     index.store.check()
     scores, rows = index.search(unit_vectors(3, seed=9), 4)
     exact = index.search(unit_vectors(3, seed=9), 4, 'car', exact=True)
-    info = {key: value for key, value in index.info.items() if key != 'size'}
-    return (np.asarray(index.vectors).tobytes(), index.paths, index.columns.tobytes(), index.skipped, info,
+    return (np.asarray(index.vectors).tobytes(), index.paths, index.columns.tobytes(), index.skipped, index.info,
             [index.records(i) for i in range(len(index))], scores.tobytes(), rows.tobytes(), exact[1].tobytes(),
             index.store.details(index.store.local))
 
@@ -72,28 +70,6 @@ def test_vectors_are_an_array(folder):
         assert np.array_equal(vectors[key], full[key]), key
     with pytest.raises(IndexError):
         vectors[120]
-
-
-@pytest.mark.parametrize('class_name', [None, 'car'])
-def test_search_reranks(tmp_path, monkeypatch, class_name):
-    """Of the first images of the plain search, those that are the first after they refined each other."""
-    monkeypatch.setattr('timm_multigrain.search.rerank.TOP', 20)
-    index = Index(write_index(tmp_path / 'index', unit_vectors(90), dtype='float16'))
-    queries, said = unit_vectors(2, seed=1), []
-    scores, rows = index.search(queries, 4, class_name, rerank=2, report=said.append)
-    assert scores.shape == rows.shape == (2, 4) and '2 of 2 queries' in said[0]
-    background = Background.of(np.asarray(index.vectors))
-    for query, found, own in zip(queries, rows, scores, strict=True):
-        candidates = index.search(query[None], 20, class_name)[1][0]
-        expected, _ = rerank_candidates(torch.from_numpy(query), torch.from_numpy(index.vectors[candidates]).float(),
-                                        background, 2)
-        order = expected.argsort(descending=True)[:4]
-        assert found.tolist() == candidates[order].tolist()
-        np.testing.assert_allclose(own, expected[order], atol=1e-6)
-    assert not (rows == index.search(queries, 4, class_name)[1]).all()
-    assert index.search(queries, 25, rerank='auto')[1].shape == (2, 25)
-    with pytest.raises(ValueError, match='rerank=0'):
-        index.search(queries, rerank=0)
 
 
 def test_expansion_and_augmentation(tmp_path):

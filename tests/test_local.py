@@ -71,10 +71,10 @@ def test_the_pca_is_that_of_the_collection(pictures, monkeypatch):
     _, vectors = np.linalg.eigh(np.cov(rows.T))
     np.testing.assert_allclose(np.abs(vectors[:, ::-1][:, :8].T @ describer.basis.numpy()), np.eye(8), atol=1e-3)
     with pytest.raises(ValueError, match='No picture can be read'):
-        describer.fit(pictures, [2])
+        describer.fit(ImageFiles(pictures.paths[2:]))
 
 
-def test_matches_are_mutual_and_agree_on_a_transform():
+def test_matches_are_mutual_and_agree_on_a_transform(monkeypatch):
     first, other = features(0), features(1, 40)
     turn = np.array([[0.6, -0.3], [0.3, 0.6]])
     moved = (first.points[:30] @ turn.T + [50, 20]).astype(np.float32)
@@ -87,7 +87,8 @@ def test_matches_are_mutual_and_agree_on_a_transform():
     assert not kept & {tuple(point) for point in first.points[:6].tolist()}
     np.testing.assert_allclose(match.matrix, np.column_stack([turn, [50, 20]]), atol=0.02 * 300)
     np.testing.assert_allclose(match.first @ match.matrix[:, :2].T + match.matrix[:, 2], match.second, atol=0.03 * 300)
-    everything = match_images(first, second, tolerance=100.)
+    monkeypatch.setattr(local, 'TOLERANCE', 100)
+    everything = match_images(first, second)
     products = first.vectors.astype(int) @ second.vectors.T.astype(int)
     mutual = [(i, j) for i in range(60) for j in range(70)
               if products[i, j] == products[i].max() == products[:, j].max()]

@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from timm_multigrain import files
 from timm_multigrain.index.dedup import Copies, CopyFile, CopyGroup
 from timm_multigrain.index.index import Hit
 from timm_multigrain.index.records import Record
@@ -109,13 +108,6 @@ def test_a_report_shows_everything(tmp_path):
     assert empty.tags['h1'] == 1 and not empty.tags['h2']
 
 
-@pytest.mark.parametrize('mode', ['L', 'RGBA', 'CMYK', 'P', '1', 'I;16'])
-def test_any_picture_becomes_a_thumbnail(tmp_path, mode):
-    gallery = [Query(Image.new(mode, size), 'q', []) for size in ((1, 1), (5000, 1), (900, 700))]
-    page = write(tmp_path, gallery=gallery, curves=None)
-    assert [max(image.size) for image in page.pictures()] == [1, 200, 200]
-
-
 def test_names_are_escaped_and_without_control_characters(tmp_path):
     page = write(tmp_path, title=NASTY, intro=NASTY, notes=[NASTY], command=NASTY, curves_x=NASTY,
                  gallery=[Query(picture(), NASTY, [Answer(NASTY, [Neighbor(picture(), 1, NASTY, 'copy')], NASTY)])],
@@ -161,19 +153,6 @@ def test_without_matplotlib(tmp_path, monkeypatch):
         write(tmp_path)
     assert not any(tmp_path.iterdir())
     assert 'Training' not in write(tmp_path, curves=None).text
-
-
-def test_failure_keeps_the_old_page(tmp_path, monkeypatch):
-    write(tmp_path)
-    before = (tmp_path / 'report.html').read_bytes()
-
-    def fail(*args):
-        raise OSError('disk full')
-
-    monkeypatch.setattr(files.os, 'fsync', fail)
-    with pytest.raises(OSError, match='disk full'):
-        write(tmp_path, title='Other')
-    assert [p.name for p in tmp_path.iterdir()] == ['report.html'] and (tmp_path / 'report.html').read_bytes() == before
 
 
 def record(path, size=(40, 30), classes=()):

@@ -42,16 +42,6 @@ def test_nearest_equals_a_stable_sort(integers, k, chunk_size):
     assert indices.dtype == torch.int64
 
 
-def test_chunks_are_the_matrix(integers):
-    queries, database = integers
-    chunks = SimilarityChunks(queries.numpy(), list(database.split(30)), chunk_size=8)
-    for _ in range(2):
-        assert torch.equal(torch.cat(list(chunks), 1), queries @ database.T)
-    assert max(chunk.shape[1] for chunk in chunks) == 8
-    large = SimilarityChunks(torch.randn(100, 8), torch.randn(200_000, 8))
-    assert max(chunk.nbytes for chunk in large) <= 32 << 20
-
-
 @pytest.mark.filterwarnings('error')
 def test_memory_mapped_database(integers, tmp_path):
     queries, database = integers
@@ -91,7 +81,7 @@ def test_query_expansion(vectors, k, alpha):
     queries, database = vectors
     expected = torch.stack([slow_expansion(query, database, k, alpha) for query in queries])
     for given in (database, database.numpy(), list(database.split(13))):
-        result = alpha_query_expansion(queries, given, k, alpha, chunk_size=7)
+        result = alpha_query_expansion(queries, given, k, alpha)
         torch.testing.assert_close(result, expected, atol=5e-6, rtol=0)
 
 
@@ -108,11 +98,12 @@ def test_a_query_is_not_its_own_neighbor(vectors):
     torch.testing.assert_close(result, database[5:6], atol=5e-6, rtol=0)
 
 
-@pytest.mark.parametrize('k, batch_size', [(3, 10), (3, 1024), (100, 10)])
-def test_database_augmentation(vectors, k, batch_size):
+@pytest.mark.parametrize('k, at_a_time', [(3, 10), (3, 1024), (100, 10)])
+def test_database_augmentation(vectors, monkeypatch, k, at_a_time):
+    monkeypatch.setattr(rerank, 'AUGMENTED', at_a_time)
     _, database = vectors
     kept = database.clone()
-    result = database_augmentation(database, k, 2., chunk_size=9, batch_size=batch_size)
+    result = database_augmentation(database, k, 2.)
     expected = torch.stack([slow_expansion(row, kept, k, 2., own) for own, row in enumerate(kept)])
     torch.testing.assert_close(result, expected, atol=5e-6, rtol=0)
     assert torch.equal(database, kept)
@@ -218,7 +209,7 @@ def test_reranking_of_few_and_of_equal_images():
 @pytest.mark.parametrize('weight, first, last', [(1., 0, 2), (2., 9, 9)])
 def test_score_normalisation(vectors, weight, first, last):
     queries, background = vectors
-    offsets = score_offsets(queries, background, weight, first, last, chunk_size=10)
+    offsets = score_offsets(queries, background, weight, first, last)
     for query, offset in zip(queries, offsets, strict=True):
         ranked = sorted((float(query @ row) for row in background), reverse=True)[first:last + 1]
         assert float(offset) == pytest.approx(-weight * sum(ranked) / len(ranked), abs=1e-6)

@@ -2,7 +2,6 @@
 import base64
 import functools
 import io
-import os
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 SMALL, LARGE = 400, 1200  # pixels of the longer side of the pictures that are drawn
 MAX_HITS = 100
+MAX_PIXELS = 50_000_000  # of a picture to search for: larger ones are refused before they are decoded
 SMALLEST_PART = 8  # pixels
 CACHED_PICTURES = 500
 QUESTION = {
@@ -34,12 +34,11 @@ class Answers:
 
     Args:
         index: The index.
-        max_pixels: Larger pictures to search for are refused before they are decoded.
         places: Tell where files are, which the page of copies has to; else names below the indexed folders only.
     """
 
-    def __init__(self, index: 'Index', max_pixels: int, places: bool = True):
-        self.index, self.max_pixels, self.places = index, max_pixels, places
+    def __init__(self, index: 'Index', places: bool = True):
+        self.index, self.places = index, places
         self._one, self._other = threading.Lock(), threading.Lock()  # of the model, and the memory it takes; of copies
         self._exif, self._copies = index.protocol().exif, None
         self._small = functools.lru_cache(CACHED_PICTURES)(functools.partial(self._drawn, side=SMALL))
@@ -48,7 +47,7 @@ class Answers:
     def class_names(self) -> list[str]:
         """Names to filter by, those that are the most probable class of some image."""
         numbers = sorted(set(self.index.columns['classes'][:, 0].tolist()) - {-1})
-        return class_names(map(self._class_name, numbers))
+        return class_names(map(self.index.class_name, numbers))
 
     def search(self, question: dict) -> dict:
         """The images nearest to a picture, or to the image of a row, or to a part of it.
@@ -74,7 +73,7 @@ class Answers:
         classes = []
         if embedded.logits is not None:
             numbers, probabilities = (values[0].tolist() for values in top_classes(embedded.logits))
-            classes = list(zip(map(self._class_name, numbers), probabilities, strict=True))
+            classes = list(zip(map(self.index.class_name, numbers), probabilities, strict=True))
         return {'picture': shown, 'classes': class_caption(classes, 3), 'hits': hits}
 
     def look(self, question: dict) -> dict:
@@ -82,7 +81,8 @@ class Answers:
         check_json(question, {'row': int}, 'The question')
         record = self._record(question['row'])
         with self._one:
-            return {'picture': self._drawn(record, LARGE), 'file': self._name(record.path, self.places)}
+            name = record.path if self.places else self.index.name_of(record.path)
+            return {'picture': self._drawn(record, LARGE), 'file': printable(name)}
 
     def copies(self, question: dict) -> dict:
         """The page that `dedup --html` writes, whose files are not linked to, or how far it is: it is made beside."""
@@ -110,7 +110,7 @@ class Answers:
 
     def _hit(self, row: int, score: float) -> dict:
         record = self._record(row)
-        return {'row': row, 'score': f'{score:.3f}', 'name': self._name(record.path),
+        return {'row': row, 'score': f'{score:.3f}', 'name': printable(self.index.name_of(record.path)),
                 'picture': self._small(record), 'class': printable(record.category) or class_caption(record.classes),
                 'part': record.box and _fractions(record),
                 'size': f'{record.width} × {record.height}, {file_size(record.bytes)}'}
@@ -130,7 +130,7 @@ class Answers:
             file = self._record(question['row']).path
             name = printable(file)
         try:
-            return read_image(file, exif=self._exif, max_pixels=self.max_pixels)
+            return read_image(file, exif=self._exif, max_pixels=MAX_PIXELS)
         except UnreadableImage as e:
             raise UnreadableImage(f'This picture cannot be used: {str(e).removeprefix(f"{name}: ")}.') from e
 
@@ -139,16 +139,6 @@ class Answers:
         image = indexed_picture(record, self._exif, side)
         return '' if image is None else thumbnail(image, side)
 
-    def _class_name(self, number: int) -> str:
-        names = self.index.label_names
-        return names[number] if names else str(number)
-
-    def _name(self, path: str, whole: bool = False) -> str:
-        """A path as it is shown: below the indexed folders, unless it is to be found."""
-        for folder in self.index.info['folders']:
-            if not whole and path.startswith(folder.rstrip(os.sep) + os.sep):
-                return printable(os.path.relpath(path, folder))
-        return printable(path if whole else os.path.basename(path))
 
 
 def _fractions(record: Record) -> list[float]:

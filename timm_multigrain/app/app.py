@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from importlib.resources import files
 from typing import TYPE_CHECKING
 
+from timm_multigrain.extras import extra
 from timm_multigrain.files import counted
 
 from .answers import MAX_HITS, Answers, answering
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 LOOPBACK = '127.0.0.1'
 MAX_UPLOAD = 32 << 20  # bytes
-MAX_PIXELS = 50_000_000
 
 
 def launch_app(
@@ -32,7 +32,6 @@ def launch_app(
         allow_hosts: Sequence[str] = (),
         auth: tuple[str, str] | None = None,
         max_upload: int = MAX_UPLOAD,
-        max_pixels: int = MAX_PIXELS,
         block: bool = True,
 ) -> 'gradio.Blocks':
     """Run the app, which needs gradio.
@@ -46,21 +45,18 @@ def launch_app(
         allow_hosts: Other names that it is reached by, such as that of a proxy; requests by any other name are refused.
         auth: User and password to ask for.
         max_upload: Largest picture to search for, bytes.
-        max_pixels: Larger pictures are refused.
         block: Return only when it is interrupted.
     """
     os.environ['GRADIO_ANALYTICS_ENABLED'] = 'False'  # read when gradio is imported, and by its launch
     os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')
-    try:
+    with extra('app', 'The app'):
         import gradio as gr
         from starlette.middleware import Middleware
 
         from .guard import Guard
-    except ImportError as e:
-        raise ImportError("The app needs gradio: pip install 'timm_multigrain[app]'") from e
     index.model()  # what is wrong with it is said now
     alone = host in (LOOPBACK, '::1', 'localhost') and not allow_hosts
-    answers = Answers(index, max_pixels, places=alone or auth is not None)
+    answers = Answers(index, places=alone or auth is not None)
     title = title or counted(len(index), 'picture')
     with gr.Blocks(title=title, analytics_enabled=False, fill_width=True) as app:
         page, code = _page()

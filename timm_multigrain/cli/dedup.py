@@ -90,7 +90,7 @@ def run_dedup(args: argparse.Namespace) -> int:
         page = write_copies_page(args.html, copies, title, index.protocol().exif)
         print(f'Page: {page}', file=sys.stderr)
     if args.script:
-        from timm_multigrain.index.script import write_script
+        from timm_multigrain.index.keep import write_script
         write_script(args.script, surplus)
         print(f'Script: {args.script} moves {counted(len(surplus), "file")}: sh {shlex.quote(args.script)} FOLDER',
               file=sys.stderr)

@@ -5,6 +5,7 @@ and Yashunin, arXiv 1603.09320) over 8-bit codes; above `HNSW_UP_TO`, where its 
 2011). Either proposes candidates, which are compared exactly: scores are always true ones, only a candidate can be
 missed. How many are is measured when the structure is built, with images of the index as queries, and kept with it.
 """
+import mmap
 import sys
 import zlib
 from pathlib import Path
@@ -118,11 +119,8 @@ def _build(store: Store, kind: str) -> dict:
 
 
 def _size_and_crc32(path: Path) -> tuple[int, int]:
-    size = crc32 = 0
-    with open_regular(path) as file:
-        while chunk := file.read(1 << 20):
-            size, crc32 = size + len(chunk), zlib.crc32(chunk, crc32)
-    return size, crc32
+    with open_regular(path) as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        return len(data), zlib.crc32(data)
 
 
 def _create(faiss, vectors: Vectors, rows: int, kind: str) -> tuple:

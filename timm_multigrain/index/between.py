@@ -26,18 +26,14 @@ class ImageSet:
         self.folders, self.rows = index.info['folders'], np.arange(len(index))
         if folder is not None:
             self.folders = [os.path.realpath(os.fsdecode(folder))]
-            self.rows = np.flatnonzero([self.has(path) for path in index.paths])
+            self.rows = np.flatnonzero([self.name_of(path) is not None for path in index.paths])
         if not len(self.rows):
             raise ValueError(f'{self.name} has no images in {printable(index.path)}: name a folder that was indexed.')
 
-    def has(self, path: str) -> bool:
-        """Whether a path is below its folders."""
-        return any(path.startswith(folder.rstrip(os.sep) + os.sep) for folder in self.folders)
-
-    def name_of(self, path: str) -> str:
-        """The path below its folder."""
-        return next(os.path.relpath(path, folder) for folder in self.folders
-                    if path.startswith(folder.rstrip(os.sep) + os.sep))
+    def name_of(self, path: str) -> str | None:
+        """The path below its folder, None if it is in none of them."""
+        folders = [os.path.join(folder, '') for folder in self.folders]
+        return next((path[len(folder):] for folder in folders if path.startswith(folder)), None)
 
     def class_of(self, path: str) -> str:
         """The first folder below its own, '' if it lies in that itself."""

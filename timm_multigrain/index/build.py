@@ -46,7 +46,6 @@ class BuildReport:
         new_skipped: How many of them were met for the first time.
         unreadable: Path to reason of folders that could not be opened; their images were left as they were.
         other: Files that are not images by their names.
-        faiss: The structure for search and the recall that it has, None without one.
         regions: Parts of images in the index now.
     """
     images: int = 0
@@ -61,7 +60,6 @@ class BuildReport:
     unreadable: dict[str, str] = field(default_factory=dict, repr=False)
     other: int = 0
     seconds: float = 0.
-    faiss: dict | None = None
     regions: int = 0
 
     def __str__(self) -> str:
@@ -157,7 +155,7 @@ def build_index(
             update = _Update(store, writer, model, protocol, {'progress': progress, **extraction})
             update.run(folders, retry, remove_missing, boxes, local)
             writer.compact_if_worthwhile()
-            update.report.faiss = update_structure(writer, kind, progress)
+            update_structure(writer, kind, progress)
         finally:
             writer.close()
     update.report.seconds = time.monotonic() - start

@@ -414,12 +414,10 @@ def _identity(record: Record, whole: bool) -> tuple[int, int] | None:
 
 @dataclass(frozen=True)
 class EditRecall:
-    """Shares of the copies found, and found for certain, by edit, of how many pictures copies were made, and the
-    thresholds."""
+    """Shares of the copies found, and found for certain, by edit, and of how many pictures copies were made."""
     recall: Mapping[str, float]
     certain: Mapping[str, float]
     images: int
-    thresholds: Thresholds
 
     def __str__(self) -> str:
         title, number = f'copies of {counted(self.images, "picture")}', max(1, len(self.recall))
@@ -477,4 +475,4 @@ def measure_recall(
                     found[name] += compared.alike
                     certain[name] += compared.certain
     return EditRecall(*({name: number / len(rows) for name, number in counts.items()} for counts in (found, certain)),
-                      len(rows), search.thresholds)
+                      len(rows))

@@ -8,7 +8,6 @@ import hashlib
 import json
 import logging
 import os
-import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ PROPERTY = 'multigrain'  # of a collection: the model and the preprocessing as J
 METADATA = b'timm_multigrain'  # of a Parquet file: the same, and the versions
 FLAT_UP_TO = 1_000_000  # rows for which comparing with every one, which is exact, is the default
 ROWS = 8192  # of a row group of Parquet
-_MOST_HITS = 16_384
 _BYTES = 'bytes:'  # marks a path in percent encoding
 _CONFIG = {
     'model': {'source': str, 'options': {}, 'weights_sha256': str, 'pool': (str, None), 'dim': int, 'num_classes': int,
@@ -46,13 +44,10 @@ _ROW = {'path': str, 'width': int, 'height': int, 'bytes': int, 'mtime_ns': int,
 def parse_address(text: str) -> tuple[str, str]:
     """URI and collection of 'milvus:URI' or 'milvus:URI#COLLECTION'; ValueError if it is not an address."""
     uri, _, collection = text.removeprefix(PREFIX).partition('#')
-    collection = collection or 'multigrain'
     if not text.startswith(PREFIX) or not uri or ('://' not in uri and not uri.endswith('.db')):
         raise ValueError(f'{text!r} is not an address of Milvus: give milvus:http://HOST:19530, or milvus:FILE.db for '
                          'a local file, and #COLLECTION behind it if its name is not multigrain.')
-    if not re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]{0,254}', collection):
-        raise ValueError(f'{collection!r} is not a name of a collection: take letters, digits and _, a letter first.')
-    return uri, collection
+    return uri, collection or 'multigrain'
 
 
 def _connect(uri: str, create: bool) -> 'MilvusClient':
@@ -277,15 +272,12 @@ class MilvusIndex(Collection):
     def __len__(self) -> int:
         return _count(self.client, self.collection)
 
-    def hits(self, vectors, k: int = 10, class_name: str | None = None, category: str | None = None,
-             exact: bool = False, qe=None, dba=None, rerank=None, report=None) -> list[list[Hit]]:
-        if category is not None:
-            raise ValueError('A collection in Milvus has whole pictures only: search the index for regions.')
-        if (qe, dba, rerank) != (None, None, None):
-            raise ValueError('A collection in Milvus is not re-ranked: search the index that it was exported from.')
+    def hits(self, vectors, k: int = 10, class_name: str | None = None, exact: bool = False, report=None,
+             **others) -> list[list[Hit]]:
+        if given := [name for name, value in others.items() if value is not None]:
+            raise ValueError(f'A collection in Milvus has whole pictures, and is not re-ranked: leave {given[0]} out, '
+                             'or search the index that it was exported from.')
         queries, _ = self._check(vectors, k, class_name)
-        if k > _MOST_HITS:
-            raise ValueError(f'k is {k}: Milvus gives at most {_MOST_HITS:,} images.')
         kind = self.client.describe_index(self.collection, 'vector')['index_type'] if exact else 'FLAT'
         if kind != 'FLAT':
             raise ValueError(f'{self.path} has an index of type {kind}, which is not exact: leave --exact out.')
@@ -293,7 +285,7 @@ class MilvusIndex(Collection):
         # a few more, so that the order among equals, which Milvus leaves open, does not decide who is among the k
         with _errors(f'{self.path} could not be searched'):
             found = self.client.search(
-                self.collection, data=list(queries), limit=min(k + 16, _MOST_HITS), filter=chosen,
+                self.collection, data=list(queries), limit=k + 16, filter=chosen,
                 output_fields=list(_ROW), search_params={'metric_type': 'IP'})
         hits = [[Hit(record.path, score, record) for record, score in map(_record, part)] for part in found]
         return [sorted(part, key=lambda hit: (-round(hit.score, 6), hit.path))[:k] for part in hits]

@@ -51,12 +51,7 @@ class Collection:
         return protocol_from_json(self.config['protocol'])
 
     def model(self, model: str | os.PathLike | torch.nn.Module | None = None) -> torch.nn.Module:
-        """The model it was built with, opened once.
-
-        Args:
-            model: A model, or what `open_model` opens, in place of the one the index names; OtherModel is raised unless
-                it has the same weights.
-        """
+        """The model it was built with, opened once, or another of the same weights, as `open_described` takes it."""
         if model is not None or self._model is None:
             self._model = open_described(self.config['model'], self.path, model)
         return self._model
@@ -125,9 +120,6 @@ class Collection:
         if vectors.ndim != 2 or vectors.shape[1] != described['dim']:
             raise ValueError(f'descriptors must have shape (queries, {described["dim"]}), got {vectors.shape}: were '
                              "they made by the index's model?")
-        if not np.isfinite(vectors).all():
-            raise ValueError(f'Row {int(np.argmax(~np.isfinite(vectors).all(axis=1)))} of the descriptors is not '
-                             'finite.')
         if k < 1:
             raise ValueError(f'k is {k}: ask for at least one image.')
         names = described['label_names'] or [str(i) for i in range(described['num_classes'])]
@@ -204,7 +196,7 @@ class Index(Collection):
 
     @property
     def columns(self) -> np.ndarray:
-        """All records as one structured array (N,): width, height, bytes, mtime_ns, sha256, classes, ..."""
+        """All records as one array, (N,) of `RECORD`."""
         return self.store.records
 
     @cached_property
@@ -216,13 +208,22 @@ class Index(Collection):
         """Absolute path of one image."""
         return os.fsdecode(self.store.path(self.image_rows[row]))
 
+    def name_of(self, path: str) -> str:
+        """A path below the indexed folder that it is in; its last part if it is in none."""
+        folders = [os.path.join(os.fsdecode(root), '') for root in self.store.roots]
+        return next((path[len(folder):] for folder in folders if path.startswith(folder)), os.path.basename(path))
+
+    def class_name(self, number: int) -> str:
+        """A class without a name is called by its number."""
+        return self.label_names[number] if self.label_names else str(number)
+
     def records(self, row: int) -> Record:
-        """What is known of one image or region; a class without a name is called by its number."""
-        r, names, region = self.columns[self.image_rows[row]], self.label_names, ()
+        """What is known of one image or region."""
+        r, region = self.columns[self.image_rows[row]], ()
         if row >= len(self):
             box, category, _ = self.store.regions[row - len(self)].tolist()
             region = tuple(box.tolist()), category.decode(errors='replace')
-        classes = tuple((names[number] if names else str(number), probability) for number, probability in zip(
+        classes = tuple((self.class_name(number), probability) for number, probability in zip(
             r['classes'].tolist(), r['probabilities'].tolist(), strict=True) if number >= 0)
         return Record(self.path_of(row), int(r['width']), int(r['height']), int(r['bytes']),
                       r['sha256'].tobytes().hex(), int(r['mtime_ns']), classes, *region)
@@ -242,7 +243,7 @@ class Index(Collection):
         """How it was made: model, protocol, versions; and what is in it."""
         roots = [os.fsdecode(root) for root in self.store.roots]
         return {**self.config, 'path': str(self.path), 'images': len(self), 'regions': len(self.store.regions),
-                'skipped': len(self.store.skipped), 'folders': roots, 'size': self.store.size,
+                'skipped': len(self.store.skipped), 'folders': roots,
                 'local': max(0, len(self.store.local) - 1), 'faiss': self.store.faiss}
 
     @cached_property
@@ -302,8 +303,8 @@ class Index(Collection):
             Cosine similarities (Q, k) float32, highest first, and rows (Q, k) int64, of images or of regions.
 
         Raises:
-            ValueError: Wrong shape, values that are not finite, k below 1, or a class that the model does not know, or
-                a category that no region has.
+            ValueError: Wrong shape, NaN, k below 1, a class that the model does not know, or a category that no region
+                has.
         """
         queries, numbers = self._check(vectors, k, class_name)
         if rerank is not None:

@@ -1,4 +1,5 @@
-"""Which file of a group of copies is best kept, and why: rules in the order in which they decide.
+"""Which file of a group of copies is best kept, and why: rules in the order in which they decide. And a shell script
+that moves the others to a folder; each line looks at the files again when it runs.
 
 The default is what a careful person does: real files before links, a photograph before its screenshot, colour before
 grey, more pixels before fewer, a JPEG file before the PNG file that was made from it, what the camera wrote before what
@@ -7,10 +8,13 @@ lost its data, a file in its own place before one that is named a copy, what is 
 import hashlib
 import os
 import re
-from collections.abc import Callable, Sequence
+import shlex
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 
+from timm_multigrain.files import write_bytes
 from timm_multigrain.images.pixels import open_image, read_image
 
 from .records import Record
@@ -22,6 +26,38 @@ MAKE, MODEL, EXIF_FOLDER, TAKEN = 0x10F, 0x110, 0x8769, 0x9003  # EXIF's tags
 COPIES = re.compile(  # in names of files and folders, in some languages
     r'(?<![^\W_])(cop(y|ies)|kopien?|copies?|copias?|c[oó]pias?|duplicates?|duplikate?|dupes?|backups?)(?![^\W_])'
     r'|\s\(\d+\)$', re.IGNORECASE)
+
+# POSIX sh, for Linux, macOS and BSD. The page of copies writes the same script.
+HEADER = '''#!/bin/sh
+# Moves copies into a folder, by default ./surplus, with the folders they are in: sh THIS-FILE [FOLDER]
+# Nothing is deleted. A file is moved only if it, and the file that is kept for it, are what they were when
+# this was written; what is not so is named, and the exit status is 1.
+to=${1:-surplus}
+moved=0 left=0
+mkdir -p -- "$to" || exit 2
+sum() {
+    if command -v sha256sum >/dev/null; then sha256sum <"$1"; else shasum -a 256 <"$1"; fi | cut -c 1-64
+}
+skip() {
+    printf 'left: %s: %s\\n' "$1" "$2" >&2
+    left=$((left + 1))
+}
+# FILE SHA256 KEPT SHA256
+move() {
+    if ! [ -f "$1" ]; then skip "$1" 'not there any more'
+    elif ! [ -f "$3" ]; then skip "$1" 'the file to keep is not there any more'
+    elif [ "$1" -ef "$3" ]; then skip "$1" 'it is the file to keep itself'
+    elif [ "$(sum "$1")" != "$2" ]; then skip "$1" 'it has changed'
+    elif [ "$(sum "$3")" != "$4" ]; then skip "$1" 'the file to keep has changed'
+    elif [ -e "$to$1" ] || [ -L "$to$1" ]; then skip "$1" 'there is such a file in the folder already'
+    elif mkdir -p -- "$to${1%/*}" && mv -- "$1" "$to$1"; then moved=$((moved + 1))
+    else skip "$1" 'it could not be moved'
+    fi
+}
+'''
+FOOTER = '''printf '%s files moved to %s, %s left\\n' "$moved" "$to" "$left"
+[ "$left" -eq 0 ]
+'''
 
 
 @dataclass(frozen=True)
@@ -130,3 +166,13 @@ def look_at(candidates: Sequence[Candidate], exif: bool) -> list[Candidate]:
     lossy = {digest for i, digest in pixels.items() if not lossless[i]}
     return [replace(candidate, pixels=pixels.get(i, b''), remade=bool(lossless[i]) and pixels.get(i) in lossy)
             for i, candidate in enumerate(found)]
+
+
+def write_script(path: str | os.PathLike, surplus: Iterable[tuple]) -> None:
+    """Write the script that moves surplus files, each given with the one that is kept for it, see `Copies.surplus`."""
+    lines = [f'# written {datetime.now():%Y-%m-%d %H:%M}']
+    for pair in surplus:
+        names = [shlex.quote(text) for file in pair for text in (file.record.path, file.record.sha256)]
+        lines.append(f'move {" ".join(names)}')
+    lines = ''.join(f'{line}\n' for line in lines)
+    write_bytes(path, os.fsencode(HEADER + lines + FOOTER))  # bytes of names that are not UTF-8 are surrogate escapes

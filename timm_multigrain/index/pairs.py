@@ -1,10 +1,9 @@
 """Pairs of similar descriptors of a collection, from which similarity on they are copies, and groups of them.
 
-How alike different pictures are depends on the model and on the collection, so no fixed threshold serves. `certain` is
-the lowest threshold at which no more than the given share of images have another one above it; real copies push it up.
-It decides where pictures are not looked at. Else each picture is compared (detail.py) with its nearest ones above
-`possible`, which all but a few pictures have a neighbour above: a copy that was turned or inset is seldom as near as
-pictures of one place are to each other, but hardly any picture is nearer to it than its original.
+How alike different pictures are depends on the model and on the collection, so no fixed threshold serves. `certain`
+decides where pictures are not looked at; real copies push it up. Else each picture is compared (detail.py) with its
+nearest ones above `possible`: a copy that was turned or inset is seldom as near as pictures of one place are to each
+other, but hardly any picture is nearer to it than its original.
 
 Small collections are compared with themselves chunk by chunk. Larger ones are first divided into the Voronoi cells of a
 k-means (Sivic and Zisserman 2003), and a descriptor is compared only with the cells that can hold a partner: with d the
@@ -42,9 +41,8 @@ class Thresholds:
     """Similarities that decide.
 
     Attributes:
-        certain: Pairs from here on are copies, whatever they look like.
-        possible: Pairs from here on are copies if they look the same.
-        false_positives: Share of images that may have a different picture above `certain`.
+        certain: The lowest one that no more than a share of the images, `false_positives`, have another one above.
+        possible: One that all but a few have a neighbour above; pairs from here on are copies if they look the same.
         sample: Images that it was found from; 0 if it was given or there were none.
     """
     certain: float
@@ -115,8 +113,6 @@ def near_pairs(
         exhaustive: Compare everything with everything; None: up to 65,536 rows.
         neighbours: Only pairs of which one is among as many nearest of the other.
     """
-    if not -1 < threshold <= 1:
-        raise ValueError(f'The threshold is a cosine similarity above -1 and at most 1, got {threshold}.')
     rows = np.arange(len(vectors)) if rows is None else np.asarray(rows, dtype=np.int64)
     complete, groups = True, [(rows, np.empty(0, np.int64))]
     if exhaustive is False or (exhaustive is None and len(rows) > EXHAUSTIVE_UP_TO):

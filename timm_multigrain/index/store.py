@@ -234,11 +234,6 @@ class Store:
 
         return self._read(take) if self.local else {}
 
-    @property
-    def size(self) -> int:
-        """Bytes of the tables and of the committed vectors."""
-        return (self.folder / FILE).stat().st_size + len(self.file) * self.dim * self.dtype.itemsize
-
     def check(self) -> None:
         """Read every vector and compare the checksums; DamagedIndex if one differs."""
         self.file[:]

@@ -10,12 +10,12 @@ from PIL import Image
 from tqdm import tqdm
 
 from timm_multigrain.extras import extra
-from timm_multigrain.files import printable
+from timm_multigrain.files import printable, write_text
 from timm_multigrain.index.dedup import BASES, Copies
 from timm_multigrain.index.index import Hit, Index
+from timm_multigrain.index.keep import FOOTER, HEADER
 from timm_multigrain.index.model import cut
 from timm_multigrain.index.records import Record
-from timm_multigrain.index.script import FOOTER, HEADER
 from timm_multigrain.search.local import draw_matches
 
 from .page import outlined, read_picture, render_page, write_page
@@ -35,9 +35,12 @@ def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
         classes = [class_caption(hit.record.classes) for hit in hits]
         width = max(map(len, classes), default=0)
         width += 2 if width else 0
-        lines = [f'{rank:4}  {hit.score:6.3f}  {_details(hit)}{name:{width}}{printable(hit.path)}'
-                 f'{_region(hit)}{_gone(hit)}'
-                 for rank, (hit, name) in enumerate(zip(hits, classes, strict=True), 1)]
+        lines = []
+        for rank, (hit, name) in enumerate(zip(hits, classes, strict=True), 1):
+            details = '' if hit.match is None else f'{len(hit.match):3} details  '
+            gone = '' if os.path.exists(hit.path) else '  (gone)'
+            path = f'{printable(hit.path)}{_region(hit)}{gone}'
+            lines.append(f'{rank:4}  {hit.score:6.3f}  {details}{name:{width}}{path}')
         parts.append('\n'.join([f'{printable(image)}:', *(lines or ['  nothing found'])]))
     return '\n\n'.join(parts)
 
@@ -71,20 +74,17 @@ def write_search_page(
 
 def write_copies_page(path: str | os.PathLike, copies: Copies, title: str = 'Copies', exif: bool = True) -> Path:
     """Write a page with the groups of copies in pictures, where files are marked, and a list or script is saved."""
-    return write_page(path, **_copies_values(copies, title, exif))
+    return write_text(path, copies_page(copies, title, exif, path))
 
 
-def copies_page(copies: Copies, title: str = 'Copies', exif: bool = True) -> str:
-    """The page of `write_copies_page` without links to the files."""
-    return render_page(**_copies_values(copies, title, exif))
-
-
-def _copies_values(copies: Copies, title: str, exif: bool) -> dict[str, Any]:
+def copies_page(
+        copies: Copies, title: str = 'Copies', exif: bool = True, path: str | os.PathLike | None = None) -> str:
+    """The page of `write_copies_page`; without a path, it has no links to the files."""
     groups = sorted(copies.groups, key=lambda group: -group.surplus_bytes)
-    return dict(
-        template='copies.html', script='copies.js', title=title, summary=copies.summary(),
-        groups=groups[:MAX_GROUPS], number=len(groups), bases=BASES, max_files=MAX_FILES, side=SIDE, header=HEADER,
-        footer=FOOTER, picture_of=lambda file: read_picture(file, exif, SIDE))
+    return render_page(
+        'copies.html', 'copies.js', path, title=title, summary=copies.summary(), groups=groups[:MAX_GROUPS],
+        number=len(groups), bases=BASES, max_files=MAX_FILES, side=SIDE, header=HEADER, footer=FOOTER,
+        picture_of=lambda file: read_picture(file, exif, SIDE))
 
 
 def class_caption(classes: Sequence[tuple[str, float]], number: int = 1) -> str:
@@ -102,14 +102,6 @@ def indexed_picture(record: Record, exif: bool = True, size: int = SIDE) -> Imag
 def _region(hit: Hit) -> str:
     """Category and box of a part of a picture, '' for a whole one."""
     return f'  {printable(hit.record.category)} {list(hit.record.box)}' if hit.record.box else ''
-
-
-def _gone(hit: Hit) -> str:
-    return '' if os.path.exists(hit.path) else '  (gone)'
-
-
-def _details(hit: Hit) -> str:
-    return '' if hit.match is None else f'{len(hit.match):3} details  '
 
 
 def _picture_of(hit: Hit, query: str, crop: Sequence[float] | None) -> Image.Image | None:

@@ -9,7 +9,7 @@ import hashlib
 import io
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from urllib.parse import quote
@@ -25,22 +25,23 @@ THUMBNAIL = 200  # pixels of the longer side
 
 
 def write_page(path: str | os.PathLike, template: str, script: str = '', **values: object) -> Path:
-    """Write `render_page`, which links to files relative to it; an old file is replaced in one step."""
-    folder = os.path.dirname(os.path.realpath(path))
-    return write_text(path, render_page(
-        template, script, link=lambda file: quote(os.fsencode(os.path.relpath(file, folder))), **values))
+    """Write `render_page`; an old file is replaced in one step."""
+    return write_text(path, render_page(template, script, path, **values))
 
 
-def render_page(template: str, script: str = '', link: Callable[[str], str] | None = None, **values: object) -> str:
+def render_page(template: str, script: str = '', path: str | os.PathLike | None = None, **values: object) -> str:
     """Fill the values into a template of templates/.
 
     Args:
         template: Name of the template.
         script: Name of a file of templates/ that the page runs, the only one that it may.
-        link: Gives the address of a file; None for a page that cannot lead to files.
+        path: Where the page will be, so that it can link to files; None for a page that cannot lead to files.
         **values: What the template shows.
     """
-    environment = _environment()
+    environment, link = _environment(), None
+    if path is not None:
+        folder = os.path.dirname(os.path.realpath(path))
+        link = lambda file: quote(os.fsencode(os.path.relpath(file, folder)))  # noqa: E731
     code = Markup(environment.loader.get_source(environment, script)[0]) if script else ''
     return environment.get_template(template).render(**values, script=code, link=link)
 

@@ -17,6 +17,7 @@ from PIL import Image, ImageDraw
 
 from timm_multigrain.embed.embedder import Decoded, Embedder
 from timm_multigrain.embed.protocol import Protocol
+from timm_multigrain.extras import extra
 from timm_multigrain.images.sources import ImageSource
 from timm_multigrain.layers import l2_normalize
 from timm_multigrain.whiten.pca import StreamingPCA
@@ -29,7 +30,7 @@ STRIDE = 16  # pixels, at most; where the trunk starts at more, what it has
 SCALES = (1., 0.7071, 0.5)  # of twice the size of the protocol
 NUMBER, DIM = 500, 128  # descriptors of a picture, and their size
 SAMPLE = 20  # pictures that the PCA is fitted on
-TOLERANCE = 0.03  # of the longer side
+TOLERANCE = 0.03  # how far from its place a detail may be, in the longer side of the second picture
 ENOUGH = 50  # matches that make it certain
 LINES = 40  # matches that are drawn
 
@@ -63,15 +64,8 @@ class LocalFeatures(NamedTuple):
 
 @dataclass(frozen=True)
 class Match:
-    """Details that two pictures share, and that one transform maps from the first to the second.
-
-    Its length is their number.
-
-    Attributes:
-        first: (n, 2) float32, points in the first picture.
-        second: (n, 2) float32, those in the second.
-        matrix: (2, 3) float64, of (x, y, 1) in the first to (x, y) in the second; None where nothing was found.
-    """
+    """Details that two pictures share, (n, 2) float32 points in either, n being its length; and the (2, 3) float64
+    matrix that maps (x, y, 1) in the first to (x, y) in the second, None where nothing was found."""
     first: np.ndarray
     second: np.ndarray
     matrix: np.ndarray | None = None
@@ -111,12 +105,10 @@ class LocalDescriber:
         self.embedder = Embedder(model, self.protocol, workers=workers, device=device)
         self.progress, self.mean, self.basis = progress, None, None
 
-    def fit(self, source: ImageSource, indices: Sequence[int] | None = None) -> 'LocalDescriber':
-        """Fit the PCA on these pictures, some of the source by default."""
-        if indices is None:
-            indices = range(0, len(source), -(-len(source) // SAMPLE))
+    def fit(self, source: ImageSource) -> 'LocalDescriber':
+        """Fit the PCA on some pictures of the source."""
         pca = None
-        for _, found in self._read(source, indices, 'Fitting'):
+        for _, found in self._read(source, range(0, len(source), -(-len(source) // SAMPLE)), 'Fitting'):
             if found is not None:
                 pca = (pca or StreamingPCA(found[0].shape[1])).update(found[0])
         if pca is None:
@@ -171,7 +163,7 @@ class LocalDescriber:
 
 
 class FeaturesOf:
-    """Local features of the pictures of a source, by number, each computed when it is first asked for and kept."""
+    """Local features of pictures of a source, by number, each computed when it is first asked for and kept."""
 
     def __init__(self, describer: LocalDescriber, source: ImageSource):
         self.describer, self.source, self._known = describer, source, {}
@@ -182,20 +174,13 @@ class FeaturesOf:
         return [self._known[number] for number in numbers]
 
 
-def match_images(first: LocalFeatures, second: LocalFeatures, tolerance: float = TOLERANCE) -> Match:
-    """Details that are each other's nearest and that one affine transform maps onto each other.
+def match_images(first: LocalFeatures, second: LocalFeatures) -> Match:
+    """Details, by the same describer, that are each other's nearest and that one affine transform maps onto each other.
 
     Two pictures of different things agree in some ten details by chance, rarely in 20.
-
-    Args:
-        first: Features of a picture.
-        second: Of another, by the same describer.
-        tolerance: How far from its place a detail may be, in the longer side of the second picture.
-
-    Raises:
-        ImportError: OpenCV is missing.
     """
-    cv2 = _opencv()
+    with extra('local', 'Local verification'):
+        import cv2
     nothing = Match(np.empty((0, 2), np.float32), np.empty((0, 2), np.float32))
     if not len(first.vectors) or not len(second.vectors):
         return nothing
@@ -206,7 +191,7 @@ def match_images(first: LocalFeatures, second: LocalFeatures, tolerance: float =
         return nothing
     a, b = first.points[rows], second.points[nearest[rows]]
     matrix, inside = cv2.estimateAffine2D(
-        a, b, method=cv2.RANSAC, ransacReprojThreshold=tolerance * max(second.size), maxIters=1000)
+        a, b, method=cv2.RANSAC, ransacReprojThreshold=TOLERANCE * max(second.size), maxIters=1000)
     if matrix is None:
         return nothing
     inside = inside[:, 0] > 0
@@ -266,12 +251,5 @@ def check_local(top: int) -> None:
     """ValueError for what is not a number of images to verify, ImportError without OpenCV."""
     if top < 1:
         raise ValueError(f'local={top}: give a number of images to verify, 1 or more.')
-    _opencv()
-
-
-def _opencv():
-    try:
-        import cv2
-    except ImportError as e:
-        raise ImportError("Local verification needs OpenCV: pip install 'timm_multigrain[local]'") from e
-    return cv2
+    with extra('local', 'Local verification'):
+        import cv2  # noqa: F401

@@ -1,7 +1,6 @@
 """What is done after the first ranking: re-ranking, query expansion, database-side augmentation, score normalisation.
 
-Vectors are L2-normalised, scores their inner products; all of it works a chunk of the database at a time, of
-``chunk_size`` vectors as of `SimilarityChunks`.
+Vectors are L2-normalised, scores their inner products; all of it works a chunk of the database at a time.
 """
 from collections.abc import Iterable, Iterator
 from typing import Literal, NamedTuple
@@ -17,6 +16,7 @@ TOP = 400  # images of the first ranking that are refined
 NEIGHBOURS = 3
 TRUSTED = 0.5  # share of them whose nearest one has to be the same by either half of the descriptor
 SAMPLE = 2000  # images that a background is taken from
+AUGMENTED = 1024  # vectors at a time
 
 
 class Background(NamedTuple):
@@ -47,8 +47,7 @@ def rerank_candidates(
 ) -> tuple[torch.Tensor, float]:
     """Scores of the nearest images of a query, after these have refined each other and the query.
 
-    As `Global features are all you need for image retrieval and reranking`, Shao et al. 2023, it looks at the first
-    images of the ranking only, so that the database is neither copied nor limited in size. Each of them becomes the
+    As in `Global features are all you need for image retrieval and reranking`, Shao et al. 2023, each image becomes the
     weighted sum of itself and its k nearest among them, then the query that of itself and its k nearest of the refined
     ones. All of that is about the mean of the collection, which is put back afterwards: sums of vectors that have a
     mean in common would lie nearer to every query than those that nothing was added to. A neighbour of cosine c, about
@@ -176,7 +175,6 @@ def alpha_query_expansion(
         k: int = 50,
         alpha: float = 3.0,
         query_rows: torch.Tensor | None = None,
-        chunk_size: int | None = None,
 ) -> torch.Tensor:
     """Replace each query by the weighted sum of itself and its k nearest database vectors.
 
@@ -207,10 +205,10 @@ def alpha_query_expansion(
     if k < 1:
         raise ValueError(f'k is {k}: take at least one neighbour.')
     if query_rows is None:
-        scores, indices = nearest(queries, database, k, chunk_size)
+        scores, indices = nearest(queries, database, k)
     else:
         rows = torch.as_tensor(query_rows, device=queries.device)
-        scores, indices = nearest(queries, database, k + 1, chunk_size)
+        scores, indices = nearest(queries, database, k + 1)
         own = indices == rows[:, None]
         others = own.long().argsort(dim=1, stable=True)[:, :k]  # the row itself last, and it, or the farthest, is out
         scores, indices = scores.masked_fill(own, 0).gather(1, others), indices.gather(1, others)
@@ -218,13 +216,7 @@ def alpha_query_expansion(
     return l2_normalize(queries + _weighted_sum(weights, indices, database))
 
 
-def database_augmentation(
-        database: Array,
-        k: int = 10,
-        alpha: float = 3.0,
-        chunk_size: int | None = None,
-        batch_size: int = 1024,
-) -> torch.Tensor:
+def database_augmentation(database: Array, k: int = 10, alpha: float = 3.0) -> torch.Tensor:
     """Replace each database vector by the weighted sum of itself and its k nearest other database vectors.
 
     `Better matching with fewer features`, Turcot and Lowe 2009, and `Three things everyone should know to
@@ -233,18 +225,15 @@ def database_augmentation(
 
     Args:
         database: (N, D), L2-normalised.
-        k: Neighbours, besides the vector itself.
-        alpha: Power, 0 or more.
-        batch_size: Vectors augmented at a time.
+        k: Neighbours, besides the vector itself; alpha as there.
 
     Returns:
         (N, D) float32, L2-normalised.
     """
     database = as_vectors(database, 'database')
     augmented = torch.empty_like(database)
-    for start in range(0, len(database), batch_size):
-        rows = torch.arange(start, min(start + batch_size, len(database)))
-        augmented[rows] = alpha_query_expansion(database[rows], database, k, alpha, rows, chunk_size)
+    for rows in torch.arange(len(database)).split(AUGMENTED):
+        augmented[rows] = alpha_query_expansion(database[rows], database, k, alpha, rows)
     return augmented
 
 
@@ -254,26 +243,18 @@ def score_offsets(
         weight: float = 1.0,
         first: int = 0,
         last: int = 2,
-        chunk_size: int | None = None,
 ) -> torch.Tensor:
     """What to add to the scores of each query, so that a score means the same for every query.
 
-    It is -weight times the mean similarity of the query to its neighbours number first to last (0-based, both included)
-    in a set of images that are copies of nothing: a query that looks like everything loses more. `A self-supervised
-    descriptor for image copy detection`, Pizzi et al. 2022, takes weight 1 and 0 to 2 (the defaults); the baseline of
-    `The 2021 image similarity dataset and challenge`, Douze et al. 2021, takes one neighbour (first = last).
-
-    Args:
-        queries: (Q, D), L2-normalised.
-        background: (M, D) or shards of it, L2-normalised, M above `last`.
-        weight: Factor.
-        first: First neighbour.
-        last: Last neighbour.
+    It is -weight times the mean similarity of each of the queries (Q, D) to its neighbours number first to last
+    (0-based, both included) in a background (M, D) of images that are copies of nothing: a query that looks like
+    everything loses more. `A self-supervised descriptor for image copy detection`, Pizzi et al. 2022, takes the
+    defaults; the baseline of `The 2021 image similarity dataset and challenge`, Douze et al. 2021, one neighbour.
 
     Returns:
         (Q,) float32, as `SimilarityChunks` takes them.
     """
-    scores, _ = nearest(queries, background, last + 1, chunk_size)
+    scores, _ = nearest(queries, background, last + 1)
     if scores.shape[1] <= last:
         raise ValueError(f'The background has {scores.shape[1]} vectors, and neighbour {last} is asked for.')
     return -weight * scores[:, first:].mean(1)
