@@ -11,7 +11,7 @@ from torchvision import transforms as T
 
 from timm_multigrain.data import fast
 from timm_multigrain.data.fast import TensorTransform, decode, on_tensors
-from timm_multigrain.images.pixels import UnreadableImage
+from timm_multigrain.images.pixels import UnreadableImage, read_image
 
 
 def picture(width=90, height=70, seed=0):
@@ -121,23 +121,14 @@ def _turned():
     return exif
 
 
-def test_who_decodes(monkeypatch):
-    calls, decode_jpeg = [], fast.decode_jpeg
-    monkeypatch.setattr(
-        fast, 'decode_jpeg', lambda *args, **kwargs: calls.append(1) or decode_jpeg(*args, **kwargs))
-    kinds = ('grey', 1), ('progressive', 1), ('turned by EXIF', 0), ('png', 0), ('CMYK', 0), ('two pictures', 0)
-    for kind, expected in kinds:
-        calls.clear()
-        decode(CONTENTS[kind]())
-        assert len(calls) == expected, kind
-    decode(CONTENTS['turned by EXIF'](), 'timm')
-    assert len(calls) == 1
-
-
-def test_without_torchvisions_decoder(monkeypatch):
-    monkeypatch.setattr(fast, 'decode_jpeg', None)
-    content = CONTENTS['grey']()
-    assert torch.equal(decode(content), T.functional.pil_to_tensor(pillow(content)))
+@pytest.mark.parametrize('kind', CONTENTS)
+@pytest.mark.parametrize('by', ['torchvision', 'Pillow alone'])
+def test_decoding(monkeypatch, kind, by):
+    content = CONTENTS[kind]()
+    if by != 'torchvision':
+        monkeypatch.setattr(fast, 'decode_jpeg', None)
+    assert torch.equal(decode(content), T.functional.pil_to_tensor(read_image(io.BytesIO(content))))
+    assert torch.equal(decode(content, 'timm'), T.functional.pil_to_tensor(pillow(content)))
 
 
 @pytest.mark.parametrize('content', [b'', b'no image', encoded(picture(400, 300))[:-3000]], ids=len)

@@ -25,6 +25,8 @@ from torchvision.transforms import Compose, PILToTensor, Resize
 from timm_multigrain.data import InstanceDataset
 from timm_multigrain.images.pixels import UnreadableImage
 
+from .pictures import write_noise
+
 INDICES = [2, 2, 2, 0, 0, 5, 2, 2, 7, 7, 7, 7]
 
 
@@ -83,13 +85,7 @@ class Plain(Dataset):
 
 @pytest.fixture
 def root(tmp_path):
-    generator = np.random.default_rng(0)
-    for label in range(3):
-        (tmp_path / f'class{label}').mkdir()
-        for i in range(4):
-            pixels = generator.integers(0, 256, (40, 50 + i, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(tmp_path / f'class{label}' / f'{i}.jpg')
-    return tmp_path
+    return write_noise(tmp_path, [f'class{label}/{i}.jpg' for label in range(3) for i in range(4)], (50, 40))
 
 
 def seed():

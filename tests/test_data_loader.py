@@ -152,22 +152,6 @@ def test_other_datasets(root, make, chosen, fast, monkeypatch):
     assert len(count) == (len(targets) // 3 if fast else 0)
 
 
-@pytest.mark.parametrize('fast', [False, True])
-def test_timms_loader_afterwards(root, fast):
-    """It augments the same data set as if ours had never been made of it."""
-    dataset = ImageDataset(root)
-    before = dict(vars(dataset))
-    loader = create_loader(dataset, 32, 12, device=CPU, num_workers=0, fast=fast)
-    next(iter(loader))
-    assert vars(dataset) == before
-    options = dict(is_training=True, device=CPU, num_workers=0)
-    batches = [
-        seeded(lambda either: next(iter(timm.data.create_loader(either, 24, 12, **options)))[0], either)
-        for either in (dataset, ImageDataset(root))]
-    assert torch.equal(*batches) and batches[0].shape == (12, 3, 24, 24)
-    assert next(iter(loader))[0].shape == (12, 3, 32, 32)
-
-
 def test_own_collate_sees_classes(root):
     seen = []
 

@@ -3,7 +3,6 @@ import copy
 import io
 import random
 
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -15,12 +14,9 @@ from torchvision.transforms import functional as F
 from timm_multigrain.data import Lighting
 from timm_multigrain.data.transforms import EIGENVALUES, EIGENVECTORS, insert_jpeg, insert_lighting
 
+from .pictures import noise
+
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-
-
-def picture(width, height):
-    pixels = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def test_lighting_equals_original(golden):
@@ -36,7 +32,7 @@ def test_lighting_equals_original(golden):
 
 def test_lighting_by_hand():
     """A number at a time; on a Pillow image and on bytes rounded to 8 bits."""
-    picked, alpha = picture(4, 2), [0.3, -0.2, 0.5]
+    picked, alpha = noise((4, 2)), [0.3, -0.2, 0.5]
     lighting, drawn = Lighting(0.25), torch.tensor(alpha)
     pixels = F.pil_to_tensor(picked)
     result = lighting(F.to_tensor(picked), drawn)
@@ -53,7 +49,7 @@ def test_lighting_by_hand():
     assert bytes_.dtype == torch.uint8 and (bytes_ - 255 * result).abs().max() <= 0.5 + 1e-4
     assert torch.equal(F.pil_to_tensor(lighting(picked, drawn)), bytes_)
     with pytest.raises(ValueError, match='mode L'):
-        lighting(picture(5, 4).convert('L'))
+        lighting(picked.convert('L'))
 
 
 @pytest.mark.parametrize('no_aug', [False, True])
@@ -62,7 +58,7 @@ def test_lighting_inserted_before_the_normalisation(prefetcher, no_aug):
     class Dataset:
         transform = timm_transform(32, is_training=True, use_prefetcher=prefetcher, no_aug=no_aug, hflip=0.)
 
-    plain, image = copy.deepcopy(Dataset.transform), picture(40, 40)
+    plain, image = copy.deepcopy(Dataset.transform), noise()
     lighting = Lighting(0.5)
     insert_lighting(Dataset, lighting)
 
@@ -98,7 +94,7 @@ def test_jpeg_inserted_as_the_last_step_on_images(prefetcher):
     class Dataset:
         transform = timm_transform(32, is_training=True, use_prefetcher=prefetcher, no_aug=True)
 
-    plain, image = copy.deepcopy(Dataset.transform), picture(32, 32)
+    plain, image = copy.deepcopy(Dataset.transform), noise((32, 32))
     assert (Dataset.transform(image) == plain(image)).all()
     insert_jpeg(Dataset, 1.)
     seen = torch.stack([Dataset.transform(image) for _ in range(20)])

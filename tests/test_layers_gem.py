@@ -344,12 +344,9 @@ def test_bad_p(p):
     assert pool.p == 2.5
 
 
-@pytest.mark.parametrize('call, message', [
-    (lambda: gem(torch.ones(1, 1, 2, 2), 0), 'p > 0, got'), (lambda: GeM(INF, learn_p=True), 'finite, got inf'),
-    (lambda: GeM(num_channels=3).set_p(torch.ones(4)), r'got \(4,\)'),
-    (lambda: GeM(input_fmt='NLC', num_prefix_tokens=3)(torch.ones(2, 3, 4)), '3 are prefix tokens'),
-    (lambda: GeM(num_prefix_tokens=1), 'num_prefix_tokens=1 needs'), (lambda: GeM(eps=0), 'eps > 0'),
-    (lambda: GeM(eps=math.nan), 'eps > 0')])
-def test_other_bad_input(call, message):
-    with pytest.raises(ValueError, match=message):
-        call()
+def test_other_bad_input():
+    for call, message in (
+            (lambda: gem(torch.ones(1, 1, 2, 2), 0), 'p > 0, got'), (lambda: GeM(INF, learn_p=True), 'finite, got inf'),
+            (lambda: GeM(eps=0), 'eps > 0'), (lambda: GeM(eps=math.nan), 'eps > 0')):
+        with pytest.raises(ValueError, match=message):
+            call()

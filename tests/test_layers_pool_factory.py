@@ -13,6 +13,8 @@ from timm.models.vision_transformer import VisionTransformer
 
 from timm_multigrain.layers import MAC, RMAC, CroW, GeM, SPoC, create_pool, gem, is_multigrain_pool, pool_factory
 
+from .test_layers_gem import random_map
+
 NATIVE = ('', 'avg', 'max', 'avgmax', 'catavgmax', 'fast', 'fastavg', 'fastmax', 'fastavgmax', 'fastcatavgmax')
 SCRIPT = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
 
@@ -24,10 +26,6 @@ def installed():
 
 def gems(model):
     return [m for m in model.modules() if isinstance(m, GeM)]
-
-
-def random_map(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
 # --- names

@@ -10,14 +10,12 @@ import torch
 from timm_multigrain.layers import MAC, RMAC, CroW, SPoC
 from timm_multigrain.layers.regional import _region_grid
 
+from .test_layers_gem import to_format
+
 POOLS = (MAC, SPoC, RMAC, CroW)
 FORMATS = ('NCHW', 'NHWC', 'NLC')
 SIZES = ((1, 1), (2, 2), (1, 4), (7, 7), (6, 9), (9, 6), (12, 7), (8, 31))
 FORMATS_OF = [(pool, fmt) for pool in POOLS for fmt in FORMATS if (pool, fmt) != (RMAC, 'NLC')]
-
-
-def to_format(x, input_fmt):
-    return {'NCHW': x, 'NHWC': x.permute(0, 2, 3, 1), 'NLC': x.flatten(2).mT}[input_fmt]
 
 
 def relu_map(*shape, seed=0):

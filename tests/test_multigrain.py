@@ -66,23 +66,6 @@ def test_layer_groups_are_those_of_the_trunk():
     assert sorted(order, key=lambda n: own[f'trunk.{n}']) == order
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize('name', [SMALL[0], VIT])
-def test_forward_backward(name):
-    model = _small(name, num_classes=42).train()
-    x = torch.randn(2, 3, *_size(name))
-    out = model(x)
-    assert out.shape == (2, 42)
-    out.mean().backward()
-    assert not [n for n, p in model.named_parameters() if p.grad is None]
-    model.zero_grad()
-    model.set_grad_checkpointing()
-    model.eval()
-    with torch.no_grad():
-        expected = model.forward_head(model.forward_features(x))
-        assert torch.equal(model(x), expected)
-
-
 @pytest.mark.parametrize('name', [*SMALL, VIT])
 @torch.no_grad()
 def test_intermediates_and_features_only(name):

@@ -156,15 +156,6 @@ def python(*command: object, cwd: Path, **env: object) -> subprocess.CompletedPr
         [sys.executable, *map(str, command)], cwd=cwd, env=env, capture_output=True, text=True, timeout=300)
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_thread():
-    """Models as small as these are slower with several, by far where processes share the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.fixture(scope='session')
 def images(tmp_path_factory):
     root = tmp_path_factory.mktemp('images')
@@ -223,11 +214,6 @@ def assert_plain_keys(run: Run, model: str = 'multigrain', **kwargs) -> None:
     fresh = timm.create_model(model, num_classes=3, **kwargs)
     assert fresh.state_dict().keys() == run.checkpoint['state_dict'].keys()
     fresh.load_state_dict(run.checkpoint['state_dict'], strict=True)
-
-
-def assert_same(one: dict, other: dict, **tolerance) -> None:
-    """Two nested containers of tensors and numbers are equal."""
-    torch.testing.assert_close(one, other, **(tolerance or dict(rtol=0, atol=0)))
 
 
 def weights(run: Run, key: str = 'state_dict') -> dict[str, torch.Tensor]:
@@ -575,7 +561,7 @@ def test_nothing_changes_without_the_objective(train):
     plain = train(*flags, start=plainly)
     assert not run.batches and run.rows == plain.rows and 'task_state' not in run.checkpoint
     for key in ('state_dict', 'optimizer', 'state_dict_ema'):
-        assert_same(run.checkpoint[key], plain.checkpoint[key])
+        torch.testing.assert_close(run.checkpoint[key], plain.checkpoint[key], rtol=0, atol=0)
     assert not torch.equal(*(r.checkpoint['state_dict']['head.fc.weight'] for r in (run, train(*flags))))
 
 

@@ -19,8 +19,7 @@ from timm.data import transforms as timm_transforms
 from timm.data.random_erasing import RandomErasing
 from torchvision import transforms as T
 from torchvision.io import ImageReadMode
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as F
+from torchvision.transforms import InterpolationMode, v2
 
 from timm_multigrain.images.pixels import open_image, read_image, turn_of
 
@@ -84,7 +83,7 @@ def on_tensors(step: Callable) -> Callable:
     if isinstance(step, timm_transforms.RandomResizedCropAndInterpolation) and supported:
         return partial(crop, step)
     if isinstance(step, T.Resize) and supported:
-        return partial(resize, step)
+        return v2.Resize(step.size, step.interpolation, step.max_size)  # which stays with 8 bits, as Pillow does
     if isinstance(step, T.ColorJitter) and step.hue is None:
         return partial(jitter, step)
     if isinstance(step, T.RandomApply):
@@ -102,13 +101,7 @@ def crop(step: timm_transforms.RandomResizedCropAndInterpolation, image: torch.T
     interpolation = step.interpolation
     if isinstance(interpolation, tuple):
         interpolation = random.choice(interpolation)
-    return F.resized_crop(image, *box, list(step.size), interpolation, antialias=True)
-
-
-def resize(step: T.Resize, image: torch.Tensor) -> torch.Tensor:
-    """torchvision's resize, staying with 8 bits, as Pillow does."""
-    size = [step.size] if isinstance(step.size, int) else list(step.size)
-    return F.resize(image, size, step.interpolation, step.max_size, antialias=True)
+    return v2.functional.resized_crop(image, *box, list(step.size), interpolation, antialias=True)
 
 
 def jitter(step: T.ColorJitter, image: torch.Tensor) -> torch.Tensor:

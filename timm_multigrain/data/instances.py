@@ -171,11 +171,10 @@ class DecodedDataset(Dataset):
 class InstanceDataset(DecodedDataset):
     """A map-style (image, class) dataset whose targets become [class, instance id].
 
-    `dataset[i]` gives (image, int64 tensor [class, instance]); default_collate and timm's fast_collate stack the
-    targets to [B, 2]. A DataLoader fetches through `__getitems__`, which decodes an image once for consecutive equal
-    indices (see `RepeatedAugSampler`) and applies the transforms once for each of them. For timm's ImageDataset and
-    torchvision's ImageFolder, whose transforms are all that draws random numbers, that equals as many separate reads;
-    other datasets are read as often as an index is asked for.
+    `dataset[i]` gives (image, int64 tensor [class, instance]). A DataLoader fetches through `__getitems__`, which
+    decodes an image once for consecutive equal indices (see `RepeatedAugSampler`) and applies the transforms once for
+    each of them: for timm's ImageDataset and torchvision's ImageFolder, whose transforms are all that draws random
+    numbers, that equals as many separate reads; other datasets are read as often as an index is asked for.
 
     Where an image cannot be read, all its copies are copies of the next image, under the id of that one.
 

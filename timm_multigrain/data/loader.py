@@ -47,8 +47,7 @@ def create_loader(
     """timm.data.create_loader with repeated augmentation, and with images decoded as all commands decode them.
 
     Yields (images, targets): images as timm's loader gives them, targets int64 [B, 2] = [class, instance id], the
-    instance id being the index of the image in the dataset, or what `instances` says. As in timm, an incomplete last
-    batch is dropped. The dataset is left as it was: shallow copies are read.
+    instance id being the index of the image in the dataset, or what `instances` says. The dataset is left as it was.
 
     Args:
         dataset: Map-style dataset of (image, class) pairs, see `DecodedDataset`.

@@ -44,9 +44,9 @@ class RepeatedAugSampler(_EpochSampler):
     """Yields each index `num_repeats` times in a row.
 
     An epoch counts samples, not images: `int(len(dataset) * epoch_len_factor)` in all, shared by the ranks (rounded up
-    so that all yield the same number, at least one). When a pass over the data ends a new one begins, and the stream is
-    truncated at the end of the epoch. An epoch's permutation is split over the ranks once and each rank streams its own
-    part, so an image is seen by one rank only (unless there are more ranks than images).
+    so that all yield the same number, at least one). When a pass over the data ends a new one begins. Each rank streams
+    its own part of an epoch's permutation, so an image is seen by one rank only (unless there are more ranks than
+    images).
 
     Without calls of `set_epoch` each iteration is the next epoch; after `set_epoch(n)` the next iteration is epoch n.
 
@@ -109,13 +109,10 @@ class InstanceSampler(_EpochSampler):
     In an epoch every instance shows all its photographs once, in groups of m: an instance of n photographs has
     ceil(n / m) groups. The last group is filled up with photographs of the group before, and the only group of an
     instance with fewer than m photographs with further copies of them (the same index, side by side). The number of
-    groups, times `epoch_len_factor`, is rounded up to whole batches on all ranks, with groups of a next pass, as
-    torch's DistributedSampler and timm's RepeatAugSampler round up their samples: no image is left out.
+    groups, times `epoch_len_factor`, is rounded up to whole batches on all ranks, with groups of a next pass.
 
-    A group is never divided between batches or ranks. The groups of an instance are dealt out to as many batches as
-    possible, so that a batch holds an instance twice only where there are more groups of it than batches.
-
-    The order depends on `seed + epoch` alone; epochs count as those of `RepeatedAugSampler`.
+    A group is never divided between batches or ranks, and a batch holds an instance twice only where there are more
+    groups of it than batches. The order depends on `seed + epoch` alone; epochs count as those of `RepeatedAugSampler`.
 
     Args:
         instances: Number of the instance of each image, (N,) integers.

@@ -48,17 +48,9 @@ def make_card(
         datasets: Sequence[str] = (),
         base: 'ModelCard | None' = None,
 ) -> 'ModelCard':
-    """The card of a MultiGrain.
+    """The card of a MultiGrain; arguments as of `publish`.
 
-    Args:
-        repo_id: USER/NAME.
-        license: The Hub's identifier of the license of the weights, such as cc-by-nc-4.0.
-        license_name: Name of a license 'other'.
-        license_link: Its address.
-        metrics: Figures of these weights.
-        description: What the weights are and where they come from.
-        datasets: Identifiers of the data sets that they were trained on.
-        base: An earlier card, whose text and metadata are kept where they were not generated. It is not changed.
+    ``base`` is an earlier card, whose text and metadata are kept where they were not generated. It is not changed.
     """
     from huggingface_hub import ModelCard
 

@@ -3,7 +3,6 @@ import os
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,22 +24,13 @@ _WEIGHTS = ('.safetensors', '.bin', '.pt', '.pth', '.tar', '.ckpt', '.pkl', '.h5
 
 @dataclass(frozen=True)
 class Publication:
-    """What was published, or by a dry run would be.
-
-    Attributes:
-        repo_id: USER/NAME.
-        license: License of the weights.
-        url: Address of the model, or of the pull request; None after a dry run.
-        commit: The commit that holds it; None after a dry run.
-        directory: The folder of a dry run.
-        notes: What else happened.
-    """
+    """What was published, or by a dry run would be."""
     repo_id: str
-    license: str
-    url: str | None = None
+    license: str  # of the weights
+    url: str | None = None  # of the model or the pull request; None after a dry run
     commit: str | None = None
-    directory: Path | None = None
-    notes: tuple[str, ...] = ()
+    directory: Path | None = None  # of a dry run
+    notes: tuple[str, ...] = ()  # what else happened
 
     def __str__(self) -> str:
         done = f'Published {self.url} (commit {self.commit})' if self.url else (
@@ -121,56 +111,50 @@ def publish(
             api = api or HfApi()
             user = api.whoami()['name']
             repo_id = repo_id if '/' in repo_id else f'{user}/{repo_id}'
-    facts = dict(repo_id=repo_id, license=license, license_name=license_name, license_link=license_link,
-                 description=description, datasets=datasets)
     metrics = None if metrics is None else parse_metrics(list(metrics))
-    write = partial(_write, model, facts, metrics, label_names=label_names, data_config=data_config)
     given = load_card(Path(card), str(card)) if card is not None and Path(card).is_file() else None
+
+    def write(folder: Path, base: 'ModelCard | None', before: str, shown: Path | None = None) -> tuple[str, tuple]:
+        """Write model and card; the license and what there is to note. ``base`` is the earlier card, ``before`` the
+        SHA-256 of the weights that it is about."""
+        named = dict(license=license, license_name=license_name, license_link=license_link)
+        figures, notes, start = metrics, [], base or given
+        if not license:
+            named |= _license(model, start)
+            if start is None:
+                notes.append('the license is the one that the configuration of the model names: give another if the '
+                             'weights are not derived from those')
+        cfg = {'license': named['license'], 'description': description}
+        if named['license'] != model.pretrained_cfg.get('license'):
+            cfg.update(tag=None, notes=None)  # said of other weights
+        saved = write_model(model, folder, label_names, data_config, cfg, shown)
+        if figures is None:
+            figures = own_figures(start)
+            if figures and base and before != file_sha256(folder / WEIGHTS):
+                figures = []
+                notes.append('the figures of the earlier weights were taken out of the card: give those of the new')
+        text = make_card(saved, repo_id, **named, metrics=figures, description=description, datasets=datasets,
+                         base=start)
+        write_text(folder / CARD, str(text))
+        return named['license'], tuple(notes)
+
     if dry_run is not None:
         directory = Path(dry_run)
-        old = directory / CARD
+        old, weights = directory / CARD, directory / WEIGHTS
         base = load_card(old, str(old)) if old.is_file() else None
-        weights = directory / WEIGHTS
-        before = (file_sha256(weights) if weights.is_file() else '') if base else None
+        before = file_sha256(weights) if weights.is_file() else ''
         with model_folder(directory) as folder:
-            license, notes = write(folder, base or given, before, shown=directory)
+            license, notes = write(folder, base, before, directory)
         return Publication(repo_id, license, directory=directory, notes=notes)
     target = _Target(api, repo_id, private, revision, create_pr)
     with tempfile.TemporaryDirectory(prefix='multigrain-') as work:
         base, before = target.read(Path(work) / 'remote')
         folder = Path(work) / 'model'
         folder.mkdir()
-        license, notes = write(folder, base or given, before if base else None)
+        license, notes = write(folder, base, before)
         commit = target.upload(folder)
     url = f'{api.endpoint}/{repo_id}' + (f'/tree/{revision}' if revision else '')
     return Publication(repo_id, license, commit.pr_url or url, commit.oid, notes=notes)
-
-
-def _write(
-        model: nn.Module, facts: dict, metrics: list[Metric] | None, folder: Path, base: 'ModelCard | None',
-        before: str | None, *, label_names: Sequence[str] | None, data_config: dict | None,
-        shown: Path | None = None) -> tuple[str, tuple[str, ...]]:
-    """Write model and card; the license and what there is to note.
-
-    ``base`` is the earlier card, ``before`` the SHA-256 of the weights that it is about, None for these.
-    """
-    notes = []
-    if not facts['license']:
-        facts = {**facts, **_license(model, base)}
-        if base is None:
-            notes.append('the license is the one that the configuration of the model names: give another if the '
-                         'weights are not derived from those')
-    cfg = {'license': facts['license'], 'description': facts['description']}
-    if facts['license'] != model.pretrained_cfg.get('license'):
-        cfg.update(tag=None, notes=None)  # said of other weights
-    saved = write_model(model, folder, label_names, data_config, cfg, shown)
-    if metrics is None:
-        metrics = own_figures(base)
-        if metrics and before not in (None, file_sha256(folder / WEIGHTS)):
-            metrics = []
-            notes.append('the figures of the earlier weights were taken out of the card: give those of the new')
-    write_text(folder / CARD, str(make_card(saved, **facts, metrics=metrics, base=base)))
-    return facts['license'], tuple(notes)
 
 
 def _license(model: nn.Module, base: 'ModelCard | None') -> dict[str, str | None]:

@@ -152,9 +152,8 @@ class GeM(nn.Module):
     """Generalized-mean pooling with one exponent, or one per channel, fixed or learnable.
 
     A fixed scalar p = inf is the plain maximum and p = 1 the plain mean. A learnable or per-channel p always uses the
-    clamped formula and has to be finite. What `p` holds is what is pooled with, however it was changed: by `set_p`, a
-    state dict, in place, by an average of weights, or for one call. A loaded p may be an integer, or one value for all
-    channels; anything else that does not fit is an error.
+    clamped formula and has to be finite. What `p` holds is what is pooled with, however it was changed. A loaded p may
+    be an integer, or one value for all channels.
 
     Args:
         p: Exponent > 0.

@@ -50,9 +50,8 @@ def create_trunk(
     """Create a timm model that gives its last feature map instead of logits, or with a ``global_pool`` of timm (None:
     the model's own) what its head pools that to.
 
-    PNASNet-5-Large gets the padding of the original implementation, see `restore_padding`. Transformers that can take
-    images of any size, by positions that are interpolated or windows that are masked, are made to. The name may have a
-    tag or a source ('hf-hub:...'), `pretrained` may be a tag.
+    PNASNet-5-Large gets the original's padding, and transformers take images of any size where timm can make them. The
+    name may have a tag or a source ('hf-hub:...'), `pretrained` may be a tag.
     """
     if isinstance(pretrained, str):
         name = f'{name.split(".")[0]}.{pretrained}'

@@ -79,11 +79,10 @@ class MultiGrainTask(ClassificationTask):
         instance_loss_kwargs: Its arguments (beta_init, margin, ...).
         sampling: Negatives: 'row' or 'batch' (distance-weighted), 'uniform', or a sampler object.
         num_repeats: Copies of each image in a batch, as the loader's. A sampler made by name uses at most that many
-            less one as positives of an anchor, so that its output has one size and a GPU need not wait for the host.
+            less one as positives of an anchor.
         gather: Take negatives from the batches of all ranks.
         freeze_bn: Batch norms normalise by their running statistics and leave them as they are, as at test time; their
-            weights are trained. For fine-tuning, where the statistics of a few images in crops and altered colours
-            would be most of what is forgotten.
+            weights are trained. For fine-tuning.
         start_weight: Weight, beside the instance loss, of 1 - the mean cosine between an embedding and the sum of the
             unit embeddings that the model has, as it is given here, for the samples of the instance in the batch. For
             fine-tuning, so that objects that are not in the training set are still found; a third more per step.
@@ -157,7 +156,7 @@ class MultiGrainTask(ClassificationTask):
         return super()._apply(fn, recurse)
 
     def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs) -> 'MultiGrainTask':
-        """Wrap the trainable module in DDP. On the CPU, DDP takes no device ids: they are dropped."""
+        """Wrap the trainable module in DDP, which takes no device ids on the CPU."""
         return super().prepare_distributed(None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
 
     def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
@@ -212,11 +211,8 @@ class MultiGrainTask(ClassificationTask):
         return trainable if isinstance(trainable, MultiGrainTrainableModule) else None
 
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Losses of a batch.
-
-        Args:
-            input: (B, in_chans, H, W).
-            target: (B, 2) integers [class, instance id], or (B,) classes in eval mode or with lambda = 1.
+        """Losses of images (B, in_chans, H, W) with (B, 2) integers [class, instance id], or (B,) classes in eval mode
+        or with lambda = 1.
 
         Returns:
             'loss', 'output' (logits), and with an instance loss also 'classification_loss', 'instance_loss' and, if

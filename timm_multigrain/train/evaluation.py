@@ -85,11 +85,8 @@ def retrieval_figures(
 ) -> dict[str, float]:
     """'recall1', 'map' and 'copy_map' in per cent; NaN without queries, or for embeddings that are not finite.
 
-    Args:
-        vectors: Normalised embeddings of the images, (N, E).
-        instances: Instance of each, (N,).
-        copies: Normalised embeddings of edited copies, (Q, E).
-        rows: Image that each copy is of, (Q,).
+    Of normalised embeddings of images (N, E) with an instance each (N,), and of edited copies (Q, E) of the images
+    ``rows`` (Q,).
     """
     figures = dict.fromkeys(('recall1', 'map', 'copy_map'), float('nan'))
     if not (vectors.isfinite().all() and copies.isfinite().all()):
