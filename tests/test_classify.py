@@ -34,11 +34,6 @@ def model():
     return tiny_model()
 
 
-def named(model, names):
-    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names}
-    return model
-
-
 def test_ranks_by_loop():
     torch.manual_seed(0)
     logits = torch.randint(0, 4, (50, 7)).float()  # with ties
@@ -78,37 +73,26 @@ def test_rectangles_and_damaged_images(model, tmp_path):
         validate(model, source, PROTOCOL, workers=0, strict=True)
 
 
-def test_labels_that_do_not_fit(model, noise_folder):
-    source = open_classes(noise_folder, model, 'train')
-    for label in (3, -1):
-        source.labels = [label] * 36
-        with pytest.raises(ValueError, match=f'{label} to {label}, and the model has 3'):
-            validate(model, source, PROTOCOL, workers=0)
-    with pytest.raises(ValueError, match='have no labels'):
-        validate(model, ImageFiles(['x.png']), PROTOCOL, workers=0)
+IMAGENET = ['n01440764', 'n03888257', 'n15075141']
 
 
-def test_matching_by_label_names():
-    model = named(tiny_model(), ['cat', 'dog', 'ant'])
-    assert match_classes(model, ['ant', 'cat']) == [2, 0]
-    named(model, {0: 'cat', 2: 'ant', 1: 'dog'})
-    assert match_classes(model, ['dog', 'cat']) == [1, 0]
-    with pytest.raises(ValueError, match='1 of 3 class folders, such as cow, are not classes of the model'):
-        match_classes(model, ['cat', 'cow', 'dog'])
-
-
-def test_matching_by_number_and_imagenet(model):
-    assert match_classes(model, ['x', 'y', 'z']) == [0, 1, 2]
-    with pytest.raises(ValueError, match=r'2 class folders \(x, y\) for a model of 3 classes'):
-        match_classes(model, ['x', 'y'])
-    large = tiny_model(num_classes=1000)
-    assert match_classes(large, ['n01440764', 'n03888257', 'n15075141']) == [0, 701, 999]
-    with pytest.raises(ValueError, match='n00000001, are not classes of the imagenet-1k'):
-        match_classes(large, ['n01440764', 'n00000001'])
-    with pytest.raises(ValueError, match='for a model of 1000 classes'):
-        match_classes(large, ['tench', 'n01440764'])
-    with pytest.raises(ValueError, match='no classifier'):
-        match_classes(tiny_model(num_classes=0), ['x'])
+@pytest.mark.parametrize('num_classes, names, folders, wanted', [
+    (3, ['cat', 'dog', 'ant'], ['ant', 'cat'], [2, 0]), (3, {0: 'cat', 2: 'ant', 1: 'dog'}, ['dog', 'cat'], [1, 0]),
+    (3, ['cat', 'dog', 'ant'], ['cat', 'cow'], '1 of 2 class folders, such as cow, are not classes of the model'),
+    (3, None, ['10', '2', '1'], [2, 1, 0]), (3, None, ['x', 'y'], r'2 class folders \(x, y\) for a model of 3 classes'),
+    (3, None, ['Cat', 'cat', 'dog'], 'timm has no fixed order of the classes Cat and cat'),
+    (3, None, ['01', '1', 'x'], 'no fixed order of the classes 01 and 1'),
+    (1000, None, IMAGENET, [0, 701, 999]), (0, None, ['x'], 'no classifier'),
+    (1000, None, ['n01440764', 'n00000001'], 'n00000001, are not classes of the imagenet-1k'),
+    (1000, None, ['tench', 'n01440764'], 'for a model of 1000 classes')])
+def test_matching_folders_with_classes(num_classes, names, folders, wanted):
+    model = tiny_model(num_classes=num_classes)
+    model.pretrained_cfg = {**model.pretrained_cfg, 'label_names': names}
+    if isinstance(wanted, list):
+        assert match_classes(model, folders) == wanted
+    else:
+        with pytest.raises(ValueError, match=wanted):
+            match_classes(model, folders)
 
 
 def test_matching_by_class_map(model, tmp_path):
@@ -130,7 +114,10 @@ def test_matching_by_class_map(model, tmp_path):
 
 def test_folders(model, noise_folder, tmp_path):
     assert len(open_classes(noise_folder, model, 'validation')) == 6
-    assert len(open_classes(noise_folder / 'train', model, 'train')) == 36
+    source = open_classes(noise_folder / 'train', model, 'train')
+    part = first_of_each(source, 2)
+    assert part.names == ['a/0.png', 'a/1.png', 'b/0.png', 'b/1.png', 'c/0.png', 'c/1.png']
+    assert len(source) == 36 and part.labels == [0, 0, 1, 1, 2, 2]
     shutil.copytree(noise_folder / 'train', tmp_path / 'data')
     (tmp_path / 'data' / 'empty').mkdir()
     with pytest.raises(ValueError, match='1 of 4 class folders hold no images, such as empty'):
@@ -139,6 +126,13 @@ def test_folders(model, noise_folder, tmp_path):
         open_classes(noise_folder, model, 'fold7')
     with pytest.raises(FileNotFoundError, match='is not a folder'):
         open_classes(tmp_path / 'nowhere', model, 'validation')
+    with pytest.raises(ValueError, match='0 images of each class'):
+        first_of_each(source, 0)
+    source.labels = [3] * 36
+    with pytest.raises(ValueError, match='3 to 3, and the model has 3'):
+        validate(model, source, PROTOCOL, workers=0)
+    with pytest.raises(ValueError, match='have no labels'):
+        validate(model, ImageFiles(['x.png']), PROTOCOL, workers=0)
 
 
 NAMES = ['1', '2', '10', 'a10', 'a9', 'B1', 'b02', 'Zebra', 'apple', 'Öl', 'öre', 'É2', 'é10', 'x-1', 'x_1', 'ｆ２',
@@ -164,14 +158,6 @@ def test_classes_are_those_of_timm(tmp_path):
     assert class_names(['b', '2²', 'B', '10', '9', '1', '01']) == ['01', '1', '2²', '9', '10', 'B', 'b']
 
 
-def test_matching_by_order_is_natural(model):
-    assert match_classes(model, ['10', '2', '1']) == [2, 1, 0]
-    with pytest.raises(ValueError, match='timm has no fixed order of the classes Cat and cat'):
-        match_classes(model, class_names(['cat', 'dog', 'Cat']))
-    with pytest.raises(ValueError, match='no fixed order of the classes 01 and 1'):
-        match_classes(model, ['01', '1', 'x'])
-
-
 def test_class_names_beside_a_checkpoint(tmp_path):
     assert read_class_names(tmp_path / 'last.pth.tar') is None
     path = write_class_names(tmp_path / 'run', ['10', 'Ö "quoted"', 'line\nbreak'])
@@ -181,14 +167,6 @@ def test_class_names_beside_a_checkpoint(tmp_path):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r'class_names\.json is not (a JSON list|JSON)'):
             read_class_names(tmp_path / 'run')
-
-
-def test_first_of_each(model, noise_folder):
-    part = first_of_each(open_classes(noise_folder, model, 'train'), 2)
-    assert part.names == ['a/0.png', 'a/1.png', 'b/0.png', 'b/1.png', 'c/0.png', 'c/1.png']
-    assert part.labels == [0, 0, 1, 1, 2, 2]
-    with pytest.raises(ValueError, match='0 images of each class'):
-        first_of_each(part, 0)
 
 
 def test_command(noise_folder, tmp_path, capsys):

@@ -152,47 +152,18 @@ def test_a_whitened_model(pictures, noise_folder):
         evaluate(whitened, 'folder', pictures, PROTOCOL, whiten=noise_folder)
 
 
-def test_query_crops_distractors_and_notes(model, pictures, tmp_path):
-    """Queries cut out by their box; distractors that push the answer down, one of them unreadable."""
-    names = dict(zip(['a', 'b', 'c', 'd', 'e', 'q0', 'q1'], sorted(pictures.rglob('*.png')), strict=False))
-    for name, path in names.items():
-        Image.open(path).save(tmp_path / f'{name}.jpg')
-    truth = small_truth()
-    for entry in truth['gnd']:
-        entry['bbx'] = [4, 4, 40, 30]
-    (tmp_path / 'gnd.json').write_text(json.dumps(truth))
-    more = tmp_path / 'more'
-    more.mkdir()
-    for path in sorted(pictures.rglob('*.png'))[7:]:
-        (more / f'{path.parent.name}{path.name}').write_bytes(path.read_bytes())
-    (more / 'broken.jpg').write_bytes(b'x')
-    benchmark = load_benchmark('rparis6k', tmp_path, ground_truth=tmp_path / 'gnd.json', subset=True)
-    result = evaluate(model, benchmark, protocols=PROTOCOL, distractors=more)
-    row, = result.systems
-    assert '2 queries, 10 images searched' in row.images and result.metrics[0].dataset.endswith('+ 5 distractors')
-    assert 'broken.jpg' in row.notes[1] and 'broken.jpg' in str(result)
-    assert row.notes[0] == 'Not comparable with published figures, which have kind thumbnail, exif False.'
-    assert result.metrics[0].protocol.endswith('queries cut out, then resized as an image of their own')
-    pool = create_pool('gem')
-    with torch.inference_mode():
-        x = [PROTOCOL.normalize(PROTOCOL.pixels(Image.open(tmp_path / f'q{i}.jpg').crop((4, 4, 40, 30))))[None]
-             for i in range(2)]
-        queries = l2_normalize(torch.cat([pool(model.forward_features(y)) for y in x]))
-    database = describe(model, benchmark, pool)
-    others = describe(model, replace(benchmark, database=load_benchmark('folder', pictures).database), pool)[7:]
-    scores = queries @ l2_normalize(torch.cat([database, others])).T
-    assert values(result) == figures_of(benchmark, scores)
-
-
-def test_queries_as_published(model, tmp_path):
-    """Cut out and reduced by the factor of the whole picture, files as they are stored, by Pillow alone."""
+def test_queries_cut_out_and_distractors(model, pictures, tmp_path):
+    """Cut out and reduced by the factor of the whole picture, files as they are stored, by Pillow alone; distractors,
+    one of them unreadable."""
     rng = np.random.default_rng(0)
     shapes = dict(a=(80, 60), b=(30, 20), c=(64, 64), d=(40, 80), e=(50, 41), q0=(80, 60), q1=(30, 24))
-    turned = Image.Exif()
+    turned, more = Image.Exif(), tmp_path / 'more'
     turned[0x112] = 6
     for name, (width, height) in shapes.items():
         Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(
             tmp_path / f'{name}.jpg', exif=turned)
+    shutil.copytree(pictures / 'a', more)
+    (more / 'broken.jpg').write_bytes(b'x')
     truth = small_truth()
     for entry in truth['gnd']:
         entry['bbx'] = [4, 4.4, 28, 23.6]  # 24 x 20
@@ -200,25 +171,32 @@ def test_queries_as_published(model, tmp_path):
     benchmark = load_benchmark('rparis6k', tmp_path, ground_truth=tmp_path / 'gnd.json', subset=True)
     protocol = Protocol.for_model(model, size=40, **benchmark.published)
 
-    def prepare(name, box=None, side=40):
-        image = Image.open(tmp_path / f'{name}.jpg')
+    def prepare(path, box=None, side=40):
+        image = Image.open(path)
         image = image.crop(box) if box else image
         image.thumbnail((side, side), Image.Resampling.LANCZOS)
         return protocol.normalize(torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1))[None]
 
+    box, files = (4, 4, 28, 24), [*(tmp_path / f'{name}.jpg' for name in 'abcde'), *sorted(more.glob('*.png'))]
     with torch.inference_mode():
-        queries = torch.cat([model.embed(prepare('q0', (4, 4, 28, 24), side=12)),  # half of 24, as 80 becomes 40
-                             model.embed(prepare('q1', (4, 4, 28, 24)))])  # the whole has less than 40
-        database = torch.cat([model.embed(prepare(name)) for name in 'abcde'])
-    result = evaluate(model, benchmark, protocols=protocol, work_dir=tmp_path / 'cache')
+        queries = torch.cat([model.embed(prepare(tmp_path / 'q0.jpg', box, side=12)),  # half of 24, as 80 becomes 40
+                             model.embed(prepare(tmp_path / 'q1.jpg', box))])  # the whole has less than 40
+        database = torch.cat([model.embed(prepare(path)) for path in files])
+    result = evaluate(model, benchmark, protocols=protocol, work_dir=tmp_path / 'cache', distractors=more)
+    row, = result.systems
     assert values(result) == figures_of(benchmark, queries @ database.T)
     vectors = [load_file(path)['vectors'] for path in (tmp_path / 'cache').rglob('*.safetensors')]
     found, = (l2_normalize(v) for v in vectors if len(v) == 2)
     torch.testing.assert_close(found, queries, rtol=0, atol=1e-6)
-    assert not result.systems[0].notes and result.metrics[0].protocol == (
+    assert '2 queries, 8 images searched' in row.images and result.metrics[0].dataset.endswith('+ 3 distractors')
+    note, = row.notes
+    assert 'broken.jpg' in note and note in str(result) and result.metrics[0].protocol == (
         'longer side at most 40 (thumbnail), smaller images as they are, lanczos, EXIF ignored, queries cut out, then '
         'reduced as the whole image')
     assert evaluate(model, benchmark).metrics[0].protocol.startswith('longer side at most ')  # by default
+    result = evaluate(model, benchmark, protocols=PROTOCOL)
+    assert 'Not comparable with published figures, which have kind thumbnail, exif False.' in str(result)
+    assert result.metrics[0].protocol.endswith('queries cut out, then resized as an image of their own')
 
 
 def test_after_the_first_ranking(model, pictures):

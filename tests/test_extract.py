@@ -106,16 +106,21 @@ def test_views_are_averaged(source, kwargs, scales, flip):
         np.testing.assert_allclose(got[i], expected, atol=2e-6)
 
 
-def test_raw_and_logits(source, model):
-    protocol = Protocol(**LONGER)
+def test_raw_logits_dim_and_boxes(source, model):
+    protocol, whitened = Protocol(**LONGER), tiny_model(whitening=12)
     parts = list(embed_images(model, source, protocol, workers=0, descriptor=False, logits=True))
+    box = (3, 4, 40, 30)
+    part = extract(model, ImageFiles(source.paths[:1], boxes=[box]), protocol, workers=0).vectors
     with torch.inference_mode():
-        for part in parts:
-            for i, vector, logits in zip(part.indices, part.vectors, part.logits, strict=True):
-                x = protocol.transform(source.load(i))[None]
-                raw = model.forward_head(model.forward_features(x), pre_logits=True)
-                torch.testing.assert_close(vector, raw[0], atol=1e-5, rtol=1e-5)
-                torch.testing.assert_close(logits, model(x)[0], atol=1e-5, rtol=1e-5)
+        for i, vector, logits in (row for p in parts for row in zip(p.indices, p.vectors, p.logits, strict=True)):
+            x = protocol.transform(source.load(i))[None]
+            raw = model.forward_head(model.forward_features(x), pre_logits=True)
+            torch.testing.assert_close(vector, raw[0], atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(logits, model(x)[0], atol=1e-5, rtol=1e-5)
+        x = protocol.transform(source.load(0).crop(box))
+        torch.testing.assert_close(part, model.embed(x[None]), atol=1e-5, rtol=0)
+    torch.testing.assert_close(extract(whitened, source, protocol, workers=0, dim=5).vectors,
+                               one_by_one(whitened, source, protocol, dim=5), atol=1e-5, rtol=0)
 
 
 def test_fast_and_half_precision(source):
@@ -172,27 +177,12 @@ def test_images_too_narrow_for_the_trunk_are_listed(source):
     assert len(extract(model, source, Protocol(64), workers=0)) == len(SHAPES)
 
 
-def test_dim_and_boxes(source, model):
-    whitened = tiny_model(whitening=12)
-    torch.testing.assert_close(extract(whitened, source, Protocol(**LONGER), workers=0, dim=5).vectors,
-                               one_by_one(whitened, source, Protocol(**LONGER), dim=5), atol=1e-5, rtol=0)
-    box = (3, 4, 40, 30)
-    got = extract(model, ImageFiles(source.paths[:1], boxes=[box]), Protocol(**LONGER), workers=0)
-    with torch.inference_mode():
-        x = Protocol(**LONGER).transform(source.load(0).crop(box))
-        torch.testing.assert_close(got.vectors, model.embed(x[None]), atol=1e-5, rtol=0)
-
-
 @pytest.mark.parametrize('model_kwargs, kwargs, message', [
     ({}, {'batch_size': 0}, 'batch_size=0'), ({}, {'workers': -1}, 'workers=-1'), ({}, {'dim': 4}, 'dim=4 needs'),
-    ({'in_chans': 1}, {}, 'takes 1 channels'),
-    ({'num_classes': 0}, {'logits': True}, 'num_classes=0')])
-def test_bad_arguments(source, model_kwargs, kwargs, message):
+    ({'in_chans': 1}, {}, 'takes 1 channels'), ({'num_classes': 0}, {'logits': True}, 'num_classes=0')])
+def test_what_cannot_be_embedded(source, model_kwargs, kwargs, message):
     with pytest.raises(ValueError, match=message):
         embed_images(tiny_model(**model_kwargs), source, Protocol(), **kwargs)
-
-
-def test_damaged_weights(source):
     broken = tiny_model()
     next(broken.trunk.parameters()).data.fill_(float('nan'))
     with pytest.raises(ValueError, match='not finite: the weights are damaged'):

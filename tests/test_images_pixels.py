@@ -33,6 +33,15 @@ def test_modes(tmp_path, photo):
         photo.convert(mode).save(path)
         with Image.open(path) as expected:
             assert read_image(path).mode == 'RGB' and read_image(path).tobytes() == expected.convert('RGB').tobytes()
+        assert read_image(io.BytesIO(path.read_bytes())).tobytes() == read_image(path).tobytes()
+    with pytest.raises(UnreadableImage, match=r'^image: is not an image'):
+        read_image(io.BytesIO(b'text'))
+    frames = [Image.new('RGB', (8, 8), color) for color in ('red', 'blue', 'lime')]  # the first of an animation
+    for name, options in (('x.gif', {}), ('x.webp', {'lossless': True}), ('x.png', {})):
+        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
+        assert read_image(tmp_path / name).getpixel((3, 3)) == RED
+    Image.new('RGB', (3200, 1600), 'red').save(tmp_path / 'x.jpg')
+    assert read_image(tmp_path / 'x.jpg', size=400, max_pixels=400_000).size == (800, 400)
 
 
 def test_ranges_of_wide_modes(tmp_path):
@@ -100,13 +109,6 @@ def test_large_images_are_put_together_of_strips(tmp_path):
     alpha = values[..., 3:]
     expected = (values[..., :3] * alpha + 255 * (255 - alpha)) / 255
     assert np.abs(np.asarray(read_image(tmp_path / 'x.png')) - expected).max() <= 0.51
-
-
-def test_first_frame_of_an_animation(tmp_path):
-    frames = [Image.new('RGB', (8, 8), color) for color in ('red', 'blue', 'lime')]
-    for name, options in (('x.gif', {}), ('x.webp', {'lossless': True}), ('x.png', {})):
-        frames[0].save(tmp_path / name, save_all=True, append_images=frames[1:], **options)
-        assert read_image(tmp_path / name).getpixel((3, 3)) == RED
 
 
 @pytest.mark.parametrize('orientation', range(1, 9))
@@ -247,28 +249,12 @@ def test_formats_that_take_more_memory_hold_fewer_pixels(tmp_path):
             read_image(make(*fits), max_pixels=1000)
 
 
-def test_small_pictures_of_large_jpegs(tmp_path):
-    Image.new('RGB', (3200, 1600), 'red').save(tmp_path / 'x.jpg')
-    assert read_image(tmp_path / 'x.jpg', size=400).size == (800, 400)
-    assert read_image(tmp_path / 'x.jpg', size=400, max_pixels=400_000).size == (800, 400)
-    Image.new('RGB', (32, 16), 'red').save(tmp_path / 'x.png')
-    assert read_image(tmp_path / 'x.png', size=4).size == (32, 16)
-
-
 def test_all_images_are_opened_in_one_place():
     """But for a JPEG file that the demo has just written to memory, and the text of a card."""
     package = Path(timm_multigrain.__file__).parent
     openers = [path for path in package.rglob('*.py') if 'Image.open(' in path.read_text()]
     assert {str(path.relative_to(package)) for path in openers} == {
         'images/pixels.py', 'images/copies.py', 'hub/card.py'}
-
-
-def test_file_objects(photo):
-    file = io.BytesIO()
-    photo.save(file, 'PNG')
-    assert read_image(file).tobytes() == photo.tobytes()
-    with pytest.raises(UnreadableImage, match=r'^image: is not an image'):
-        read_image(io.BytesIO(b'text'))
 
 
 RAMP = np.arange(45 * 35, dtype=np.uint16).reshape(35, 45) * 41
@@ -338,10 +324,8 @@ def folder(files):
 
 
 DATASETS = {
-    'timm': lambda files: ImageDataset(str(files)),
     'tar': in_tar,
     'streams': lambda files: ImageDataset('', reader=Streams(files)),
-    'folder': folder,
     'subsets': lambda files: ConcatDataset([
         Subset(folder(files), range(9)), Subset(ImageDataset(str(files)), range(9, len(KINDS)))]),
 }
@@ -365,16 +349,11 @@ def test_timms_way(files, fast):
     for index in range(len(KINDS)):
         assert torch.equal(dataset[index][0], reference[index][0])
     assert reference[list(KINDS).index('drawing.png')][0].min() == 0
+    grey = DecodedDataset(ImageDataset(str(files), input_img_mode='L'))  # a model of one channel
+    assert all(np.array_equal(grey[index][0], read_image(path).convert('L'))
+               for index, path in enumerate(sorted(files.rglob('*.*'))))
     with pytest.raises(ValueError, match="decode is 'pillow': give one of multigrain, timm"):
         InstanceDataset(reference, 'pillow')
-
-
-def test_grey_input(files):
-    """A model of one channel gets the grey values of what the others see."""
-    dataset = DecodedDataset(ImageDataset(str(files), input_img_mode='L'))
-    for index, path in enumerate(sorted(files.rglob('*.*'))):
-        assert dataset[index][0].mode == 'L'
-        assert np.array_equal(dataset[index][0], read_image(path).convert('L'))
 
 
 @pytest.mark.parametrize('decode', ['multigrain', 'timm'])

@@ -3,10 +3,7 @@ import json
 import os
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from timm_multigrain.files import printable
 from timm_multigrain.images.labels import find_classes
 from timm_multigrain.images.pixels import UnreadableImage
 from timm_multigrain.images.sources import ImageFiles, Subset, find_images, open_images, read_list
@@ -126,11 +123,3 @@ def test_subset(noise_folder):
     assert part.names == [source.names[5], source.names[20]] and part.labels == [0, 1]
     assert part.load_part(1)[0].tobytes() == source.load(20).crop((20, 0, 29, 9)).tobytes()
     assert part.fingerprint() != source.fingerprint() and Subset(source, [5], [7]).labels == [7]
-
-
-@settings(deadline=None)
-@given(st.text())
-def test_printable(name):
-    shown = printable(name.replace('\0', ''))
-    shown.encode('utf-8')
-    assert len(shown.splitlines()) <= 1

@@ -295,12 +295,6 @@ def test_best_pairs(limit):
     assert (rows * 12 + columns == wanted).all() and (values == scores.ravel()[wanted]).all()
 
 
-def test_results_print():
-    ap = mean_average_precision(np.array([[1., 0.], [0., 1.]]), [[0], [0]])
-    assert str(ap) == 'mAP 62.50 % over 2 queries'
-    assert str(mean_average_precision(np.eye(1), [[0]])) == 'mAP 100.00 % over 1 query'
-
-
 @pytest.mark.parametrize('measure, arguments, message', [
     (mean_average_precision, (torch.tensor([[0., 1.], [torch.nan, 0.]]), [[0], [0]]), 'scores contain NaN'),
     (mean_average_precision, (np.zeros(3), [[0]]), r'shape \(3,\)'),

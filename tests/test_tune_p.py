@@ -123,13 +123,6 @@ def test_scan_of_groups(model, pictures):
     assert result.criterion == 'mAP' and 'mAP' in str(result)
 
 
-def test_best_of_equal_ones():
-    def result(values, losses):
-        return PResult('top-1', (1., 2., 3.), values, (0.,) * 3, 3., 9, PROTOCOL, losses)
-    assert result((.5, .7, .7), (1., .9, .8)).best == 3
-    assert result((.7, .7, .7), None).best == 1
-
-
 @pytest.mark.parametrize('won, lost, changed', [
     (0, 0, False), (4, 0, False), (5, 0, True), (8, 1, True), (60, 40, False), (61, 39, True), (0, 9, False)])
 def test_p_is_kept_where_nothing_is_surely_better(won, lost, changed):
@@ -142,28 +135,14 @@ def test_p_is_kept_where_nothing_is_surely_better(won, lost, changed):
         model = argparse.Namespace(gem_p=3., head=argparse.Namespace(pool=GeM(3.), classify=classify))
         module._scan(state, model, torch.ones(1, 1, 1, 1), 0, (2., 3.))
     values, noise = [hit / 200 for hit in state['hits']], [changed ** 0.5 / 200 for changed in state['changed']]
-    result = PResult('top-1', (2., 3.), values, noise, 3., 200, PROTOCOL)
+    result = PResult('top-1', (2., 3.), values, noise, 3., 200, PROTOCOL, None, 3.2, (3., 3.2))
     assert values == [won / 200, lost / 200]
     assert (result.how, result.p) == (('best', 2) if changed else ('kept', 3))
     assert str(result).endswith('best of the grid' if changed else 'no other is surely better')
-    assert replace(result, choose='best').p == (2 if won >= lost else 3)
-
-
-def test_what_is_chosen():
-    result = PResult('top-1', (1., 2., 3.), (.5, .9, .4), (.1, .1, 0), 3., 9, PROTOCOL, None, 3.2, (3., 3.2))
-    for choose, p in ((None, 2), ('best', 2), ('tuned', 3.2)):
-        chosen = replace(result, choose=choose)
-        assert chosen.p == chosen.to_dict()['p'] == p and f'p* = {p:.4g}, ' in str(chosen)
-    assert replace(result, noise=(.1, .25, 0)).p == 3  # the gain is 0.5
-    assert replace(result, grid=(), values=(), noise=()).p == 3.2
-
-
-def test_damaged_images_are_left_out(model, pictures, tmp_path):
-    shutil.copytree(pictures / 'train', tmp_path / 'data')
-    (tmp_path / 'data' / '1' / 'x.png').write_bytes(b'no')
-    source = open_classes(tmp_path / 'data', model)
-    result = tune_p(model, source, PROTOCOL, grid=(1, 3), workers=0)
-    assert result.num_images == 18 and list(result.skipped) == ['1/x.png'] and 'could not be read' in str(result)
+    for chosen, p in (({'choose': 'best'}, 2 if won >= lost else 3), ({'choose': 'tuned'}, 3.2),
+                      ({'grid': (), 'values': (), 'noise': ()}, 3.2)):
+        other = replace(result, **chosen)
+        assert other.p == other.to_dict()['p'] == p and f'p* = {p:.4g}, ' in str(other)
 
 
 def test_going_on_gives_the_same(model, source, tmp_path, monkeypatch):
@@ -240,17 +219,22 @@ def test_command_scanning(model, pictures, tmp_path, capsys):
 
 
 def test_a_command_that_was_interrupted_goes_on(model, pictures, tmp_path, monkeypatch):
+    """A damaged image among them, which is left out."""
     def write(path, text):
         write_text(path, text)
         raise KeyboardInterrupt
 
     folder = save_pretrained(model, tmp_path / 'm', label_names=['0', '1', '2'])
+    data = shutil.copytree(pictures, tmp_path / 'data')
+    (data / 'train' / '1' / 'x.png').write_bytes(b'no')
     monkeypatch.setattr(module, 'SAVED_EVERY', 1)
-    arguments = ['tune-p', str(folder), str(pictures), '--grid', '1', '3', *SETTINGS, '-o']
+    arguments = ['tune-p', str(folder), str(data), '--grid', '1', '3', *SETTINGS, '-o']
     with monkeypatch.context() as patch:
         patch.setattr(module, 'write_text', write)
         assert main([*arguments, str(tmp_path / 'a')]) == 128 + signal.SIGINT
     assert json.loads((tmp_path / 'a-progress.json').read_text())['step'] == 1
     assert main([*arguments, str(tmp_path / 'a')]) == main([*arguments, str(tmp_path / 'b')]) == 0
     assert (tmp_path / 'a-p.json').read_bytes() == (tmp_path / 'b-p.json').read_bytes()
+    found = json.loads((tmp_path / 'a-p.json').read_text())
+    assert found['num_images'] == 18 and list(found['skipped']) == ['1/x.png']
     assert not (tmp_path / 'a-progress.json').exists()

@@ -62,18 +62,6 @@ def test_streaming_pca(n, dim, sizes):
     np.testing.assert_allclose(vectors @ values.diag() @ vectors.T, expected, atol=1e-10)
 
 
-def test_oas_as_the_paper_states_it():
-    torch.manual_seed(0)
-    n, p = 12, 8
-    x = torch.randn(n, p, dtype=torch.float64) * torch.arange(1, p + 1)
-    s = torch.cov(x.T)
-    square = sum(float(s[i, j] * s[j, i]) for i in range(p) for j in range(p))
-    trace = sum(float(s[i, i]) for i in range(p))
-    expected = ((1 - 2 / p) * square + trace ** 2) / ((n + 1 - 2 / p) * (square - trace ** 2 / p))
-    assert oas_shrinkage(torch.linalg.eigvalsh(s), n) == pytest.approx(min(1, expected), rel=1e-10)
-    assert oas_shrinkage(torch.ones(5), 100) == 1
-
-
 def signs(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return (a * b).sum(0).sign()
 
@@ -127,6 +115,10 @@ def test_fewer_images_than_dimensions(embeddings):
     covariance = torch.cov(with_constant(few).T)
     shrunk = (1 - fit.shrinkage) * covariance + fit.shrinkage * covariance.diagonal().mean() * torch.eye(channels + 1)
     np.testing.assert_allclose(fit.proj.T @ shrunk @ fit.proj, np.eye(channels + 1), atol=1e-9)
+    n, p, square = len(few), channels + 1, covariance.square().sum()  # as the paper states it
+    trace = covariance.trace()
+    oas = ((1 - 2 / p) * square + trace ** 2) / ((n + 1 - 2 / p) * (square - trace ** 2 / p))
+    assert fit.shrinkage == pytest.approx(min(1, float(oas)), rel=1e-6) and oas_shrinkage(torch.ones(5), 100) == 1
     assert fit_whitening(few, shrinkage=0.5).shrinkage == 0.5
     assert fit_whitening(few, dim=10, shrinkage=0).num_constant == 0
 
@@ -148,6 +140,10 @@ def test_constant_channels(model, embeddings):
 def test_learned_formula(views):
     embeddings, groups = views
     pairs = matching_pairs(groups)
+    assert sorted(map(tuple, np.sort(matching_pairs([5, 2, 5, -1, -1, 5, 2])).tolist())) == [
+        (0, 2), (0, 5), (1, 6), (2, 5)]
+    many = matching_pairs([0] * 100 + [1] * 3)
+    assert len(many) == 1003 and (many[:, 0] != many[:, 1]).all() and many[:1000].max() < 100
     fit = fit_whitening(embeddings, pairs=pairs)
     z = with_constant(embeddings).numpy()
     s = sum(np.outer(z[i] - z[j], z[i] - z[j]) for i, j in pairs) / len(pairs)
@@ -163,13 +159,6 @@ def test_learned_formula(views):
     few = fit_whitening(embeddings, pairs=pairs[:5])
     assert 0 < few.shrinkage <= 1 and few.proj.isfinite().all()
     assert fit_whitening(embeddings, shrinkage=0.3, pairs=pairs[:5]).shrinkage == 0.3
-
-
-def test_matching_pairs():
-    pairs = matching_pairs([5, 2, 5, -1, -1, 5, 2])
-    assert sorted(map(tuple, np.sort(pairs).tolist())) == [(0, 2), (0, 5), (1, 6), (2, 5)]
-    many = matching_pairs([0] * 100 + [1] * 3)
-    assert len(many) == 1003 and (many[:, 0] != many[:, 1]).all() and many[:1000].max() < 100
 
 
 @pytest.mark.parametrize('embeddings, kwargs, message', [
