@@ -120,7 +120,8 @@ def copies_of(folder: Path, work_dir: Path) -> Benchmark:
                 copy.save(where / f'{name}.png')
     found = load_benchmark('folder', out)
     rows = [row for row, name in enumerate(found.database.names) if name.endswith('original.png')]
-    return replace(found, title='edited copies', query_rows=np.array(rows))
+    relevant, ignore = ([lists[row] for row in rows] for lists in (found.relevant, found.ignore))
+    return replace(found, title='edited copies', query_rows=np.array(rows), relevant=relevant, ignore=ignore)
 
 
 def describe(model: torch.nn.Module, source, protocol: Protocol, name: str, args: argparse.Namespace) -> torch.Tensor:
@@ -166,16 +167,12 @@ def print_refinements(benchmark, name: str, model: torch.nn.Module, protocol: Pr
     database = l2_normalize(describe(model, benchmark.database, protocol, f'{name}-{benchmark.title}', args))
     if benchmark.query_rows is None:
         queries, rows = l2_normalize(describe(model, benchmark.queries, protocol, f'{name}-queries', args)), None
-        relevant = [np.concatenate([query.easy, query.hard]).astype(int) for query in benchmark.truth]
-        ignored = [np.asarray(query.junk, dtype=int) for query in benchmark.truth]
     else:
         rows = torch.as_tensor(benchmark.query_rows)
-        queries, groups = database[rows], benchmark.groups
-        relevant = [np.setdiff1d(np.flatnonzero(groups == groups[row]), [row]) for row in rows.tolist()]
-        ignored = [[row] for row in rows.tolist()]
+        queries = database[rows]
 
     def measured(scores: torch.Tensor) -> float:
-        return 100 * mean_average_precision(scores, relevant, ignored).map
+        return 100 * mean_average_precision(scores, benchmark.relevant, benchmark.ignore).map
 
     def without_query(refine) -> torch.Tensor:
         if rows is None:

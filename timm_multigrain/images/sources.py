@@ -232,6 +232,7 @@ class Entry(NamedTuple):
         box: Left, top, right, bottom in pixels: the part of the image that is meant.
         relevant: As a query: paths in the gallery that it has to find; None for those of its instance or label.
         junk: Paths that are taken out of its ranking.
+        easy: Those of `relevant` that are easy, of Revisited Oxford and Paris.
     """
     path: str
     label: str = ''
@@ -241,6 +242,7 @@ class Entry(NamedTuple):
     box: Box | None = None
     relevant: Collection[str] | None = None
     junk: Collection[str] = ()
+    easy: Collection[str] = ()
 
     @property
     def wanted(self) -> str:
@@ -248,7 +250,7 @@ class Entry(NamedTuple):
         return self.instance or self.label
 
 
-COLUMNS = Entry._fields[:-2]  # of a list of one's own
+COLUMNS = Entry._fields[:-3]  # of a list of one's own
 
 
 def read_entries(path: str | os.PathLike) -> list[Entry]:

@@ -11,12 +11,12 @@ from .copydays import COPYDAYS
 from .disc21 import Disc21
 from .layouts import LAYOUTS
 from .lists import Layout
-from .revisited import DISTRACTORS, RevisitedOxford, RevisitedParis
+from .revisited import DISTRACTORS, ROXFORD, RPARIS
 
 __all__ = ['BENCHMARKS', 'Benchmark', 'Figure', 'download_benchmark', 'load_benchmark']
 
 BENCHMARKS: dict[str, type[Benchmark] | Layout] = {
-    **LAYOUTS, 'copydays': COPYDAYS, 'roxford5k': RevisitedOxford, 'rparis6k': RevisitedParis, 'disc21': Disc21}
+    **LAYOUTS, 'copydays': COPYDAYS, 'roxford5k': ROXFORD, 'rparis6k': RPARIS, 'disc21': Disc21}
 
 
 def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:

@@ -71,7 +71,8 @@ def _place(path: str) -> tuple[str | None, int]:
 
 
 def _judge(benchmark: ListBenchmark, scores: Scores) -> list[Figure]:
-    families, ap = benchmark.parts, mean_average_precision(scores, benchmark.relevant).ap
+    families = np.array([entry.category for entry in benchmark.asked])
+    ap = mean_average_precision(scores, benchmark.relevant).ap
     kinds = np.array([family.partition(' ')[0] for family in families])
     figures = []
     for kind in ('strong', 'crop', 'jpeg', 'original'):

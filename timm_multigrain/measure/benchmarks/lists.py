@@ -6,9 +6,8 @@ own only. The published sets (`layouts`) are the same lists, read from the files
 """
 import os
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -109,15 +108,9 @@ class Layout:
         title = self.name
         if subset and self.counts != (len(queries), len(gallery)):
             title = part_of(title, len(queries), len(gallery))
-        groups, labels = (_numbers(of(entry) for entry in [*gallery, *queries])
-                          for of in (attrgetter('wanted'), attrgetter('label')))
         return ListBenchmark(
-            title, _images(gallery, found), None if among else _images(queries, found),
-            rows if among else None, layout=self, relevant=relevant, ignore=ignore,
-            parts=np.array([entry.category for entry in queries]),
-            categories=np.array([entry.category for entry in gallery]) if within else None,
-            groups=groups[:len(gallery)], query_groups=groups[len(gallery):],
-            labels=labels[:len(gallery)], query_labels=labels[len(gallery):])
+            title, _images(gallery, found), None if among else _images(queries, found), rows if among else None,
+            layout=self, gallery=gallery, asked=queries, relevant=relevant, ignore=ignore)
 
     def _find(self, folder: SetFolder, gallery: Sequence[Entry], queries: Collection[Entry],
               subset: bool) -> dict[str, Path]:
@@ -217,24 +210,16 @@ class ListBenchmark(Benchmark):
 
     Attributes:
         layout: What it was read by.
+        gallery: What the list says of each image of the database.
+        asked: What it says of each query.
         relevant: Places in the database that each query has to find.
         ignore: Places that are taken out of its ranking.
-        parts: Category of each query, (Q,) texts; figures are given for each.
-        categories: Category of each image of the database, where a query is searched in its own only.
-        groups: Instance of each image of the database, (N,) integers, -1 for none.
-        query_groups: Instance of each query, (Q,) integers.
-        labels: Label of each image of the database, -1 for none.
-        query_labels: Label of each query.
     """
     layout: Layout = None
+    gallery: Sequence[Entry] = ()
+    asked: Sequence[Entry] = ()
     relevant: Sequence[np.ndarray] = ()
     ignore: Sequence[np.ndarray] = ()
-    parts: np.ndarray = None
-    categories: np.ndarray | None = None
-    groups: np.ndarray = None
-    query_groups: np.ndarray = None
-    labels: np.ndarray = None
-    query_labels: np.ndarray = None
 
     @property
     def published(self) -> dict:
@@ -244,23 +229,44 @@ class ListBenchmark(Benchmark):
     def task(self) -> str:
         return self.layout.task
 
+    @property
+    def groups(self) -> np.ndarray:
+        """What each image of the database shows, (N,) integers, -1 for nothing that is known."""
+        return self._numbers('wanted')[0]
+
+    @property
+    def query_groups(self) -> np.ndarray:
+        """What each query looks for, (Q,) integers."""
+        return self._numbers('wanted')[1]
+
+    def _numbers(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """A field of the images of the database, and of the queries, as integers, -1 where it is empty."""
+        texts = [getattr(entry, name) for entry in [*self.gallery, *self.asked]]
+        numbers = {text: number for number, text in enumerate(sorted({*texts} - {''}))}
+        found = np.array([numbers.get(text, -1) for text in texts])
+        return found[:len(self.gallery)], found[len(self.gallery):]
+
     def measure(self, scores: Scores) -> list[Figure]:
         if callable(self.layout.measures):
             return self.layout.measures(self, scores)
         if self.layout.measures == ('N-S',):
             return [Figure('N-S', metrics.ukb_score(scores, self.groups))]
-        if self.categories is not None:
-            scores = _Within(scores, self.parts, self.categories)
+        items, queries = self._numbers('category')
+        if (items >= 0).any():
+            scores = _Within(scores, queries, items)
         found = metrics.mean_average_precision(scores, self.relevant, self.ignore)
-        names = [name for name in dict.fromkeys(self.parts) if name]
-        parts = {name: np.flatnonzero(self.parts == name) for name in sorted(names)}
+        parts = defaultdict(list)
+        for row, entry in enumerate(self.asked):
+            parts[entry.category].append(row)
+        parts = {name: parts[name] for name in sorted(parts) if name}
         parts = {**parts, 'all': range(self.num_queries)} if len(parts) > 1 else {None: range(self.num_queries)}
         results = {part: metrics.RetrievalResult([found.ranks[row] for row in rows]) for part, rows in parts.items()}
         figures = [Figure(measure, 100 * _figure(result, measure), part)
                    for part, result in results.items() for measure in self.layout.measures if measure != 'k-NN']
-        if 'k-NN' in self.layout.measures and (self.query_labels >= 0).all():
-            own = self.query_rows
-            figures.append(Figure('k-NN', 100 * metrics.knn_accuracy(scores, self.query_labels, self.labels, own=own)))
+        labels, query_labels = self._numbers('label')
+        if 'k-NN' in self.layout.measures and min(query_labels) >= 0:
+            figures.append(Figure('k-NN', 100 * metrics.knn_accuracy(
+                scores, query_labels, labels, own=self.query_rows)))
         return figures
 
 
@@ -275,8 +281,7 @@ class _Within:
     """Scores in which images of another category than the query's come last; distractors are of every category."""
 
     def __init__(self, scores: Scores, queries: np.ndarray, items: np.ndarray):
-        _, numbers = np.unique(np.concatenate([queries, items]), return_inverse=True)
-        self.scores, self.queries, self.items = scores, *np.split(torch.from_numpy(numbers), [len(queries)])
+        self.scores, self.queries, self.items = scores, torch.from_numpy(queries), torch.from_numpy(items)
 
     def __iter__(self) -> Iterator[torch.Tensor]:
         start = 0
@@ -286,13 +291,6 @@ class _Within:
             other[:, :len(items)] = self.queries[:, None] != items
             start += chunk.shape[1]
             yield chunk.masked_fill(other.to(chunk.device), -torch.inf)
-
-
-def _numbers(names: Iterable[str]) -> np.ndarray:
-    """Integers for texts, -1 for an empty one."""
-    names = list(names)
-    numbers = {name: number for number, name in enumerate(sorted({*names} - {''}))}
-    return np.array([numbers.get(name, -1) for name in names])
 
 
 def _images(entries: Sequence[Entry], found: dict[str, Path]) -> ImageFiles:

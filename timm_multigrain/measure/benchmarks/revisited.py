@@ -7,7 +7,6 @@ of the same fields is read too. The distractors of the paper (R1M) are 1,001,001
 import io
 import os
 import pickle
-from collections.abc import Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from timm_multigrain.files import check_json, printable, read_json
-from timm_multigrain.images.sources import ImageFiles
+from timm_multigrain.images.sources import Entry
 from timm_multigrain.measure.archives import RemoteFile
 from timm_multigrain.measure.metrics import RevisitedQuery, revisited_scores
 
-from .base import Benchmark, Figure, Scores, SetFolder, part_of
+from .base import Figure, Scores, SetFolder
+from .lists import Layout, ListBenchmark, Listing
 
 NUM_QUERIES = 70
 MAX_PICKLE = 16 << 20  # bytes
@@ -31,26 +31,17 @@ _KINDS = ('easy', 'hard', 'junk')
 _FORM = {'imlist': [str], 'qimlist': [str], 'gnd': [{'bbx': [float], **{kind: [int] for kind in _KINDS}}]}
 
 
-@dataclass(frozen=True, eq=False)
-class RevisitedOxford(Benchmark):
-    """The set; `truth` has the easy, hard and junk images of each query."""
-    truth: list[RevisitedQuery] = None
+@dataclass(frozen=True)
+class _Revisited(Layout):
+    """The layout of a set.
 
-    name, published = 'Revisited Oxford', {'kind': 'thumbnail', 'exif': False}
-    source = 'images and ground truth are linked at http://cmp.felk.cvut.cz/revisitop'
-    short_name, num_images = 'roxford5k', 4993
-    downloads = (RemoteFile(f'{_TRUTH}/roxford5k/gnd_roxford5k.pkl'),
-                 RemoteFile(f'{_IMAGES}/oxbuildings/oxbuild_images-v1.tgz', 'jpg'))
+    Attributes:
+        truth: File of its ground truth.
+    """
+    truth: str = ''
 
-    def measure(self, scores: Scores) -> list[Figure]:
-        result = revisited_scores(scores, self.truth)
-        figures = [Figure('mAP', 100 * part.map, name) for name, part in result.items()]
-        return figures + [Figure(f'mP@{k}', 100 * part.mp_at(k), name)
-                          for k in (1, 5, 10) for name, part in result.items()]
-
-    @classmethod
-    def load(cls, data: str | os.PathLike, ground_truth: str | os.PathLike | None = None,
-             subset: bool = False) -> 'RevisitedOxford':
+    def load(self, data: str | os.PathLike, ground_truth: str | os.PathLike | None = None,
+             subset: bool = False) -> ListBenchmark:
         """The set in a folder: gnd_<roxford5k or rparis6k>.pkl, the images in jpg/ or anywhere below it.
 
         Args:
@@ -58,43 +49,35 @@ class RevisitedOxford(Benchmark):
             subset: Take the images that are there and cut the ground truth down to them; it may have other counts than
                 the published one.
         """
-        data, title = SetFolder(data, cls), cls.name
-        path = Path(ground_truth) if ground_truth else data.file(f'gnd_{cls.short_name}.pkl')
-        images, queries, entries = read_ground_truth(path)
-        if subset:
-            images, queries, entries = _cut_down(data.find([*queries, *images], 'jpg'), images, queries, entries)
-            if not queries:
-                raise ValueError(f'{data.path} has no query of {title} with an image to find; {cls.source}.')
-        if (len(images), len(queries)) != (cls.num_images, NUM_QUERIES):
-            title = part_of(title, len(queries), len(images))
-            if not subset:
-                raise ValueError(f'{path} has {len(images)} images and {len(queries)} queries, where {cls.name} has '
-                                 f'{cls.num_images} and {NUM_QUERIES}: ask for a subset if that is meant.')
-        located = data.locate([*queries, *images], prefer='jpg')
-        return cls(
-            title=title, database=ImageFiles(located[len(queries):], names=images),
-            queries=ImageFiles(located[:len(queries)], names=queries, boxes=[entry['bbx'] for entry in entries]),
-            truth=[RevisitedQuery(entry['easy'], entry['hard'], entry['junk']) for entry in entries])
+        folder = SetFolder(data, self)
+        images, names, entries = read_ground_truth(Path(ground_truth) if ground_truth else folder.file(self.truth))
+        queries = []
+        for name, entry in zip(names, entries, strict=True):
+            easy, hard, junk = ({images[number] for number in entry[kind]} for kind in _KINDS)
+            queries.append(Entry(name, box=tuple(entry['bbx']), relevant=easy | hard, junk=junk, easy=easy))
+        return self._build(folder, Listing([Entry(name) for name in images], queries), subset)
 
 
-def _cut_down(found: Container[str], images: list[str], queries: list[str], entries: list[dict]) -> tuple:
-    """A ground truth of the images that are there, without the queries that have nothing left to find."""
-    kept = [number for number, name in enumerate(images) if name in found]
-    places = {number: place for place, number in enumerate(kept)}
-    left = []
-    for name, entry in zip(queries, entries, strict=True):
-        lists = {kind: [places[number] for number in entry[kind] if number in places] for kind in _KINDS}
-        if name in found and (lists['easy'] or lists['hard']):
-            left.append((name, {**entry, **lists}))
-    return [images[number] for number in kept], [name for name, _ in left], [entry for _, entry in left]
+def _judge(benchmark: ListBenchmark, scores: Scores) -> list[Figure]:
+    truth = []
+    for entry, relevant, junk in zip(benchmark.asked, benchmark.relevant, benchmark.ignore, strict=True):
+        easy = np.array([benchmark.gallery[place].path in entry.easy for place in relevant])
+        truth.append(RevisitedQuery(relevant[easy], relevant[~easy], junk))
+    result = revisited_scores(scores, truth)
+    figures = [Figure('mAP', 100 * part.map, name) for name, part in result.items()]
+    return figures + [Figure(f'mP@{k}', 100 * part.mp_at(k), name) for k in (1, 5, 10) for name, part in result.items()]
 
 
-class RevisitedParis(RevisitedOxford):
-    """The set, as `RevisitedOxford`."""
-    name, short_name, num_images = 'Revisited Paris', 'rparis6k', 6322
-    downloads = (RemoteFile(f'{_TRUTH}/rparis6k/gnd_rparis6k.pkl'),
-                 RemoteFile(f'{_IMAGES}/parisbuildings/paris_1-v1.tgz', 'jpg'),
-                 RemoteFile(f'{_IMAGES}/parisbuildings/paris_2-v1.tgz', 'jpg'))
+def _layout(title: str, name: str, images: int, *archives: str) -> Layout:
+    downloads = [RemoteFile(f'{_TRUTH}/{name}/gnd_{name}.pkl'),
+                 *(RemoteFile(f'{_IMAGES}/{archive}', 'jpg') for archive in archives)]
+    return _Revisited(
+        title, 'images and ground truth are linked at http://cmp.felk.cvut.cz/revisitop', None, _judge,
+        (NUM_QUERIES, images), {'kind': 'thumbnail', 'exif': False}, 'jpg', downloads, truth=f'gnd_{name}.pkl')
+
+
+ROXFORD = _layout('Revisited Oxford', 'roxford5k', 4993, 'oxbuildings/oxbuild_images-v1.tgz')
+RPARIS = _layout('Revisited Paris', 'rparis6k', 6322, 'parisbuildings/paris_1-v1.tgz', 'parisbuildings/paris_2-v1.tgz')
 
 
 def read_ground_truth(path: str | os.PathLike) -> tuple[list[str], list[str], list[dict[str, Any]]]:
