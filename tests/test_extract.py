@@ -239,10 +239,12 @@ def test_workers_end_with_a_killed_process(tmp_path):
         Image.new('RGB', (300, 300)).save(tmp_path / f'{i}.png')
     script = (
         'import multiprocessing, sys, time\n'
-        'from timm_multigrain.embed.embedder import decode\n'
+        'from timm_multigrain.embed.embedder import Embedder\n'
+        'from timm_multigrain.models import MultiGrain\n'
         'from timm_multigrain.images.sources import find_images\n'
         'from timm_multigrain.embed.protocol import Protocol\n'
-        'images = decode(find_images(sys.argv[1]), Protocol(size=512), range(200), workers=2)\n'
+        'embedder = Embedder(MultiGrain("test_resnet", 0), Protocol(size=512), workers=2)\n'
+        'images = embedder.decode(find_images(sys.argv[1]), range(200))\n'
         'next(images)\n'
         'print(*(child.pid for child in multiprocessing.active_children()), flush=True)\n'
         'time.sleep(60)\n')

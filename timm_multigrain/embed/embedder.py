@@ -145,11 +145,19 @@ class Embedder:
 
     def decode(self, source: ImageSource, indices: Sequence[int], progress: bool = False,
                title: str = 'Embedding') -> Iterator[Decoded]:
-        """`decode` for this model and protocol, with a bar."""
+        """Images read and resized by worker processes, in the order of the indices, with a bar."""
+        workers = self.workers
+        if workers is None:
+            cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+            workers = min(8, max(0, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
+        loader = DataLoader(
+            _Images(source, self.protocol, indices, self.model.input_sizes), batch_size=_CHUNK, collate_fn=list,
+            num_workers=min(workers, math.ceil(len(indices) / _CHUNK)), worker_init_fn=_end_with_parent)
         with progress_bar(len(indices), progress, title) as bar:
-            for item in decode(source, self.protocol, indices, self.workers, self.model.input_sizes):
-                yield item
-                bar.update()
+            for chunk in loader:
+                for item in chunk:
+                    yield item
+                    bar.update()
 
     def embed(self, stream: Iterable[Decoded], on_error: OnError = None) -> Iterator[Embedded]:
         """Results one batch late: a GPU works on the next batch while the last one's results are handed out.
@@ -253,24 +261,6 @@ class Embedder:
         else:  # GeM's values are above 0
             mean = power_mean(stacked, head.pool.p, torch.finfo(stacked.dtype).tiny, dim=[0], fixed=head.pool.fixed)
         return l2_normalize(mean) if self.descriptor else mean
-
-
-def decode(
-        source: ImageSource,
-        protocol: Protocol,
-        indices: Sequence[int],
-        workers: int | None = None,
-        sizes: InputSizes | None = None,
-) -> Iterator[Decoded]:
-    """Images read and resized by worker processes, in the order of the indices; with `sizes` to one of those."""
-    if workers is None:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-        workers = min(8, max(0, cores // int(os.environ.get('LOCAL_WORLD_SIZE', 1)) - 1))
-    workers = min(workers, math.ceil(len(indices) / _CHUNK))
-    loader = DataLoader(
-        _Images(source, protocol, indices, sizes), batch_size=_CHUNK, num_workers=workers, collate_fn=list,
-        worker_init_fn=_end_with_parent)
-    return (item for chunk in loader for item in chunk)
 
 
 class _Images(Dataset):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from timm_multigrain.files import counted, printable
-from timm_multigrain.images.sources import ImageFiles, ImageSource, image_names
+from timm_multigrain.images.sources import ImageSource, image_names
 from timm_multigrain.measure.archives import RemoteFile
 
 Scores = Iterable[torch.Tensor]
@@ -70,11 +70,6 @@ class SetFolder:
         if not self.path.is_dir():
             raise FileNotFoundError(f'{benchmark.name} not found: {folder} is not a folder; {benchmark.source}.')
         self.names = image_names(self.path)
-
-    def files(self, names: Iterable[str]) -> ImageFiles:
-        """Images by path relative to the folder."""
-        names = list(names)
-        return ImageFiles([self.path / name for name in names], names=names)
 
     def find(self, names: Iterable[str], prefer: str | None = None) -> dict[str, Path]:
         """Those of these files that are below the folder, wherever an archive put them.

@@ -82,7 +82,7 @@ class Disc21(Benchmark):
             title=part_of(cls.name, len(named), len(references)) if subset else f'{cls.name} ({len(named)} queries)',
             queries=ImageFiles(located[:len(named)], names=named),
             database=ImageFiles(located[len(named):], names=references),
-            training=data.files(training) if training else None,
+            training=ImageFiles([data.path / name for name in training], training) if training else None,
             pairs=[(rows[query], places[reference]) for query, reference in pairs])
 
 
