@@ -50,28 +50,22 @@ class RetrievalResult:
         return float(np.mean([own[0] < k for own in self.ranks if len(own)]))
 
     def map_at(self, k: int) -> float:
-        """mAP@K of the landmark challenges (Weyand et al., arXiv 2004.01804) and of ILIAS (arXiv 2502.11748).
-
-        The precisions at the relevant items among the first k, summed, over the most there can be of these.
-        """
+        """mAP@K of the landmark challenges (Weyand et al., arXiv 2004.01804) and of ILIAS (arXiv 2502.11748): the
+        precisions at the relevant items among the first k, summed, over the most there can be of these."""
         return self._map_at(np.full(len(self.ranks), k))
 
     @property
     def map_at_r(self) -> float:
         """MAP@R (Musgrave et al., arXiv 2003.08505): `map_at` with the number of its relevant items for each query."""
-        return self._map_at(self._counts)
+        return self._map_at(np.array([len(own) for own in self.ranks]))
 
     def _map_at(self, depths: np.ndarray) -> float:
-        places, counts = np.concatenate(self.ranks), self._counts
+        places, counts = np.concatenate(self.ranks), np.array([len(own) for own in self.ranks])
         queries = np.repeat(np.arange(len(counts)), counts)
         found = np.arange(1, len(places) + 1) - np.repeat(np.cumsum(counts) - counts, counts)
         precisions = np.where(places < depths[queries], found / (places + 1), 0.)
         sums, asked = np.bincount(queries, precisions, minlength=len(counts)), counts > 0
         return float((sums[asked] / np.minimum(counts, depths)[asked]).mean())
-
-    @cached_property
-    def _counts(self) -> np.ndarray:
-        return np.array([len(own) for own in self.ranks])
 
     def mp_at(self, k: int) -> float:
         """Mean precision at k, of each query counted to its last relevant item if that comes earlier."""
@@ -81,7 +75,7 @@ class RetrievalResult:
     @property
     def num_queries(self) -> int:
         """Queries with something to find."""
-        return int((self._counts > 0).sum())
+        return sum(len(own) > 0 for own in self.ranks)
 
     def __str__(self) -> str:
         return f'mAP {100 * self.map:.2f} % over {counted(self.num_queries, "query")}'
@@ -175,31 +169,11 @@ def ukb_score(scores: Scores, groups: Indices) -> float:
     return float(np.mean([(ranks(own) < UKB_GROUP).sum() for own in count_above(scores, members)]))
 
 
-@dataclass(frozen=True, eq=False)
-class CopyResult:
-    """Micro average precision of ranked pairs.
-
-    Attributes:
-        ranks: 0-based ranks of the true pairs that were found, ascending, (T,) int64.
-        num_true: True pairs, found or not.
-    """
-    ranks: np.ndarray = field(repr=False)
-    num_true: int
-
-    @property
-    def _precisions(self) -> np.ndarray:
-        """Down to each true pair, (T,) float64."""
-        return np.arange(1, len(self.ranks) + 1) / (self.ranks + 1)
-
-    @property
-    def uap(self) -> float:
-        """Micro average precision, in [0, 1]: sum of the precisions at the true pairs over their number."""
-        return float(self._precisions.sum() / self.num_true)
-
-    @property
-    def recall_at_p90(self) -> float:
-        """Most recall with a precision of 90 % or more, in [0, 1]; 0 if that precision is never reached."""
-        return int((1 + np.flatnonzero(self._precisions >= 0.9)).max(initial=0)) / self.num_true
+class CopyResult(NamedTuple):
+    """Of ranked pairs: micro average precision, the sum of the precisions at the true pairs over their number, and the
+    most recall with a precision of 90 % or more, 0 if that is never reached; in [0, 1]."""
+    uap: float
+    recall_at_p90: float
 
 
 def micro_average_precision(
@@ -210,8 +184,7 @@ def micro_average_precision(
 ) -> CopyResult:
     """Measures of predicted pairs, such as the nearest references of every query, in one ranking over all queries.
 
-    Micro average precision and recall at 90 % precision as `The 2021 image similarity dataset and challenge`, Douze et
-    al. 2021, defines them: a score has to mean the same for every query.
+    `The 2021 image similarity dataset and challenge`, Douze et al. 2021: a score has to mean the same for every query.
 
     Args:
         query_ids: Query of each predicted pair, (P,) names or numbers; a pair is predicted once.
@@ -231,8 +204,10 @@ def micro_average_precision(
     if not truth:
         raise ValueError('true_pairs is empty: nothing to find.')
     correct = np.array([pair in truth for pair in predicted], dtype=bool)
-    order = np.lexsort((correct, -scores))  # false ones first among equal scores
-    return CopyResult(np.flatnonzero(correct[order]), len(truth))
+    places = np.flatnonzero(correct[np.lexsort((correct, -scores))])  # false ones first among equal scores
+    precisions = np.arange(1, len(places) + 1) / (places + 1)
+    most = int((1 + np.flatnonzero(precisions >= 0.9)).max(initial=0))
+    return CopyResult(float(precisions.sum() / len(truth)), most / len(truth))
 
 
 def knn_accuracy(

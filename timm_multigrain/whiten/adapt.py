@@ -113,9 +113,6 @@ def adapt(
         work_dir: Folder that keeps the embeddings, see `whiten_model`; that of ``timm-multigrain embed --raw`` with the
             same images and settings will do, and the trunk does not run then.
         **extraction: As of `extract`: batch_size, workers, device, dtype, progress.
-
-    Raises:
-        ValueError: The model is whitened already, several views of an image, or less than two groups.
     """
     _check_number(len({group for group in groups if group >= 0}))  # before the trunk runs
 

@@ -54,7 +54,6 @@ class WhiteningFit:
         proj: (C + 1, k) float64, a column per component, strongest first.
         eigenvalues: (k,) float64, variances along the components before whitening; of a learned whitening, ratios of
             all variance to that between matching images.
-        num_images: Images it was fitted on.
         num_constant: Directions without variance, scaled as the strongest one.
         shrinkage: Share of the identity in the covariance.
         kind: 'pca', 'learned', or 'adapted' (`fit_adaptation`, which whitens nothing).
@@ -71,11 +70,6 @@ class WhiteningFit:
     def dim(self) -> int:
         """Size k of the whitened embedding."""
         return self.proj.shape[1]
-
-    def to_dict(self) -> dict:
-        """What it is, without the matrices, for JSON."""
-        return {'kind': self.kind, 'dim': self.dim, 'images': self.num_images,
-                'shrinkage': self.shrinkage, 'constant': self.num_constant}
 
     def __str__(self) -> str:
         notes = [f'shrinkage {self.shrinkage:.3g}'] * bool(self.shrinkage)
@@ -94,8 +88,7 @@ def fit_whitening(
 
     Args:
         embeddings: Pooled embeddings, not normalised: (n, C), or batches of them.
-        dim: Number k of components kept, strongest first; C + 1 by default. With fewer, the classifier that is
-            folded in sees the embedding without the others, and its logits become approximate.
+        dim: Number k of components kept, strongest first; C + 1 by default. With fewer the logits become approximate.
         shrinkage: Share s in [0, 1] of (1 - s) covariance + s (mean variance) identity, or 'oas' to estimate it (Chen
             et al. 2010). None: 0 with C + 2 images (or pairs) or more, as the original; 'oas' with fewer.
         pairs: (m, 2) numbers of matching images to learn from, see `matching_pairs`; the embeddings are (n, C) then.
@@ -115,8 +108,16 @@ def fit_whitening(
         raise ValueError(f'dim={dim}: an embedding of {pca.dim - 1} channels and the constant one has 1 to {pca.dim}.')
     if not (shrinkage in (None, 'oas') or (isinstance(shrinkage, (int, float)) and 0 <= shrinkage <= 1)):
         raise ValueError(f"shrinkage={shrinkage!r}: give a share from 0 to 1, or 'oas'.")
-    if pairs is None:
-        _check_number(pca.count, dim or pca.dim, shrinkage, pca.dim)
+    if pairs is None:  # the covariance of n images has rank n - 1
+        count, asked = pca.count, dim or pca.dim
+        if count < 2:
+            raise ValueError(f'{count} image is not enough: whitening needs at least {pca.dim + 1}.')
+        if shrinkage is None and count <= pca.dim:
+            warnings.warn(f'{count} images are fewer than the {pca.dim + 1} that a whitening of {pca.dim} channels '
+                          'needs: its covariance is shrunk towards the identity. Give more images.', stacklevel=2)
+        if shrinkage == 0 and asked > count - 1:
+            raise ValueError(f'{count} images have {count - 1} components, and {asked} are asked for: give at least '
+                             f'{asked + 1} images, dim={count - 1}, or leave shrinkage out.')
     within = pca if pairs is None else _differences(embeddings, pairs)
     values, vectors = within.eigh()
     if not values[0] > NOTHING:
@@ -148,18 +149,6 @@ def _accumulate(embeddings: torch.Tensor | Iterable[torch.Tensor]) -> StreamingP
     if pca is None or not pca.count:
         raise ValueError('No images to fit a whitening on.')
     return pca
-
-
-def _check_number(count: int, dim: int, shrinkage: float | str | None, most: int) -> None:
-    """Whether so many images are enough: the covariance of n has rank n - 1."""
-    if count < 2:
-        raise ValueError(f'{count} image is not enough: whitening needs at least {most + 1}.')
-    if shrinkage is None and count <= most:
-        warnings.warn(f'{count} images are fewer than the {most + 1} that a whitening of {most} channels needs: its '
-                      'covariance is shrunk towards the identity. Give more images.', stacklevel=3)
-    if shrinkage == 0 and dim > count - 1:
-        raise ValueError(f'{count} images have {count - 1} components, and {dim} are asked for: give at least '
-                         f'{dim + 1} images, dim={count - 1}, or leave shrinkage out.')
 
 
 def _differences(embeddings: torch.Tensor, pairs: np.ndarray | Sequence[tuple[int, int]]) -> StreamingPCA:
@@ -204,11 +193,9 @@ def with_constant(embeddings: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def fold_whitening(model: MultiGrain, fit: WhiteningFit) -> None:
-    """Give a model the whitening, in place, and fold its inverse into the classifier.
+    """Give a model the whitening, in place, and fold its inverse into the classifier; in float64.
 
-    The logits of an image are those of before divided by |[e; 1]|; with fewer than C + 1 components they are those of
-    the embedding projected onto the ones that are kept. The arithmetic is float64, what is stored has the model's
-    dtype.
+    With fewer than C + 1 components the logits are those of the embedding projected onto the ones that are kept.
     """
     if model.whitened:
         raise ValueError('The model is whitened already: fit a whitening to the model without one.')
@@ -225,17 +212,14 @@ def fold_whitening(model: MultiGrain, fit: WhiteningFit) -> None:
         classifier = torch.cat([old.weight, bias[:, None].to(old.weight)], dim=1).cpu().double()
         # what is inverted is what was stored, so that the rounding cancels
         mean, proj = (t.cpu().double() for t in (head.whitening.mean, head.whitening.proj))
-        head.fc.weight.copy_(_times_inverse(classifier, proj).to(head.fc.weight.dtype))
+        if proj.shape[0] == proj.shape[1]:
+            weight = torch.linalg.solve(proj, classifier.T).T
+        else:  # the pseudo-inverse
+            weight = torch.linalg.solve(proj.T @ proj, proj.T @ classifier.T).T
+        head.fc.weight.copy_(weight.to(head.fc.weight.dtype))
         head.fc.bias.copy_((classifier @ mean).to(head.fc.bias.dtype))
         head.fc.requires_grad_(old.weight.requires_grad)
     model.train(training)
-
-
-def _times_inverse(classifier: torch.Tensor, proj: torch.Tensor) -> torch.Tensor:
-    """classifier times the (pseudo-)inverse of proj^T: (K, C + 1), (C + 1, k) to (K, k)."""
-    if proj.shape[0] == proj.shape[1]:
-        return torch.linalg.solve(proj, classifier.T).T
-    return torch.linalg.solve(proj.T @ proj, proj.T @ classifier.T).T
 
 
 @dataclass(frozen=True, eq=False)
@@ -256,8 +240,10 @@ class WhitenedModel:
     skipped: dict[str, str] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """What the whitening belongs to, for JSON."""
-        return {**self.fit.to_dict(), 'p': json_p(self.p), 'protocol': self.protocol.to_dict()}
+        """What the whitening is, without its matrices, and what it belongs to, for JSON."""
+        fit = self.fit
+        return {'kind': fit.kind, 'dim': fit.dim, 'images': fit.num_images, 'shrinkage': fit.shrinkage,
+                'constant': fit.num_constant, 'p': json_p(self.p), 'protocol': self.protocol.to_dict()}
 
     def __str__(self) -> str:
         p = f', p = {self.p:g}' if isinstance(self.p, float) else ''
@@ -292,8 +278,6 @@ def whiten_model(
         work_dir: Folder that keeps the embeddings, so that a run that was cut off goes on.
         **extraction: As of `extract`: batch_size, workers, device, dtype, progress.
 
-    Raises:
-        ValueError: The model is whitened already, several views of an image, or too few images.
     """
     def fit(folder: Path, described: Descriptors) -> WhiteningFit:
         if groups is None:
