@@ -16,7 +16,7 @@ from pathlib import Path
 import timm
 import torch
 
-from timm_multigrain.demo.measuring import measure
+from timm_multigrain.demo.run import measure
 from timm_multigrain.demo.training import TrainSettings, open_pictures, protocol_of, train_model
 from timm_multigrain.files import write_text
 from timm_multigrain.loss import DistanceWeightedSampler

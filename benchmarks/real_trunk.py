@@ -25,7 +25,7 @@ import torch
 import yaml
 
 from timm_multigrain import Protocol, evaluate, open_images, open_model, register_multigrain
-from timm_multigrain.demo.measuring import KINDS, EditedCopies, copy_ap
+from timm_multigrain.demo.run import KINDS, EditedCopies, copy_ap
 from timm_multigrain.embed.embedder import embed_images, in_order
 from timm_multigrain.files import write_text
 from timm_multigrain.images.copies import COPY_TRANSFORMS

@@ -10,9 +10,8 @@ from timm.data import create_dataset
 
 from timm_multigrain.cli.main import main
 from timm_multigrain.demo import pictures as drawing
-from timm_multigrain.demo.measuring import KINDS, Scores, measure
 from timm_multigrain.demo.pictures import CLASSES, draw_picture, make_collection
-from timm_multigrain.demo.run import _gallery
+from timm_multigrain.demo.run import KINDS, Scores, _gallery, measure
 from timm_multigrain.demo.training import TrainSettings, open_pictures, protocol_of, train_model
 from timm_multigrain.images.copies import make_copies
 from timm_multigrain.task import MultiGrainTask

@@ -182,7 +182,7 @@ def test_images_too_narrow_for_the_trunk_are_listed(source):
     ({'in_chans': 1}, {}, 'takes 1 channels'), ({'num_classes': 0}, {'logits': True}, 'num_classes=0')])
 def test_what_cannot_be_embedded(source, model_kwargs, kwargs, message):
     with pytest.raises(ValueError, match=message):
-        embed_images(tiny_model(**model_kwargs), source, Protocol(), **kwargs)
+        next(embed_images(tiny_model(**model_kwargs), source, Protocol(), **kwargs))
     broken = tiny_model()
     next(broken.trunk.parameters()).data.fill_(float('nan'))
     with pytest.raises(ValueError, match='not finite: the weights are damaged'):

@@ -1,27 +1,91 @@
-"""The whole demo: pictures, two trainings, measurements, a saved model and a page to look at."""
+"""The whole demo: pictures, two trainings, what the models find, a saved model and a page to look at."""
 import dataclasses
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+import torch
+from PIL import Image
 
+from timm_multigrain.embed.embedder import embed_images, in_order
+from timm_multigrain.embed.protocol import Protocol
 from timm_multigrain.files import write_text
-from timm_multigrain.images.copies import COPY_TRANSFORMS
+from timm_multigrain.images.copies import COPY_TRANSFORMS, make_copies
+from timm_multigrain.images.sources import ImageSource
+from timm_multigrain.measure.metrics import mean_average_precision
+from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.save import save_pretrained
 from timm_multigrain.report.report import Answer, Neighbor, Query, Table, write_report
 
-from .measuring import KINDS, EditedCopies, Scores, measure
 from .pictures import make_collection
 from .training import Pictures, TrainSettings, open_pictures, protocol_of, train_model
 
+KINDS = ('original', *COPY_TRANSFORMS)
 SHARES = (50, 10, 30, 70, 90)  # per cent: which queries are shown, in the order of their gain by the joint model
 NEIGHBORS = 8  # as many as there are copies
 INTRO = (
     'Two kinds of model, trained from scratch from the same seeds, on the same pictures and augmentations, in the same '
     'number of steps. One learns the classes only; the other, MultiGrain, also that augmented copies of a picture '
     'belong together. Each is asked for the class of held-out pictures, and for edited copies of them among all.')
+
+
+class EditedCopies(ImageSource):
+    """Pictures and their edited copies, in the order picture, kind."""
+
+    def __init__(self, pictures: ImageSource):
+        self.pictures = pictures
+        self.names = [f'{name}, {kind}' for name in pictures.names for kind in KINDS]
+        self._last = None, None  # number and picture: its copies follow each other
+
+    def load(self, i: int, exif: bool = True) -> Image.Image:
+        number, kind = divmod(i, len(KINDS))
+        if self._last[0] != number:
+            self._last = number, self.pictures.load(number, exif)
+        picture = self._last[1]
+        return make_copies(picture, [KINDS[kind]])[KINDS[kind]] if kind else picture
+
+
+class Scores(NamedTuple):
+    """Measurements of one model on held-out pictures.
+
+    Attributes:
+        top1: Per cent classified right.
+        copy_ap: (pictures,) AP in per cent of finding all edited copies of a picture among all pictures and copies.
+        copy_map_of: Its mean for each kind of copy alone.
+        similarity: (pictures, pictures * kinds) cosine similarities, database in the order picture, kind.
+        predictions: (pictures,) predicted classes.
+    """
+    top1: float
+    copy_ap: np.ndarray
+    copy_map_of: dict[str, float]
+    similarity: torch.Tensor
+    predictions: torch.Tensor
+
+
+def measure(model: MultiGrain, pictures: ImageSource, protocol: Protocol, workers: int | None = None) -> Scores:
+    """Top-1 of held-out pictures, and mAP of finding their edited copies among all of them."""
+    found = in_order(list(embed_images(model, EditedCopies(pictures), protocol, logits=True, workers=workers)))
+    vectors, predictions = found.vectors, found.logits[::len(KINDS)].argmax(1)
+    similarity = vectors[::len(KINDS)] @ vectors.T
+    top1 = (predictions == torch.tensor(pictures.labels)).double().mean().item()
+    kinds = range(1, len(KINDS))
+    of_kind = {KINDS[k]: copy_ap(similarity, [k]).mean() for k in kinds}
+    return Scores(100 * top1, copy_ap(similarity, kinds), of_kind, similarity, predictions)
+
+
+def copy_ap(similarity: torch.Tensor, wanted: Sequence[int]) -> np.ndarray:
+    """AP in per cent of these kinds of copies, (pictures,); the query and its other copies are left out of its list.
+
+    Args:
+        similarity: (pictures, pictures * kinds), the database in the order of `EditedCopies`.
+        wanted: Positions in `KINDS`.
+    """
+    others = np.setdiff1d(np.arange(len(KINDS)), list(wanted))
+    base = np.arange(len(similarity))[:, None] * len(KINDS)
+    return 100 * mean_average_precision(similarity, list(base + list(wanted)), list(base + others)).ap
 
 
 def run_demo(

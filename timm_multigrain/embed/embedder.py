@@ -75,13 +75,9 @@ def embed_images(
         UnreadableImage: Without ``on_error``.
         ValueError: Impossible arguments, or an embedding that is not finite.
     """
-    def embed() -> Iterator[Embedded]:
-        stream = embedder.decode(source, range(len(source)), progress)
-        with embedder.evaluating(), closing(stream):
-            yield from embedder.embed(stream, on_error)
-
-    embedder = Embedder(model, protocol, **extraction)  # whose errors come at once
-    return embed()
+    embedder = Embedder(model, protocol, **extraction)
+    with embedder.evaluating(), closing(embedder.decode(source, range(len(source)), progress)) as stream:
+        yield from embedder.embed(stream, on_error)
 
 
 class Embedder:

@@ -66,28 +66,23 @@ def extract(
         found, = _embed_stretches(embedder, source, [range(len(source))], strict, progress)
         found.info['protocol'] = protocol.to_dict()
     elif len(source):
-        found = _fill(Path(out_dir), model, source, protocol, strict, shard_size, progress, device, extraction)
+        with _processes(device) as (rank, world, agree, device):
+            embedder, folder = Embedder(model, protocol, device=device, **extraction), Path(out_dir)
+            manifest = _manifest(embedder, source, shard_size)
+            todo = agree(lambda: _prepare(folder, manifest))[rank::world]
+            stretches = [range(len(source))[number * shard_size:(number + 1) * shard_size] for number in todo]
+            title = 'Embedding' if world == 1 else f'Embedding (process 1 of {world})'
+            shards = _embed_stretches(embedder, source, stretches, strict, progress and rank == 0, title)
+            with closing(shards):
+                for number, shard in zip(todo, shards, strict=True):
+                    write_shard(folder, number, manifest, shard)
+            agree(lambda: _remove_leftovers(folder))  # when all are done
+        found = Descriptors.load(folder)
     if not len(source) or not len(found):
         raise ValueError(none_readable(len(source), found.skipped.values() if len(source) else ()))
     if strict and found.skipped:
         raise UnreadableImage(next(iter(found.skipped.values())))
     return found
-
-
-def _fill(folder: Path, model, source, protocol, strict, shard_size, progress, device, extraction) -> Descriptors:
-    """Make the shards of a folder that are missing."""
-    with _processes(device) as (rank, world, agree, device):
-        embedder = Embedder(model, protocol, device=device, **extraction)
-        manifest = _manifest(embedder, source, shard_size)
-        todo = agree(lambda: _prepare(folder, manifest))[rank::world]
-        stretches = [range(len(source))[number * shard_size:(number + 1) * shard_size] for number in todo]
-        title = 'Embedding' if world == 1 else f'Embedding (process 1 of {world})'
-        shards = _embed_stretches(embedder, source, stretches, strict, progress and rank == 0, title)
-        with closing(shards):
-            for number, shard in zip(todo, shards, strict=True):
-                write_shard(folder, number, manifest, shard)
-        agree(lambda: _remove_leftovers(folder))  # when all are done
-    return Descriptors.load(folder)
 
 
 def _embed_stretches(embedder: Embedder, source: ImageSource, stretches: Sequence[range], strict: bool, progress: bool,

@@ -118,7 +118,7 @@ class PResult:
         return write_text(path, json.dumps(self.to_dict(), indent=1) + '\n')
 
     def draw(self, path: str | os.PathLike) -> Path:
-        """Draw the criterion over p, and where the model's p, the best and the fine-tuned one are, into a picture."""
+        """Draw the criterion over p into a picture."""
         with extra('report', 'Drawing'):
             from matplotlib.figure import Figure
         figure, path = Figure(figsize=(6, 3.5), layout='constrained'), Path(path)
