@@ -15,7 +15,7 @@ from timm_multigrain.images.copies import EDITS
 from timm_multigrain.images.pixels import holds_several
 from timm_multigrain.index import Index
 from timm_multigrain.index.dedup import find_copies, measure_recall
-from timm_multigrain.index.detail import Picture, compare
+from timm_multigrain.index.detail import Picture, _is_inset, compare
 from timm_multigrain.index.keep import KEEP, write_script
 
 from .copies_folder import make_index, make_pictures
@@ -153,6 +153,8 @@ def test_what_is_never_certain():
         compared = compare(Picture(it), Picture(page))
         assert compared.alike and not compared.certain and 'inset' in compared.edits
         assert 'inset' not in compare(Picture(page), Picture(it)).edits
+    beside = np.array([[0.625, 0, 0.8156], [0, 0.5, 0], [0, 0, 1]])  # of which the whole shows the left edge only
+    assert _is_inset(Picture(it), beside) in (True, False)
     for part in ((0, 0, 320, 120), (0, 60, 320, 240), (80, 0, 320, 240)):
         assert compare(Picture(it), Picture(it.crop(part))).certain
 

@@ -25,19 +25,6 @@ class _Refused(Exception):
     """The status and the reason to answer with."""
 
 
-class _Body:
-    """Receives the body of a request, which ends, as if the connection were cut, where it is too long."""
-
-    def __init__(self, receive: Callable, max_bytes: int):
-        self.receive, self.max_bytes, self.size, self.more = receive, max_bytes, 0, True
-
-    async def __call__(self) -> dict:
-        message = await self.receive()
-        self.size += len(message.get('body', b''))
-        self.more = message.get('more_body', False)
-        return message if self.size <= self.max_bytes else {'type': 'http.disconnect'}
-
-
 @dataclass
 class Guard:
     """ASGI middleware.
@@ -57,12 +44,20 @@ class Guard:
         if scope['type'] == 'websocket':  # of no use here
             return await send({'type': 'websocket.close', 'code': 1008})
         asks = scope['path'].rstrip('/') == QUESTIONS.rstrip('/')
-        body = _Body(receive, self.max_bytes if asks else MAX_FORM)
+        most, size, more = self.max_bytes if asks else MAX_FORM, 0, True
+
+        async def body() -> dict:
+            """The next part; the body ends, as if the connection were cut, where it is too long."""
+            nonlocal size, more
+            message = await receive()
+            size, more = size + len(message.get('body', b'')), message.get('more_body', False)
+            return message if size <= most else {'type': 'http.disconnect'}
+
         try:
             self._check_sender(scope)
-            _check_request(scope, asks, body.max_bytes)
+            _check_request(scope, asks, most)
         except _Refused as e:
-            while body.more:  # a client that is still sending sees a closed connection, not the answer
+            while more:  # a client that is still sending sees a closed connection, not the answer
                 await body()
             status, reason = e.args
             return await PlainTextResponse(reason, status, {'connection': 'close'})(scope, receive, send)

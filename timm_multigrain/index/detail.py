@@ -207,11 +207,12 @@ def _is_inset(whole: Picture, matrix: np.ndarray) -> bool:
     deep, inner, outer = (
         np.round((whole.to_pixels @ matrix)[:2] @ [*(factor * frame), np.ones(frame.shape[1])]).astype(int)
         for factor in (0.955, 0.985, 1.015))
-    there = ((outer >= 0) & (outer < np.array(whole.grey.shape[::-1])[:, None])).all(0)
+    sides = np.array(whole.grey.shape[::-1])[:, None]
+    there = ((outer >= 0) & (outer < sides)).all(0)
     if there.mean() < 0.1:
         return False
     deep, inner, outer = (whole.grey[y[there], x[there]].astype(np.float32)
-                          for x, y in (deep.clip(0), inner.clip(0), outer))
+                          for x, y in (points.clip(0, sides - 1) for points in (deep, inner, outer)))
     changes = np.abs(inner - deep).mean() + 2
     return (np.abs(outer - inner).mean() > SEAM * changes or min(inner.std(), outer.std()) < 1
             or np.corrcoef(inner, outer)[0, 1] < GOES_ON)

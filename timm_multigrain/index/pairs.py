@@ -41,14 +41,11 @@ class Thresholds:
     """Similarities that decide.
 
     Attributes:
-        certain: The lowest one that no more than a share of the images, `false_positives`, have another one above.
+        certain: The lowest one that no more than a share of the images have another one above.
         possible: One that all but a few have a neighbour above; pairs from here on are copies if they look the same.
-        sample: Images that it was found from; 0 if it was given or there were none.
     """
     certain: float
     possible: float
-    false_positives: float | None = None
-    sample: int = 0
 
 
 DEFAULT = Thresholds(0.95, -0.99)  # of collections too small to say anything
@@ -70,7 +67,7 @@ def find_thresholds(vectors: np.ndarray, rows: np.ndarray, false_positives: floa
     both = nearest(np.asarray(vectors[sample]), in_chunks(vectors, rows), 2)[0]
     scores = np.sort(both[:, 1].numpy())  # both[:, 0] is the image itself
     certain = np.nextafter(scores[-1 - int(false_positives * len(sample))], np.float32(2))
-    return Thresholds(min(float(certain), 1.), float(np.quantile(scores, LONELY)), false_positives, len(sample))
+    return Thresholds(min(float(certain), 1.), float(np.quantile(scores, LONELY)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -119,21 +119,19 @@ class Store:
 
     def _take(self, db: sqlite3.Connection) -> None:
         """Take over the rows of all tables; one of the errors above if they are not what was written."""
-        tables, totals = {name: db.execute(f'SELECT * FROM {name}').fetchall() for name in _TABLES}, {}
+        tables = {name: db.execute(f'SELECT * FROM {name}').fetchall() for name in _TABLES}
+        settings = {name.decode(): parse_json(value) for name, value, _ in tables['settings']}
+        check_json(settings, _SETTINGS, 'settings')
+        self.config, self.state = settings['config'], settings['state']
         for name, rows in tables.items():
             form, checksums = _TABLES[name][2], [row[-1] for row in rows]
             if [zlib.crc32(form % row[:-1]) for row in rows] != checksums:
                 raise ValueError(f'the checksum of a row of {name} differs')
-            totals[name] = [len(rows), sum(checksums)]
-        settings = {name.decode(): parse_json(value) for name, value, _ in tables['settings']}
-        check_json(settings, _SETTINGS, 'settings')
-        self.config, self.state = settings['config'], settings['state']
-        for name, wanted in self.state['totals'].items():
-            if totals[name] != wanted:
-                raise ValueError(f'{totals[name][0]} of {name} are not the ones that were written')
+            if name != 'settings' and [len(rows), sum(checksums)] != self.state['totals'][name]:
+                raise ValueError(f'{len(rows)} of {name} are not the ones that were written')
         self._roots = [path for _, path, _ in tables['roots']]
         self.ids = np.array([row[0] for row in tables['images']], dtype=np.int64)
-        self.names = [row[1] for row in tables['images']]
+        self.names = [name for _, name, _, _ in tables['images']]
         self.records = np.frombuffer(b''.join([row[2] for row in tables['images']]), dtype=RECORD)
         images = np.array([row[0] for row in tables['regions']], dtype=np.int64)
         if not np.isin(images, self.ids).all():
