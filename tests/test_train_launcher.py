@@ -31,7 +31,6 @@ from timm_multigrain.cli.main import main
 from timm_multigrain.data import Lighting, RepeatedAugSampler
 from timm_multigrain.data.fast import TensorTransform
 from timm_multigrain.images.labels import read_class_names
-from timm_multigrain.loss import create_sampler
 from timm_multigrain.task import MultiGrainTask
 from timm_multigrain.train import launcher
 from timm_multigrain.train.options import TrainOptions
@@ -185,19 +184,6 @@ def train(script, images, tmp_path):
     return run
 
 
-@pytest.fixture(scope='module')
-def default_runs():
-    return {}
-
-
-@pytest.fixture
-def default(script, images, default_runs, tmp_path_factory):
-    """A training of one epoch with nothing but defaults, for comparison."""
-    if script not in default_runs:
-        default_runs[script] = training(script, images, tmp_path_factory.mktemp('default') / 'run')
-    return default_runs[script]
-
-
 def assert_joint(run: Run, weight: float = 0.5, model: str = 'multigrain', **kwargs) -> None:
     """Both losses were trained, and the checkpoint is one of timm's with the boundary beside the model."""
     row = run.rows[-1]
@@ -250,15 +236,6 @@ def test_defaults(train):
     settings = yaml.safe_load((run.folder / 'args.yaml').read_text())
     assert settings['mg_repeats'] == 3 and settings['mg_classif_weight'] == 0.5
     assert {f'mg_{option.name}' for option in fields(TrainOptions)} <= settings.keys()
-
-
-def test_help(script, capsys):
-    with restored(script), pytest.raises(SystemExit) as stopped:
-        launcher.launch(str(script), ['--help'])
-    shown = capsys.readouterr().out
-    assert stopped.value.code == 0 and '--batch-size' in shown
-    for option in fields(TrainOptions):
-        assert f'  --mg-{option.name}'.replace('_', '-') in shown
 
 
 def test_boundary_follows_the_distances(train):
@@ -357,10 +334,10 @@ def test_epoch_length_and_lighting(train):
 
 
 @pytest.mark.parametrize('loss', ['triplet', 'pml:TripletMarginLoss'])
-def test_instance_losses(train, default, loss):
+def test_instance_losses(train, loss):
     if loss.startswith('pml:'):
         pytest.importorskip('pytorch_metric_learning')
-    run = train('--mg-instance-loss', loss)
+    default, run = train(), train('--mg-instance-loss', loss)
     row = run.rows[0]
     assert row['train_loss'] == pytest.approx(
         0.5 * row['train_classification_loss'] + 0.5 * row['train_instance_loss'], rel=1e-4)
@@ -369,14 +346,6 @@ def test_instance_losses(train, default, loss):
     assert len(run.groups) == len(default.groups) - 1
     assert_plain_keys(run)
     assert not torch.equal(*(r.checkpoint['state_dict']['trunk.conv1.0.weight'] for r in (run, default)))
-
-
-def test_sampling(train, default):
-    for name in ('row', 'batch', 'uniform'):
-        run = default if name == 'row' else train('--mg-sampling', name)
-        assert_joint(run)
-        assert repr(run.task.sampler) == repr(create_sampler(name)) and run.task.sampler.max_positives == 2
-        assert (run.rows[0]['train_effective_negatives'] == pytest.approx(9)) == (name == 'uniform')
 
 
 def test_class_names_are_written(train, images, tmp_path):
@@ -535,7 +504,7 @@ def test_auto_refuses(train, capsys):
     ('--model-kwargs mg_repeats=2', 'give --mg-repeats here'), ('--mg-epoch-len-factor 0.1', 'no full batch of 12'),
     ('--resume missing.pth', 'file not found'), (f'--resume {"x" * 5000}', '--resume xxx'),
     ('--num-classes 2', 'the training set has 3 classes and the model 2: give --num-classes 3'),
-    ('--model multigrain_resnet19', "--model multigrain_resnet19: Unknown trunk 'resnet19'"),
+    ('--model multigrain_resnet19', 'cannot be created: Unknown model (multigrain_resnet19)'),
     ('--model resnet19', '--model resnet19 cannot be created: Unknown model (resnet19)'),
     ('--model-kwargs trunk=test_resnet colour=red', "unexpected keyword argument 'colour'"),
     ('--model-kwargs trunk', '--model-kwargs or the like is not NAME=VALUE'),

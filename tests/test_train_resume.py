@@ -1,9 +1,5 @@
 """Trainings in processes of their own: one that is resumed, which is exact or refused at once, and two of torchrun."""
 import argparse
-import csv
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,9 +11,7 @@ from timm_multigrain.task import MultiGrainTask
 from timm_multigrain.train.options import TrainOptions, resume_problem
 
 from .test_train_evaluation import figures_of, load
-from .test_train_launcher import SCRIPTS
-
-ROOT = Path(__file__).resolve().parents[1]
+from .test_train_launcher import SCRIPTS, arguments, finished, python
 
 
 def _checkpoint(path, joint=True, **changes):
@@ -64,19 +58,12 @@ multiprocessing.set_start_method('spawn')
 '''
 
 
-def _run(script, noise_folder, folder, *flags, launcher=(), path=ROOT):
-    """A training of a tiny model."""
-    command = [
-        sys.executable, '-m', *launcher, 'timm_multigrain', script, '--data-dir', noise_folder, '--model', 'multigrain',
-        '--model-kwargs', 'trunk=test_resnet', '--num-classes', 3, '--device', 'cpu', '--output', folder.parent,
-        '--experiment', folder.name, *flags]
-    environment = {**os.environ, 'PYTHONPATH': str(path), 'OMP_NUM_THREADS': '1'}
-    return subprocess.run([*map(str, command)], env=environment, capture_output=True, text=True, timeout=400)
-
-
-def _load(path):
-    torch.serialization.add_safe_globals([argparse.Namespace])
-    return torch.load(path, weights_only=True)
+def _run(script, noise_folder, folder, *flags, launcher=()):
+    """A training of a tiny model: rows of its summary.csv, its last checkpoint and its log."""
+    done = python('-m', *launcher, 'timm_multigrain', script, *arguments(noise_folder, folder, *flags),
+                  cwd=folder.parent)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return *finished(folder), done.stderr
 
 
 @pytest.mark.slow
@@ -84,15 +71,11 @@ def _load(path):
 def test_resumed_equals_uninterrupted(script, noise_folder, tmp_path):
     """The workers of the resumed run are spawned, which import the launcher anew; those of the other are forked."""
     (tmp_path / 'spawned.py').write_text(_SPAWN)
-    flags = [
-        '--input-size', 3, 32, 32, '-b', 12, '--epochs', 3, '--opt', 'adamw', '--lr', 0.003, '--warmup-epochs', 1,
-        '--no-aug', '--model-ema', '--model-ema-decay', 0.9, '-j', 1]
-    for name, module, more in (
-            ('whole', [], []), ('resumed', ['spawned'], ['--resume', tmp_path / 'whole' / 'checkpoint-1.pth.tar'])):
-        done = _run(script, noise_folder, tmp_path / name, *flags, *more, '--device-modules', 'tests.same_copies',
-                    *module, path=f'{ROOT}{os.pathsep}{tmp_path}')
-        assert done.returncode == 0, done.stderr
-    whole, resumed = (_load(tmp_path / name / 'last.pth.tar') for name in ('whole', 'resumed'))
+    flags = ['--epochs', 3, '--opt', 'adamw', '--lr', 0.003, '--warmup-epochs', 1, '--no-aug', '--model-ema',
+             '--model-ema-decay', 0.9, '-j', 1, '--device-modules', 'tests.same_copies']
+    _, whole, _ = _run(script, noise_folder, tmp_path / 'whole', *flags)
+    _, resumed, _ = _run(script, noise_folder, tmp_path / 'resumed', *flags, 'spawned', '--resume',
+                         tmp_path / 'whole' / 'checkpoint-1.pth.tar')
     assert whole['epoch'] == resumed['epoch'] == 2 and not (tmp_path / 'resumed' / 'checkpoint-1.pth.tar').exists()
     assert whole['task_state']['instance_loss']['beta'] > 0
     for key in ('state_dict', 'state_dict_ema'):
@@ -107,23 +90,19 @@ def test_resumed_equals_uninterrupted(script, noise_folder, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize('script', SCRIPTS, ids=lambda p: f'{p.parent.name}/{p.name}')
 def test_two_processes_train_one_model(script, noise_folder, tmp_path):
-    done = _run(
-        script, noise_folder, tmp_path / 'run', '--input-size', 3, 64, 64, '-b', 9, '--epochs', 2, '--lr', 0.01,
-        '-j', 0, '--log-interval', 1, '--mg-sampling', 'uniform', '--mg-gather', '--mg-eval', '--model-ema',
-        '--grad-accum-steps', 2,
+    rows, checkpoint, log = _run(
+        script, noise_folder, tmp_path / 'run', '--img-size', 64, '-b', 9, '--epochs', 2, '--lr', 0.01,
+        '--mg-sampling', 'uniform', '--mg-gather', '--mg-eval', '--model-ema', '--grad-accum-steps', 2,
         launcher=['torch.distributed.run', '--standalone', '--nproc-per-node', '2', '-m'])
-    assert done.returncode == 0, done.stderr[-3000:]
-    checkpoint = _load(tmp_path / 'run' / 'last.pth.tar')
-    rows = list(csv.DictReader((tmp_path / 'run' / 'summary.csv').open()))
     model = timm.create_model('multigrain', trunk='test_resnet', num_classes=3)
     model.load_state_dict(checkpoint['state_dict'], strict=True)
     # 36 images, shared out: one step of 2 accumulated batches of 9 a process and epoch; one process logs
-    assert done.stderr.count('Train: 1 [') == 1 and len(rows) == 2
-    assert done.stderr.count('MultiGrain: repeats=3') == 1
-    assert float(rows[-1]['train_instance_loss']) > 0
+    assert log.count('Train: 1 [') == 1 and len(rows) == 2
+    assert log.count('MultiGrain: repeats=3') == 1
+    assert rows[-1]['train_instance_loss'] > 0
     # 3 images of 3 copies in a batch, the negatives of an anchor are the others of both processes
-    assert float(rows[-1]['train_effective_negatives']) == pytest.approx(15)
+    assert rows[-1]['train_effective_negatives'] == pytest.approx(15)
     assert checkpoint['task_state']['instance_loss']['beta'].item() != pytest.approx(1.2, abs=1e-7)
     averaged = load({'state_dict': checkpoint['state_dict_ema']})  # which is validated last
     for name, value in figures_of(averaged, noise_folder / 'validation', 64).items():
-        assert float(rows[-1][f'eval_{name}']) == pytest.approx(value)
+        assert rows[-1][f'eval_{name}'] == pytest.approx(value)

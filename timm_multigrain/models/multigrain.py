@@ -218,10 +218,7 @@ class MultiGrain(nn.Module):
         """Size of the embedding: the trunk's channels, or the components of the whitening."""
         return self.head.embed_dim
 
-    @property
-    def head_hidden_size(self) -> int:
-        """timm's name of `embed_dim`."""
-        return self.head.embed_dim
+    head_hidden_size = embed_dim  # timm's name
 
     @property
     def input_sizes(self) -> InputSizes:

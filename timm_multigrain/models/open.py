@@ -18,7 +18,7 @@ import timm
 import torch
 import torch.nn as nn
 from timm.data import resolve_data_config
-from timm.models import get_model_traits, get_pretrained_cfg, get_pretrained_cfg_value, is_model_pretrained
+from timm.models import get_pretrained_cfg, get_pretrained_cfg_value, is_model_pretrained
 
 from timm_multigrain.files import read_json
 from timm_multigrain.images.labels import read_class_names
@@ -27,7 +27,7 @@ from timm_multigrain.layers import GeM, is_multigrain_pool
 from .download import check_reachable, download
 from .multigrain import MultiGrain, rebuilding_args
 from .registry import register_multigrain
-from .trunk import model_cfg, sharing_copy
+from .trunk import model_cfg, own_size, sharing_copy
 from .weights import (
     CONFIG,
     SSCD_CFG,
@@ -137,7 +137,7 @@ def _open(name: str, pretrained: bool, ema: bool, architecture: str | None) -> n
         if pretrained:
             check_reachable(name[len('hf-hub:'):].partition('@')[0], name)
         return timm.create_model(name, pretrained=pretrained)
-    if not _is_model(name):
+    if not is_model(name):
         raise FileNotFoundError(
             f'{name} is neither a folder, nor a file, nor a model of timm: give a folder of save_pretrained, a '
             'checkpoint of train.py, or a name such as multigrain_resnet50 or resnet50.')
@@ -152,8 +152,8 @@ def _open(name: str, pretrained: bool, ema: bool, architecture: str | None) -> n
     return timm.create_model(name, pretrained=pretrained)
 
 
-def _is_model(name: Any) -> bool:
-    """Whether timm knows a model, or the trunk of a multigrain_* one."""
+def is_model(name: Any) -> bool:
+    """Whether timm knows a model, or the trunk of a multigrain_* one, which is then registered."""
     if not isinstance(name, str) or ':' in name or os.sep in name:
         return False
     arch = name.partition('.')[0]
@@ -175,7 +175,7 @@ def _from_folder(path: Path) -> nn.Module:
             raise FileNotFoundError(f'{path} has no {file}: save the model with timm_multigrain.save_pretrained.')
     config = read_json(path / CONFIG)
     with _building(f'{path / CONFIG}'):
-        if not _is_model(config.get('architecture')):
+        if not is_model(config.get('architecture')):
             raise ValueError(f'the architecture {config.get("architecture")!r:.100} is not a model of timm.')
         check_saved_args(config.get('model_args'))
         check_config(config.get('pretrained_cfg') or {})
@@ -191,7 +191,7 @@ def _from_file(path: Path, shown: str, ema: bool, architecture: str | None) -> n
         of_timm = args or not (architecture or 'multigrain').startswith('multigrain')
         state = weights_in(checkpoint, ema) if of_timm else model_state(checkpoint, ema)
         name = architecture or (args.get('model') if args else recognize_model(state))
-        if ':' not in (architecture or '') and not _is_model(name):
+        if ':' not in (architecture or '') and not is_model(name):
             near = ' or '.join(difflib.get_close_matches(f'{name}', timm.list_models('multigrain_*'), n=2))
             raise ValueError(f'{name!r:.200} is not a registered model' + f', did you mean {near}?' * bool(near) + (
                 '' if architecture else ', and no other name in a file is followed: timm-multigrain convert FILE -o '
@@ -225,7 +225,7 @@ def _model_args(name: str, state: dict, args: dict) -> dict[str, Any]:
                   if not str(k).startswith('mg_') and k not in ('pretrained_trunk', 'pretrained_cfg_overlay')}
     check_saved_args(kwargs)
     ours = is_multigrain(state) or name.startswith('multigrain')
-    classifier = 'head.fc' if ours else _is_model(name) and get_pretrained_cfg_value(name, 'classifier')
+    classifier = 'head.fc' if ours else is_model(name) and get_pretrained_cfg_value(name, 'classifier')
     classes = len(state.get(f'{classifier}.weight', ()))
     size = args.get('input_size')
     return dict(
@@ -286,7 +286,7 @@ def _pooling_of(model: nn.Module) -> dict[str, Any] | None:
 @torch.no_grad()
 def _same_outputs(model: nn.Module, own: MultiGrain) -> bool:
     """Whether the MultiGrain computes what the timm model does, seen on one picture of the model's size."""
-    size = get_model_traits(model).get('img_size') or model.pretrained_cfg['input_size'][-2:]
+    size = own_size(model)
     x = torch.linspace(-2, 2, own.in_chans * size[0] * size[1]).sin().view(1, own.in_chans, *size)
     expected, got = model.eval()(x), own.eval()(x)
     if not isinstance(expected, torch.Tensor) or expected.shape != got.shape:

@@ -98,7 +98,7 @@ def sharing_copy(module: nn.Module) -> nn.Module:
 def probe_trunk(trunk: nn.Module, name: str, pooled: bool = False) -> FeatureMap:
     """Find format and channels of what a trunk gives by one forward of shapes only (meta device: no arithmetic)."""
     try:
-        x = _meta_forward(trunk, _own_size(trunk))
+        x = _meta_forward(trunk, own_size(trunk))
     except _FAILURES as e:
         raise ValueError(f'Trunk {name!r} does not run without its classifier: {e}') from e
     shape = tuple(x.shape) if isinstance(x, torch.Tensor) else ()
@@ -125,7 +125,7 @@ def find_input_sizes(trunk: nn.Module) -> InputSizes:
 
     What a trunk of a patch, grid or window size needs are multiples of some part of the size that it was built for.
     """
-    height, width = _own_size(trunk)
+    height, width = own_size(trunk)
     common = math.gcd(height, width)
     steps = [n for n in range(1, common + 1) if common % n == 0]
     if isinstance(trunk, timm.models.MultiScaleVit):  # reads beyond its table of positions, which shapes do not show
@@ -145,7 +145,8 @@ _MORE = 64  # pixels beyond its own size that a trunk is tried with
 _FAILURES = (RuntimeError, NotImplementedError, IndexError, AssertionError, ValueError, TypeError)
 
 
-def _own_size(trunk: nn.Module) -> tuple[int, int]:
+def own_size(trunk: nn.Module) -> tuple[int, int]:
+    """Height and width of the images that a timm model is built for."""
     size = getattr(getattr(trunk, 'patch_embed', None), 'img_size', None)
     return tuple(size or get_model_traits(trunk).get('img_size') or trunk.default_cfg['input_size'][-2:])
 

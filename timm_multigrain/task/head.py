@@ -10,6 +10,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
+from timm_multigrain.models.trunk import own_size
+
 _DROPOUTS = F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout
 
 
@@ -44,9 +46,8 @@ class _NoDropout(TorchFunctionMode):
 def inspect_head(model: nn.Module) -> Head:
     """The head of a timm model, found by running it once; the model is left in its mode."""
     modes = {module: module.training for module in model.modules()}
-    channels, *size = model.pretrained_cfg['input_size']
-    size = getattr(getattr(model, 'patch_embed', None), 'img_size', None) or size
-    x = torch.randn(1, getattr(model, 'in_chans', channels), *size, generator=torch.Generator().manual_seed(0))
+    channels = getattr(model, 'in_chans', model.pretrained_cfg['input_size'][0])
+    x = torch.randn(1, channels, *own_size(model), generator=torch.Generator().manual_seed(0))
     calls, classifier = [], model.get_classifier()
     handle = None
     try:

@@ -20,7 +20,7 @@ from typing import Any
 import timm
 import yaml
 
-from timm_multigrain import register_multigrain
+from timm_multigrain.models.open import is_model
 
 from .options import PREFIX, TrainOptions, add_options, stop
 from .plugin import EPOCH_ARGUMENTS, TrainPlugin
@@ -51,9 +51,7 @@ def launch(script: str, argv: list[str]) -> None:
         module.main()
     else:
         for word in argv:
-            name = word.removeprefix('--model=')
-            if timm.is_model(name.removeprefix('multigrain_').split('.')[0]):
-                register_named(name)
+            is_model(word.removeprefix('--model='))  # registers multigrain_TRUNK
         runpy.run_path(script, run_name='__main__')
 
 
@@ -113,7 +111,7 @@ def bind(script: ModuleType, settings: Mapping[str, Any], args: argparse.Namespa
         options = TrainOptions.from_mapping(settings)
     except (ValueError, ImportError) as e:
         stop(e)
-    register_named(args.model)
+    is_model(args.model)  # registers multigrain_TRUNK
     TrainPlugin(script, options, args).bind(script)
 
 
@@ -132,15 +130,3 @@ def check(script: ModuleType) -> None:
     lacking = [name for name in EPOCH_ARGUMENTS if name not in parameters]
     if lacking:
         stop(f'train_one_epoch of {where} does not take {", ".join(lacking)}: {_REMEDY}')
-
-
-def register_named(model: str) -> None:
-    """Register the model multigrain_TRUNK if it is not registered yet; stop if TRUNK is not a model of timm."""
-    if model.startswith('multigrain_') and not timm.is_model(model):
-        trunk = model.removeprefix('multigrain_')
-        if '.' in trunk:
-            stop(f'--model {model}: give --model multigrain --model-kwargs trunk={trunk}')
-        try:
-            register_multigrain(trunk)
-        except ValueError as e:
-            stop(f'--model {model}: {e}')
