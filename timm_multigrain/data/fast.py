@@ -35,11 +35,7 @@ _INTERPOLATIONS = {InterpolationMode.BILINEAR, InterpolationMode.BICUBIC}
 
 
 class TensorTransform:
-    """uint8 (3, H, W) RGB -> what a transform of timm gives for the image.
-
-    Args:
-        transform: Made by timm.data.create_transform for training.
-    """
+    """uint8 (3, H, W) RGB -> what a training transform of timm.data.create_transform gives for the image."""
 
     def __init__(self, transform: Callable):
         if not isinstance(transform, T.Compose):
@@ -58,10 +54,7 @@ def decode(content: bytes, way: str = 'multigrain') -> torch.Tensor:
     """Content of an image file -> uint8 (3, H, W) RGB.
 
     Upright grey and colour JPEG files are decoded by torchvision, while it has its decoder, all others by Pillow.
-
-    Args:
-        content: Content of the file.
-        way: 'multigrain', the pixels of `read_image`, or 'timm', those of Pillow's conversion to RGB.
+    ``way`` is 'multigrain', the pixels of `read_image`, or 'timm', those of Pillow's conversion to RGB.
     """
     if decode_jpeg is not None and content.startswith(b'\xff\xd8'):
         try:

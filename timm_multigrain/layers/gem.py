@@ -35,15 +35,12 @@ def gem(
     maximum, so that no p overflows or underflows.
 
     Args:
-        x: Map of any floating dtype.
+        x: Map of any floating dtype, which the result has, too.
         p: Exponent > 0: a number, or a tensor that broadcasts against x with `dim` reduced to 1, e.g. (C, 1, 1).
         eps: Floor of the values.
         dim: Dimensions to pool, side by side.
         keepdim: Keep the pooled dimensions as 1.
         fixed: Let a tensor p of one value mean what a number does, without waiting for a GPU.
-
-    Returns:
-        Pooled x in the dtype of x.
 
     Example:
         >>> x = torch.tensor([[[[1., 2.], [3., 4.]]]])  # one map of 2 x 2

@@ -175,8 +175,8 @@ class MetricLearningLoss(nn.Module):
 
     Args:
         loss: Loss object called as loss(embedding, target, indices_tuple=...).
-        use_triplets: Give it the sampled triplets, without their padding (a host synchronisation). Otherwise it sees
-            all pairs of the batch, with the target; some losses support only this.
+        use_triplets: Give it the sampled triplets, without their padding (a host synchronisation), not all pairs of the
+            batch; some losses support only the latter.
     """
 
     def __init__(self, loss: nn.Module, use_triplets: bool = True):

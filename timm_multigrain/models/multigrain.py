@@ -27,8 +27,7 @@ _OWN_POOLS = ('trunk', 'map')  # those of the trunk's own head, weights included
 class MultiGrainHead(nn.Module):
     """Pool the map to one embedding, whiten it where a whitening is fitted, and classify it.
 
-    The embedding (``pre_logits=True``) is taken before dropout, which belongs to the classifier. Arguments as of
-    `MultiGrain`; ``gem_args`` are p, learn_p, per_channel and eps of a GeM.
+    Arguments as of `MultiGrain`; ``gem_args`` are p, learn_p, per_channel and eps of a GeM.
     """
 
     def __init__(
@@ -295,10 +294,9 @@ class MultiGrain(nn.Module):
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a fresh classifier, 0 classes for none; pooling, its exponent and a whitening stay.
+        """Give the model a fresh classifier, 0 classes for none, and another ``global_pool`` if given, '' for the map.
 
-        Another ``global_pool`` may be given, '' for the unpooled map. None keeps the present one, and brings GeM back
-        where '' had taken it off and classes are asked for.
+        None keeps the pooling, its exponent and a whitening, and brings GeM back where classes need it.
         """
         if global_pool is None and num_classes and not self.head.pooled:
             global_pool = 'gem'

@@ -129,13 +129,8 @@ for _name, (_trunk, _what) in _MODELS.items():
 def register_multigrain(trunk: str) -> str:
     """Register `multigrain_<trunk>` for another timm model, so that timm.create_model and its scripts know the name.
 
-    The saved config names the generic `multigrain` with this trunk: whoever loads it needs no registration.
-
-    Args:
-        trunk: A timm model name; a tag selects the trunk's weights for `pretrained_trunk=True`.
-
-    Returns:
-        The new model name.
+    The saved config names the generic `multigrain` with this trunk: whoever loads it needs no registration. A tag in
+    the trunk's name selects its weights for `pretrained_trunk=True`. Returns the new model name.
 
     Example:
         >>> register_multigrain('regnety_002')

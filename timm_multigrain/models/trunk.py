@@ -194,13 +194,8 @@ _NORMS = (nn.BatchNorm2d, BatchNormAct2d)
 
 
 def fold_batch_norm(model: nn.Module) -> nn.Module:
-    """A copy of a model in eval mode whose batch norms are part of the convolutions before them.
-
-    Which follows which is found by running the model once. The copy is compared with the model; where it is not the
-    same function up to rounding, the copy is the model as it is.
-
-    Args:
-        model: Model that takes (N, in_chans, H, W) images. It is not changed.
+    """A copy, in eval mode, of a model of images (N, in_chans, H, W) whose batch norms are part of the convolutions
+    before them, found by running it once; where that is not the same function up to rounding, the model as it is.
     """
     model = copy.deepcopy(model).eval()
     size = model.input_sizes.nearest(_SIDE, _SIDE) if hasattr(model, 'input_sizes') else (_SIDE, _SIDE)

@@ -306,16 +306,10 @@ class MultiGrainTask(ClassificationTask):
 
 
 def all_gather_with_grad(x: torch.Tensor) -> torch.Tensor:
-    """Rows of every rank, in rank order; without a process group, x as it is.
+    """Rows (B, ...) of every rank, in rank order, (world size * B, ...); without a process group, x as it is.
 
     Every rank then computes the same loss of the whole batch, and the backward sums the ranks' gradients: averaged over
     ranks, as DDP does, that is the gradient of one process on the whole batch.
-
-    Args:
-        x: (B, ...), the same shape on each rank.
-
-    Returns:
-        (world size * B, ...).
     """
     if not (dist.is_available() and dist.is_initialized()):
         return x

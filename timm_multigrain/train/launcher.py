@@ -118,7 +118,7 @@ def bind(script: ModuleType, settings: Mapping[str, Any], args: argparse.Namespa
 def check(script: ModuleType) -> None:
     """Stop unless `script` is a train.py whose seams are known."""
     where = script.__file__
-    text = Path(where).read_text(encoding='utf-8')
+    text = Path(where).read_text(encoding='utf-8', errors='replace')
     missing = [name for name in (*SEAMS, 'main', 'parser') if not hasattr(script, name)]
     missing += [name for name in SEAMS if f'{name}(' not in text and name not in missing]
     if missing:
