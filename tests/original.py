@@ -106,6 +106,11 @@ def write(path: Path, checkpoint: object, zipped: bool = False) -> Path:
     return path
 
 
+def close(actual: torch.Tensor, expected: torch.Tensor, rel: float = 1e-5) -> None:
+    """Equal up to a part of the largest value."""
+    torch.testing.assert_close(actual, expected, rtol=0, atol=rel * expected.abs().max().item())
+
+
 @contextmanager
 def refused(kind: type | tuple[type, ...], *parts: str):
     """Expect an error that says all these parts in one line."""

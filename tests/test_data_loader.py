@@ -152,18 +152,6 @@ def test_other_datasets(root, make, chosen, fast, monkeypatch):
     assert len(count) == (len(targets) // 3 if fast else 0)
 
 
-def test_own_collate_sees_classes(root):
-    seen = []
-
-    def collate(batch):
-        seen.extend(label for _, label in batch)
-        return default_collate(batch)
-
-    targets = next(iter(loader_of(root, collate_fn=collate, use_prefetcher=False)))[1]
-    assert seen == targets[:, 0].tolist()
-    assert all(type(label) is int for label in seen)
-
-
 def test_ranks(root, monkeypatch):
     monkeypatch.setattr(dist, 'is_initialized', lambda: True)
     monkeypatch.setattr(dist, 'get_world_size', lambda: 2)
@@ -249,10 +237,3 @@ def test_datasets_that_the_fast_loader_refuses(root, make, message):
 def test_bad_datasets(root):
     with pytest.raises(ValueError, match='untransformed images'):
         next(iter(create_loader(Ignoring(root), 32, 12, device=CPU, num_workers=0)))
-
-    def one_hot(batch):
-        images, classes = default_collate(batch)
-        return images, torch.nn.functional.one_hot(classes, 4).float()
-
-    with pytest.raises(ValueError, match=r'targets of shape \(12, 4\) for 12 images'):
-        next(iter(loader_of(root, collate_fn=one_hot, use_prefetcher=False)))

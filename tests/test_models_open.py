@@ -26,7 +26,7 @@ from timm_multigrain.models.weights import UnreadableWeightsError
 from timm_multigrain.train.options import TrainOptions, resume_problem
 
 from . import original
-from .original import container, refused, write
+from .original import close, container, refused, write
 from .test_files import ODD, change_tree
 from .tiny import image_for, tiny_model
 
@@ -360,7 +360,7 @@ def test_a_file_of_ones_own(tmp_path, capsys, golden):
     for name in ('config.json', 'model.safetensors'):
         assert f'sha256 {hashlib.sha256((tmp_path / "model" / name).read_bytes()).hexdigest()}  {name}' in printed
     expected = load_file(golden / 'forward.safetensors')['resnet18.96x96.p3.0.logits']
-    torch.testing.assert_close(model(original.image(96, 96, 2)), expected, rtol=0, atol=1e-5 * expected.abs().max())
+    close(model(original.image(96, 96, 2)), expected)
     assert config['architecture'] == 'multigrain_resnet18' and config['num_classes'] == 1000
     assert config['pretrained_cfg']['crop_pct'] == 0.875 and config['pretrained_cfg']['interpolation'] == 'bilinear'
     # whose weights they are is not known, even where the model's default tag has a license

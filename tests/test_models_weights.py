@@ -24,7 +24,7 @@ from timm_multigrain.models.weights import (
 
 from . import original
 from .hub_server import Fault
-from .original import container, refused, write
+from .original import close, container, refused, write
 from .tiny import tiny_model
 
 NAME = 'multigrain_resnet18'
@@ -41,10 +41,6 @@ def load(name=NAME, overlay=MappingProxyType({}), **kwargs):
     source = {key: kwargs.pop(key) for key in ('url', 'file', 'state_dict', 'hf_hub_id') if key in kwargs}
     source = {key: value if isinstance(value, dict) else str(value) for key, value in source.items()}
     return timm.create_model(name, pretrained=True, pretrained_cfg_overlay={**source, **overlay}, **kwargs).eval()
-
-
-def close(a, b):
-    torch.testing.assert_close(a, b, rtol=0, atol=1e-5 * b.abs().max().item())
 
 
 # --- the original's reference numbers

@@ -12,12 +12,9 @@ from timm.models import group_parameters
 from timm_multigrain.models.trunk import create_trunk
 
 from . import original
+from .original import close
 
 BODY = 'features.0.base_net.'
-
-
-def _close(a, b, rel):
-    torch.testing.assert_close(a, b, rtol=0, atol=rel * b.abs().max().item())
 
 
 def _check_forward(model, reference, network, sizes, rel):
@@ -25,8 +22,8 @@ def _check_forward(model, reference, network, sizes, rel):
         key = f'{network}.{height}x{width}.p3.0.'
         features = model.forward_features(original.image(height, width))
         embedding = model.forward_head(features, pre_logits=True)
-        _close(embedding, reference[key + 'embedding'], rel)
-        _close(model.head.classify(embedding), reference[key + 'logits'], rel)
+        close(embedding, reference[key + 'embedding'], rel)
+        close(model.head.classify(embedding), reference[key + 'logits'], rel)
 
 
 def _mobile(num_classes=1000):
@@ -74,7 +71,7 @@ def test_all_keys_and_numbers_of_nasnetamobile(mobile, shared_golden):
     reference = load_file(shared_golden / 'forward_other.safetensors')
     for height, width in ((96, 128), (97, 131)):
         normalized = reference[f'nasnetamobile.{height}x{width}.p3.0.normalized']
-        _close(model.embed(original.image(height, width)), normalized, 1e-5)
+        close(model.embed(original.image(height, width)), normalized, 1e-5)
 
 
 @pytest.mark.slow

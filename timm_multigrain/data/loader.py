@@ -105,29 +105,16 @@ def create_loader(
             f'an epoch of {len(samplers[0])} samples on this rank has no full batch of {batch_size}: give more images, '
             'a smaller batch_size or a larger epoch_len_factor')
     base = loader.loader if isinstance(loader, timm_loader.PrefetchLoader) else loader
-    base.collate_fn = InstanceCollate(base.collate_fn)
+    base.collate_fn = partial(_collate, base.collate_fn)
     return loader
 
 
-class InstanceCollate:
-    """Hands images and classes to a collate function and puts the instance ids back."""
-
-    def __init__(self, collate_fn: Callable):
-        self.collate_fn = collate_fn
-
-    def __call__(self, batch: Sequence[tuple[Any, torch.Tensor]]) -> tuple[Any, torch.Tensor]:
-        if isinstance(batch[0][0], Image.Image):
-            raise ValueError(
-                'the dataset gives untransformed images, so it ignores its attribute `transform`: give one that '
-                'applies it, or one without such an attribute')
-        targets = torch.stack([target for _, target in batch])
-        pairs = [(image, label) for (image, _), label in zip(batch, targets[:, 0].tolist(), strict=True)]
-        images, classes = self.collate_fn(pairs)
-        if classes.shape != targets[:, 0].shape:
-            raise ValueError(
-                f'collate_fn gives targets of shape {tuple(classes.shape)} for {len(batch)} images: give one that '
-                'keeps one class for each image (mixing images does not go with repeated augmentation)')
-        return images, torch.stack([classes.long(), targets[:, 1]], dim=1)
+def _collate(collate_fn: Callable, batch: Sequence[tuple[Any, torch.Tensor]]) -> tuple[Any, torch.Tensor]:
+    if isinstance(batch[0][0], Image.Image):
+        raise ValueError(
+            'the dataset gives untransformed images, so it ignores its attribute `transform`: give one that applies '
+            'it, or one without such an attribute')
+    return collate_fn(batch)
 
 
 class ScheduledInstances(ScheduledTransformDataset):

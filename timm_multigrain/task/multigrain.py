@@ -159,13 +159,12 @@ class MultiGrainTask(ClassificationTask):
         """Wrap the trainable module in DDP, which takes no device ids on the CPU."""
         return super().prepare_distributed(None if self.device.type == 'cpu' else device_ids, **ddp_kwargs)
 
-    def compile(self, backend: str = 'inductor', mode: str | None = None, **compile_kwargs) -> nn.Module:
-        """Compile the trainable module for training and the model for evaluation."""
-        if not self.joint:
-            return super().compile(backend=backend, mode=mode, **compile_kwargs)
-        model = self.trainable_module.model
-        self.trainable_module = torch.compile(self.trainable_module, backend=backend, mode=mode, **compile_kwargs)
-        self.eval_model = torch.compile(model, backend=backend, mode=mode, **compile_kwargs)
+    def compile(self, **kwargs) -> nn.Module:
+        """Compile the trainable module for training and the model for evaluation, with arguments of torch.compile."""
+        model = self.get_eval_model()
+        super().compile(**kwargs)
+        if self.joint:
+            self.eval_model = torch.compile(model, **kwargs)
         return self.eval_model
 
     def get_eval_model(self, module: nn.Module | None = None, ema: bool = False) -> nn.Module | None:
