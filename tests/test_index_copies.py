@@ -69,19 +69,11 @@ def test_too_many_pairs_and_none(monkeypatch):
     assert len(near_pairs(np.ones((1, 1), np.float32), 0.5).first) == 0
 
 
-def test_stars_do_not_chain():
+def test_stars_do_not_chain_are_near_their_centres_and_as_large_as_can_be():
     # a chain of ten rows, each a pair with the next one only
     chain = NearPairs(np.arange(9), np.arange(1, 10), np.full(9, 0.9, np.float32))
     groups = [rows.tolist() for rows in star_groups(chain, np.arange(10))]
     assert max(map(len, groups)) == 3 and len({row for rows in groups for row in rows}) == sum(map(len, groups))
-    # an original with five copies that are no pairs among each other is one group
-    star = NearPairs(np.array([0, 1, 2, 3, 3]), np.array([3, 3, 3, 4, 5]), np.full(5, 0.9, np.float32))
-    [rows] = star_groups(star, np.arange(6))
-    assert rows[0] == 3 and sorted(rows) == [0, 1, 2, 3, 4, 5]
-    assert star_groups(near_pairs(clustered(), 0.9999999), np.arange(400))
-
-
-def test_stars_are_near_their_centres_and_as_large_as_can_be():
     vectors, threshold = clustered(), 0.7
     pairs, order = near_pairs(vectors, threshold), np.random.default_rng(1).permutation(400)
     joined = as_set(pairs)

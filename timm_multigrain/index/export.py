@@ -129,14 +129,10 @@ def export_parquet(index: Index, path: str | os.PathLike, progress: bool = True)
         there = None
     if there and there.get(METADATA) == about:
         return Export(path, 0, len(index))
-    try:
-        with replacing(path) as unfinished, pq.ParquetWriter(
-                unfinished, schema, compression='zstd', use_dictionary=False) as writer:
-            for start in tqdm(range(0, len(index), ROWS), unit='group', desc='export', disable=not progress or None):
-                rows = list(_rows(index, start, min(start + ROWS, len(index))))
-                writer.write_table(pa.Table.from_pylist(rows, schema))
-    except OSError as e:
-        raise OSError(f'{path} could not be written ({e}): free space there, or name another file.') from e
+    with replacing(path) as unfinished, pq.ParquetWriter(
+            unfinished, schema, compression='zstd', use_dictionary=False) as writer:
+        for start in tqdm(range(0, len(index), ROWS), unit='group', desc='export', disable=not progress or None):
+            writer.write_table(pa.Table.from_pylist(list(_rows(index, start, min(start + ROWS, len(index)))), schema))
     return Export(path, len(index), 0)
 
 
