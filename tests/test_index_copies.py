@@ -38,12 +38,15 @@ def test_pairs_are_those_of_loops(threshold, dtype, monkeypatch):
     vectors = clustered().astype(dtype)
     for rows in (None, np.arange(3, 400, 2)):
         expected = pairs_by_loops(vectors, threshold, rows)
-        for options in ({}, {'exhaustive': False, 'probes': 1000}):
-            pairs = near_pairs(vectors, threshold, rows, **options)
+        for in_cells_from in (65_536, 0):
+            monkeypatch.setattr(pairs_module, 'EXHAUSTIVE_UP_TO', in_cells_from)
+            monkeypatch.setattr(pairs_module, 'PROBES', 1000)
+            pairs = near_pairs(vectors, threshold, rows)
             assert as_set(pairs) == expected and pairs.complete
     exact = (vectors[pairs.first].astype(np.float64) * vectors[pairs.second].astype(np.float64)).sum(1)
     assert np.abs(pairs.scores - exact).max(initial=0) < 1e-5
-    few = near_pairs(vectors, 0.3, exhaustive=False, probes=1)
+    monkeypatch.setattr(pairs_module, 'PROBES', 1)
+    few = near_pairs(vectors, 0.3)
     assert as_set(few) < pairs_by_loops(vectors, 0.3) and not few.complete
 
 

@@ -12,7 +12,7 @@ separates c from its own cell,
 
     (|x - c|^2 - |x - home|^2) / (2 |c - home|) <= d,
 
-so nothing is lost, unless more than `probes` cells remain: then the closest are searched.
+so nothing is lost, unless more than `PROBES` cells remain: then the closest are searched.
 
 Joining whatever is connected lets a chain of small differences tie together pictures that have nothing in common. A
 group is a star instead (star clustering, Aslam, Pelekhov and Rus 2004): a centre, and pictures that each form a pair
@@ -32,7 +32,8 @@ CHUNK = 4096
 SAMPLE = 4000
 NEIGHBOURS = 8
 LONELY = 0.05  # share of the images whose nearest one is not compared with them
-EXHAUSTIVE_UP_TO = 65_536
+EXHAUSTIVE_UP_TO = 65_536  # rows that are compared with each other
+PROBES = 16  # cells that a descriptor is compared with at most, besides its own
 MAX_PAIRS = 50_000_000
 
 
@@ -96,8 +97,6 @@ def near_pairs(
         vectors: np.ndarray,
         threshold: float,
         rows: np.ndarray | None = None,
-        probes: int = 16,
-        exhaustive: bool | None = None,
         neighbours: int | None = None,
 ) -> NearPairs:
     """Pairs of L2-normalised rows with a scalar product of at least the threshold.
@@ -106,14 +105,12 @@ def near_pairs(
         vectors: (N, D) float16 or float32.
         threshold: Cosine similarity.
         rows: Ascending rows to look at; None for all.
-        probes: Cells a descriptor is compared with at most, besides its own.
-        exhaustive: Compare everything with everything; None: up to 65,536 rows.
         neighbours: Only pairs of which one is among as many nearest of the other.
     """
     rows = np.arange(len(vectors)) if rows is None else np.asarray(rows, dtype=np.int64)
     complete, groups = True, [(rows, np.empty(0, np.int64))]
-    if exhaustive is False or (exhaustive is None and len(rows) > EXHAUSTIVE_UP_TO):
-        complete, groups = _cells(vectors, rows, threshold, probes)
+    if len(rows) > EXHAUSTIVE_UP_TO:
+        complete, groups = _cells(vectors, rows, threshold)
     lowest = np.full(len(vectors), threshold, dtype=np.float32)
     found, count, kept = [(np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, np.float32))], 0, 0
     for members, visitors in groups:
@@ -172,12 +169,12 @@ def _compare(vectors: np.ndarray, members: np.ndarray, visitors: np.ndarray, low
             yield outside[i], inside[j], scores[i, j]
 
 
-def _cells(vectors: np.ndarray, rows: np.ndarray, threshold: float, probes: int) -> tuple[bool, list[tuple]]:
+def _cells(vectors: np.ndarray, rows: np.ndarray, threshold: float) -> tuple[bool, list[tuple]]:
     """Whether the cells hold every pair, and of each cell the rows in it and the rows it has to be compared with."""
     centres = _kmeans(vectors, rows, max(2, int(2 * len(rows) ** 0.5)))
     between = torch.cdist(centres, centres).clamp_min(1e-12)
     reach = (2 - 2 * threshold) ** 0.5 + 1e-3
-    complete, probes = True, min(probes, len(centres) - 1)
+    complete, probes = True, min(PROBES, len(centres) - 1)
     homes, visits = [], []  # cell of each position; (cell, position) of every visit
     for start in range(0, len(rows), CHUNK):
         x = _read(vectors, rows[start:start + CHUNK])
@@ -206,12 +203,12 @@ def _squared_distances(x: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     return centres.square().sum(1) - 2 * x @ centres.T
 
 
-def _kmeans(vectors: np.ndarray, rows: np.ndarray, num_cells: int, iterations: int = 6, per_cell: int = 32):
+def _kmeans(vectors: np.ndarray, rows: np.ndarray, num_cells: int) -> torch.Tensor:
     """Centres (num_cells, D) of a sample; the seed is fixed, so that the same rows give the same cells."""
-    chosen = np.random.default_rng(0).permutation(len(rows))[:num_cells * per_cell]
+    chosen = np.random.default_rng(0).permutation(len(rows))[:num_cells * 32]
     sample = _read(vectors, np.sort(rows[chosen]))
     centres = sample[torch.linspace(0, len(sample) - 1, num_cells).long()].clone()
-    for _ in range(iterations):
+    for _ in range(6):
         home = torch.cat([_squared_distances(chunk, centres).argmin(1) for chunk in sample.split(CHUNK)])
         sums = torch.zeros_like(centres).index_add_(0, home, sample)
         counts = torch.bincount(home, minlength=num_cells)
