@@ -298,10 +298,6 @@ def test_choose_systems(model):
     assert choose_systems(model, ['gem']) == [System('gem', 3.0)]
     assert choose_systems(model, [], [1, 4, 1]) == [System('gem', 1), System('gem', 4)]
     assert choose_systems(model, ['mac', 'gem', 'mac'], [math.inf])[1].exponent == 'inf'
-    for poolings, exponents, message in ((['max'], [], "Unknown pooling 'max'"), (['mac'], [2], 'add gem'),
-                                           ([], [3, 0], 'p has to be above 0')):
-        with pytest.raises(ValueError, match=message):
-            choose_systems(model, poolings, exponents)
 
 
 def test_a_models_own_exponents_stay(pictures):
@@ -357,6 +353,9 @@ def test_the_command(pictures, tmp_path, noise_folder, hub, capsys):
     (['--benchmark', 'folder', '--qe', '2', 'x'], '--qe 2 x: give a number'),
     (['--benchmark', 'folder', '--download-distractors'], 'is for roxford5k and rparis6k'),
     (['--benchmark', 'folder', '--whiten', 'nowhere'], 'nowhere is not a folder'),
+    (['--benchmark', 'folder', '--pool', 'max'], "Unknown pooling 'max'"),
+    (['--benchmark', 'folder', '--pool', 'mac', '--p', '2'], 'add gem'),
+    (['--benchmark', 'folder', '--p', '3', '0'], 'p has to be above 0'),
 ])
 def test_the_command_says_what_is_wrong(pictures, capsys, args, message):
     status = main(['evaluate', 'test_resnet', '--no-pretrained', '--data', str(pictures), '--device', 'cpu', *args])

@@ -20,6 +20,7 @@ from timm_multigrain.images.sources import ImageFiles, open_images
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model
 
+from .pictures import noise
 from .tiny import tiny_model
 
 SHAPES = [(50, 37), (37, 50), (50, 37), (64, 64), (50, 37), (80, 20), (37, 50), (64, 64), (1, 90), (50, 37), (37, 50)]
@@ -200,35 +201,30 @@ class Fixed(torch.nn.Module):
 
 
 @pytest.mark.parametrize('trunk, step', [('test_vit', 16), ('test_resnet', 1), (None, None)])
-@pytest.mark.parametrize('protocol', [
-    Protocol(50, 'longer-side'), Protocol(50, 'thumbnail'), Protocol(50), Protocol(70, 'longer-side', scales=(1, 0.7))])
-def test_the_nearest_size_that_the_trunk_can_take(tmp_path, trunk, step, protocol):
+@pytest.mark.parametrize('protocol, height, width', [
+    (Protocol(50, 'longer-side'), 33, 50), (Protocol(50, 'thumbnail'), 33, 50), (Protocol(50), 50, 50),
+    (Protocol(70, 'longer-side', scales=(1, 0.7)), 46, 70)])
+def test_the_nearest_size_that_the_trunk_can_take(tmp_path, trunk, step, protocol, height, width):
     torch.manual_seed(0)
     model = MultiGrain(trunk or 'test_resnet', 0).eval()
     if trunk is None:
         model.trunk = Fixed()
-    path = tmp_path / 'a.png'
-    pixels = np.random.default_rng(0).integers(0, 256, (6, 9, 3), dtype=np.uint8)
-    image = Image.fromarray(pixels).resize((90, 60), Image.Resampling.BICUBIC)
-    image.save(path)
+    image = noise((90, 60), (9, 6))
+    image.save(tmp_path / 'a.png')
 
-    def nearest(side):
-        return max(1, round(side / step)) * step
+    def nearest(*sides):
+        return (24, 32) if step is None else tuple(max(1, round(side / step)) * step for side in sides)
 
-    shape = {'longer-side': (protocol.size * 60 // 90, protocol.size), 'thumbnail': (33, 50), 'crop': (50, 50)}
-    height, width = shape[protocol.kind]
-    found = protocol.pixels(image, sizes=model.input_sizes)
-    wanted = (24, 32) if step is None else (nearest(height), nearest(width))
+    found, wanted = protocol.pixels(image, sizes=model.input_sizes), nearest(height, width)
     assert found.shape == (3, *wanted)
     if protocol.kind == 'longer-side' and wanted != (height, width):  # from the picture itself, not from a smaller one
         resized = np.asarray(image.resize(wanted[::-1], Image.Resampling.BILINEAR))
         assert np.array_equal(found.permute(1, 2, 0).numpy(), resized)
     views = [view[0] for view in protocol.views(protocol.normalize(found)[None], model.input_sizes)]
     for view, scale in zip(views, protocol.scales, strict=True):
-        scaled = [int(side * scale) for side in wanted]
-        assert tuple(view.shape[-2:]) == ((24, 32) if step is None else tuple(nearest(side) for side in scaled))
+        assert tuple(view.shape[-2:]) == nearest(*(int(side * scale) for side in wanted))
     if trunk is not None:
-        descriptor = extract(model, open_images(path), protocol, workers=0).vectors
+        descriptor = extract(model, open_images(tmp_path / 'a.png'), protocol, workers=0).vectors
         assert descriptor.shape == (1, model.embed_dim) and torch.isfinite(descriptor).all()
 
 

@@ -83,11 +83,8 @@ def test_long_images(shape):
     image = noise(*shape)
     assert Protocol(64, 'crop').pixels(image).shape == (3, 64, 64)
     assert sorted(Protocol(64, 'longer-side').pixels(image).shape[1:]) == [1, 64]
-
-
-def test_centre_of_a_long_image():
     stripes = np.zeros((10, 2000, 3), dtype=np.uint8)
-    stripes[:, 995:1005] = 255
+    stripes[:, 995:1005] = 255  # in the centre, and there in the crop
     got = Protocol(224, 'crop').pixels(Image.fromarray(stripes))[0].float()
     np.testing.assert_allclose((got * torch.arange(224)).sum() / got.sum(), 111.5, atol=1)
 
@@ -111,6 +108,10 @@ def test_for_model():
     assert Protocol.for_model(model) == Protocol(cfg['input_size'][-1], 'longer-side', **own)
     assert Protocol.for_model(model, size=96, kind='thumbnail', flip=None, interpolation='bicubic') == Protocol(
         96, 'thumbnail', **{**own, 'interpolation': 'lanczos'})
+    protocol = Protocol(500, 'longer-side', (1, 0.7071, 0.5), flip=True, exif=False)
+    assert str(protocol) == (
+        'longer side 500, smaller images enlarged, scales 1 0.7071 0.5, flip, EXIF ignored')
+    assert Protocol(**json.loads(json.dumps(protocol.to_dict()))) == protocol
 
 
 @pytest.mark.parametrize('cfg', [
@@ -127,13 +128,6 @@ def test_a_model_is_tested_as_timm_tests_it(cfg):
     for image in (noise(50, 37), noise(37, 50), noise(300, 20)):
         got, expected = protocol.transform(image), transform(image)
         assert got.shape == expected.shape and torch.equal(got, expected), image.size
-
-
-def test_shown_and_stored():
-    protocol = Protocol(500, 'longer-side', (1, 0.7071, 0.5), flip=True, exif=False)
-    assert str(protocol) == (
-        'longer side 500, smaller images enlarged, scales 1 0.7071 0.5, flip, EXIF ignored')
-    assert Protocol(**json.loads(json.dumps(protocol.to_dict()))) == protocol
 
 
 @pytest.mark.parametrize('kwargs, message', [

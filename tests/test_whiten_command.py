@@ -110,23 +110,18 @@ def test_commands_share_one_default(saved, command):
             Protocol.for_model(model, size=50))
 
 
-def test_learned_from_groups_with_a_damaged_image(saved, noise_folder, tmp_path, capsys):
-    shutil.copytree(noise_folder / 'train', tmp_path / 'images')
-    (tmp_path / 'images' / 'a' / 'broken.png').write_bytes(b'no image')
-    assert whiten(saved, tmp_path / 'images', tmp_path / 'w', '--learned') == 0
+def test_learned_from_groups_with_a_damaged_image_and_refusals(saved, noise_folder, tmp_path, capsys):
+    images = shutil.copytree(noise_folder / 'train', tmp_path / 'images')
+    (images / 'a' / 'broken.png').write_bytes(b'no image')
+    assert whiten(saved, images, tmp_path / 'w', '--learned') == 0
     shown = capsys.readouterr().out
     assert 'Learned whitening' in shown and '1 image could not be read:\n' in shown
     assert fitted(open_model(tmp_path / 'w'), 'whitening')['kind'] == 'learned'
-    assert whiten(saved, tmp_path / 'images', tmp_path / 'v', '--strict') == 2
-    assert 'broken.png' in capsys.readouterr().err
-
-
-def test_refusals(saved, noise_folder, tmp_path, capsys):
-    assert whiten(saved, noise_folder, tmp_path / 'w') == 0
     (tmp_path / 'full').mkdir()
     (tmp_path / 'full' / 'notes.txt').write_text('mine')
     for arguments, message in (
             ((tmp_path / 'w', noise_folder, tmp_path / 'v'), 'whitened already'),
+            ((saved, images, tmp_path / 's', '--strict'), 'broken.png'),
             ((saved, noise_folder, tmp_path / 'full'), 'is not a saved model'),
             ((saved, tmp_path / 'nowhere', tmp_path / 'v'), 'nowhere'),
             ((saved, noise_folder, tmp_path / 'v', '--flip'), 'one view at a time'),

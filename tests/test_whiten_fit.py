@@ -208,16 +208,13 @@ def test_fewer_components_project_the_classifier(model, embeddings):
     classifier = torch.cat([model.head.fc.weight, model.head.fc.bias[:, None]], 1).double().numpy()
     logits = whitened.head.classify(whitened.head.whitening(embeddings))
     np.testing.assert_allclose(logits, seen @ classifier.T, rtol=1e-4, atol=1e-5)
-
-
-def test_without_classifier_in_training_and_refusals(embeddings):
-    model, fit = tiny_model(num_classes=0).train(), fit_whitening(embeddings)
+    training = tiny_model(num_classes=0).train()
     with pytest.raises(ValueError, match='7 channels does not fit a model of'):
-        fold_whitening(model, fit_whitening(embeddings[:, :7]))
-    fold_whitening(model, fit)
-    assert model.training and model.whitened and model.eval()(image_for(model)).shape == (2, model.num_features + 1)
+        fold_whitening(training, fit_whitening(embeddings[:, :7]))
+    fold_whitening(training, fit)
+    assert training.training and training.eval()(image_for(model)).shape == (2, 20)
     with pytest.raises(ValueError, match='whitened already'):
-        fold_whitening(model, fit)
+        fold_whitening(training, fit)
 
 
 class WithoutFloat64(TorchDispatchMode):
