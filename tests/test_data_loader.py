@@ -212,8 +212,6 @@ class Own(ImageDataset):
     ({'batch_size': 41}, 'epoch of 40 samples on this rank has no full batch of 41: give more images'),
     ({'epoch_len_factor': 0.2}, 'epoch of 8 samples'),
     ({'batch_size': 2}, 'num_repeats is 3, and batch_size 2'),
-    ({'batch_size': 0, 'num_repeats': 1}, 'batch_size 0'),
-    ({'num_repeats': 0}, 'num_repeats is 0'),
     ({'decode': 'pillow'}, "decode is 'pillow'"),
     ({'num_aug_repeats': 3}, 'num_aug_repeats is 3: leave it out'),
     ({'num_aug_splits': 2}, 'num_aug_splits is 2'),

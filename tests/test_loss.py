@@ -395,14 +395,3 @@ def test_metric_learning_precision_and_gradients(batch):
     empty = loss(leaf, target, Triplets(*torch.full((3, 4), -1)))
     assert empty.item() == 0
     empty.backward()
-
-
-def test_metric_learning_without_support_for_triplets(batch):
-    losses = pytest.importorskip('pytorch_metric_learning.losses')
-    embedding, target, triplets = batch
-    with pytest.raises(ValueError, match='RankedListLoss takes no triplets: set use_triplets=False'):
-        create_instance_loss(losses.RankedListLoss(margin=0.4, Tn=10))(embedding, target, triplets)
-    loss = create_instance_loss(losses.RankedListLoss(margin=0.4, Tn=10), use_triplets=False)
-    assert loss(embedding, target, triplets).isfinite()
-    with pytest.raises(ValueError, match='embeddings'):
-        loss(embedding, target[:-1], triplets)

@@ -500,7 +500,6 @@ def test_auto_refuses(train, capsys):
 @pytest.mark.parametrize(('flags', 'message'), [
     ('--mixup 0.2', '--mixup (0.2) does not go with MultiGrain training: a mixture of two images is a copy of neither'),
     ('--mg-instances folder', '24 of 24 images, such as 0/0.png, are not in folders class/instance'),
-    ('--mg-instances nowhere.csv', '--mg-instances nowhere.csv: file not found; give copy, folder, class or a CSV'),
     ('--model-kwargs mg_repeats=2', 'give --mg-repeats here'), ('--mg-epoch-len-factor 0.1', 'no full batch of 12'),
     ('--resume missing.pth', 'file not found'), (f'--resume {"x" * 5000}', '--resume xxx'),
     ('--num-classes 2', 'the training set has 3 classes and the model 2: give --num-classes 3'),

@@ -57,6 +57,7 @@ def test_every_flag_reaches_its_field():
     ({'mg_beta_lr': 0.1}, '--mg-beta-lr 0.1: beta is a parameter only with --mg-beta-init'),
     ({'mg_beta_lr': -1}, '--mg-beta-lr -1.0'),
     ({'mg_epoch_len_factor': 0}, '--mg-epoch-len-factor 0.0: give more than 0'),
+    ({'mg_instances': 'nowhere.csv'}, '--mg-instances nowhere.csv: file not found; give copy, folder, class or a CSV'),
     ({'mg_decode': 'pillow'}, '--mg-decode pillow: give one of multigrain, timm'),
     ({'mg_repeats': 1}, 'leaves the instance loss without positives'),
     ({'mg_instance_loss': 'triplet', 'mg_beta_init': 1}, 'belongs to the margin loss'),
