@@ -202,7 +202,7 @@ def test_search_text(found):
     assert '   2 details  <i>' in search_table([query], [[verified]])
     assert [hit['details'] for hit in search_json([query], [[verified, found[1]]])] == [2, None]
     first, second, _ = search_json([query], [found])
-    assert (first['query'], first['rank'], first['classes']) == (query, 1, [['<i>\x1b', 0.25]])
+    assert (first['query'], first['rank'], first['classes']) == (query, 1, (('<i>\x1b', 0.25),))
     assert second['path'] == found[1].path and second['bytes'] == 2_500_000
 
 

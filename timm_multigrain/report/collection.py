@@ -2,6 +2,7 @@
 import os
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,12 +48,8 @@ def search_table(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> str:
 
 def search_json(images: Sequence[str], found: Sequence[Sequence[Hit]]) -> list[dict[str, Any]]:
     """What was found, for JSON: a dict per image; bytes of a name that are not UTF-8 are lone surrogates."""
-    return [{'query': os.fspath(image), 'rank': rank, 'score': hit.score, 'path': hit.path,
-             'details': None if hit.match is None else len(hit.match),
-             'width': hit.record.width, 'height': hit.record.height, 'bytes': hit.record.bytes,
-             'sha256': hit.record.sha256, 'mtime_ns': hit.record.mtime_ns, 'exists': os.path.exists(hit.path),
-             'classes': [list(pair) for pair in hit.record.classes], 'box': hit.record.box and list(hit.record.box),
-             'category': hit.record.category}
+    return [{'query': os.fspath(image), 'rank': rank, 'score': hit.score, 'exists': os.path.exists(hit.path),
+             'details': None if hit.match is None else len(hit.match), **asdict(hit.record)}
             for image, hits in zip(images, found, strict=True) for rank, hit in enumerate(hits, 1)]
 
 

@@ -38,12 +38,13 @@ def render_page(template: str, script: str = '', path: str | os.PathLike | None 
         path: Where the page will be, so that it can link to files; None for a page that cannot lead to files.
         **values: What the template shows.
     """
-    environment, link = _environment(), None
-    if path is not None:
-        folder = os.path.dirname(os.path.realpath(path))
-        link = lambda file: quote(os.fsencode(os.path.relpath(file, folder)))  # noqa: E731
+    environment, folder = _environment(), os.path.dirname(os.path.realpath(path or '.'))
+
+    def link(file: str) -> str:
+        return quote(os.fsencode(os.path.relpath(file, folder)))
+
     code = Markup(environment.loader.get_source(environment, script)[0]) if script else ''
-    return environment.get_template(template).render(**values, script=code, link=link)
+    return environment.get_template(template).render(**values, script=code, link=None if path is None else link)
 
 
 @cache
