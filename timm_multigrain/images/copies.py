@@ -37,7 +37,7 @@ def rotate(image: Image.Image, degrees: float = 15) -> Image.Image:
         width = (image.width * cos - image.height * sin) / math.cos(2 * angle)
         height = (image.height * cos - image.width * sin) / math.cos(2 * angle)
     turned = image.rotate(degrees, Image.BICUBIC, expand=True)
-    return _crop(turned, width - 1, height - 1)
+    return _crop(turned, width - 1, height - 1, 0.5, 0.5)
 
 
 def blur(image: Image.Image, share: float = 0.02) -> Image.Image:
@@ -81,7 +81,7 @@ def strong(image: Image.Image) -> Image.Image:
     return jpeg(colour(rotate(crop(image))))
 
 
-def _crop(image: Image.Image, width: float, height: float, across: float = 0.5, down: float = 0.5) -> Image.Image:
+def _crop(image: Image.Image, width: float, height: float, across: float, down: float) -> Image.Image:
     """Crop at least one pixel, `across` and `down` being the share of the margin left of it and above it."""
     width, height = max(1, int(width)), max(1, int(height))
     left, top = int(across * (image.width - width)), int(down * (image.height - height))

@@ -143,11 +143,9 @@ def _by_order(names: Sequence[str]) -> dict[str, int]:
 def _known_names(model: torch.nn.Module, folders: Sequence[str]) -> tuple[dict[str, int] | None, str]:
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     if names:
-        names = list(names) if isinstance(names, tuple) else names
-        if isinstance(names, dict):
-            names = {str(row): name for row, name in names.items()}
-        check_json(names, ([str], {str: str}), 'label_names of the model')
-        rows = {str(name): int(row) for row, name in (names.items() if isinstance(names, dict) else enumerate(names))}
+        names = {str(row): name for row, name in (names.items() if isinstance(names, dict) else enumerate(names))}
+        check_json(names, {str: str}, 'label_names of the model')
+        rows = {name: int(row) for row, name in names.items()}
         if set(folders) <= set(rows) or model.num_classes not in _IMAGENET:
             return rows, 'model'
     if model.num_classes in _IMAGENET and all(re.fullmatch(r'n\d{8}', name) for name in folders):

@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,18 +28,14 @@ class RemoteFile(NamedTuple):
         return self.url.rstrip('/').rpartition('/')[2]
 
 
-def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike,
-                report: Callable[[str], None] = print) -> None:
-    """Download what is missing, check it and unpack it; called again, it goes on with the first file missing.
-
-    ``report`` takes a sentence for each file.
-    """
+def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike) -> None:
+    """Download what is missing, check it and unpack it; called again, it goes on with the first file missing."""
     root = Path(root)
     manifest = read_manifest(root)
     for remote in remotes:
         entry = manifest.setdefault(remote.url, {})
         if entry.get('done'):
-            report(f'{remote.name}: there already, SHA-256 {printable(str(entry.get("sha256")))}')
+            print(f'{remote.name}: there already, SHA-256 {printable(str(entry.get("sha256")))}')
             continue
         archive = remote.name.endswith(ARCHIVES)
         path = root / (f'.{remote.name}' if archive else Path(remote.folder) / remote.name)
@@ -56,7 +52,7 @@ def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike,
             path.unlink()
             entry['done'] = True
             write_text(root / MANIFEST, json.dumps(manifest, indent=2) + '\n')
-        report(f'{remote.name}: {size} bytes, SHA-256 {sha256}')
+        print(f'{remote.name}: {size} bytes, SHA-256 {sha256}')
 
 
 def read_manifest(root: Path) -> dict[str, dict]:
@@ -67,8 +63,8 @@ def read_manifest(root: Path) -> dict[str, dict]:
     return manifest
 
 
-def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
-    """Unpack a tar, tar.gz or zip archive of files and folders, all of it or nothing; the number of files.
+def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> None:
+    """Unpack a tar, tar.gz or zip archive of files and folders, all of it or nothing.
 
     Raises:
         ValueError: The archive is damaged, or a tar that holds a device or a path that leads out of the folder (a zip's
@@ -87,11 +83,9 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> int:
         except Exception as e:  # a damaged archive raises whatever its headers lead to
             reason = printable(str(e)[:300]) or type(e).__name__
             raise ValueError(f'{printable(archive)} was not unpacked: {reason}.') from e
-        files = [path for path in Path(work).rglob('*') if path.is_file()]
-        for path in files:
+        for path in [path for path in Path(work).rglob('*') if path.is_file()]:
             target = folder / path.relative_to(work)
             if not target.parent.resolve().is_relative_to(folder.resolve()):
                 raise ValueError(f'{printable(target)} is outside of {printable(folder)}, through a link there.')
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
-    return len(files)

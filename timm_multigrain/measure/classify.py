@@ -4,7 +4,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from timm_multigrain.embed.embedder import embed_images, none_readable
 from timm_multigrain.embed.protocol import Protocol
@@ -23,13 +22,11 @@ class ClassificationResult:
     Attributes:
         ranks: Classes with a logit at least as high as the true one's, itself left out, (n,) int64: ties count against
             the system.
-        losses: Cross-entropy of each image, (n,) float64.
         labels: True class of each image, (n,) int64.
         whitening: Components of the embedding, if it is whitened.
         skipped: Images that could not be read, and why.
     """
     ranks: np.ndarray = field(repr=False)
-    losses: np.ndarray = field(repr=False)
     labels: np.ndarray = field(repr=False)
     protocol: Protocol
     p: float | list[float] | None
@@ -46,11 +43,6 @@ class ClassificationResult:
     def top5(self) -> float:
         """Share of images whose class stands among the first five."""
         return float((self.ranks < 5).mean())
-
-    @property
-    def loss(self) -> float:
-        """Mean cross-entropy."""
-        return float(self.losses.mean())
 
     def metrics(self, dataset: str, command: str | None = None) -> list[dict[str, Any]]:
         """The figures of a data set of this name as `timm-multigrain publish --metrics` takes them."""
@@ -102,11 +94,10 @@ def validate(
         wanted = truth[torch.from_numpy(out.indices)]
         if not torch.isfinite(out.logits).all():
             raise ValueError('The logits are not finite: the weights are damaged, or bfloat16 or float32 is needed.')
-        losses = F.cross_entropy(out.logits.double(), wanted, reduction='none')
-        rows += zip(out.indices, ranks_of_truth(out.logits, wanted).tolist(), losses.tolist(), strict=True)
+        rows += zip(out.indices, ranks_of_truth(out.logits, wanted).tolist(), strict=True)
     if not rows:
         raise ValueError(none_readable(len(source), skipped.values()))
-    indices, ranks, losses = map(np.array, zip(*sorted(rows), strict=True))
+    indices, ranks = map(np.array, zip(*sorted(rows), strict=True))
     return ClassificationResult(
-        ranks, losses, truth.numpy()[indices], protocol, model.gem_p, model.num_classes,
+        ranks, truth.numpy()[indices], protocol, model.gem_p, model.num_classes,
         model.embed_dim if model.whitened else None, skipped)

@@ -24,6 +24,7 @@ from .fit import WhitenedModel, WhiteningFit, fit_model, groups_of, with_constan
 
 DIM = 512
 BATCH = 128
+SCALE = 16  # of the cosines
 LEAST_STEPS = 500  # two epochs of a million images are 15,000, of a thousand they would be 16
 
 
@@ -34,8 +35,6 @@ def fit_adaptation(
         *,
         epochs: int | None = None,
         lr: float = 1e-3,
-        scale: float = 16.,
-        margin: float = 0.,
         seed: int = 0,
         progress: bool = True,
 ) -> WhiteningFit:
@@ -47,8 +46,6 @@ def fit_adaptation(
         dim: Components, 512 by default (C + 1 if that is less), strongest first.
         epochs: Passes over the images; by default two, or as many as make 500 steps of 128 images.
         lr: Learning rate of AdamW at the start, which falls to 0 as a cosine.
-        scale: Of the cosines.
-        margin: Taken off the cosine with the right class.
         seed: Of the start and the order.
     """
     groups = torch.as_tensor(np.asarray(groups))
@@ -72,8 +69,7 @@ def fit_adaptation(
         for _ in tqdm(range(epochs), desc='Adapting', unit='epoch', disable=None if progress else True):
             for rows in torch.randperm(len(x), generator=generator).split(BATCH):
                 cosines = F.normalize(x[rows] @ proj, dim=1) @ F.normalize(centres, dim=0)
-                cosines = cosines - margin * F.one_hot(labels[rows], len(classes))
-                loss = F.cross_entropy(scale * cosines, labels[rows])
+                loss = F.cross_entropy(SCALE * cosines, labels[rows])
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()

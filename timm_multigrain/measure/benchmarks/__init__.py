@@ -2,7 +2,6 @@
 import difflib
 import inspect
 import os
-from collections.abc import Callable
 
 from timm_multigrain.measure.archives import fetch_files
 
@@ -39,16 +38,13 @@ def load_benchmark(name: str, data: str | os.PathLike, **options) -> Benchmark:
     return load(data, **options)
 
 
-def download_benchmark(name: str, data: str | os.PathLike, report: Callable[[str], None] = print) -> None:
-    """Fetch and unpack what is missing of a benchmark, or of 'revisitop1m', a million distractors.
-
-    ``report`` takes a sentence for each file.
-    """
+def download_benchmark(name: str, data: str | os.PathLike) -> None:
+    """Fetch and unpack what is missing of a benchmark, or of 'revisitop1m', a million distractors."""
     downloads = DISTRACTORS if name == 'revisitop1m' else _find(name).downloads
     if not downloads:
         raise ValueError(f'{name} cannot be downloaded by a program. {BENCHMARKS[name].name}: '
                          f'{BENCHMARKS[name].source}.')
-    fetch_files(downloads, data, report)
+    fetch_files(downloads, data)
 
 
 def _find(name: str) -> type[Benchmark] | Layout:
