@@ -47,12 +47,13 @@ def test_every_flag_reaches_its_field():
 
 @pytest.mark.parametrize('values, message', [
     ({'mg_repeat': 2}, 'mg_repeat is not an option: did you mean mg_repeats'),
-    ({'mg_repeats': 2.5}, 'mg_repeats is 2.5: give one int'),
+    ({'mg_repeats': 2.5}, 'mg_repeats has to be an integer, not 2.5'),
     ({'mg_repeats': 0}, '--mg-repeats 0: give at least 1'),
-    ({'mg_classif_weight': float('nan')}, 'give a lambda from 0 to 1'),
-    ({'mg_gather': 1}, 'mg_gather is 1: give true or false'),
+    ({'mg_classif_weight': float('nan')}, 'mg_classif_weight has to be a number, not nan'),
+    ({'mg_gather': 1}, 'mg_gather has to be true or false, not 1'),
     ({'mg_sampling': 'hard'}, '--mg-sampling hard: give row, batch or uniform'),
-    ({'mg_margin': float('nan')}, '--mg-margin nan: give at least 0'),
+    ({'mg_margin': -1}, '--mg-margin -1.0: give at least 0'),
+    ({'mg_beta_init': 'high'}, "mg_beta_init has to be a number, not 'high'"),
     ({'mg_beta_init': 3}, '--mg-beta-init 3.0: give auto, or a number: distances'),
     ({'mg_beta_lr': 0.1}, '--mg-beta-lr 0.1: beta is a parameter only with --mg-beta-init'),
     ({'mg_beta_lr': -1}, '--mg-beta-lr -1.0'),
@@ -63,7 +64,7 @@ def test_every_flag_reaches_its_field():
     ({'mg_instance_loss': 'triplet', 'mg_beta_init': 1}, 'belongs to the margin loss'),
     ({'mg_instance_loss': 'tripletloss'}, "unknown instance loss 'tripletloss'"),
     ({'mg_instance_loss_kwargs': {'slack': 1}}, "unexpected keyword argument 'slack'"),
-    ({'mg_instance_loss_kwargs': 'slack'}, 'give a mapping'),
+    ({'mg_instance_loss_kwargs': 'slack'}, 'has to be an object'),
 ])
 def test_bad_values_are_refused_in_one_sentence(values, message):
     with pytest.raises(ValueError) as info:

@@ -14,7 +14,7 @@ from torch import nn
 
 from timm_multigrain.data.instances import WAYS
 from timm_multigrain.data.labels import INSTANCES
-from timm_multigrain.files import printable
+from timm_multigrain.files import check_json, printable
 from timm_multigrain.loss import UniformSampler, create_instance_loss
 from timm_multigrain.models.weights import UnreadableWeightsError, read_checkpoint
 
@@ -266,17 +266,6 @@ def _check_values(o: TrainOptions) -> None:
 
 def _convert(name: str, value: Any, kind: type, default: Any) -> Any:
     """The value of a YAML file or of --model-kwargs, where argparse has not converted it."""
-    if value is None and default is None:
-        return value
-    if kind is _beta:
-        kind = str if value == 'auto' else float
-    if isinstance(value, bool):
-        good = kind is bool
-    elif kind is float:
-        good = isinstance(value, float) or (isinstance(value, int) and abs(value) < 2 ** 63)
-    else:
-        good = isinstance(value, kind)
-    if not good:
-        form = {bool: 'true or false', dict: 'a mapping of names to values'}.get(kind, f'one {kind.__name__}')
-        raise ValueError(f'{name} is {value!r}: give {form}')
-    return kind(value)
+    form = {dict: {}, _beta: str if value == 'auto' else float}.get(kind, kind)
+    check_json(value, (form, None) if default is None else form, name)
+    return value if value is None else kind(value)
