@@ -30,12 +30,8 @@ QUESTION = {
 
 
 class Answers:
-    """The questions of the web app to one index.
-
-    Args:
-        index: The index.
-        places: Tell where files are, which the page of copies has to; else names below the indexed folders only.
-    """
+    """The questions of the web app to one index; without `places`, files are named as below the indexed folders only,
+    and copies, whose page has to say where they are, are not shown."""
 
     def __init__(self, index: 'Index', places: bool = True):
         self.index, self.places = index, places
@@ -50,11 +46,8 @@ class Answers:
         return class_names(map(self.index.class_name, numbers))
 
     def search(self, question: dict) -> dict:
-        """The images nearest to a picture, or to the image of a row, or to a part of it.
-
-        Args:
-            question: 'picture' (base64) or 'row', 'part' (left, top, width, height as fractions, or None), 'k' and
-                'class_name' and 'category' ('' for any).
+        """The 'k' images nearest to a 'picture' (base64) or to the image of a 'row', or to a 'part' of it (left, top,
+        width and height as fractions), of a 'class_name' and a 'category' ('' for any).
 
         Returns:
             The query drawn, its most probable classes, and of each hit the row, score, name, class (of a region its

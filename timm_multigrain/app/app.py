@@ -37,7 +37,6 @@ def launch_app(
     """Run the app, which needs gradio.
 
     Args:
-        index: The index.
         host: Address to listen on; '0.0.0.0' lets other computers in, who are told where files are, and shown copies,
             with a password only.
         port: None for the first free one from 7860 on.

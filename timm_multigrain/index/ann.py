@@ -57,15 +57,9 @@ class Structure:
 
 
 def update_structure(writer: Writer, kind: str = 'auto', progress: bool = True) -> dict | None:
-    """Bring the structure of an index up to date; it stays while it covers most images.
+    """Bring the structure of an index, 'auto' or one of `KINDS`, up to date; it stays while it covers most images.
 
-    Args:
-        writer: The index, with nothing left to commit.
-        kind: 'auto', or one of `KINDS`.
-        progress: Say what is done, on stderr.
-
-    Returns:
-        What the index keeps of it, None if images are compared with all.
+    The writer has nothing left to commit. What the index keeps is returned, None if images are compared with all.
     """
     if kind not in ('auto', *KINDS):
         raise ValueError(f'kind is {kind!r}: choose auto, {", ".join(KINDS)}.')

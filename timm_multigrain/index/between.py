@@ -15,11 +15,7 @@ from .records import OtherModel
 
 
 class ImageSet:
-    """Images of an index: all, or those below a folder.
-
-    Args:
-        folder: The folder; None for all.
-    """
+    """Images of an index: all, or those below a folder."""
 
     def __init__(self, index: Index, folder: str | os.PathLike | None = None):
         self.index, self.name = index, printable(index.path if folder is None else folder)

@@ -199,7 +199,6 @@ def find_copies(
     """Find copies in an index. The same index of the same files gives the same groups.
 
     Args:
-        index: The index.
         threshold: Similarity of descriptors from which two pictures are copies; None: those are that look the
             same, or without a look, from the threshold of `find_thresholds` on.
         false_positives: Share of the images that may have a different picture above that threshold.
@@ -440,16 +439,8 @@ def measure_recall(
 ) -> EditRecall:
     """Make copies of pictures of an index in memory, embed them, and see which `find_copies` would find.
 
-    Args:
-        index: The index.
-        images: Pictures to make copies of, drawn from a fixed seed.
-        threshold: As for `find_copies`, as `false_positives` and `look`.
-        edits: Name to function.
-        progress: Show bars.
-
-    Raises:
-        ValueError: Fewer than one image, or as `find_copies`.
-        UnreadableImage: A picture was deleted.
+    Arguments are those of `find_copies`; images are how many to make copies of, drawn from a fixed seed, and edits the
+    functions that make them, by name. UnreadableImage is raised where a picture was deleted.
     """
     if images < 1 or not len(index):
         raise ValueError(f'{images} of {counted(len(index), "image")} is nothing to measure on: take one at least.')

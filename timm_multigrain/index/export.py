@@ -142,7 +142,6 @@ def export_milvus(
     """Send an index to a collection of Milvus, which is created if it does not exist.
 
     Args:
-        index: What to send.
         address: 'milvus:URI#COLLECTION'.
         mirror: Remove the rows of images that are not in this index.
         batch_size: Rows sent at once.

@@ -63,7 +63,7 @@ def open_described(
 
     Args:
         model: A model, or what `open_model` opens, where the user says it is; None for where the index says it is.
-        options: Keyword arguments of `open_model` besides the index's own.
+        options: Of `open_model`, besides the index's own.
 
     Raises:
         OtherModel: It has other weights, or the index names something else than a file or folder.

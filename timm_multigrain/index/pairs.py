@@ -53,13 +53,7 @@ DEFAULT = Thresholds(0.95, -0.99)  # of collections too small to say anything
 
 
 def find_thresholds(vectors: np.ndarray, rows: np.ndarray, false_positives: float) -> Thresholds:
-    """Thresholds of a collection.
-
-    Args:
-        vectors: (N, D) L2-normalised.
-        rows: Ascending rows to take, one of each set of identical files.
-        false_positives: Share of the images.
-    """
+    """Thresholds of a collection, from ascending rows, one of each set of identical files, of its vectors (N, D)."""
     if not 0 <= false_positives < 1:
         raise ValueError(f'false positives is a share from 0 to below 1, got {false_positives}.')
     if len(rows) < 3:
