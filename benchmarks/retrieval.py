@@ -120,8 +120,8 @@ def copies_of(folder: Path, work_dir: Path) -> Benchmark:
                 copy.save(where / f'{name}.png')
     found = load_benchmark('folder', out)
     rows = [row for row, name in enumerate(found.database.names) if name.endswith('original.png')]
-    relevant, ignore = ([lists[row] for row in rows] for lists in (found.relevant, found.ignore))
-    return replace(found, title='edited copies', query_rows=np.array(rows), relevant=relevant, ignore=ignore)
+    wanted, ignore = ([lists[row] for row in rows] for lists in (found.wanted, found.ignore))
+    return replace(found, title='edited copies', query_rows=np.array(rows), wanted=wanted, ignore=ignore)
 
 
 def describe(model: torch.nn.Module, source, protocol: Protocol, name: str, args: argparse.Namespace) -> torch.Tensor:

@@ -3,6 +3,7 @@ import csv
 import io
 import json
 import re
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -65,6 +66,16 @@ def test_own_list_of_all_against_all(tmp_path):
     wanted = slow_figures(scores, [set(own) for own in benchmark.relevant], [(row,) for row in range(5)])
     assert {name: figures[name] for name in ('Recall@1', 'Recall@5', 'MAP@R')} == pytest.approx(
         {name: wanted[name] for name in ('Recall@1', 'Recall@5', 'MAP@R')})
+
+
+def test_large_groups_are_opened_in_little_memory(tmp_path):
+    """As `adapt` opens class folders: what each image has to find is not written down before it is asked for."""
+    touch(tmp_path, [f'{i % 2}/{i}.jpg' for i in range(3000)])
+    tracemalloc.start()
+    benchmark = load_benchmark('folder', tmp_path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 12e6 < 8 * 1500 * benchmark.num_queries and len(benchmark.relevant[0]) == 1499
 
 
 def test_things_in_one_picture(tmp_path):

@@ -8,6 +8,7 @@ import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -90,17 +91,16 @@ class Layout:
         for place, entry in enumerate(gallery):
             by_path[entry.path, part(entry)].append(place)
             by_wanted[entry.wanted, part(entry)].append(place)
-        queries, relevant, ignore = {}, [], []
+        queries, wanted, ignore = {}, [], []
         for row, entry in asked(gallery).items():
             junk = [place for path in entry.junk for place in by_path[path, part(entry)]] + [row] * (among and not four)
             if entry.relevant is not None:
                 right = [place for path in entry.relevant for place in by_path[path, part(entry)]]
             else:
                 right = by_wanted[entry.wanted, part(entry)] if entry.wanted else []
-            right = np.setdiff1d(np.array(right, np.int64), junk)
-            if entry.path in found and len(right):
+            if entry.path in found and any(place not in junk for place in right):
                 queries[row] = entry
-                relevant.append(right)
+                wanted.append(right)  # shared by all queries of a group, of which there may be a million
                 ignore.append(np.array(junk, np.int64))
         if not queries:
             raise ValueError(f'{folder.path} has no query of {self.name} with an image to find: {self.source}.')
@@ -110,7 +110,7 @@ class Layout:
             title = part_of(title, len(queries), len(gallery))
         return ListBenchmark(
             title, _images(gallery, found), None if among else _images(queries, found), rows if among else None,
-            layout=self, gallery=gallery, asked=queries, relevant=relevant, ignore=ignore)
+            layout=self, gallery=gallery, asked=queries, wanted=wanted, ignore=ignore)
 
     def _find(self, folder: SetFolder, gallery: Sequence[Entry], queries: Collection[Entry],
               subset: bool) -> dict[str, Path]:
@@ -212,13 +212,13 @@ class ListBenchmark(Benchmark):
         layout: What it was read by.
         gallery: What the list says of each image of the database.
         asked: What it says of each query.
-        relevant: Places in the database that each query has to find.
+        wanted: Places in the database of what each query looks for, those of `ignore` perhaps among them.
         ignore: Places that are taken out of its ranking.
     """
     layout: Layout = None
     gallery: Sequence[Entry] = ()
     asked: Sequence[Entry] = ()
-    relevant: Sequence[np.ndarray] = ()
+    wanted: Sequence[Sequence[int]] = ()
     ignore: Sequence[np.ndarray] = ()
 
     @property
@@ -228,6 +228,11 @@ class ListBenchmark(Benchmark):
     @property
     def task(self) -> str:
         return self.layout.task
+
+    @cached_property
+    def relevant(self) -> list[np.ndarray]:
+        """Places in the database that each query has to find."""
+        return [np.setdiff1d(np.array(own, np.int64), junk) for own, junk in zip(self.wanted, self.ignore, strict=True)]
 
     @property
     def groups(self) -> np.ndarray:
