@@ -143,6 +143,7 @@ def _by_order(names: Sequence[str]) -> dict[str, int]:
 def _known_names(model: torch.nn.Module, folders: Sequence[str]) -> tuple[dict[str, int] | None, str]:
     names = (getattr(model, 'pretrained_cfg', None) or {}).get('label_names')
     if names:
+        check_json(list(names) if isinstance(names, tuple) else names, ([object], {}), 'label_names of the model')
         names = {str(row): name for row, name in (names.items() if isinstance(names, dict) else enumerate(names))}
         check_json(names, {str: str}, 'label_names of the model')
         rows = {name: int(row) for row, name in names.items()}
