@@ -17,9 +17,8 @@ from safetensors.torch import load_file
 from timm_multigrain import save_pretrained
 from timm_multigrain.cli.main import main
 from timm_multigrain.embed.protocol import Protocol
-from timm_multigrain.images.labels import open_classes, write_class_names
+from timm_multigrain.images.labels import write_class_names
 from timm_multigrain.index.model import label_names_of
-from timm_multigrain.measure.classify import validate
 from timm_multigrain.models import MultiGrain
 from timm_multigrain.models.open import open_model, weights_sha256
 from timm_multigrain.models.weights import UnreadableWeightsError
@@ -204,14 +203,10 @@ def test_validate_counts_as_timms_validate_py(tmp_path, noise_folder, capsys):
         logits = torch.stack([model(image[None])[0] for image, _ in dataset])
     targets = torch.tensor([target for _, target in dataset])
     right = (logits.argmax(1) == targets).float().mean()
-    loss = torch.nn.functional.cross_entropy(logits, targets)
     assert main(['validate', str(path), str(noise_folder), '--split', 'train', '--workers', '0', '--json',
                  str(tmp_path / 'figures.json')]) == 0
     figures = json.loads((tmp_path / 'figures.json').read_text())
-    assert figures[0]['metric'] == 'top1' and figures[0]['value'] == pytest.approx(100 * right.item())
-    source = open_classes(noise_folder, open_model(path), 'train')
-    result = validate(open_model(path), source, Protocol.for_model(open_model(path), kind='crop'), workers=0)
-    assert result.loss == pytest.approx(loss.item(), abs=1e-5) and 0 < right < 1
+    assert figures[0]['metric'] == 'top1' and figures[0]['value'] == pytest.approx(100 * right.item()) and 0 < right < 1
 
 
 # --- names and contents of files that are not to be trusted
