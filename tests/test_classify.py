@@ -77,7 +77,8 @@ IMAGENET = ['n01440764', 'n03888257', 'n15075141']
 @pytest.mark.parametrize('num_classes, names, folders, wanted', [
     (3, ['cat', 'dog', 'ant'], ['ant', 'cat'], [2, 0]), (3, {0: 'cat', 2: 'ant', 1: 'dog'}, ['dog', 'cat'], [1, 0]),
     (3, ['cat', 'dog', 'ant'], ['cat', 'cow'], '1 of 2 class folders, such as cow, are not classes of the model'),
-    (3, None, ['10', '2', '1'], [2, 1, 0]), (3, None, ['x', 'y'], r'2 class folders \(x, y\) for a model of 3 classes'),
+    (3, 'cat', ['cat'], "has to be a list or an object, not 'cat'"), (3, None, ['10', '2', '1'], [2, 1, 0]),
+    (3, None, ['x', 'y'], r'2 class folders \(x, y\) for a model of 3 classes'),
     (3, None, ['Cat', 'cat', 'dog'], 'timm has no fixed order of the classes Cat and cat'),
     (3, None, ['01', '1', 'x'], 'no fixed order of the classes 01 and 1'),
     (1000, None, IMAGENET, [0, 701, 999]), (0, None, ['x'], 'no classifier'),
