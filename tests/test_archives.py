@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from timm_multigrain.measure.archives import RemoteFile, fetch_files, unpack
+from timm_multigrain.models.download import download
 
 FILES = {'jpg/a.jpg': b'aaa' * 50, 'jpg/b.jpg': b'', 'c.txt': os.urandom(5000)}
 
@@ -115,6 +116,15 @@ def test_damaged_bytes(tmp_path_factory, data):
     with contextlib.suppress(ValueError):
         unpack(archive, folder / 'out')
     assert sorted(os.listdir(folder)) == ['archive', 'out']
+
+
+def test_what_a_killed_download_left_goes_and_nothing_else(server, tmp_path):
+    names = ['.w.pth-0123abcd', '.w.pth-0123abce', '.w.pth-backup', '.x.pth-0123abcd']
+    for name in names:
+        write(tmp_path / name, b'')
+        os.utime(tmp_path / name, None if name.endswith('e') else (1, 1))
+    download(server.add('w.pth', b'weights'), tmp_path / 'w.pth')
+    assert sorted(os.listdir(tmp_path)) == [*names[1:], 'w.pth']
 
 
 def test_fetch(server, tmp_path, capsys):

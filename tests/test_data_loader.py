@@ -222,6 +222,18 @@ def test_bad_arguments(root, options, message):
         loader_of(root, **options)
 
 
+def test_own_collate(root):
+    def one_hot(batch):
+        images, targets = default_collate(batch)
+        return images, torch.nn.functional.one_hot(targets[:, 0], 4).float()
+
+    expected = next(iter(loader_of(root, use_prefetcher=False)))[1]
+    own = loader_of(root, use_prefetcher=False, collate_fn=lambda batch: default_collate(batch))
+    assert torch.equal(next(iter(own))[1], expected)
+    with pytest.raises(ValueError, match=r'float32 targets of shape \(12, 4\) for 12 images: give one that stacks'):
+        next(iter(loader_of(root, use_prefetcher=False, collate_fn=one_hot)))
+
+
 @pytest.mark.parametrize(('make', 'message'), [
     (lambda root: Own(root), 'cannot get at those of this Own'),
     (lambda root: Subset(Other(), range(20)), 'cannot get at those of this Other'),

@@ -88,6 +88,11 @@ def test_expansion_and_augmentation(tmp_path):
     assert index.search(queries, 2, 'boat', qe=(99, 3.))[1].shape == (4, 2)
     with pytest.raises(ValueError, match='leave qe and dba out'):
         index.search(queries, qe=(2, 3.), rerank=2)
+    for value in (np.nan, np.inf):
+        wrong = queries.copy()
+        wrong[1, 0] = value
+        with pytest.raises(ValueError, match='descriptors hold NaN or infinity'):
+            index.search(wrong)
 
 
 def test_uncommitted_is_gone(folder):

@@ -287,6 +287,7 @@ def test_unreachable_and_offline(hub, monkeypatch, tmp_path, capsys):
     assert main(['publish', str(path), 'me/model', '--license', 'mit']) == 2
     message = capsys.readouterr().err
     assert f'me/model cannot be published: the connection to {hub.endpoint} failed' in message
+    assert 'check the network' in message
     assert message.count('\n') == 1
     monkeypatch.setattr('huggingface_hub.constants.HF_HUB_OFFLINE', True)
     with pytest.raises(RuntimeError, match=r'offline mode is enabled.*unset .*HF_HUB_OFFLINE'):

@@ -67,7 +67,8 @@ def create_loader(
         fast: Decode and augment tensors, see `TensorTransform`: pixels may differ by a grey level or a few.
         decode, strict: As of `InstanceDataset`.
         **kwargs: All other arguments of timm.data.create_loader. With `distributed=False` the loader goes through
-            the whole dataset even where torch.distributed is initialised.
+            the whole dataset even where torch.distributed is initialised. A collate_fn has to stack the targets,
+            tensors [class, instance id].
 
     Raises:
         ValueError: Bad argument, one that does not go with repeated augmentation, or an epoch without a full batch.
@@ -114,7 +115,12 @@ def _collate(collate_fn: Callable, batch: Sequence[tuple[Any, torch.Tensor]]) ->
         raise ValueError(
             'the dataset gives untransformed images, so it ignores its attribute `transform`: give one that applies '
             'it, or one without such an attribute')
-    return collate_fn(batch)
+    images, targets = collate_fn(batch)
+    if targets.shape != (len(batch), 2) or targets.is_floating_point():
+        raise ValueError(
+            f'collate_fn gives {targets.dtype} targets of shape {tuple(targets.shape)} for {len(batch)} images: give '
+            'one that stacks their targets, tensors [class, instance id], and mixes no images')
+    return images, targets
 
 
 class ScheduledInstances(ScheduledTransformDataset):

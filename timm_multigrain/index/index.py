@@ -120,6 +120,8 @@ class Collection:
         if vectors.ndim != 2 or vectors.shape[1] != described['dim']:
             raise ValueError(f'descriptors must have shape (queries, {described["dim"]}), got {vectors.shape}: were '
                              "they made by the index's model?")
+        if not np.isfinite(vectors).all():
+            raise ValueError('The descriptors hold NaN or infinity.')
         if k < 1:
             raise ValueError(f'k is {k}: ask for at least one image.')
         names = described['label_names'] or [str(i) for i in range(described['num_classes'])]
@@ -303,8 +305,8 @@ class Index(Collection):
             Cosine similarities (Q, k) float32, highest first, and rows (Q, k) int64, of images or of regions.
 
         Raises:
-            ValueError: Wrong shape, NaN, k below 1, a class that the model does not know, or a category that no region
-                has.
+            ValueError: Wrong shape, values that are not finite, k below 1, or a class that the model does not know, or
+                a category that no region has.
         """
         queries, numbers = self._check(vectors, k, class_name)
         if rerank is not None:

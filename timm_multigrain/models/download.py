@@ -9,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -31,9 +31,10 @@ def download(url: str, path: str | os.PathLike, instead: str = _BY_HAND) -> Path
         RuntimeError: The connection failed, the server refuses, or the disk does not take it.
     """
     path = Path(path)
-    for old in path.parent.glob(f'.{glob.escape(path.name)}-*'):  # of a killed run
-        if time.time() - old.stat().st_mtime > 3600:
-            old.unlink(missing_ok=True)
+    for old in path.parent.glob(f'.{glob.escape(path.name)}-{"[0-9a-f]" * 8}'):  # of a killed run
+        with suppress(OSError):
+            if time.time() - old.stat().st_mtime > 3600:
+                old.unlink()
     try:
         request = urllib.request.Request(url, headers={'User-Agent': 'timm-multigrain'})
         with (urllib.request.urlopen(request, timeout=_TIMEOUT) as response, replacing(path) as unfinished,
@@ -95,7 +96,8 @@ def hub_errors(what: str) -> Iterator[None]:
         cause = e.__cause__ or e if isinstance(e, errors.LocalEntryNotFoundError) else e
         said = ' '.join(re.sub(r'For more information check: \S+', '', str(cause)).split()).rstrip('.')
         if type(cause).__module__.startswith(('httpx', 'requests')):
-            kind, said = RuntimeError, f'the connection to {constants.ENDPOINT} failed ({said})'
+            kind, said = RuntimeError, (f'the connection to {constants.ENDPOINT} failed ({said or type(cause).__name__}'
+                                        '): check the network, HTTPS_PROXY and HF_ENDPOINT, and run the same again')
         elif isinstance(cause, (errors.RepositoryNotFoundError, errors.RevisionNotFoundError,
                                 errors.EntryNotFoundError)):
             kind = FileNotFoundError
