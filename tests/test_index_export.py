@@ -52,8 +52,8 @@ def test_addresses():
             'milvus:a.db': ('a.db', 'multigrain'), 'milvus:/x/a b.db#photos_2': ('/x/a b.db', 'photos_2'),
             'milvus:https://host:19530/base#c': ('https://host:19530/base', 'c')}.items():
         assert parse_address(text) == parts
-    for text in ('milvus:', 'milvus:folder', 'a.db'):
-        with pytest.raises(ValueError, match='give milvus:'):
+    for text in ('milvus:', 'milvus:folder', 'a.db', 'milvus:a.db#1x', 'milvus:a.db#a b'):
+        with pytest.raises(ValueError, match=r'give milvus:|take letters'):
             parse_address(text)
 
 

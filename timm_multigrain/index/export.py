@@ -8,6 +8,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -47,7 +48,10 @@ def parse_address(text: str) -> tuple[str, str]:
     if not text.startswith(PREFIX) or not uri or ('://' not in uri and not uri.endswith('.db')):
         raise ValueError(f'{text!r} is not an address of Milvus: give milvus:http://HOST:19530, or milvus:FILE.db for '
                          'a local file, and #COLLECTION behind it if its name is not multigrain.')
-    return uri, collection or 'multigrain'
+    collection = collection or 'multigrain'
+    if not re.fullmatch(r'[A-Za-z_][A-Za-z0-9_]{0,254}', collection):  # of a cluster; a local file takes others, too
+        raise ValueError(f'{collection!r} is not a name of a collection: take letters, digits and _, a letter first.')
+    return uri, collection
 
 
 def _connect(uri: str, create: bool) -> 'MilvusClient':
