@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from timm_multigrain.measure.archives import RemoteFile, fetch_files, unpack
 from timm_multigrain.models.download import download
 
+pytestmark = pytest.mark.skipif(not hasattr(tarfile, 'data_filter'), reason='this Python cannot unpack a tar safely')
 FILES = {'jpg/a.jpg': b'aaa' * 50, 'jpg/b.jpg': b'', 'c.txt': os.urandom(5000)}
 
 
@@ -156,3 +157,13 @@ def test_content_that_changed_since_it_was_first_trusted(server, tmp_path):
     with pytest.raises(ValueError, match=r'downloads\.json has from its first download.*was deleted'):
         fetch_files([remote], tmp_path / 'set')
     assert list(tree(tmp_path / 'set')) == ['downloads.json']
+
+
+def test_a_python_without_the_filter_of_tarfile(tmp_path, monkeypatch):
+    monkeypatch.delattr(tarfile, 'data_filter')
+    with pytest.raises(RuntimeError, match='safely: take'):
+        unpack(write(tmp_path / 'a.tar', tar(FILES)), tmp_path / 'set')
+    with pytest.raises(RuntimeError, match='by hand'):  # before anything is downloaded
+        fetch_files([RemoteFile('http://127.0.0.1:9/a.tar.gz')], tmp_path / 'set')
+    unpack(write(tmp_path / 'a.zip', zipped(FILES)), tmp_path / 'set')
+    assert tree(tmp_path / 'set') == FILES

@@ -5,7 +5,9 @@ and a later one of the same address has to be equal.
 """
 import json
 import os
+import platform
 import shutil
+import tarfile
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -38,6 +40,8 @@ def fetch_files(remotes: Iterable[RemoteFile], root: str | os.PathLike) -> None:
             print(f'{remote.name}: there already, SHA-256 {printable(str(entry.get("sha256")))}')
             continue
         archive = remote.name.endswith(ARCHIVES)
+        if archive and not remote.name.endswith('.zip'):
+            _check_tarfile()  # before hours of downloading
         path = root / (f'.{remote.name}' if archive else Path(remote.folder) / remote.name)
         download(remote.url, path, f'download it by other means and unpack it into {root / remote.folder}')
         sha256, size = file_sha256(path), path.stat().st_size
@@ -69,13 +73,16 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> None:
     Raises:
         ValueError: The archive is damaged, or a tar that holds a device or a path that leads out of the folder (a zip's
             are left out, or stay in it); or the disk does not take it.
+        RuntimeError: A Python that cannot unpack a tar of others safely.
     """
     archive, folder = Path(archive), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    with open(archive, 'rb') as file:
+        zipped = file.read(4) == b'PK\3\4'  # zipfile.is_zipfile says yes to a tar that ends with a zip, too
+    if not zipped:
+        _check_tarfile()
     with tempfile.TemporaryDirectory(prefix='.unpacking-', dir=folder) as work:
         try:
-            with open(archive, 'rb') as file:
-                zipped = file.read(4) == b'PK\3\4'  # zipfile.is_zipfile says yes to a tar that ends with a zip, too
             if zipped:
                 shutil.unpack_archive(archive, work, 'zip')
             else:
@@ -89,3 +96,10 @@ def unpack(archive: str | os.PathLike, folder: str | os.PathLike) -> None:
                 raise ValueError(f'{printable(target)} is outside of {printable(folder)}, through a link there.')
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)
+
+
+def _check_tarfile() -> None:
+    if not hasattr(tarfile, 'data_filter'):
+        raise RuntimeError(
+            f'Python {platform.python_version()} cannot unpack the tar archives of others safely: take 3.10.12, '
+            '3.11.4, 3.12 or a later one of these, or download and unpack them by hand.')
