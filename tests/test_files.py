@@ -3,6 +3,7 @@ import copy
 import json
 import pickle
 import random
+import resource
 import types
 
 import pytest
@@ -12,7 +13,7 @@ from PIL import Image
 
 from timm_multigrain.embed.protocol import Protocol, check_fitted
 from timm_multigrain.embed.shards import Descriptors, iter_shards, read_manifest, write_manifest, write_shard
-from timm_multigrain.files import check_json, parse_json, read_json
+from timm_multigrain.files import check_json, parse_json, read_json, write_bytes
 from timm_multigrain.hub import read_metrics
 from timm_multigrain.hub.card import load_card, make_card, own_figures
 from timm_multigrain.images.labels import match_classes
@@ -44,6 +45,17 @@ def test_check_json():
             ({'names': [], 'p': 1, 'sizes': {'a\x1b': 1.5}}, r'f\.sizes\.a\\x1b has to be an integer, not 1\.5')]:
         with pytest.raises(ValueError, match=says):
             check_json(value, form, 'f')
+
+
+def test_a_full_disk_is_told_with_the_name_of_the_file(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=rf"too large: '{tmp_path}/table.csv'"):
+            write_bytes(tmp_path / 'table.csv', bytes(200_000))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(tmp_path.iterdir())
 
 
 def test_read_json(tmp_path):

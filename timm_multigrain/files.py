@@ -1,4 +1,5 @@
 """Files that appear whole or not at all, their hash, and JSON files that anybody may have written."""
+import errno
 import hashlib
 import json
 import math
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 MAX_JSON = 256 << 20  # bytes
+_FULL = errno.ENOSPC, errno.EDQUOT, errno.EFBIG
 _WORDS = {str: 'a text', bool: 'true or false', int: 'an integer', float: 'a number', None: 'null'}
 
 
@@ -153,6 +155,10 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
         yield unfinished
         fsync(unfinished)
         os.replace(unfinished, path)
+    except OSError as e:
+        if e.errno in _FULL and not e.filename:  # the system does not say which file did not fit
+            e.filename = os.fspath(path)
+        raise
     finally:
         unfinished.unlink(missing_ok=True)
 
