@@ -317,7 +317,9 @@ def test_weights_from_the_hub(hub, tmp_path):
 
 @pytest.mark.parametrize('links', [True, False])
 def test_a_damaged_copy_of_the_hub_is_downloaded_again(hub, monkeypatch, links):
-    monkeypatch.setattr('huggingface_hub.constants.HF_HUB_DISABLE_SYMLINKS', not links)
+    if not links and not hasattr(constants, 'HF_HUB_DISABLE_SYMLINKS'):
+        pytest.skip('this huggingface_hub always makes links here')
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_SYMLINKS', not links, raising=False)
     publish(tiny_model(), 'me/model', license='mit')
     content = hub.repos['me/model'].files()['model.safetensors']
     other = bytearray(content)
