@@ -237,7 +237,7 @@ def _bars(mean: dict[str, dict[str, float]]) -> list[tuple[str, float, float]]:
     start = mean['not fine-tuned'].get('paris')
     if start is not None:
         bars += [(f'{name}, Paris Hard over not fine-tuned', row['paris'] - start, -3.0)
-                 for name, row in mean.items() if name.startswith('joint')]
+                 for name, row in mean.items() if 'joint' in name]
     return bars
 
 

@@ -468,7 +468,10 @@ def test_bad_names(tmp_path):
     (tmp_path / 'x.pth').write_bytes(b'nothing')
     for name, error, message in (
             ('resnet9000', FileNotFoundError, 'resnet9000 is neither a folder'),
-            ('multigrain_resnet18', ValueError, 'names no pretrained weights'),
+            ('multigrain_resnet18', ValueError, 'names no pretrained weights: give resnet18, or a folder'),
+            ('multigrain_resnet50.x', ValueError, r'names no .* weights: give multigrain_resnet50\.fb_.*, or a folder'),
+            ('resnet50.x', ValueError, r'names no .* weights: give resnet50\.\w+, .*, or a folder'),
+            ('vovnet39a', ValueError, 'names no pretrained weights: give a folder'),
             (tmp_path / 'x.pth', UnreadableWeightsError, 'cannot be read as weights'),
             (tmp_path, FileNotFoundError, r'has no config\.json')):
         with pytest.raises(error, match=message):

@@ -141,11 +141,13 @@ def _open(name: str, pretrained: bool, ema: bool, architecture: str | None) -> n
         raise FileNotFoundError(
             f'{name} is neither a folder, nor a file, nor a model of timm: give a folder of save_pretrained, a '
             'checkpoint of train.py, or a name such as multigrain_resnet50 or resnet50.')
-    if pretrained and name.startswith('multigrain') and not is_model_pretrained(name):
-        tagged = timm.list_models('multigrain*', pretrained=True)
-        own = [tag for tag in tagged if tag.startswith(f'{name}.')]
-        near = ', '.join(own or difflib.get_close_matches(name, tagged) or tagged)
-        raise ValueError(f'{name} names no pretrained weights: give one of {near}, or a folder or a checkpoint.')
+    if pretrained and not is_model_pretrained(name):
+        arch = name.partition('.')[0]
+        trunk = arch.removeprefix('multigrain_')
+        own = [tag for tag in timm.list_models(pretrained=True) if tag.startswith(f'{arch}.')]
+        near = difflib.get_close_matches(name, own, n=8, cutoff=0) or [trunk] * is_model_pretrained(trunk)
+        raise ValueError(f'{name} names no pretrained weights: give ' + f'{", ".join(near)}, or ' * bool(near)
+                         + 'a folder or a checkpoint.')
     cfg = get_pretrained_cfg(name, allow_unregistered=True)
     if pretrained and cfg is not None and cfg.hf_hub_id:
         check_reachable(cfg.hf_hub_id if '/' in cfg.hf_hub_id else f'{cfg.hf_hub_id}{name}', name)
