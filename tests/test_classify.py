@@ -111,6 +111,23 @@ def test_matching_by_class_map(model, tmp_path):
         match_classes(model, ['z'], tmp_path / 'nowhere.txt')
 
 
+def test_first_folders_are_the_classes_where_the_last_are_not(model, noise_folder, tmp_path, monkeypatch):
+    """As in a training with instances: <class>/<instance>/<image>."""
+    for i, path in enumerate(sorted((noise_folder / 'train').glob('*/*'))):
+        instance = tmp_path / 'data' / path.parent.name / f'{path.parent.name}{i % 2}'
+        instance.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, instance)
+    source = open_classes(tmp_path / 'data', model)
+    assert len(source) == 36 and source.labels == ['abc'.index(name[0]) for name in source.names]
+    monkeypatch.setitem(model.pretrained_cfg, 'label_names', ['c', 'b', 'a'])
+    assert [2 - label for label in source.labels] == open_classes(tmp_path / 'data', model).labels
+    monkeypatch.setitem(model.pretrained_cfg, 'label_names', ['a0', 'c0', 'x'])
+    with pytest.raises(ValueError, match='4 of 6 class folders, such as a1, are not classes of the model'):
+        open_classes(tmp_path / 'data', model)
+    (tmp_path / 'map').write_text('b\nc\na\n')
+    assert set(open_classes(tmp_path / 'data', model, class_map=tmp_path / 'map').labels) == {0, 1, 2}
+
+
 def test_folders(model, noise_folder, tmp_path):
     assert len(open_classes(noise_folder, model, 'validation')) == 6
     source = open_classes(noise_folder / 'train', model, 'train')

@@ -252,7 +252,7 @@ def test_other_model_and_other_protocol(pictures, model_folder, tmp_path):
             call()
     with pytest.raises(OtherModel, match='was built with crop 64, not crop 96'):
         update(pictures, protocol=Protocol(size=96))
-    with pytest.raises(ValueError, match='without a model'):
+    with pytest.raises(ValueError, match='was built with its own model: leave p out'):
         update(pictures, model_options={'p': 2})
     assert update(pictures, model_folder, protocol=PROTOCOL).unchanged == 8
     shutil.move(model_folder, tmp_path / 'moved')
@@ -392,6 +392,7 @@ def test_commands(pictures, model_folder, tmp_path, capsys, monkeypatch):
             ([index, queries[0], '--local', '0'], 'local=0: give a number of images to verify'),
             ([index, 'nothing.png'], 'nothing.png: no such file'),
             ([str(tmp_path / 'no'), queries[0]], 'was not found'),
+            ([queries[0], index], 'is a file, and an index is a folder'), ([index, queries[0], '-k', '-1'], 'k is -1'),
             ([index, queries[0], '--class', 'x'], 'does not know the class')]:
         assert main(['search', *arguments]) == 2 and message in capsys.readouterr().err
     (pictures / '4.png').unlink()

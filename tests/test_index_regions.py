@@ -186,6 +186,7 @@ def test_a_detector_sees_each_picture_once(pictures, tmp_path, monkeypatch):
         make(pictures, detect)
     with pytest.warns(UserWarning, match='of its last update: 6 pictures'):
         Index(tmp_path / 'index')
+    assert update(pictures).pending == 0  # all pictures are there, and nobody asks for parts any more
     with pytest.warns(UserWarning, match='Boxes of 1 picture were left out'):
         index = update(pictures, detect)
     assert len(asked) == 10 and regions_in(index) == {('7.jpg', (0, 0, 70, 20), '')}

@@ -105,10 +105,11 @@ def test_categories(tmp_path):
     ({'split': 'query'}, 'line 1: it lacks path'), ({'path': ''}, 'not one of a file below the folder'),
     ({'path': '../a.jpg'}, 'not one of a file below'), ({'path': '/a.jpg'}, 'not one of a file below'),
     ({'path': 'a.jpg', 'split': 'val'}, "split is 'val': give query, gallery, train"),
-    ({'path': 'a.jpg', 'kind': 'x'}, "'kind' is not one of path, label"), ({'path': 'a.jpg', 'box': [1, 2]}, 'box is'),
-    ({'file': 'a.jpg'}, "'file' is not one of path, label"),
-    ({'path': 'a.jpg', 'label': [1]}, 'it.label has to be a text'), (['a.jpg'], 'it has to be an object'),
-    ({'path': 'a.jpg', 'box': [0, 0, 'x', 1]}, r'it.box\[2\] has to be a number')])
+    ({'path': 'a.jpg', 'kind': 'x'}, "'kind' is not a column of a list: path, label"),
+    ({'path': 'a.jpg', 'box': [1, 2]}, 'box is'),
+    ({'file': 'a.jpg'}, "'file' is not a column of a list: path, label"),
+    ({'path': 'a.jpg', 'label': [1]}, 'line 1: label has to be a text'), (['a.jpg'], 'it has to be an object'),
+    ({'path': 'a.jpg', 'box': [0, 0, 'x', 1]}, r'line 1: box\[2\] has to be a number')])
 def test_wrong_lines(tmp_path, line, message):
     (tmp_path / 'list.jsonl').write_text(json.dumps(line))
     with pytest.raises(ValueError, match=message):

@@ -523,6 +523,20 @@ def test_refuses(train, capsys, tmp_path, flags, message):
     assert not list(tmp_path.glob('*/*.pth.tar'))
 
 
+def test_refuses_to_resume_what_does_not_fit(train, capsys):
+    """Found by torch, whose errors have several lines."""
+    joint, plain = ['--mg-beta-init', 'auto'], ['--mg-classif-weight', '1', '--mg-repeats', '1']
+    for before, flags, message in ((joint, ['--mg-beta-init', '1.2'], 'different number of parameter groups'),
+                                   (joint, [*joint, '--num-classes', '4'], 'size mismatch for head.fc.weight'),
+                                   (plain, [*plain, '--num-classes', '4'], 'size mismatch for head.fc.weight')):
+        checkpoint = train(*before).folder / 'last.pth.tar'
+        with pytest.raises(SystemExit) as stopped:
+            train('--epochs', '2', '--resume', checkpoint, *flags)
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith('timm_multigrain: error: ')]
+        assert stopped.value.code == 2 and len(error) == 1, error
+        assert f'--resume {checkpoint} does not suit' in error[0] and message in error[0]
+
+
 def test_nothing_changes_without_the_objective(train):
     flags = '--model-ema', '--grad-accum-steps', '2'
     run = train('--mg-repeats', '1', '--mg-classif-weight', '1', *flags)

@@ -279,10 +279,10 @@ def _entry(row: dict) -> Entry:
         row = {**row, 'box': [float(side) for side in row['box'].split()] or None}
     check_json(row, {}, 'it')
     if unknown := sorted(map(str, set(row) - set(COLUMNS))):
-        raise ValueError(f'{unknown[0]!r} is not one of {", ".join(COLUMNS)}.')
-    check_json(row, {'path': str}, 'it')
-    check_json(row, dict.fromkeys(set(row) - {'box'}, (str, int, None)) | dict.fromkeys(
-        {'box'} & set(row), ([float], None)), 'it')
+        raise ValueError(f'{unknown[0]!r} is not a column of a list: {", ".join(COLUMNS)}.')
+    check_json(row, {'path': object}, 'it')
+    for name, value in row.items():
+        check_json(value, {'path': str, 'box': ([float], None)}.get(name, (str, int, None)), name)
     texts = {name: '' if row.get(name) is None else str(row[name]).strip() for name in COLUMNS[:-1]}
     name = PurePosixPath(texts['path'])
     if not texts['path'] or name.is_absolute() or '..' in name.parts:

@@ -197,7 +197,8 @@ def _check_model(store: Store, model, protocol, model_options) -> tuple[torch.nn
     """The model, where it is open already, and the protocol of an index; OtherModel if others were asked for."""
     described, out = store.config['model'], store.folder
     if model is None and model_options:
-        raise ValueError(f'{", ".join(model_options)} without a model: name the model, or leave it to the index.')
+        raise ValueError(f'{out} was built with its own model: leave {", ".join(model_options)} out, or name the '
+                         'model, too, which is then compared.')
     if model is not None or callable(protocol):
         model = open_described(described, out, model, model_options)
     own = protocol_from_json(store.config['protocol'])
@@ -339,12 +340,11 @@ class _Update:
         self.writer.remove(self.store.ids[self.gone])
         for path in recovered:
             self._unskip(path)
-        self.writer.commit()
+        self.writer.commit(pending=len(self.embed))
         self.report.copied, self.report.removed = len(self.copy), len(self.gone)
 
     def _embed(self) -> None:
         files, pending = self.embed, len(self.embed)
-        self.writer.commit(pending=pending)
         with ThreadPoolExecutor(4) as pool:
             for batch in embed_images(
                     self._opened(), ImageFiles([os.fsdecode(self._path(file)) for file in files]), self.protocol,

@@ -82,7 +82,7 @@ class Collection:
         if local is not None:
             check_local(local)
         queries = embed_queries(self.model(), self.protocol(), images, crop)
-        found = self.hits(queries.vectors, max(k, local or 0), **options)
+        found = self.hits(queries.vectors, k if k < 1 else max(k, local or 0), **options)
         if local is not None:
             found = self._verified(Queries(images, crop), found, local)
         return [hits[:k] for hits in found]

@@ -87,6 +87,9 @@ class Store:
     def __init__(self, folder: str | os.PathLike):
         self.folder = Path(folder)
         if not os.path.lexists(self.folder / FILE):
+            if os.path.isfile(folder):
+                raise FileNotFoundError(f'{self.folder} is a file, and an index is a folder: make one with '
+                                        'timm-multigrain index DIR -o INDEX')
             why = 'is not an index' if self.folder.is_dir() else 'was not found'
             raise FileNotFoundError(f'{self.folder} {why}: make one with timm-multigrain index DIR -o {self.folder}')
         self._read(self._take)

@@ -51,7 +51,7 @@ class TrainPlugin:
         self.script = script
         self.options = options
         self.args = args
-        names = 'create_model', 'create_dataset', 'create_optimizer_v2', 'validate', 'utils'
+        names = 'create_model', 'create_dataset', 'create_optimizer_v2', 'validate', 'utils', 'resume_task_checkpoint'
         self.original = {name: getattr(script, name, None) for name in names}
         self.train_one_epoch_of_script = script.train_one_epoch
         self.monitor = Monitor(self.network_lr)
@@ -64,7 +64,7 @@ class TrainPlugin:
         device = str(getattr(self.args, 'device', ''))
         if device.startswith('cuda') and not torch.cuda.is_available():
             stop(f'--device {device}: torch finds no GPU, give --device cpu')
-        for name in ('create_model', 'create_dataset'):
+        for name in ('create_model', 'create_dataset', 'resume_task_checkpoint'):
             if self.original[name] is not None:
                 setattr(script, name, getattr(self, name))
         if self.options.plain:
@@ -106,6 +106,12 @@ class TrainPlugin:
             if self.names_classes and kwargs.get('class_map'):  # of the first folders; timm would look for the last
                 self.class_numbers = load_class_map(kwargs.pop('class_map'), folder)
             return self.original['create_dataset'](*args, **kwargs)
+
+    def resume_task_checkpoint(self, *args: Any, **kwargs: Any) -> int | None:
+        """timm's, which takes only what it has saved of the same classes and parameters."""
+        with _stopping(f'--resume {self.args.resume} does not suit this training: give the settings it was trained '
+                       'with, or start another from it with --initial-checkpoint'):
+            return self.original['resume_task_checkpoint'](*args, **kwargs)
 
     def create_loader(self, dataset: Any, *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
         """timm's loader, with our decoding; for training with repeated augmentation."""
@@ -267,7 +273,7 @@ def _stopping(what: str, reason: str = '') -> Iterator[None]:
     try:
         yield
     except (AssertionError, KeyError, OSError, RuntimeError, TypeError, ValueError) as e:
-        stop(f'{what}: {reason or str(e) or type(e).__name__}')
+        stop(f'{what}: {reason or " ".join(str(e).split()) or type(e).__name__}')
 
 
 def _last_line(error: Exception) -> str:
