@@ -3,6 +3,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -46,17 +47,20 @@ def read_class_names(checkpoint_path: str | os.PathLike) -> list[str] | None:
     return names
 
 
-def find_classes(folder: str | os.PathLike, first: bool = False) -> ImageFiles:
+def find_classes(folder: str | os.PathLike) -> ImageFiles:
     """All image files below a folder, labelled as timm labels them: with the name of the folder that each is in.
-
-    With ``first`` it is the first folder on the way there, as of `<class>/<instance>/<image>`.
 
     Images right in `folder` and not in one of a class are left out. ValueError if no others are there.
     """
     names = [name for name in find_images(folder).names if '/' in name]
     if not names:
         raise ValueError(f'{printable(folder)} has no folders of classes with images in them.')
-    of_each = [name.split('/')[0 if first else -2] for name in names]
+    return _labelled(folder, names, -2)
+
+
+def _labelled(folder: str | os.PathLike, names: Sequence[str], part: int) -> ImageFiles:
+    """Files of these names below a folder, each of the class that this part of its name says."""
+    of_each = [name.split('/')[part] for name in names]
     classes = class_names(of_each)
     numbers = {name: number for number, name in enumerate(classes)}
     paths = [os.path.join(os.fsdecode(folder), name) for name in names]
@@ -90,21 +94,21 @@ def open_classes(
         if not found and split not in _SPLITS:
             raise FileNotFoundError(f'{printable(root)} has no subfolder {split}.')
         root = found[0] if found else root
-    source, error = find_classes(root), None
+    source = find_classes(root)
     folders = {entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith('.')}
     empty = class_names(folders - {name.partition('/')[0] for name in source.names})
     if empty:
         raise ValueError(f'{printable(root)}: {len(empty)} of {len(folders)} class folders hold no images, such as '
                          f'{printable(empty[0])}. Fill or remove them.')
-    for first in (False, True):
-        source = find_classes(root, first)
-        try:
+    try:
+        rows = match_classes(model, source.class_names, class_map)
+    except ValueError:
+        source, rows = _labelled(root, source.names, 0), None
+        with suppress(ValueError):
             rows = match_classes(model, source.class_names, class_map)
-        except ValueError as e:
-            error = error or e
-        else:
-            return Subset(source, range(len(source)), [rows[label] for label in source.labels])
-    raise error
+        if rows is None:
+            raise
+    return Subset(source, range(len(source)), [rows[label] for label in source.labels])
 
 
 def match_classes(
